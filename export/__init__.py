@@ -1,0 +1,1 @@
+"""A trained model into a verified artefact, and its latency. Installed as `shvit.export`."""

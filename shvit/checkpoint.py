@@ -1,0 +1,342 @@
+"""Reading checkpoints of any layout, safely and strictly, and writing them.
+
+Layouts of one SHViT's parameters: the reference's names, timm's names (also ours), and ours deployed. A file holds
+them flat, or below `model`, `model_ema`, `state_dict` or `state_dict_ema`, with or without a prefix such as
+`module.` or `backbone.`. Only tensors are ever read: no pickled code runs.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .files import write_whole
+
+if TYPE_CHECKING:
+    from .shvit import SHViT
+
+__all__ = ["Checkpoint", "read_checkpoint", "load_checkpoint", "create_model", "write_checkpoint", "to_reference"]
+
+StateDict = dict[str, torch.Tensor]
+MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
+STEM = "patch_embed.0."  # every layout's first parameter begins with it
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+
+FROM_REFERENCE: tuple[Rename, ...] = (  # stages 2 and 3 begin with the three parts of their downsample
+    (r"^blocks1\.(\d+)\.", r"stages.0.blocks.\1."),
+    (r"^blocks([23])\.0\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}."),
+    (r"^blocks([23])\.1\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.2."),
+    (r"^blocks([23])\.2\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{int(m[2]) + 3}."),
+    (r"^blocks([23])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 3}."),
+)
+TO_REFERENCE: tuple[Rename, ...] = (
+    (r"^stages\.0\.blocks\.(\d+)\.", r"blocks1.\1."),
+    (r"^stages\.([12])\.downsample\.([01])\.", lambda m: f"blocks{int(m[1]) + 1}.0.{m[2]}."),
+    (r"^stages\.([12])\.downsample\.2\.", lambda m: f"blocks{int(m[1]) + 1}.1."),
+    (r"^stages\.([12])\.downsample\.([34])\.", lambda m: f"blocks{int(m[1]) + 1}.2.{int(m[2]) - 3}."),
+    (r"^stages\.([12])\.blocks\.(\d+)\.", lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + 3}."),
+)
+
+
+def _rename(key: str, renames: tuple[Rename, ...]) -> str:
+    for pattern, replacement in renames:
+        key, found = re.subn(pattern, replacement, key)
+        if found:
+            break
+    return key
+
+
+def rename_reference_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors with the reference's names turned into ours; other names stay."""
+    return {_rename(key, FROM_REFERENCE): value for key, value in state_dict.items()}
+
+
+def to_reference(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors with our names turned into the reference's: the inverse of `rename_reference_keys`."""
+    return {_rename(key, TO_REFERENCE): value for key, value in state_dict.items()}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's parameters as read from a file, under our names."""
+
+    path: Path
+    state_dict: StateDict = field(repr=False)
+    deployed: bool
+    dropped: tuple[str, ...] = ()  # parameters beside the backbone of a larger model, which are not ours
+
+    @property
+    def distilled(self) -> bool:
+        return any(key.startswith("head_dist.") for key in self.state_dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the classifier; 0 where the file has none."""
+        weight = self.state_dict.get("head.weight" if self.deployed else "head.l.weight")
+        return 0 if weight is None else weight.shape[0]
+
+
+def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
+    """Reads a SHViT checkpoint of any layout.
+
+    Args:
+        path: a `.safetensors` file, or one written by `torch.save`.
+        ema: take `model_ema` or `state_dict_ema`, the averaged weights, and refuse a file without them.
+
+    Raises:
+        InputError: the file cannot be read, is too large, would run code, holds NaN, or holds no SHViT.
+    """
+    path = Path(path)
+    state_dict = read_state_dict(path, ema)
+    prefix = min((key[: -len(rest)] for key in state_dict for rest in _stem_names(key)), key=len, default=None)
+    if prefix is None:
+        some = ", ".join(list(state_dict)[:3])
+        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {some}, …")
+    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    dropped = tuple(key for key in state_dict if not key.startswith(prefix))
+    if dropped and not prefix.endswith("backbone."):
+        raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {_some(dropped)}")
+    return Checkpoint(path, rename_reference_keys(own), deployed=f"{STEM}weight" in own, dropped=dropped)
+
+
+def _stem_names(key: str) -> list[str]:
+    """The part of `key` from the stem's first weight on, if it is that weight."""
+    return [name for name in (f"{STEM}c.weight", f"{STEM}weight") if key == name or key.endswith("." + name)]
+
+
+def read_state_dict(path: Path, ema: bool = False) -> StateDict:
+    """The tensors of a checkpoint file of any model, under the file's names; raises as `read_checkpoint`."""
+    _check_size(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}; a checkpoint is a dict of tensors")
+    wanted = ("state_dict_ema", "model_ema") if ema else ("state_dict", "model")
+    nested = next((content[key] for key in wanted if isinstance(content.get(key), Mapping)), None)
+    if ema and nested is None:
+        raise InputError(f"{path}: has no averaged weights (model_ema or state_dict_ema); leave out the EMA option")
+    state_dict = dict(content if nested is None else nested)
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}; a checkpoint is a dict of tensors")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
+    return state_dict
+
+
+def _check_size(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    size = path.stat().st_size
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):  # torch.save's container
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))  # what it would unpack to
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({_first_line(error)}); fetch it again") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: refused, because {_why_unsafe(path)}; nothing of it was run") from error
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)}); fetch it again") from error
+
+
+def _why_unsafe(path: Path) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a pickle too broken, or too old, to be looked into
+        return "it is no checkpoint of tensors alone"
+    return f"its pickle calls for {', '.join(names)}" if names else "it is no checkpoint of tensors alone"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    """Up to four names, and how many more."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike, ema: bool = False, reset_head: bool = False
+) -> tuple[str, ...]:
+    """Loads a SHViT checkpoint of any layout into `model`, strictly.
+
+    Args:
+        model: a SHViT; deployed, if the checkpoint is.
+        path, ema: as in `read_checkpoint`.
+        reset_head: leave the model's head(s) as they are: for other classes, or for a backbone without a head.
+
+    Returns:
+        The names of the model's parameters that were left as they are (empty without `reset_head`).
+
+    Raises:
+        InputError: as `read_checkpoint`, or model and file differ: what is missing, left over or of another shape
+            is named.
+    """
+    checkpoint = read_checkpoint(path, ema)
+    _check_layout(checkpoint, model)
+    return load_strictly(model, checkpoint.state_dict, checkpoint.path, ("head.", "head_dist.") if reset_head else ())
+
+
+def _check_layout(checkpoint: Checkpoint, model: nn.Module) -> None:
+    if checkpoint.deployed != getattr(model, "deployed", False):
+        forms = {True: "a deployed model", False: "a model that is not deployed"}
+        raise InputError(f"{checkpoint.path}: holds {forms[checkpoint.deployed]}, and it was to go into "
+                         f"{forms[not checkpoint.deployed]}; load before you deploy, or deploy before you load")  # fmt: skip
+    if checkpoint.distilled and not getattr(model, "distilled", False):
+        raise InputError(f"{checkpoint.path}: has a distillation head; create the model with distilled=True")
+
+
+def load_strictly(model: nn.Module, state_dict: StateDict, path: Path, keep: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """`load_state_dict(strict=True)` but for parameters whose names begin with one of `keep`; differences are named."""
+    target = model.state_dict()
+    kept = tuple(name for name in target if name.startswith(keep)) if keep else ()
+    source = {name: tensor for name, tensor in state_dict.items() if not (keep and name.startswith(keep))}
+    missing = [name for name in target if name not in source and name not in kept]
+    left_over = [name for name in source if name not in target]
+    reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
+    if any(name.startswith("head") for name in reshaped) and not missing and not left_over:
+        name = next(name for name in reshaped if name.startswith("head"))
+        raise InputError(f"{path}: made for {source[name].shape[0]} classes, and the model has "
+                         f"{target[name].shape[0]}; give it that many classes, or have its head re-initialised")  # fmt: skip
+    problems = []
+    if missing:
+        problems.append(f"missing {_some(missing)}")
+    if left_over:
+        problems.append(f"left over {_some(left_over)}")
+    if reshaped:
+        shapes = [f"{name} is {tuple(source[name].shape)} and should be {tuple(target[name].shape)}" for name in reshaped]
+        problems.append(_some(shapes))
+    if problems:
+        raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
+    model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
+    return kept
+
+
+def create_model(
+    name: str,
+    checkpoint: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    ema: bool = False,
+    reset_head: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """`timm.create_model` that takes from the checkpoint what it tells: classes, a distillation head, deployment.
+
+    Args:
+        name: any name that timm knows.
+        checkpoint: a file of any layout that `read_checkpoint` takes; of timm's layout for models other than SHViT.
+        num_classes: classes of the model; the checkpoint's where None.
+        ema, reset_head: as in `load_checkpoint`.
+        kwargs: passed to `timm.create_model`.
+
+    Returns:
+        The model in eval mode, deployed if the checkpoint is.
+
+    Raises:
+        InputError: an unknown model, or as `load_checkpoint`.
+    """
+    import timm
+
+    from .deploy import deploy
+    from .shvit import SHViT
+
+    if not timm.is_model(name):
+        raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
+    if checkpoint is None:
+        return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+    if name.split(".")[0] not in timm.list_models(module="shvit"):
+        return _create_peer(name, Path(checkpoint), num_classes, ema, reset_head, **kwargs)
+    source = read_checkpoint(checkpoint, ema)
+    classes = source.num_classes if num_classes is None else num_classes
+    model: SHViT = timm.create_model(name, num_classes=classes, distilled=source.distilled, **kwargs).eval()
+    if source.deployed:
+        model = deploy(model)  # type: ignore[assignment]
+    keep = ("head.", "head_dist.") if reset_head or classes == 0 else ()
+    load_strictly(model, source.state_dict, source.path, keep)
+    return model
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=4)
+    ours = [model for model in known if model.startswith("shvit")]
+    return f"choose from {', '.join(close or ours)} (`shvit list '*'` shows all)"
+
+
+def _create_peer(
+    name: str, path: Path, num_classes: int | None, ema: bool, reset_head: bool, **kwargs: Any
+) -> nn.Module:
+    """A timm model that is no SHViT, from a checkpoint under timm's own names."""
+    import timm
+    from timm.models import clean_state_dict
+
+    state_dict = clean_state_dict(read_state_dict(path, ema))
+    cfg = timm.get_pretrained_cfg(name)
+    classifier = cfg.classifier if cfg else None
+    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier or ()))
+    if num_classes is None and heads and f"{heads[0]}weight" in state_dict:
+        num_classes = state_dict[f"{heads[0]}weight"].shape[0]
+    model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+    load_strictly(model, state_dict, path, heads if reset_head else ())
+    return model
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Writes tensors as `.safetensors`, or as a `torch.save` file `{"model": …}` for `.pth` and `.pt`.
+
+    The file appears whole or not at all.
+
+    Raises:
+        InputError: another suffix, or the folder cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with write_whole(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file(tensors, partial, metadata={"format": "pt"})
+        elif path.suffix in (".pth", ".pt"):
+            torch.save({"model": tensors}, partial)
+        else:
+            raise InputError(f"{path}: unknown suffix {path.suffix!r}; choose .safetensors, .pth or .pt")

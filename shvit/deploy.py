@@ -1,0 +1,276 @@
+"""Pure, exact rewrites of a trained SHViT into its inference form.
+
+Each identity is one function on plain torch layers; `fuse_layer` puts them together for the layers of shvit.py, and
+`deploy` applies that to a whole model. Functions return new modules and leave their arguments alone.
+
+Shapes in comments: B batch, C channels, H×W the token grid, N = H·W tokens, D = qk_dim, P = partial_dim.
+"""
+
+from copy import deepcopy
+from functools import singledispatch
+
+import torch
+from timm.layers import GroupNorm1
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn import functional as F
+
+from .shvit import SHSA, ConvNorm, NormLinear, Residual, SHViT, SqueezeExcite
+
+__all__ = ["deploy"]
+
+
+# --- identities -------------------------------------------------------------------------------------------------------
+
+
+def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """A convolution with the geometry of `conv` and these parameters; output channels follow the weight."""
+    new = nn.Conv2d(
+        conv.in_channels if conv.groups > 1 else weight.shape[1],
+        weight.shape[0],
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    new.weight.copy_(weight)
+    assert new.bias is not None
+    new.bias.copy_(bias)
+    return new.train(conv.training)
+
+
+def _norm_scale_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """BN(x) = scale·x + shift with the running statistics."""
+    assert bn.running_var is not None and bn.running_mean is not None
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    return scale, bn.bias - bn.running_mean * scale
+
+
+@torch.no_grad()
+def fold_norm_into_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """BN(W∗x) = (scale·W)∗x + shift."""
+    scale, shift = _norm_scale_shift(bn)
+    return _conv_like(conv, conv.weight * scale[:, None, None, None], shift)
+
+
+@torch.no_grad()
+def fold_norm_into_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
+    """W·BN(x) + b = (W·scale)·x + (W·shift + b)."""
+    scale, shift = _norm_scale_shift(bn)
+    new = nn.Linear(
+        linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
+    ).train(linear.training)
+    new.weight.copy_(linear.weight * scale)
+    new.bias.copy_(linear.weight @ shift + linear.bias)
+    return new
+
+
+@torch.no_grad()
+def fold_identity_into_depthwise(conv: nn.Conv2d) -> nn.Conv2d:
+    """x + W∗x = (W + δ)∗x, where δ is 1 at each kernel's centre; `conv` must be depthwise, stride 1, 'same' padding."""
+    weight = conv.weight.clone()
+    weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
+    assert conv.bias is not None
+    return _conv_like(conv, weight, conv.bias)
+
+
+@torch.no_grad()
+def fold_affine_into_conv(norm: nn.GroupNorm, conv: nn.Conv2d) -> nn.Conv2d:
+    """W(γ·n + β) + b = (W·γ)n + (Wβ + b) for a 1×1 convolution behind a norm with affine parameters γ, β."""
+    weight = conv.weight.flatten(1)
+    assert conv.bias is not None
+    return _conv_like(conv, conv.weight * norm.weight[:, None, None], weight @ norm.bias + conv.bias)
+
+
+@torch.no_grad()
+def fold_scale_into_queries(qkv: nn.Conv2d, qk_dim: int, scale: float) -> nn.Conv2d:
+    """(qᵀk)·s = (s·q)ᵀk: the softmax's scale goes into the rows that make q."""
+    rows = torch.ones_like(qkv.bias)  # type: ignore[arg-type]
+    rows[:qk_dim] = scale
+    return _conv_like(qkv, qkv.weight * rows[:, None, None, None], qkv.bias * rows)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def drop_key_bias(qkv: nn.Conv2d, qk_dim: int) -> nn.Conv2d:
+    """softmax(qᵀ(k + b)) = softmax(qᵀk): over one query's keys qᵀb is a constant, and softmax is shift-invariant."""
+    assert qkv.bias is not None
+    bias = qkv.bias.clone()
+    bias[qk_dim : 2 * qk_dim] = 0
+    return _conv_like(qkv, qkv.weight, bias)
+
+
+@torch.no_grad()
+def split_projection(proj: nn.Conv2d, partial_dim: int) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """W·cat(x1, x2) + b = (W₁x1 + b) + W₂x2 for a 1×1 convolution: no concatenation. W₂ has no bias."""
+    assert proj.bias is not None
+    first = _conv_like(proj, proj.weight[:, :partial_dim], proj.bias)
+    second = _conv_like(proj, proj.weight[:, partial_dim:], torch.zeros_like(proj.bias))
+    second.bias = None
+    return first, second
+
+
+@torch.no_grad()
+def average_linears(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """(A·x + a + B·x + b)/2 = ((A+B)/2)·x + (a+b)/2: the distilled model's two heads as one."""
+    new = deepcopy(first)
+    new.weight.copy_((first.weight + second.weight) / 2)
+    new.bias.copy_((first.bias + second.bias) / 2)
+    return new
+
+
+# --- inference forms of the layers that change their shape ------------------------------------------------------------
+
+
+class DeployedSHSA(nn.Module):
+    """SHSA with norm, scale and key bias folded into `qkv` and the output projection split in two.
+
+    Works at any grid; `img_size` of `deploy` sets `grid`, after which no shape is computed at run time and the norm
+    is one LayerNorm over (P, H, W).
+    """
+
+    def __init__(self, qkv: nn.Conv2d, proj1: nn.Conv2d, proj2: nn.Conv2d, act: nn.Module, qk_dim: int, eps: float):
+        super().__init__()
+        self.qkv = qkv
+        self.act = act
+        self.proj1 = proj1
+        self.proj2 = proj2
+        self.partial_dim = proj1.in_channels
+        self.split_dims = [proj1.in_channels, proj2.in_channels]
+        self.qkv_dims = [qk_dim, qk_dim, proj1.in_channels]
+        self.eps = eps
+        self.grid: tuple[int, int] | None = None
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """GroupNorm of one group without its affine: (B, P, H, W), statistics over P, H and W."""
+        if self.grid is not None:
+            return F.layer_norm(x, (self.partial_dim, self.grid[0], self.grid[1]), eps=self.eps)
+        x = x - x.mean((1, 2, 3), keepdim=True)
+        return x * torch.rsqrt((x * x).mean((1, 2, 3), keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        H, W = self.grid if self.grid is not None else (x.shape[2], x.shape[3])
+        x1, x2 = torch.split(x, self.split_dims, dim=1)  # (B, P, H, W) (B, C-P, H, W)
+        qkv = self.qkv(self._normalize(x1)).flatten(2)  # (B, 2D+P, N)
+        q, k, v = torch.split(qkv, self.qkv_dims, dim=1)  # (B, D, N) (B, D, N) (B, P, N)
+        attn = (q.transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
+        x1 = (v @ attn.transpose(1, 2)).reshape(-1, self.partial_dim, H, W)  # (B, P, H, W)
+        return self.proj1(self.act(x1)) + self.proj2(self.act(x2))
+
+
+class DeployedSqueezeExcite(nn.Module):
+    """Squeeze-excite with its mean as a global average pool, which every runtime has as one operator."""
+
+    def __init__(self, se: SqueezeExcite):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.gate = map(deepcopy, (se.fc1, se.act, se.fc2, se.gate))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.adaptive_avg_pool2d(x, 1)  # (B, C, 1, 1)
+        return x * self.gate(self.fc2(self.act(self.fc1(gate))))
+
+
+# --- layers and models ------------------------------------------------------------------------------------------------
+
+
+@singledispatch
+def fuse_layer(layer: nn.Module) -> nn.Module:
+    """The inference form of one layer of shvit.py (its parts as far as they have none of their own)."""
+    raise TypeError(f"{type(layer).__name__} has no inference form")
+
+
+@fuse_layer.register
+def _(layer: ConvNorm) -> nn.Module:
+    return fold_norm_into_conv(layer.c, layer.bn)
+
+
+@fuse_layer.register
+def _(layer: NormLinear) -> nn.Module:
+    return fold_norm_into_linear(layer.bn, layer.l)
+
+
+@fuse_layer.register
+def _(layer: Residual) -> nn.Module:
+    if isinstance(layer.m, ConvNorm):
+        return fold_identity_into_depthwise(fold_norm_into_conv(layer.m.c, layer.m.bn))
+    return layer
+
+
+@fuse_layer.register
+def _(layer: SqueezeExcite) -> nn.Module:
+    return DeployedSqueezeExcite(layer).train(layer.training)
+
+
+@fuse_layer.register
+def _(layer: SHSA) -> nn.Module:
+    if not isinstance(layer.pre_norm, GroupNorm1):
+        return layer  # another norm_layer: its parts are fused one by one
+    qk_dim, _, partial_dim = layer.qkv_dims
+    qkv = fold_norm_into_conv(layer.qkv.c, layer.qkv.bn)
+    qkv = fold_affine_into_conv(layer.pre_norm, qkv)
+    qkv = fold_scale_into_queries(qkv, qk_dim, layer.scale)
+    qkv = drop_key_bias(qkv, qk_dim)
+    act, proj = layer.proj
+    proj1, proj2 = split_projection(fold_norm_into_conv(proj.c, proj.bn), partial_dim)
+    deployed = DeployedSHSA(qkv, proj1, proj2, deepcopy(act), qk_dim, layer.pre_norm.eps)
+    return deployed.train(layer.training)
+
+
+def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> nn.Module:
+    """A copy of `model` in its inference form: the same outputs up to rounding, fewer and cheaper operators.
+
+    Args:
+        model: a SHViT, a `features_only` wrapper or a larger model that holds one, or any other timm model (which gets
+            timm's own `reparameterize_model`); in eval mode. It is left as it is.
+        img_size: input height and width in pixels, which fixes the token grids: the graph then has no shape
+            arithmetic. Without it the deployed model takes any size.
+
+    Returns:
+        The deployed copy. A distilled SHViT comes out with one head, the mean of its two.
+
+    Raises:
+        ValueError: `model` is in training mode, where BatchNorm is no fixed affine map.
+    """
+    if model.training:
+        raise ValueError("deploy() folds BatchNorm's running statistics, and this model is in training mode; "
+                         "call model.eval() first")  # fmt: skip
+    deployed = reparameterize_model(model)
+    if isinstance(deployed, SHViT) and deployed.distilled:
+        _merge_heads(deployed)
+    if img_size is not None:
+        _fix_grids(deployed, img_size)
+    return deployed
+
+
+def _merge_heads(model: SHViT) -> None:
+    if model.num_classes > 0:
+        model.head = average_linears(model.head, model.head_dist)  # type: ignore[arg-type]
+    model.head_dist = None
+    model.distilled = model.distilled_training = False
+
+
+@torch.no_grad()
+def _fix_grids(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Sets every attention's grid to the one it sees for an input of `img_size`, found by running one."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    attentions = [module for module in model.modules() if isinstance(module, DeployedSHSA)]
+    if not attentions:
+        return
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        grids[module] = tuple(inputs[0].shape[2:])
+
+    grids: dict[nn.Module, tuple[int, ...]] = {}
+    for attention in attentions:
+        attention.grid = None
+    hooks = [module.register_forward_pre_hook(record) for module in attentions]
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    try:
+        model(stem.weight.new_zeros(1, stem.in_channels, height, width))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for attention in attentions:
+        attention.grid = grids[attention]  # type: ignore[assignment]
