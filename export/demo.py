@@ -1,0 +1,177 @@
+"""The whole line on real photographs: train → export → verify → evaluate → time → one page.
+
+Each step is the command that a user would type, run through the command table.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shvit.cli import run
+from shvit.errors import CheckFailed
+from shvit.train.data import eval_loader, open_dataset
+from shvit.train.evaluate import Evaluation, evaluate
+
+from . import report
+from .bench import BenchResult
+from .onnx import read_spec
+from .runtimes import Predict, open_artefact, torch_predict
+
+MODEL = "shvit_s1"
+SHOWN = 18  # photographs in the page
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The held-out photographs, through PyTorch and through the exported file."""
+
+    torch: Evaluation
+    onnx: Evaluation
+
+
+def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> dict[str, Any]:
+    """Runs the line into the folder `output` and writes `output`/report.html.
+
+    Args:
+        data: a folder of class folders; elpv-dataset's solar cells where None.
+        epochs: of training; the recipe's where None.
+
+    Returns:
+        What each step returned, and the seconds it took.
+
+    Raises:
+        CheckFailed: an artefact drifts, or the ONNX file's accuracy is not PyTorch's.
+    """
+    seconds: dict[str, float] = {}
+
+    def step(name: str, *argv: object) -> dict[str, Any]:
+        words = [str(word) for word in argv]
+        console.rule(f"[bold]{name}")
+        console.print("$ shvit " + " ".join(words))
+        start = time.perf_counter()
+        result = run(words)
+        seconds[name] = round(time.perf_counter() - start, 1)
+        return result
+
+    options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs else ())]
+    trained = step("train", "train", "demo", "--output", output / "train", *options)
+    source = ["--model", MODEL, "--checkpoint", trained["checkpoint"], "--img-size", trained["img_size"]]
+    onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")
+    coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
+    model = torch_predict(_model(trained))
+    accuracy = _evaluate(output / "model.onnx", model, data)
+    console.print(f"held-out photographs: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
+    names = ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", output / "model.onnx"]
+    timed = step("time", "bench", "--models", *names, "--rounds", 7, "--output", output)
+    _write_report(output, data, trained, onnx, coreml, accuracy, timed)
+    console.rule()
+    console.print(f"open {output / 'report.html'}")
+    return {
+        "report": str(output / "report.html"),
+        "top1": accuracy.torch.top1,
+        "top1_onnx": accuracy.onnx.top1,
+        "n": accuracy.torch.n,
+        "certificate": onnx["certificate"],
+        "seconds": seconds,
+    }
+
+
+def _model(trained: dict[str, Any]) -> torch.nn.Module:
+    from shvit.checkpoint import create_model
+
+    return create_model(MODEL, trained["checkpoint"])
+
+
+def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
+    """Both accuracies on the same held-out photographs.
+
+    Raises:
+        CheckFailed: they differ.
+    """
+    spec = read_spec(artefact)
+    dataset = open_dataset(data, "val")
+    loader = eval_loader(dataset, spec.transform(), batch_size=32)
+    exported = open_artefact(artefact)
+    accuracy = Accuracy(evaluate(model, loader, spec.num_classes), evaluate(exported, loader, spec.num_classes))
+    if accuracy.torch.top1 != accuracy.onnx.top1:
+        raise CheckFailed(
+            f"{artefact} is right on {accuracy.onnx.top1:.2f} % of the held-out photographs, its model on "
+            f"{accuracy.torch.top1:.2f} %",
+            asdict(accuracy),
+        )
+    return accuracy
+
+
+def _predictions(artefact: Path, data: Path | None) -> list[report.Prediction]:
+    """What the exported file says of photographs spread evenly over the held-out ones."""
+    spec, predict = read_spec(artefact), open_artefact(artefact)
+    dataset, transform = open_dataset(data, "val"), spec.transform()
+    step = max(1, len(dataset) // SHOWN)
+    found = []
+    for index in range(0, len(dataset), step)[:SHOWN]:
+        photograph, target = dataset[index]
+        probability, predicted = predict(transform(photograph)[None]).softmax(dim=1).max(dim=1)
+        names = dataset.classes
+        found.append(report.Prediction(photograph, names[target], names[int(predicted)], float(probability)))
+    return found
+
+
+def _write_report(
+    output: Path,
+    data: Path | None,
+    trained: dict[str, Any],
+    onnx: dict[str, Any],
+    coreml: dict[str, Any],
+    accuracy: Accuracy,
+    timed: dict[str, Any],
+) -> None:
+    """report.html from what the steps returned."""
+    results = [BenchResult(**result) for result in timed["results"]]
+    certificate, structure = onnx["certificate"], coreml["structure"]
+    source = str(data) if data else "ELPV: electroluminescence photographs of solar cells (CC BY-NC-SA 4.0)"
+    drift = [
+        ("photographs compared", f"{certificate['images']} ({certificate['image_source']})"),
+        ("largest difference of two logits", f"{certificate['max_abs_error']:.1e}"),
+        ("relative to the largest logit", f"{certificate['max_rel_error']:.1e}"),
+        ("signal to noise", f"{certificate['snr_db']:.0f} dB"),
+        ("same top-1", f"{certificate['top1_agreement']:.1f} %"),
+        ("held-out accuracy, PyTorch", f"{accuracy.torch.top1:.2f} % of {accuracy.torch.n}"),
+        ("held-out accuracy, ONNX Runtime", f"{accuracy.onnx.top1:.2f} % of {accuracy.onnx.n}"),
+    ]
+    sections = [
+        report.Section(
+            "Photographs",
+            "Held-out photographs and what the ONNX file says of them.",
+            report.gallery(_predictions(output / "model.onnx", data)),
+        ),
+        report.Section(
+            "Training",
+            f"{MODEL} from scratch at {trained['img_size']} px for {trained['epochs']} epochs: "
+            f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out photographs.",
+            report.picture(output / "train" / "curves.png", "loss and accuracy over epochs"),
+        ),
+        report.Section(
+            "The exported file against its model",
+            "Logits of the ONNX file in ONNX Runtime against the trained model in PyTorch, before deployment.",
+            report.table(("figure", "value"), drift),
+        ),
+        report.Section(
+            "Core ML",
+            "Package read back and compared with the model it was made from; it has not been run on this machine.",
+            report.table(("operator", "count"), list(structure["operators"].items())),
+        ),
+        report.Section(
+            "Latency",
+            f"{results[0].device}; {results[0].threads} thread, median of {results[0].rounds} interleaved rounds, bars "
+            "to the 10th and 90th percentile. S1–S4 have random weights; model.onnx is the model trained above.",
+            report.picture(output / "bench.png", "latency of each model and runtime"),
+        ),
+    ]
+    made_with = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
+    lead = f"{MODEL} trained on real photographs, exported, verified and timed. Photographs: {source}."
+    report.write_page(output / "report.html", "SHViT, from photographs to phone", lead, sections, made_with)

@@ -1,0 +1,286 @@
+"""The commands info, eval, export, verify, bench and demo; see shvit/cli.py for how they are called."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from shvit.deploy import deploy
+from shvit.errors import InputError
+from shvit.files import write_whole
+
+from .runtimes import open_artefact, torch_predict
+from .spec import Spec, open_model
+from .verify import Certificate, certify, require, versions
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Info:
+    """MACs, parameters, activation bytes and tokens of a model, per stage and kind of layer."""
+
+    model: tyro.conf.Positional[str]
+    """A name that timm knows."""
+    img_size: int | None = None
+    """Input height and width in pixels; the model's own by default."""
+
+    def run(self) -> dict[str, Any]:
+        from .info import describe_layers
+
+        model, spec = open_model(self.model, None, self.img_size)
+        rows = describe_layers(model, spec)
+        params = sum(p.numel() for p in model.parameters())
+        table = Table(
+            "stage", "layer", *(_right(name) for name in ("n", "MMACs", "params", "activations kB", "tokens"))
+        )
+        for row in rows:
+            figures = (
+                f"{row.macs / 1e6:.1f}",
+                f"{row.params:,}",
+                f"{row.activation_bytes / 1e3:,.0f}",
+                f"{row.tokens}",
+            )
+            table.add_row(row.stage, row.kind, str(row.layers), *figures)
+        console.print(table)
+        macs = sum(row.macs for row in rows)
+        console.print(f"{self.model} at {spec.img_size} px: {macs / 1e9:.3f} GMACs, {params:,} parameters")
+        return {
+            "model": self.model,
+            "img_size": spec.img_size,
+            "macs": macs,
+            "params": params,
+            "layers": [asdict(row) for row in rows],
+        }
+
+
+def _right(name: str) -> Any:
+    from rich.table import Column
+
+    return Column(name, justify="right")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Top-1 and top-5 accuracy on a folder of class folders, of a checkpoint or of an exported file."""
+
+    data: Path
+    """A folder of class folders, or one that holds them under val/; `elpv` for the demo's held-out photographs."""
+    model: str = "shvit_s1"
+    """A name that timm knows; not needed with an artefact."""
+    checkpoint: Path | None = None
+    """Its weights, in any layout."""
+    ema: bool = False
+    """Take the checkpoint's averaged weights."""
+    artefact: Path | None = None
+    """An .onnx file of `shvit export`, in place of a model and checkpoint."""
+    img_size: int | None = None
+    """Input height and width in pixels; the model's own by default."""
+    batch_size: int = 32
+    """Images at a time."""
+
+    def run(self) -> dict[str, Any]:
+        from shvit.train.data import eval_loader, open_eval_dataset
+        from shvit.train.evaluate import evaluate
+
+        predict, spec = self._predict()
+        dataset = open_eval_dataset(None if str(self.data) == "elpv" else self.data)
+        if len(dataset.classes) != spec.num_classes:
+            raise InputError(f"{self.data} has {len(dataset.classes)} classes and the model {spec.num_classes}; "
+                             "evaluate on the classes that it was trained for")  # fmt: skip
+        loader = eval_loader(dataset, spec.transform(), self.batch_size)
+        result = evaluate(predict, loader, spec.num_classes)
+        console.print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  on {result.n} photographs")
+        return {"model": spec.model, **asdict(result)}
+
+    def _predict(self) -> tuple[Any, Spec]:
+        if self.artefact is None:
+            if self.checkpoint is None:
+                raise InputError("nothing trained to evaluate; give --checkpoint or --artefact")
+            model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
+            return torch_predict(model), spec
+        if self.checkpoint is not None:
+            raise InputError("--artefact and --checkpoint exclude each other: an artefact holds its weights")
+        from .onnx import read_spec
+
+        predict, spec = open_artefact(self.artefact), read_spec(self.artefact)
+        if self.img_size not in (None, spec.img_size):
+            raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
+        return predict, spec
+
+
+@dataclass(frozen=True)
+class _Export:
+    model: str
+    """A name that timm knows."""
+    output: Path
+    """The file to write; F.certificate.json is put beside it."""
+    checkpoint: Path | None = None
+    """Its weights, in any layout; random ones by default, which is of use for timing alone."""
+    ema: bool = False
+    """Take the checkpoint's averaged weights."""
+    img_size: int | None = None
+    """Input height and width in pixels; the model's own by default."""
+
+    def _prepare(self, suffix: str) -> tuple[nn.Module, nn.Module, Spec]:
+        if self.output.suffix != suffix:
+            raise InputError(f"--output {self.output} must end in {suffix}")
+        model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
+        return model, deploy(model, spec.img_size), spec
+
+
+def _certificate_path(artefact: Path) -> Path:
+    return artefact.with_name(artefact.name + ".certificate.json")
+
+
+@dataclass(frozen=True)
+class ExportOnnx(_Export):
+    """A verified ONNX file (float32): normalised image in, logits out."""
+
+    dynamic_batch: bool = False
+    """Leave the batch size open; 1 by default."""
+    images: Path | None = None
+    """A folder of photographs to verify with; scikit-image's bundled ones by default."""
+
+    def run(self) -> dict[str, Any]:
+        from .onnx import write_onnx
+
+        model, deployed, spec = self._prepare(".onnx")
+        with write_whole(self.output) as partial:
+            write_onnx(deployed, partial, spec, self.dynamic_batch)
+            reference, predict = torch_predict(model), open_artefact(partial)
+            certificate = certify(partial, reference, predict, spec, self.images, self.checkpoint, self.output.name)
+            require(certificate)
+            certificate.write(_certificate_path(self.output))
+        show(certificate)
+        return {"artefact": str(self.output), "certificate": asdict(certificate)}
+
+
+@dataclass(frozen=True)
+class ExportCoreml(_Export):
+    """A Core ML package (ML Program, float32, iOS 16): RGB image in, logits out; read back, structure checked."""
+
+    def run(self) -> dict[str, Any]:
+        from .coreml import check_structure, write_coreml
+
+        _, deployed, spec = self._prepare(".mlpackage")
+        with write_whole(self.output) as partial:
+            write_coreml(deployed, partial, spec)
+            structure = check_structure(deployed, partial, spec)
+            record = {"artefact": self.output.name, "input": asdict(spec), "structure": structure, "executed": False}
+            with write_whole(_certificate_path(self.output)) as certificate:
+                certificate.write_text(json.dumps({**record, "versions": versions()}, indent=2) + "\n")
+        counts = ", ".join(f"{n} {name}" for name, n in list(structure["operators"].items())[:5])
+        console.print(f"{self.output}: structure checked ({counts}, …); its answers are not checked on this machine")
+        return {"artefact": str(self.output), "structure": structure}
+
+
+EXPORT = {"onnx": ExportOnnx, "coreml": ExportCoreml}
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares an exported file with its model on photographs; exit status 1 if it drifts."""
+
+    artefact: tyro.conf.Positional[Path]
+    """An .onnx file of `shvit export`."""
+    model: str
+    """The model it was made from."""
+    checkpoint: Path | None = None
+    """The weights it was made from."""
+    ema: bool = False
+    """Take the checkpoint's averaged weights."""
+    images: Path | None = None
+    """A folder of photographs; scikit-image's bundled ones by default."""
+
+    def run(self) -> dict[str, Any]:
+        from .onnx import read_spec
+
+        predict, spec = open_artefact(self.artefact), read_spec(self.artefact)
+        model, _ = open_model(self.model, self.checkpoint, spec.img_size, self.ema)
+        certificate = certify(self.artefact, torch_predict(model), predict, spec, self.images, self.checkpoint)
+        show(certificate)
+        require(certificate)
+        return asdict(certificate)
+
+
+def show(certificate: Certificate) -> None:
+    """Prints a certificate for people."""
+    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
+    console.print(
+        f"{certificate.artefact} {verdict}: {certificate.images} photographs, largest error "
+        f"{certificate.max_abs_error:.1e} (relative {certificate.max_rel_error:.1e}), {certificate.snr_db:.0f} dB, "
+        f"top-1 agreement {certificate.top1_agreement:.1f} %"
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Latency of models and runtimes, interleaved round by round in one process; random weights."""
+
+    models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
+    """Names that timm knows, or .onnx files of `shvit export`."""
+    runtimes: list[str] = field(default_factory=lambda: ["torch", "onnxruntime"])
+    """torch (eager, deployed), onnxruntime."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    """Images at a time."""
+    threads: int = 1
+    """CPU threads of each runtime."""
+    img_size: int | None = None
+    """Input height and width in pixels; each model's own by default."""
+    rounds: int = 11
+    """How often each case takes its turn."""
+    output: Path | None = None
+    """A folder for bench.json and bench.png."""
+
+    def run(self) -> dict[str, Any]:
+        from rich.progress import Progress
+
+        from .bench import bench, write_results
+
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("rounds", total=self.rounds)
+            results = bench(
+                self.models,
+                self.runtimes,
+                self.batch_sizes,
+                self.threads,
+                self.img_size,
+                self.rounds,
+                lambda done: progress.update(task, completed=done),
+            )
+        table = Table("model", "runtime", *(_right(name) for name in ("px", "batch", "ms/image", "p10–p90", "ratio")))
+        for result in results:
+            spread = f"{result.latency_ms_p10:.2f}–{result.latency_ms_p90:.2f}"
+            where = (str(result.img_size), str(result.batch_size), f"{result.latency_ms_p50:.2f}")
+            table.add_row(result.model, result.runtime, *where, spread, f"{result.ratio_to_first:.2f}")
+        console.print(table)
+        console.print(f"{results[0].device}, {self.threads} thread(s), median of {self.rounds} interleaved rounds")
+        if self.output is not None:
+            from .report import plot_latency
+
+            write_results(results, self.output / "bench.json")
+            plot_latency(results, self.output / "bench.png")
+        return {"results": [asdict(result) for result in results]}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train, export, verify, evaluate and time on real photographs, offline; writes one page with pictures."""
+
+    output: Path = Path("demo")
+    """The folder for everything that is made; report.html is the page."""
+    data: Path | None = None
+    """Your own photographs, a folder of class folders; solar cells (PyPI package elpv-dataset) by default."""
+    epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Training epochs; the recipe's by default."""
+
+    def run(self) -> dict[str, Any]:
+        from .demo import demo
+
+        return demo(self.output, self.data, self.epochs)

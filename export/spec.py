@@ -1,0 +1,135 @@
+"""What a model wants to be fed: written into every artefact, and read back from it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shvit.checkpoint import create_model
+from shvit.errors import InputError
+
+MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Input and preprocessing of one model.
+
+    Photographs are resized so that the shorter side is `img_size / crop_pct`, centre-cropped to `img_size`, scaled to
+    0–1 and normalised as (x - mean) / std, channel order RGB.
+    """
+
+    model: str
+    img_size: int
+    """Height and width in pixels."""
+    in_chans: int
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, img_size: int | None = None) -> "Spec":
+        """The preprocessing that timm knows for `model`, at `img_size` pixels (the model's own where None).
+
+        Raises:
+            InputError: `img_size` is out of range, or the model takes another size only.
+        """
+        from timm.data import resolve_data_config
+
+        config = resolve_data_config(model=model)
+        in_chans, own_size, _ = config["input_size"]
+        size = own_size if img_size is None else img_size
+        if not 1 <= size <= MAX_IMG_SIZE:
+            raise InputError(f"--img-size {size} is out of range; choose 32 to {MAX_IMG_SIZE}, {own_size} by default")
+        if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
+            raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
+        return cls(
+            model=name,
+            img_size=size,
+            in_chans=in_chans,
+            num_classes=getattr(model, "num_classes", 0),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        return (self.in_chans, self.img_size, self.img_size)
+
+    def transform(self) -> Any:
+        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalised."""
+        from timm.data import create_transform
+
+        return create_transform(
+            input_size=self.shape,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        """Raises InputError for anything that `to_json` did not write."""
+        try:
+            fields = json.loads(text)
+            spec = cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+            if not 1 <= int(spec.img_size) <= MAX_IMG_SIZE:
+                raise ValueError(f"img_size {spec.img_size}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"the artefact's description of its input is not readable ({error})") from error
+        return spec
+
+    def blank(self, batch_size: int = 1) -> torch.Tensor:
+        """An input of the right shape: (batch_size, C, H, W), float32 zeros."""
+        return torch.zeros(batch_size, *self.shape)
+
+
+def open_model(
+    name: str, checkpoint: Path | None = None, img_size: int | None = None, ema: bool = False
+) -> tuple[nn.Module, Spec]:
+    """A timm model in eval mode and what it wants to be fed.
+
+    Args:
+        checkpoint: its weights, in any layout; where None, random ones (always the same) of a trained model's scale.
+        img_size: input height and width in pixels; the model's own where None.
+        ema: take the checkpoint's averaged weights.
+
+    Raises:
+        InputError: as `create_model` and `Spec.of`, or the model has no classifier.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(name, checkpoint, ema=ema)
+        if checkpoint is None:
+            randomize_norms(model)
+    spec = Spec.of(name, model, img_size)
+    if spec.num_classes == 0:
+        raise InputError(f"{checkpoint or name} has no classifier; a model with classes is needed here")
+    return model, spec
+
+
+@torch.no_grad()
+def randomize_norms(model: nn.Module) -> None:
+    """Draws every BatchNorm's weights and statistics.
+
+    A fresh model has branches whose weights are all zero, which runtimes fold away: neither its speed nor its
+    agreement with an artefact would mean anything.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
