@@ -67,13 +67,8 @@ def build_cases(
         models: timm names, or `.onnx` files of `shvit export`, which run in ONNX Runtime only.
 
     Raises:
-        InputError: an unknown model or runtime, a file that is no artefact of ours, an option out of range.
+        InputError: an unknown model, or a file that is no artefact of ours.
     """
-    for runtime in runtimes:
-        if runtime not in RUNTIMES:
-            raise InputError(f"unknown runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
-    if threads < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise InputError(f"--threads {threads} and --batch-sizes {batch_sizes} must be 1 or more")
     cases = []
     for name in models:
         for runtime, spec, predict in _predictors(name, runtimes, threads, img_size, folder):
@@ -167,7 +162,18 @@ def bench(
     rounds: int = 11,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[BenchResult]:
-    """Times every model in every runtime at every batch size; see `build_cases` and `run_rounds`."""
+    """Times every model in every runtime at every batch size; see `build_cases` and `run_rounds`.
+
+    Raises:
+        InputError: as `build_cases`, an unknown runtime, or an option out of range.
+    """
+    if unknown := set(runtimes) - set(RUNTIMES):
+        raise InputError(f"unknown runtime {unknown.pop()!r}; choose from {', '.join(RUNTIMES)}")
+    if not models or not runtimes or not batch_sizes:
+        raise InputError("nothing to time; give at least one model, one runtime and one batch size")
+    for option, value in (("--threads", threads), ("--batch-sizes", min(batch_sizes)), ("--rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{option} {value} must be 1 or more")
     previous = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         try:
