@@ -329,13 +329,13 @@ def write_checkpoint(state_dict: Mapping[str, torch.Tensor], path: str | os.Path
     Raises:
         InputError: another suffix, or the folder cannot be written to.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with write_whole(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(tensors, partial, metadata={"format": "pt"})
+            partial.write_bytes(save(tensors, metadata={"format": "pt"}))
         elif path.suffix in (".pth", ".pt"):
             torch.save({"model": tensors}, partial)
         else:

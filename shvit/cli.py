@@ -27,7 +27,7 @@ class Entry:
 COMMANDS = {
     "list": Entry("shvit.weights.main:List", "the models: parameters, GMACs, input size, published top-1, weights"),
     "info": Entry("shvit.export.main:Info", "one model, per stage and layer kind: MACs, parameters, activations"),
-    "train": Entry("shvit.train.main:RECIPES", "train by a recipe, on your folder of class folders"),
+    "train": Entry("shvit.train.main:TRAIN", "train by a recipe, on your folder of class folders"),
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),

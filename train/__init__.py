@@ -1,1 +1,1 @@
-"""x"""
+"""Training and evaluation. Installed as `shvit.train`."""

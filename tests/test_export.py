@@ -1,0 +1,194 @@
+"""Artefacts against onnx.checker, ONNX Runtime, coremltools and PyTorch."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from shvit.checkpoint import write_checkpoint
+from shvit.cli import run
+from shvit.errors import CheckFailed, InputError
+from shvit.export.onnx import operators, read_spec
+from shvit.export.spec import Spec, open_model, randomize_norms
+
+CLASSES = 5
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trained-looking S1 with five classes as a checkpoint, and its ONNX and Core ML files at 64 px."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(3)
+    model = timm.create_model("shvit_s1", num_classes=CLASSES)
+    randomize_norms(model)
+    write_checkpoint(model.state_dict(), folder / "s1.safetensors")
+    source = ["--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
+    results = {
+        "onnx": run(["export", "onnx", *source, "--output", f"{folder}/s1.onnx", "--dynamic-batch"]),
+        "coreml": run(["export", "coreml", *source, "--output", f"{folder}/s1.mlpackage"]),
+    }
+    return folder, model.eval(), results
+
+
+def test_onnx_file_is_valid_and_says_what_it_wants(made):
+    folder, model, _ = made
+    proto = onnx.load(folder / "s1.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    used = {name for node in proto.graph.node for name in node.input}
+    assert {tensor.name for tensor in proto.graph.initializer} <= used
+    assert not any("Identity" in name or "BatchNormalization" in name for name in operators(folder / "s1.onnx"))
+    spec = read_spec(folder / "s1.onnx")
+    assert spec == Spec.of("shvit_s1", model, 64)
+    assert spec.num_classes == CLASSES
+    assert spec.mean == timm.data.IMAGENET_DEFAULT_MEAN
+
+
+def test_onnx_file_gives_the_models_answers_at_any_batch(made):
+    folder, model, _ = made
+    session = onnxruntime.InferenceSession(folder / "s1.onnx", providers=["CPUExecutionProvider"])
+    for batch_size in (1, 3):
+        batch = torch.randn(batch_size, 3, 64, 64)
+        with torch.no_grad():
+            expected = model(batch)
+        np.testing.assert_allclose(session.run(None, {"image": batch.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_file_names_nothing_of_the_machine_it_was_made_on(made):
+    folder, _, _ = made
+    text = (folder / "s1.onnx").read_bytes()
+    assert b".py" not in text
+    assert b"site-packages" not in text
+
+
+def test_certificate_stands_beside_the_file_and_holds_its_hash(made):
+    folder, _, results = made
+    import hashlib
+
+    certificate = json.loads((folder / "s1.onnx.certificate.json").read_text())
+    assert certificate == results["onnx"]["certificate"]
+    assert certificate["artefact_sha256"] == hashlib.sha256((folder / "s1.onnx").read_bytes()).hexdigest()
+    assert certificate["checkpoint_sha256"] == hashlib.sha256((folder / "s1.safetensors").read_bytes()).hexdigest()
+    assert certificate["passed"]
+    assert certificate["images"] >= 20
+    assert certificate["top1_agreement"] == 100
+    assert certificate["snr_db"] > 90
+
+
+def test_coreml_package_reads_back_with_image_input_and_all_weights(made):
+    import coremltools as ct
+
+    folder, model, results = made
+    package = ct.models.MLModel(str(folder / "s1.mlpackage"), skip_model_load=True)
+    proto = package.get_spec()
+    source = proto.description.input[0]
+    assert (source.name, source.type.imageType.width, source.type.imageType.height) == ("image", 64, 64)
+    assert source.type.imageType.colorSpace == ct.proto.FeatureTypes_pb2.ImageFeatureType.RGB
+    assert list(proto.description.output[0].type.multiArrayType.shape) == [1, CLASSES]
+    kernels = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    assert results["coreml"]["structure"]["weights"] == kernels
+    assert Spec.from_json(package.user_defined_metadata["shvit.spec"]).img_size == 64
+    assert json.loads((folder / "s1.mlpackage.certificate.json").read_text())["executed"] is False
+
+
+def test_coreml_package_of_another_model_is_refused(made):
+    from shvit.deploy import deploy
+    from shvit.export.coreml import check_structure
+
+    folder, _, _ = made
+    other, spec = open_model("shvit_s2", img_size=64)
+    with pytest.raises(CheckFailed, match=r"weights is \d+ and should be \d+"):
+        check_structure(deploy(other, 64), folder / "s1.mlpackage", spec)
+
+
+def test_verify_accepts_the_right_weights_and_refuses_others(made, tmp_path):
+    folder, model, _ = made
+    options = ["verify", f"{folder}/s1.onnx", "--model", "shvit_s1"]
+    assert run([*options, "--checkpoint", f"{folder}/s1.safetensors"])["passed"]
+    state = model.state_dict()
+    state["stages.2.blocks.4.ffn.m.pw2.bn.bias"] = state["stages.2.blocks.4.ffn.m.pw2.bn.bias"] + 0.05
+    write_checkpoint(state, tmp_path / "other.safetensors")
+    with pytest.raises(CheckFailed, match="drifts") as failure:
+        run([*options, "--checkpoint", f"{tmp_path}/other.safetensors"])
+    assert failure.value.result["passed"] is False
+
+
+def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monkeypatch):
+    from shvit.export import onnx as exporter
+
+    folder, _, _ = made
+
+    def broken(model, *rest, **options):
+        with torch.no_grad():
+            model.head.weight.mul_(1.01)
+        return write(model, *rest, **options)
+
+    write = exporter.write_onnx
+    monkeypatch.setattr(exporter, "write_onnx", broken)
+    (tmp_path / "out").mkdir()
+    options = ["export", "onnx", "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"]
+    with pytest.raises(CheckFailed, match="drifts"):
+        run([*options, "--img-size", "64", "--output", f"{tmp_path}/out/s1.onnx"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_peers_of_timm_go_through_the_same_code(tmp_path):
+    source = ["--model", "mobilenetv4_conv_small", "--img-size", "64"]
+    result = run(["export", "onnx", *source, "--output", f"{tmp_path}/m.onnx"])
+    assert result["certificate"]["passed"]
+    assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+
+
+def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_path):
+    folder, _, _ = made
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 255, (80, 100, 3), dtype=np.uint8)).save(tmp_path / name)
+    options = ["verify", f"{folder}/s1.onnx", "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"]
+    assert run([*options, "--images", str(tmp_path)])["images"] == 2
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:300])
+    with pytest.raises(InputError, match=r"c\.jpg"):
+        run([*options, "--images", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["export", "onnx", "--model", "shvit_s5", "--output", "x.onnx"], "unknown model 'shvit_s5'"),
+        (["export", "onnx", "--model", "shvit_s1", "--output", "x.mlpackage"], "must end in .onnx"),
+        (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--img-size", "99999"], "out of range"),
+        (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--checkpoint", "no.pth"], "no such file"),
+        (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
+        (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artefact '.tflite'"),
+        (["eval", "--data", "."], "give --checkpoint or --artefact"),
+        (["bench", "--runtimes", "abacus"], "unknown runtime 'abacus'"),
+        (["bench", "--threads", "0"], "must be 1 or more"),
+    ],
+)
+def test_unusable_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        run(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_and_broken_onnx_files_are_refused(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"not onnx at all")
+    with pytest.raises(InputError, match=r"broken\.onnx"):
+        run(["verify", f"{tmp_path}/broken.onnx", "--model", "shvit_s1"])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["image"], ["logits"])],
+        "foreign",
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, 8, 8])],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, 3, 8, 8])],
+    )
+    foreign = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(InputError, match="not written by `shvit export`"):
+        run(["verify", f"{tmp_path}/foreign.onnx", "--model", "shvit_s1"])

@@ -1,0 +1,76 @@
+"""The wheel and the sdist, as a user gets them."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """A folder with the sdist and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    build = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean_python(dist, tmp_path_factory):
+    """A virtual environment with the wheel alone; the dependencies are those of the environment that runs the tests."""
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(str(Path(torch.__file__).parent.parent))  # its own .pth files are not read
+    python = folder / "bin" / "python"
+    (wheel,) = dist.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    return python
+
+
+def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {"shvit": "shvit", "weights": "shvit/weights", "train": "shvit/train", "export": "shvit/export"}
+    for folder, installed in folders.items():
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"{installed}/{path.name}" in names
+    assert "shvit/weights/manifest.toml" in names
+    assert "shvit/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {"shvit", "shvit-0.1.0.dist-info"}
+
+
+def test_sdist_can_be_built_from(dist):
+    """The wheel was built from it; it holds the licence and the README too."""
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "shvit/shvit.py", "train/recipe.py"} <= names
+
+
+def test_wheel_works_in_a_clean_environment_from_another_folder(clean_python, tmp_path):
+    def shvit(*argv: str) -> dict:
+        command = [clean_python.with_name("shvit"), *argv]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert {"shvit_s1", "shvit_s4"} <= {model["model"] for model in shvit("list")["models"]}
+    result = shvit("export", "onnx", "--model", "shvit_s1", "--img-size", "64", "--output", "s1.onnx")
+    assert result["certificate"]["passed"]
+    assert (tmp_path / "s1.onnx").is_file()
+
+
+def test_installed_package_is_not_the_source_folder(clean_python, tmp_path):
+    code = "import shvit, shvit.train.recipe as r; print(shvit.__file__); print(r.__file__)"
+    done = subprocess.run([clean_python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for line in done.stdout.split():
+        assert str(clean_python.parent.parent) in line

@@ -1,0 +1,51 @@
+"""The error figures against numpy, and what must fail."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from shvit.errors import CheckFailed, InputError
+from shvit.export.verify import compare, find_images
+
+
+def test_figures_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((6, 10))
+    b = a + 1e-3 * rng.standard_normal((6, 10))
+    figures = compare(torch.from_numpy(a), torch.from_numpy(b))
+    assert figures["max_abs_error"] == pytest.approx(np.abs(a - b).max())
+    assert figures["max_rel_error"] == pytest.approx((np.abs(a - b).max(1) / np.abs(a).max(1)).max())
+    assert figures["snr_db"] == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
+    assert figures["top1_agreement"] == 100
+
+
+def test_agreement_counts_photographs():
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    output = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert compare(reference, output)["top1_agreement"] == 75
+
+
+def test_identical_logits_give_a_finite_figure_that_json_can_hold():
+    logits = torch.randn(3, 4)
+    figures = compare(logits, logits)
+    assert figures["snr_db"] == 200
+    json.dumps(figures, allow_nan=False)
+
+
+def test_nan_and_wrong_shapes_fail():
+    logits = torch.randn(3, 4)
+    with pytest.raises(CheckFailed, match="NaN"):
+        compare(logits, torch.full_like(logits, torch.nan))
+    with pytest.raises(CheckFailed, match="shape"):
+        compare(logits, logits[:, :3])
+
+
+def test_default_photographs_are_scikit_images(tmp_path):
+    names = {path.name for path in find_images(None)}
+    assert {"astronaut.png", "coffee.png", "chelsea.png"} <= names
+    with pytest.raises(InputError, match="no photographs"):
+        find_images(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        find_images(tmp_path / "nowhere")

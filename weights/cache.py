@@ -1,0 +1,151 @@
+"""The cache of downloaded checkpoints, and the hashes recorded there: the first download of a file is trusted, every
+later file of its name must be the same."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from shvit.errors import CheckFailed, InputError
+from shvit.files import sha256, write_whole
+
+from .download import Report, download
+from .manifest import SHA256, Published
+
+__all__ = ["Locked", "Obtained", "cache_folder", "expected_hash", "obtain", "read_lock"]
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $SHVIT_CACHE, else $XDG_CACHE_HOME/shvit, else ~/.cache/shvit. It may not exist yet."""
+    if own := os.environ.get("SHVIT_CACHE"):
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "shvit"
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A downloaded file as it was first seen."""
+
+    sha256: str
+    size_bytes: int
+    url: str
+    date: str
+    """ISO date (UTC) of the first download."""
+
+
+def read_lock(cache: Path) -> dict[str, Locked]:
+    """What lock.json of a cache records, by checkpoint name; empty where nothing was recorded yet.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = cache / "lock.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        locked = {name: Locked(**record) for name, record in content.items()}
+        damaged = [name for name, record in locked.items() if not SHA256.fullmatch(record.sha256)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a readable lock file ({error}); restore it, or remove it to trust anew"
+        ) from error
+    if damaged:
+        raise InputError(f"{path}: the hash of {damaged[0]} is no sha256; restore the file, or remove it to trust anew")
+    return locked
+
+
+def _lock(cache: Path, name: str, record: Locked) -> None:
+    records = {**read_lock(cache), name: record}
+    with write_whole(cache / "lock.json") as partial:
+        content = {key: asdict(value) for key, value in sorted(records.items())}
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def expected_hash(entry: Published, cache: Path) -> str | None:
+    """The hash that a file of this name must have: the manifest's, or the first download's; None where neither is."""
+    record = read_lock(cache).get(entry.name)
+    return entry.sha256 or (record.sha256 if record else None)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A checkpoint in the cache whose hash is now on record."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    fetched: bool
+    """False where the cache held it already."""
+    first_use: bool
+    """Nothing was known to compare its hash with: it is trusted from now on, not verified."""
+
+
+def obtain(entry: Published, url: str, report: Report) -> Obtained:
+    """The published file from the cache or from `url`, proved to be the right model before its hash is recorded.
+
+    Raises:
+        InputError: as `download`, another process is downloading, or the cache cannot be written.
+        CheckFailed: the file is not what was published, or not what was downloaded first.
+    """
+    cache = cache_folder()
+    path = cache / entry.file_name
+    with _alone(cache):
+        expected = expected_hash(entry, cache)
+        digest = sha256(path) if path.is_file() else ""
+        fetched = not digest or expected not in (None, digest)
+        if fetched:
+            advice = "nothing was kept; name another address with --url"
+            digest = download(url, path, expected, lambda partial: _prove(entry, partial, url, advice), report)
+        elif expected is None:
+            _prove(entry, path, str(path), "remove the file and run it again")
+        size = path.stat().st_size
+        if expected is None:
+            date = datetime.now(timezone.utc).date().isoformat()
+            _lock(cache, entry.name, Locked(digest, size, url, date))
+    return Obtained(path, digest, size, fetched, expected is None)
+
+
+def _prove(entry: Published, path: Path, source: str, advice: str) -> None:
+    """Raises unless the file loads strictly as the entry's model; a detector's file is left to its hash alone."""
+    from .layouts import identify
+
+    if entry.task != "classification":
+        return
+    try:
+        identity = identify(path)
+    except InputError as error:
+        problem = str(error)
+    else:
+        if identity.model == entry.model:
+            return
+        problem = f"it is a {identity.model}"
+    raise CheckFailed(f"{source}: should be {entry.name}, and is not ({problem}); {advice}",
+                      {"name": entry.name, "source": source, "problem": problem})  # fmt: skip
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Keeps other processes from downloading into the cache."""
+    from filelock import FileLock, Timeout  # comes with torch and huggingface_hub
+
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / ".pull.lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{cache}: another download into this cache is under way; wait until it ends") from error
+    except OSError as error:
+        raise InputError(f"{cache}: cannot be written ({error}); set SHVIT_CACHE to a folder that can") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,92 @@
+"""What a checkpoint file holds, and the same parameters in another layout."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from shvit.checkpoint import StateDict, create_model, read_checkpoint, read_state_dict, to_reference
+from shvit.deploy import deploy
+from shvit.errors import InputError
+from shvit.shvit import VARIANTS
+
+__all__ = ["Identity", "Layout", "convert", "identify", "variant_of"]
+
+Layout = Literal["timm", "reference", "deployed"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file was found to hold; it loads strictly into the model of this description."""
+
+    layout: Layout
+    model: str
+    num_classes: int
+    distilled: bool
+    params: int
+    beside: int
+    """Tensors of a larger model (a detector's neck and heads) beside the SHViT."""
+
+
+def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    """The variant with the widths and depths of these parameters (our names, deployed or not); None if none has."""
+    embed_dim, depth = [], []
+    for stage in range(3):
+        blocks = f"stages.{stage}.blocks."
+        depth.append(len({name.split(".")[3] for name in state_dict if name.startswith(blocks)}))
+        convs = (state_dict.get(f"{blocks}0.conv.{name}") for name in ("m.c.weight", "weight"))
+        embed_dim.append(next((conv.shape[0] for conv in convs if conv is not None), 0))
+    for name, variant in VARIANTS.items():
+        if (variant.embed_dim, variant.depth) == (tuple(embed_dim), tuple(depth)):
+            return name
+    return None
+
+
+def identify(path: str | os.PathLike, ema: bool = False) -> Identity:
+    """Reads a SHViT checkpoint and loads it strictly.
+
+    Raises:
+        InputError: as `read_checkpoint`, or it fits none of the variants.
+    """
+    return _open(path, ema)[0]
+
+
+def convert(path: str | os.PathLike, to: Layout, ema: bool = False) -> tuple[Identity, StateDict]:
+    """What `path` holds, and its parameters in the layout `to`; between timm and reference names alone change.
+
+    Raises:
+        InputError: as `identify`, or the file is deployed, from which there is no way back.
+    """
+    identity, state_dict, model = _open(path, ema)
+    if identity.layout == "deployed" and to != "deployed":
+        raise InputError(f"{path}: holds a deployed model, whose norms are folded for good; convert the checkpoint "
+                         "it was made from")  # fmt: skip
+    if to == "reference":
+        return identity, to_reference(state_dict)
+    if to == "deployed" and identity.layout != "deployed":
+        return identity, deploy(model).state_dict()
+    return identity, state_dict
+
+
+def _open(path: str | os.PathLike, ema: bool) -> tuple[Identity, StateDict, nn.Module]:
+    """What the file holds, its parameters under our names, and the model with them."""
+    checkpoint = read_checkpoint(path, ema)
+    state_dict = checkpoint.state_dict
+    name = variant_of(state_dict)
+    if name is None:
+        raise InputError(f"{path}: holds a SHViT of other widths or depths than {', '.join(VARIANTS)}; "
+                         "train and convert one of these")  # fmt: skip
+    stem = state_dict["patch_embed.0.weight" if checkpoint.deployed else "patch_embed.0.c.weight"]
+    model = create_model(name, path, ema=ema, in_chans=stem.shape[1])
+    params = sum(parameter.numel() for parameter in model.parameters())
+    layout: Layout = "deployed" if checkpoint.deployed else "timm"
+    if any("blocks1." in key for key in read_state_dict(checkpoint.path, ema)):
+        layout = "reference"
+    return (
+        Identity(layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped)),
+        state_dict,
+        model,
+    )
