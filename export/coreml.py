@@ -16,6 +16,9 @@ from .spec import Spec
 class Normalized(nn.Module):
     """The model behind its own normalisation: takes RGB in 0–1, as Core ML's image input gives it at scale 1/255."""
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, model: nn.Module, spec: Spec):
         super().__init__()
         self.model = model

@@ -23,6 +23,7 @@ from .runtimes import Predict, open_artefact, torch_predict
 
 MODEL = "shvit_s1"
 SHOWN = 18  # photographs in the page
+SHOWN_WRONG = 6
 console = Console(soft_wrap=True)
 
 
@@ -108,17 +109,25 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
 
 
 def _predictions(artefact: Path, data: Path | None) -> list[report.Prediction]:
-    """What the exported file says of photographs spread evenly over the held-out ones."""
+    """What the exported file says of held-out photographs: up to `SHOWN_WRONG` mistakes among right answers."""
     spec, predict = read_spec(artefact), open_artefact(artefact)
     dataset, transform = open_dataset(data, "val"), spec.transform()
-    step = max(1, len(dataset) // SHOWN)
-    found = []
-    for index in range(0, len(dataset), step)[:SHOWN]:
-        photograph, target = dataset[index]
-        probability, predicted = predict(transform(photograph)[None]).softmax(dim=1).max(dim=1)
-        names = dataset.classes
-        found.append(report.Prediction(photograph, names[target], names[int(predicted)], float(probability)))
-    return found
+    targets = [target for _, target in dataset.samples]
+    answers = [predict(transform(photograph)[None]).softmax(dim=1)[0] for photograph, _ in dataset]
+    right = [int(answer.argmax()) == target for answer, target in zip(answers, targets, strict=True)]
+
+    def spread(indices: list[int], count: int) -> list[int]:
+        return indices[:: max(1, len(indices) // count)][:count]
+
+    shown = spread([index for index, hit in enumerate(right) if not hit], SHOWN_WRONG)
+    shown += spread([index for index, hit in enumerate(right) if hit], SHOWN - len(shown))
+    names = dataset.classes
+    return [
+        report.Prediction(
+            dataset[index][0], names[targets[index]], names[int(answers[index].argmax())], float(answers[index].max())
+        )
+        for index in sorted(shown)
+    ]
 
 
 def _write_report(
@@ -146,13 +155,13 @@ def _write_report(
     sections = [
         report.Section(
             "Photographs",
-            "Held-out photographs and what the ONNX file says of them.",
+            "Held-out photographs and what the ONNX file says of them, mistakes among them.",
             report.gallery(_predictions(output / "model.onnx", data)),
         ),
         report.Section(
             "Training",
             f"{MODEL} from scratch at {trained['img_size']} px for {trained['epochs']} epochs: "
-            f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out photographs.",
+            f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out photographs, which also chose the best epoch.",
             report.picture(output / "train" / "curves.png", "loss and accuracy over epochs"),
         ),
         report.Section(

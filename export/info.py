@@ -34,7 +34,7 @@ def describe_layers(model: nn.Module, spec: Spec) -> list[Row]:
     parts = _parts(model)
     outputs: dict[nn.Module, torch.Tensor] = {}
     hooks = [part.register_forward_hook(lambda m, _, out: outputs.update({m: out})) for _, _, part in parts]
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(spec.blank())
     for hook in hooks:

@@ -46,7 +46,7 @@ def remove(path: Path) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's content."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

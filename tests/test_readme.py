@@ -24,7 +24,7 @@ def model_table() -> str:
     rows = ["| model | parameters | GMACs | input | ImageNet top-1 |", "| --- | --- | --- | --- | --- |"]
     for row in map(describe, names("shvit*")):
         size = row.img_size[0]
-        rows.append(f"| `{row.model}` | {row.params / 1e6:.1f} M | {row.gmacs:.2f} | {size} px | {row.top1} % |")
+        rows.append(f"| `{row.model}` | {row.params / 1e6:.1f} M | {row.gmacs:.2f} | {size} px | {row.top1:.2f} % |")
     return "\n".join(rows)
 
 
@@ -48,10 +48,10 @@ GENERATED = {"models": model_table, "tree": file_tree}
 @pytest.mark.parametrize("part", GENERATED)
 def test_generated_part_is_up_to_date(part):
     text = README.read_text()
-    pattern = rf"(<!-- {part}: generated -->\n)(.*?)(\n<!-- end -->)"
+    pattern = rf"(<!-- {part}: generated -->\n)(.*?)(<!-- end -->)"
     found = re.search(pattern, text, re.DOTALL)
     assert found, f"README.md has no part {part}"
-    expected = GENERATED[part]()
+    expected = GENERATED[part]() + "\n"
     if os.environ.get("SHVIT_REFRESH_README"):
         README.write_text(text[: found.start(2)] + expected + text[found.end(2) :])
     else:

@@ -109,6 +109,13 @@ def test_folder_with_another_recipes_run_is_refused(recipe, tmp_path):
         train(replace(recipe, epochs=1, optim=replace(recipe.optim, lr=1e-3)), tmp_path)
 
 
+def test_damaged_state_is_named(recipe, tmp_path):
+    train(replace(recipe, epochs=1), tmp_path)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"last\.pt: damaged"):
+        train(replace(recipe, epochs=1), tmp_path)
+
+
 def test_diverged_loss_stops_with_figures_and_keeps_what_was_finished(recipe, tmp_path):
     with pytest.raises(CheckFailed, match=r"the loss is .* learning rate .*, epoch 1, step \d+"):
         train(replace(recipe, optim=Optim(lr=1e30, warmup_epochs=0, clip_grad=1e30)), tmp_path)

@@ -164,7 +164,7 @@ def train_loader(dataset: Photographs, recipe: Recipe, mean: Sequence[float], st
 
     augment = recipe.augment
     return create_loader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # any map-style dataset with a `transform` will do
         input_size=(3, recipe.img_size, recipe.img_size),
         batch_size=min(recipe.batch_size, len(dataset)),
         is_training=True,
@@ -172,7 +172,7 @@ def train_loader(dataset: Photographs, recipe: Recipe, mean: Sequence[float], st
         scale=augment.scale,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter,
         interpolation="bilinear",
         mean=tuple(mean),
         std=tuple(std),

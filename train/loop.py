@@ -82,12 +82,12 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     _claim(output, recipe)
     run, batches, held_out_batches = _set_up(recipe, training, held_out)
     if (output / "last.pt").exists():
-        run.load_state_dict(torch.load(output / "last.pt", weights_only=True))
+        _resume(run, output / "last.pt")
         console.print(f"{output}: {len(run.log)} of {recipe.epochs} epochs are done, going on")
     else:
         console.print(
             f"{recipe.model} at {recipe.img_size} px, {len(training)} photographs of {len(training.classes)} classes "
-            f"and {len(held_out)} held out, learning rate {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
+            f"and {len(held_out)} held out, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
     for epoch in range(len(run.log), recipe.epochs):
         random_seed(recipe.seed, epoch + 1)  # an epoch draws the same after an interruption
@@ -125,9 +125,16 @@ def _claim(output: Path, recipe: Recipe) -> None:
         partial.write_text(yaml.safe_dump({"recipe": recipe.as_dict(), "versions": versions}, sort_keys=False))
 
 
+def _resume(run: Run, path: Path) -> None:
+    try:
+        run.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise InputError(f"{path}: damaged ({type(error).__name__}); choose another --output") from error
+
+
 def _set_up(recipe: Recipe, training: Any, held_out: Any) -> tuple[Run, DataLoader, DataLoader]:
     model = timm.create_model(recipe.model, num_classes=len(training.classes))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
     batches = train_loader(training, recipe, config["mean"], config["std"])
     held_out_batches = eval_loader(held_out, create_transform(**config), 2 * recipe.batch_size, recipe.data.workers)

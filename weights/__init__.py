@@ -1,1 +1,1 @@
-"""Installed as shvit.weights: which checkpoints exist, where they come from, how to get, check and convert them."""
+"""Which checkpoints exist, where they come from, how to get, check and convert them. Installed as `shvit.weights`."""

@@ -1,0 +1,117 @@
+"""The folders are the architecture: imports point one way, and the package list is the folders'."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+MAY_IMPORT = {  # besides itself
+    "shvit": set(),
+    "weights": {"shvit"},
+    "train": {"shvit", "weights"},
+    "export": {"shvit", "weights", "train.data", "train.evaluate"},
+    "detection": {"shvit", "weights", "train.data", "train.evaluate"},
+}
+
+
+def imported(source: str) -> list[str]:
+    """Every absolute module name that a source imports."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+            names.append("..")  # out of the folder
+    return names
+
+
+def violations(folder: str, source: str) -> list[str]:
+    """The imports of a module in `folder` that point the wrong way."""
+    wrong = []
+    for name in imported(source):
+        first, _, rest = name.partition(".")
+        if name == ".." or (first != "shvit" and first in MAY_IMPORT):
+            wrong.append(name)  # `import train` finds the source folder, not the package
+        elif first == "shvit" and rest.partition(".")[0] in MAY_IMPORT and rest != "shvit":
+            below = rest.partition(".")[0]
+            if below not in (folder, "shvit") and not any(
+                rest == allowed or rest.startswith(allowed + ".") or allowed.startswith(rest)
+                for allowed in MAY_IMPORT[folder]
+            ):
+                wrong.append(name)
+        if name.endswith(".main") and first == "shvit":
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_point_one_way(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert violations(folder, path.read_text()) == [], path.name
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("shvit", "from shvit.train.data import x"),
+        ("shvit", "def f():\n    import shvit.export"),
+        ("weights", "from shvit.train import recipe"),
+        ("train", "from shvit.export.verify import certify"),
+        ("export", "from shvit.train.loop import train"),
+        ("export", "from shvit.train import loop"),
+        ("export", "import train"),
+        ("train", "from ..shvit import SHViT"),
+        ("export", "from shvit.weights.main import List"),
+    ],
+)
+def test_a_wrong_arrow_is_found(folder, source):
+    assert violations(folder, source)
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("export", "from shvit.train.data import open_image"),
+        ("export", "from shvit.deploy import deploy"),
+        ("train", "from .recipe import Recipe"),
+        ("weights", "import shvit.shvit"),
+    ],
+)
+def test_a_right_arrow_is_not(folder, source):
+    assert violations(folder, source) == []
+
+
+def test_package_list_is_the_folders():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    installed = {folder: "shvit" if folder == "shvit" else f"shvit.{folder}" for folder in FOLDERS}
+    assert sorted(tool["packages"]) == sorted(installed.values())
+    assert tool["package-dir"] == {name: folder for folder, name in installed.items()}
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "shvit"])
+def test_each_package_says_what_it_is_installed_as(folder):
+    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+    assert f"`shvit.{folder}`" in docstring
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
+def test_each_folder_has_a_readme_and_no_file_is_long(folder):
+    assert (ROOT / folder / "README.md").stat().st_size > 200
+    for path in (ROOT / folder).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 600, path.name
+
+
+def test_no_file_above_200_kb_is_kept():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).exists()}
+    assert {name: size for name, size in sizes.items() if size > 200_000} == {}

@@ -1,0 +1,119 @@
+"""The program as a shell sees it: exit status, one line of error, JSON last, nothing imported too early."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from shvit import cli
+from shvit.errors import InputError
+
+
+def program(*argv: str, **options) -> subprocess.CompletedProcess:
+    """`shvit argv` in a process of its own."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'shvit'; from shvit.cli import program; program()",
+        *argv,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('\\n'.join(sys.modules), file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stderr.split())
+
+
+def test_help_names_every_command_and_imports_no_torch():
+    start = "import sys; sys.argv = ['shvit', '--help']\nfrom shvit.cli import program"
+    code = f"{start}\ntry:\n    program()\nexcept SystemExit: pass"
+    loaded = modules_after(code)
+    assert not loaded & {"torch", "timm", "tyro", "rich", "numpy"}
+    done = program("--help")
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+
+
+def test_importing_shvit_brings_no_tool_that_only_commands_need():
+    loaded = modules_after("import shvit")
+    assert "timm" in loaded
+    assert not loaded & {"onnx", "onnxruntime", "coremltools", "matplotlib", "tyro", "skimage", "elpv_dataset"}
+    assert not any(name.startswith(("shvit.train", "shvit.export", "shvit.weights")) for name in loaded)
+
+
+def test_result_is_the_last_line_as_json():
+    done = program("info", "shvit_s1", "--img-size", "64")
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])["params"] == 6_330_808
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tran"], "unknown command 'tran'; did you mean `shvit train`?"),
+        (["frobnicate"], "choose from list, info, train"),
+        (["bench", "--modles", "x"], "did you mean --models"),
+        (["info"], "Missing"),
+        (["info", "shvit_s7"], "unknown model 'shvit_s7'; choose from shvit_s1"),
+        (["info", "shvit_s1", "--img-size", "many"], "--img-size"),
+        (["export", "onyx"], "onnx, coreml"),
+        (["weights", "pull", "nothing_like_it"], "nothing_like_it"),
+    ],
+)
+def test_unusable_input_is_one_line_on_stderr_and_status_2(argv, message):
+    done = program(*argv)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback():
+    done = program("info", "shvit_s7", "--debug")
+    assert "Traceback" in done.stderr
+    assert done.returncode != 0
+
+
+def test_a_check_that_does_not_hold_is_status_1_with_its_figures(tmp_path):
+    assert (
+        program(
+            "export", "onnx", "--model", "shvit_s1", "--img-size", "32", "--output", f"{tmp_path}/a.onnx"
+        ).returncode
+        == 0
+    )
+    done = program("verify", f"{tmp_path}/a.onnx", "--model", "shvit_s2")
+    assert done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["passed"] is False
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_package_names_its_extra(monkeypatch):
+    def absent(name: str):
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr(cli.importlib, "import_module", absent)
+    with pytest.raises(InputError, match=r"pip install 'shvit\[export\]'"):
+        cli.run(["bench"])
+
+
+def test_missing_module_of_ours_is_a_bug_and_not_hidden(monkeypatch):
+    def absent(name: str):
+        raise ModuleNotFoundError("No module named 'shvit.exporter'", name="shvit.exporter")
+
+    monkeypatch.setattr(cli.importlib, "import_module", absent)
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(["bench"])
+
+
+def test_every_command_has_help():
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.run([name, "--help"])
+        assert stop.value.code in (0, None), name
