@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from shvit import terminal
 from shvit.cli import run
 from shvit.errors import CheckFailed
 from shvit.train.data import eval_loader, open_dataset
@@ -24,7 +24,7 @@ from .runtimes import Predict, open_artefact, torch_predict
 MODEL = "shvit_s1"
 SHOWN = 18  # photographs in the page
 SHOWN_WRONG = 6
-console = Console(soft_wrap=True)
+console = terminal.console()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
 
     def step(name: str, *argv: object) -> dict[str, Any]:
         words = [str(word) for word in argv]
-        console.rule(f"[bold]{name}")
+        console.rule(name)
         console.print("$ shvit " + " ".join(words))
         start = time.perf_counter()
         result = run(words)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from shvit import terminal
 from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
@@ -18,7 +18,7 @@ from .runtimes import open_artefact, torch_predict
 from .spec import Spec, open_model
 from .verify import Certificate, certify, require, versions
 
-console = Console(soft_wrap=True)
+console = terminal.console()
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Eval:
                              "evaluate on the classes that it was trained for")  # fmt: skip
         loader = eval_loader(dataset, spec.transform(), self.batch_size)
         result = evaluate(predict, loader, spec.num_classes)
-        console.print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  on {result.n} photographs")
+        top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
+        console.print(f"top-1 {result.top1:.2f} %{top5} on {result.n} photographs")
         return {"model": spec.model, **asdict(result)}
 
     def _predict(self) -> tuple[Any, Spec]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import shvit.shvit
+from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.files import write_whole
@@ -30,7 +30,7 @@ from .data import eval_loader, open_dataset, train_loader
 from .evaluate import evaluate
 from .recipe import Recipe, differences
 
-console = Console(soft_wrap=True)
+console = terminal.console()
 
 
 @dataclass

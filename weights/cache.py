@@ -1,5 +1,7 @@
-"""The cache of downloaded checkpoints, and the hashes recorded there: the first download of a file is trusted, every
-later file of its name must be the same."""
+"""The cache of downloaded checkpoints, and the hashes recorded there.
+
+The first download of a file is trusted; every later file of its name must be the same.
+"""
 
 import json
 import os

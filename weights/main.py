@@ -1,7 +1,6 @@
 """The commands `shvit list` and `shvit weights {list,pull,check,convert}`; shvit/cli.py says how they are called."""
 
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,17 +13,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Column, Table
 from tyro.conf import Positional, arg
 
+from shvit import terminal
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, write_whole
 
 from .cache import cache_folder, expected_hash, obtain, read_lock
 from .download import Report
 from .manifest import Published, find, read_manifest
-
-
-def _console() -> Console:
-    """As wide as the terminal; wide enough for every table where the output goes to a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 
 def _right(*names: str) -> list[Column]:
@@ -48,7 +43,7 @@ class List:
     def run(self) -> dict[str, Any]:
         from .models import describe, names
 
-        console = _console()
+        console = terminal.console()
         rows = [describe(name) for name in names(self.pattern)]
         table = Table("model", *_right("params", "GMACs", "input px", "top-1 %"), "weights")
         for row in rows:
@@ -87,7 +82,7 @@ class WeightsList:
             note = sources.index(entry.accuracy_source) + 1
             table.add_row(entry.name, "yes" if cached else "no", known, entry.license, f"{accuracy} [{note}]")
             rows.append({**asdict(entry), "cached": cached, "hash": known, "sha256": expected_hash(entry, cache)})
-        console = _console()
+        console = terminal.console()
         console.print(table)
         for number, source in enumerate(sources, start=1):
             console.print(f"[{number}] {source}")
@@ -112,7 +107,7 @@ class Pull:
         if self.output and (self.output.suffix != suffix or self.output.is_dir()):
             raise InputError(f"--output {self.output}: {entry.name} is a {suffix} file; give a file name that ends so "
                              "(`shvit weights convert` makes other kinds)")  # fmt: skip
-        console, url = _console(), self.url or entry.url
+        console, url = terminal.console(), self.url or entry.url
         with _progress(console, entry.name) as report:
             obtained = obtain(entry, url, report)
         if self.output:
@@ -184,7 +179,7 @@ class Check:
             figures = ("layout", "model", "num_classes", "params", "distilled")
             identity = [str((check.identity or {}).get(key, "")) for key in figures]
             table.add_row(check.target, check.hash, *identity, check.problem or "yes")
-        _console().print(table)
+        terminal.console().print(table)
         result = {"checks": [asdict(check) for check in checks]}
         problems = [f"{check.target}: {check.problem}" for check in checks if check.problem]
         if problems:
@@ -247,7 +242,7 @@ class Convert:
 
         identity, state_dict = convert(self.src, self.to, self.ema)
         write_checkpoint(state_dict, self.dst)
-        console = _console()
+        console = terminal.console()
         console.print(f"{self.src} ({identity.layout} {identity.model}, {identity.num_classes} classes) → "
                       f"{self.dst} ({self.to}, {len(state_dict)} tensors)")  # fmt: skip
         if identity.beside:

@@ -1,4 +1,7 @@
-"""The models that timm knows, and figures of ours: counted from the model itself, published ones from the manifest."""
+"""The models that timm knows, and figures of ours.
+
+Counts come from the model itself, published figures from the manifest.
+"""
 
 import fnmatch
 from dataclasses import dataclass
