@@ -113,7 +113,7 @@ def _predictions(artefact: Path, data: Path | None) -> list[report.Prediction]:
     spec, predict = read_spec(artefact), open_artefact(artefact)
     dataset, transform = open_dataset(data, "val"), spec.transform()
     targets = [target for _, target in dataset.samples]
-    answers = [predict(transform(photograph)[None]).softmax(dim=1)[0] for photograph, _ in dataset]
+    answers = [predict(transform(dataset[index][0])[None]).softmax(dim=1)[0] for index in range(len(dataset))]
     right = [int(answer.argmax()) == target for answer, target in zip(answers, targets, strict=True)]
 
     def spread(indices: list[int], count: int) -> list[int]:

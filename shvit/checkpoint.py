@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +22,7 @@ from torch import nn
 from .errors import InputError
 from .files import write_whole
 
-if TYPE_CHECKING:
-    from .shvit import SHViT
-
-__all__ = ["Checkpoint", "read_checkpoint", "load_checkpoint", "create_model", "write_checkpoint", "to_reference"]
+__all__ = ["Checkpoint", "create_model", "load_checkpoint", "read_checkpoint", "to_reference", "write_checkpoint"]
 
 StateDict = dict[str, torch.Tensor]
 MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
@@ -107,13 +104,17 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     state_dict = read_state_dict(path, ema)
     prefix = min((key[: -len(rest)] for key in state_dict for rest in _stem_names(key)), key=len, default=None)
     if prefix is None:
-        some = ", ".join(list(state_dict)[:3])
-        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {some}, …")
+        some = _some(list(state_dict)) or "nothing"
+        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {some}")
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    renamed = rename_reference_keys(own)
+    if len(renamed) < len(own):
+        twice = [name for key in own if (name := _rename(key, FROM_REFERENCE)) != key and name in own]
+        raise InputError(f"{path}: holds {_some(twice)} twice, under the reference's name and ours")
     dropped = tuple(key for key in state_dict if not key.startswith(prefix))
     if dropped and not prefix.endswith("backbone."):
         raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {_some(dropped)}")
-    return Checkpoint(path, rename_reference_keys(own), deployed=f"{STEM}weight" in own, dropped=dropped)
+    return Checkpoint(path, renamed, deployed=f"{STEM}weight" in own, dropped=dropped)
 
 
 def _stem_names(key: str) -> list[str]:
@@ -134,13 +135,17 @@ def read_state_dict(path: Path, ema: bool = False) -> StateDict:
     state_dict = dict(content if nested is None else nested)
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}; a checkpoint is a dict of tensors")
+            raise InputError(
+                f"{path}: entry {name!r} is of type {type(tensor).__name__}; a checkpoint is a dict of tensors"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
     return state_dict
 
 
 def _check_size(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     size = path.stat().st_size
@@ -158,7 +163,7 @@ def _read_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({_first_line(error)}); fetch it again") from error
+        raise InputError(f"{path}: not a readable safetensors file ({_reason(error)}); fetch it again") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -168,7 +173,7 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, because {_why_unsafe(path)}; nothing of it was run") from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)}); fetch it again") from error
+        raise InputError(f"{path}: not a readable checkpoint ({_reason(error)}); fetch it again") from error
 
 
 def _why_unsafe(path: Path) -> str:
@@ -176,11 +181,12 @@ def _why_unsafe(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a pickle too broken, or too old, to be looked into
         return "it is no checkpoint of tensors alone"
-    return f"its pickle calls for {', '.join(names)}" if names else "it is no checkpoint of tensors alone"
+    return f"its pickle calls for {_some(sorted(names))}" if names else "it is no checkpoint of tensors alone"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _reason(error: Exception) -> str:
+    """The first sentence of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:
@@ -209,38 +215,57 @@ def load_checkpoint(
             is named.
     """
     checkpoint = read_checkpoint(path, ema)
-    _check_layout(checkpoint, model)
-    return load_strictly(model, checkpoint.state_dict, checkpoint.path, ("head.", "head_dist.") if reset_head else ())
+    _check_layout(checkpoint, model, reset_head)
+    return load_strictly(model, checkpoint.state_dict, checkpoint.path, reset_head)
 
 
-def _check_layout(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _check_layout(checkpoint: Checkpoint, model: nn.Module, reset_head: bool) -> None:
     if checkpoint.deployed != getattr(model, "deployed", False):
         forms = {True: "a deployed model", False: "a model that is not deployed"}
-        raise InputError(f"{checkpoint.path}: holds {forms[checkpoint.deployed]}, and it was to go into "
-                         f"{forms[not checkpoint.deployed]}; load before you deploy, or deploy before you load")  # fmt: skip
-    if checkpoint.distilled and not getattr(model, "distilled", False):
-        raise InputError(f"{checkpoint.path}: has a distillation head; create the model with distilled=True")
+        raise InputError(
+            f"{checkpoint.path}: holds {forms[checkpoint.deployed]}, and it was to go into "
+            f"{forms[not checkpoint.deployed]}; load before you deploy, or deploy before you load"
+        )
+    if checkpoint.distilled and not reset_head and not getattr(model, "distilled", False):
+        raise InputError(
+            f"{checkpoint.path}: has a distillation head; create the model with distilled=True, or have its head "
+            "re-initialised"
+        )
 
 
-def load_strictly(model: nn.Module, state_dict: StateDict, path: Path, keep: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """`load_state_dict(strict=True)` but for parameters whose names begin with one of `keep`; differences are named."""
+def load_strictly(
+    model: nn.Module,
+    state_dict: StateDict,
+    path: Path,
+    reset_head: bool = False,
+    heads: tuple[str, ...] = ("head.", "head_dist."),
+) -> tuple[str, ...]:
+    """`load_state_dict(strict=True)` that names what differs.
+
+    With `reset_head`, parameters whose names begin with one of `heads` stay as the model has them; their names are
+    returned.
+    """
     target = model.state_dict()
-    kept = tuple(name for name in target if name.startswith(keep)) if keep else ()
-    source = {name: tensor for name, tensor in state_dict.items() if not (keep and name.startswith(keep))}
+    kept = tuple(name for name in target if reset_head and name.startswith(heads))
+    source = {name: tensor for name, tensor in state_dict.items() if not (reset_head and name.startswith(heads))}
     missing = [name for name in target if name not in source and name not in kept]
     left_over = [name for name in source if name not in target]
     reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
-    if any(name.startswith("head") for name in reshaped) and not missing and not left_over:
-        name = next(name for name in reshaped if name.startswith("head"))
-        raise InputError(f"{path}: made for {source[name].shape[0]} classes, and the model has "
-                         f"{target[name].shape[0]}; give it that many classes, or have its head re-initialised")  # fmt: skip
+    if reshaped and all(name.startswith(heads) for name in reshaped) and not missing and not left_over:
+        name = reshaped[0]
+        raise InputError(
+            f"{path}: made for {source[name].shape[0]} classes, and the model has {target[name].shape[0]}; "
+            "give it that many classes, or have its head re-initialised"
+        )
     problems = []
     if missing:
         problems.append(f"missing {_some(missing)}")
     if left_over:
         problems.append(f"left over {_some(left_over)}")
     if reshaped:
-        shapes = [f"{name} is {tuple(source[name].shape)} and should be {tuple(target[name].shape)}" for name in reshaped]
+        shapes = [
+            f"{name} is {tuple(source[name].shape)} and should be {tuple(target[name].shape)}" for name in reshaped
+        ]
         problems.append(_some(shapes))
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
@@ -274,7 +299,6 @@ def create_model(
     import timm
 
     from .deploy import deploy
-    from .shvit import SHViT
 
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
@@ -284,11 +308,10 @@ def create_model(
         return _create_peer(name, Path(checkpoint), num_classes, ema, reset_head, **kwargs)
     source = read_checkpoint(checkpoint, ema)
     classes = source.num_classes if num_classes is None else num_classes
-    model: SHViT = timm.create_model(name, num_classes=classes, distilled=source.distilled, **kwargs).eval()
+    model = timm.create_model(name, num_classes=classes, **{"distilled": source.distilled, **kwargs}).eval()
     if source.deployed:
-        model = deploy(model)  # type: ignore[assignment]
-    keep = ("head.", "head_dist.") if reset_head or classes == 0 else ()
-    load_strictly(model, source.state_dict, source.path, keep)
+        model = deploy(model)
+    load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
     return model
 
 
@@ -297,7 +320,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(name, known, n=4)
     ours = [model for model in known if model.startswith("shvit")]
-    return f"choose from {', '.join(close or ours)} (`shvit list '*'` shows all)"
+    return f"choose from {', '.join(sorted(close) or ours)} (`shvit list '*'` shows all)"
 
 
 def _create_peer(
@@ -314,7 +337,7 @@ def _create_peer(
     if num_classes is None and heads and f"{heads[0]}weight" in state_dict:
         num_classes = state_dict[f"{heads[0]}weight"].shape[0]
     model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
-    load_strictly(model, state_dict, path, heads if reset_head else ())
+    load_strictly(model, state_dict, path, reset_head, heads)
     return model
 
 

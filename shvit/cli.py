@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,6 @@ EXTRAS = {  # top-level module: the extra that brings it
     "openvino": "openvino",
     "elpv_dataset": "demo",
     "matplotlib": "demo",
-    "tensorboard": "train",
     "yaml": "train",
     "torchvision": "train",
 }
@@ -143,7 +143,7 @@ def main() -> None:
         status = 0
     except (InputError, CheckFailed) as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"shvit {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, InputError):
             sys.exit(2)

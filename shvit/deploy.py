@@ -44,7 +44,8 @@ def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.
 
 def _norm_scale_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     """BN(x) = scale·x + shift with the running statistics."""
-    assert bn.running_var is not None and bn.running_mean is not None
+    assert bn.running_var is not None
+    assert bn.running_mean is not None
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
 
@@ -213,6 +214,7 @@ def _(layer: SHSA) -> nn.Module:
     qkv = fold_scale_into_queries(qkv, qk_dim, layer.scale)
     qkv = drop_key_bias(qkv, qk_dim)
     act, proj = layer.proj
+    assert isinstance(proj, ConvNorm)
     proj1, proj2 = split_projection(fold_norm_into_conv(proj.c, proj.bn), partial_dim)
     deployed = DeployedSHSA(qkv, proj1, proj2, deepcopy(act), qk_dim, layer.pre_norm.eps)
     return deployed.train(layer.training)
@@ -233,12 +235,13 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
     Raises:
         ValueError: `model` is in training mode, where BatchNorm is no fixed affine map.
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("deploy() folds BatchNorm's running statistics, and this model is in training mode; "
                          "call model.eval() first")  # fmt: skip
-    deployed = reparameterize_model(model)
-    if isinstance(deployed, SHViT) and deployed.distilled:
-        _merge_heads(deployed)
+    deployed = reparameterize_model(model).eval()  # torch.fx copies a graph module in training mode
+    for module in deployed.modules():
+        if isinstance(module, SHViT) and module.distilled:
+            _merge_heads(module)
     if img_size is not None:
         _fix_grids(deployed, img_size)
     return deployed

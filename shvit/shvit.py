@@ -11,7 +11,8 @@ Shapes in comments: B batch, C channels, H×W the token grid, N = H·W tokens, D
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from .checkpoint import rename_reference_keys
 
-__all__ = ["SHViT", "VARIANTS", "Variant"]
+__all__ = ["VARIANTS", "SHViT", "Variant"]
 
 
 class Fusable:
@@ -276,11 +277,11 @@ class SHViT(nn.Module):
 
         stem = [in_chans] + [embed_dim[0] // divisor for divisor in (8, 4, 2, 1)]
         layers: list[nn.Module] = []
-        for in_dim, out_dim in zip(stem[:-1], stem[1:], strict=True):
+        for in_dim, out_dim in pairwise(stem):
             layers += [ConvNorm(in_dim, out_dim, 3, stride=2, **dd), act_layer()]
         self.patch_embed = nn.Sequential(*layers[:-1])  # no activation after the last
 
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depth), stagewise=True)
+        drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depth), stagewise=True)
         self.stages = nn.Sequential(
             *[
                 Stage(
@@ -309,20 +310,22 @@ class SHViT(nn.Module):
         """Pooling and the classifier(s), in the deployed form where the model is deployed."""
         if num_classes and not global_pool:
             raise ValueError(f"global_pool='' leaves a feature map, which {num_classes} classes cannot be read from; "
-                             "pass num_classes=0 with it")  # fmt: skip
+                             "pass num_classes=0 with it, or a pooling such as 'avg'")  # fmt: skip
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
-        linear = nn.Linear if self.deployed else NormLinear
 
         def head() -> nn.Module:
-            return linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+            if num_classes == 0:
+                return nn.Identity()
+            head = NormLinear(self.head_hidden_size, num_classes, **dd).train(self.training)
+            return head.l if self.deployed else head
 
         self.head = head()
         self.head_dist = head() if self.distilled else None
 
-    __jit_unused_properties__ = ["deployed"]
+    __jit_unused_properties__: ClassVar = ["deployed"]
 
     @property
     def deployed(self) -> bool:
@@ -333,8 +336,8 @@ class SHViT(nn.Module):
     def init_weights(self) -> None:
         """Draws every parameter anew, as the constructor does; needed after `to_empty` on a meta-device model."""
         for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
         for module in self.modules():
             if isinstance(module, ConvNorm | NormLinear):
                 module.init_weights()
@@ -353,7 +356,7 @@ class SHViT(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -368,8 +371,11 @@ class SHViT(nn.Module):
         return linears if self.distilled else linears[0]
 
     @torch.jit.ignore
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        weight = self.patch_embed[0].weight if self.deployed else self.patch_embed[0].c.weight
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New heads, and another pooling unless `global_pool` is None."""
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        weight = next(self.patch_embed.parameters())
         self._make_head(num_classes, global_pool, {"device": weight.device, "dtype": weight.dtype})
 
     def forward_intermediates(
@@ -408,10 +414,13 @@ class SHViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages behind the last of `indices`, and the head with its pooling if `prune_head`."""
+        """Drops the stages behind the last of `indices`; the head too, if it lost its stage or `prune_head`."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        if prune_head:
+        pruned = max_index + 1 < len(self.stages)
+        if pruned:
+            self.stages = self.stages[: max_index + 1]
+            self.num_features = int(self.feature_info[max_index]["num_chs"])
+        if prune_head or pruned:
             self.reset_classifier(0, "")
         return take_indices
 

@@ -23,14 +23,16 @@ MAY_IMPORT = {  # besides itself
 
 
 def imported(source: str) -> list[str]:
-    """Every absolute module name that a source imports."""
+    """Every module that a source imports, as it names it: `shvit.train.data`, `.recipe`."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            names += [f".{name}" for name in ([node.module] if node.module else [alias.name for alias in node.names])]
+        elif isinstance(node, ast.ImportFrom):
             names.append("..")  # out of the folder
     return names
 
@@ -49,7 +51,7 @@ def violations(folder: str, source: str) -> list[str]:
                 for allowed in MAY_IMPORT[folder]
             ):
                 wrong.append(name)
-        if name.endswith(".main") and first == "shvit":
+        if name.endswith(".main") and first in ("shvit", ""):
             wrong.append(name)
     return wrong
 
@@ -72,6 +74,9 @@ def test_imports_point_one_way(folder):
         ("export", "import train"),
         ("train", "from ..shvit import SHViT"),
         ("export", "from shvit.weights.main import List"),
+        ("export", "from shvit.weights import main"),
+        ("train", "from .main import Train"),
+        ("train", "from . import main"),
     ],
 )
 def test_a_wrong_arrow_is_found(folder, source):

@@ -1,13 +1,20 @@
 """The program as a shell sees it: exit status, one line of error, JSON last, nothing imported too early."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shvit import cli
 from shvit.errors import InputError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 
 def program(*argv: str, **options) -> subprocess.CompletedProcess:
@@ -78,7 +85,8 @@ def test_unusable_input_is_one_line_on_stderr_and_status_2(argv, message):
 def test_debug_shows_the_traceback():
     done = program("info", "shvit_s7", "--debug")
     assert "Traceback" in done.stderr
-    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("shvit info: unknown model 'shvit_s7'")
+    assert done.returncode == 2
 
 
 def test_a_check_that_does_not_hold_is_status_1_with_its_figures(tmp_path):
@@ -101,6 +109,29 @@ def test_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", absent)
     with pytest.raises(InputError, match=r"pip install 'shvit\[export\]'"):
         cli.run(["bench"])
+
+
+def test_every_extra_named_for_a_missing_package_brings_it():
+    extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+
+    def brought(extra: str) -> set[str]:
+        packages = {re.split(r"[<>=;\[]", need)[0] for need in extras[extra]} - {"shvit"}
+        nested = [name for need in extras[extra] if need.startswith("shvit[") for name in need[6:-1].split(",")]
+        return packages.union(*map(brought, nested))
+
+    distributions = {"skimage": "scikit-image", "elpv_dataset": "elpv-dataset", "yaml": "pyyaml"}
+    for module, extra in cli.EXTRAS.items():
+        assert distributions.get(module, module) in brought(extra)
+
+
+def test_no_command_and_version_and_no_option_before_a_command():
+    assert program().returncode == 2
+    assert program("--version").stdout.startswith("shvit ")
+    done = program("--models", "x")
+    assert done.returncode == 2
+    assert "unknown command '--models'" in done.stderr
 
 
 def test_missing_module_of_ours_is_a_bug_and_not_hidden(monkeypatch):

@@ -1,0 +1,568 @@
+"""The models against timm's port, and everything that timm can ask of a model."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import TINY, assert_close, create_tiny, images, randomize
+from timm.models.shvit import SHViT as TimmSHViT
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
+
+from shvit import SHViT, deploy
+from shvit.checkpoint import to_reference
+from shvit.shvit import VARIANTS, ConvNorm
+
+# --- timm's port ------------------------------------------------------------------------------------------------------
+
+
+def create_port(name: str = "shvit_s1", **kwargs) -> TimmSHViT:
+    """timm's own model, whose name in the registry we took."""
+    variant = VARIANTS[name]
+    arguments = {"embed_dim": variant.embed_dim, "depth": variant.depth, "partial_dim": variant.partial_dim}
+    return TimmSHViT(**{**arguments, "types": ("i", "s", "s"), **kwargs})
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request):
+    """Our model and timm's with the same random parameters, loaded strictly one way and back the other."""
+    ours = randomize(timm.create_model(request.param)).eval()
+    port = create_port(request.param).eval()
+    port.load_state_dict(ours.state_dict(), strict=True)
+    fresh = timm.create_model(request.param).eval()
+    fresh.load_state_dict(port.state_dict(), strict=True)
+    return fresh, port
+
+
+@torch.no_grad()
+def test_outputs_features_and_intermediates_are_the_ports(pair):
+    ours, port = pair
+    assert isinstance(ours, SHViT)
+    x = images(2, 3, 96, 128)
+    assert_close(ours(x), port(x))
+    assert_close(ours.forward_features(x), port.forward_features(x))
+    assert_close(ours.forward_head(port.forward_features(x), pre_logits=True),
+                 port.forward_head(port.forward_features(x), pre_logits=True))  # fmt: skip
+    (last, stages), (port_last, port_stages) = ours.forward_intermediates(x), port.forward_intermediates(x)
+    for a, b in zip([last, *stages], [port_last, *port_stages], strict=True):
+        assert_close(a, b)
+
+
+def test_training_outputs_gradients_and_statistics_are_the_ports(pair):
+    ours, port = (copy.deepcopy(model).train() for model in pair)
+    x = images(2, 3, 96, 128)
+    outputs = []
+    for model in (ours, port):
+        outputs.append(model(x))
+        outputs[-1].square().mean().backward()
+    assert_close(*outputs)
+    gradients = {name: parameter.grad for name, parameter in port.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, gradients[name], 1e-4 if name.endswith("l.bias") else 1e-5)
+    buffers = dict(port.named_buffers())
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name])
+
+
+def test_names_order_and_shapes_are_the_ports(pair):
+    ours, port = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in pair)
+    assert list(ours.items()) == list(port.items())
+    assert [name for name, _ in pair[0].named_parameters()] == [name for name, _ in pair[1].named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("shvit_s1", 6_330_808), ("shvit_s2", 11_483_072), ("shvit_s3", 14_245_273), ("shvit_s4", 16_588_484)],
+)
+def test_parameters_are_as_many_as_published(name, params):
+    """Counts of the reference's checkpoints, buffers left out."""
+    model = timm.create_model(name, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == params
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_initialisation_draws_what_the_port_draws(name):
+    torch.manual_seed(7)
+    ours = timm.create_model(name)
+    torch.manual_seed(7)
+    for (own_name, own), (port_name, port) in zip(
+        ours.state_dict().items(), create_port(name).state_dict().items(), strict=True
+    ):
+        assert own_name == port_name
+        torch.testing.assert_close(own, port, rtol=0, atol=0)
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    model = timm.create_model("shvit_s1")
+    starts_at_zero = {name for name, module in model.named_modules()
+                      if isinstance(module, ConvNorm) and not module.bn.weight.any()}  # fmt: skip
+    blocks = [name for name, module in model.named_modules() if name.startswith("stages.") and "blocks." in name
+              and isinstance(module, ConvNorm)]  # fmt: skip
+    ends = {name for name in blocks if name.endswith(("conv.m", "pw2", "proj.1"))}
+    refinements = {name for name, _ in model.named_modules() if "downsample" in name and name.endswith("pw2")}
+    assert starts_at_zero == ends | refinements
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            assert set(module.bn.weight.tolist()) in ({0.0}, {1.0})
+    weight, bias = model.head.l.weight, model.head.l.bias
+    assert not bias.any()
+    assert abs(weight.std().item() - 0.02) < 1e-3
+    assert abs(weight.mean().item()) < 1e-3
+    torch.testing.assert_close(model(images(2, 3, 64, 64)), torch.full((2, 1000), 0.0), atol=5, rtol=0)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints for `code`, which must end well; a warning is an error."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+OURS = "assert timm.create_model('shvit_s1', device='meta').__class__.__module__ == 'shvit.shvit'"
+
+
+@pytest.mark.parametrize("imports", ["import shvit, timm", "import timm; import shvit"])
+def test_import_registers_the_models_without_a_warning(imports):
+    python(f"{imports}; {OURS}; assert len(timm.list_models('shvit*')) == 4")
+
+
+def test_import_changes_nothing_of_timm_but_the_four_models():
+    """Also after timm listed its models; every registry but for SHViT's entries, and SHViT's weights, stay timm's."""
+    python(f"""
+import dataclasses, timm
+from timm.models import _registry as registry
+timm.list_models()
+def snapshot():
+    tables = {{name: dict(table) for name, table in vars(registry).items() if isinstance(table, dict)}}
+    sets = {{name: dict.fromkeys(table) for name, table in vars(registry).items() if isinstance(table, set)}}
+    return {{table: {{key: value for key, value in rows.items() if not key.startswith("shvit")}}
+            for table, rows in {{**tables, **sets}}.items()}}
+names = [f"shvit_s{{i}}" for i in (1, 2, 3, 4)]
+before, cfgs, listed = snapshot(), [timm.get_pretrained_cfg(name) for name in names], timm.list_models(pretrained=True)
+assert len(before) > 5
+import shvit
+assert snapshot() == before
+assert timm.list_models(module="shvit") == names
+assert timm.list_models(pretrained=True) == listed
+for name, cfg in zip(names, cfgs):
+    for tagged in (name, name + ".in1k"):
+        assert dataclasses.replace(cfg, url=None) == timm.get_pretrained_cfg(tagged)
+    assert (cfg.hf_hub_id, cfg.tag) == (f"timm/{{name}}.in1k", "in1k")
+{OURS}
+""")
+
+
+def test_every_variant_says_where_its_stem_and_classifier_are():
+    for name in VARIANTS:
+        model = timm.create_model(name, device="meta")
+        assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
+        assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
+
+
+# --- arguments of create_model ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_num_classes_and_global_pool_choose_the_head():
+    x = images(2, 3, 64, 96)
+    features = create_tiny().forward_features(x)  # (2, 32, 1, 2)
+    assert create_tiny(num_classes=7)(x).shape == (2, 7)
+    assert_close(create_tiny(num_classes=0)(x), features.mean((2, 3)))
+    assert_close(create_tiny(num_classes=0, global_pool="max")(x), features.amax((2, 3)))
+    assert_close(create_tiny(num_classes=0, global_pool="")(x), features)
+    both = create_tiny(global_pool="catavgmax")
+    assert both.head_hidden_size == both.get_classifier().in_features == 64
+    assert_close(
+        both.forward_head(features, pre_logits=True), torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+    )
+    assert both(x).shape == (2, 10)
+
+
+def test_classes_without_pooling_are_refused():
+    with pytest.raises(ValueError, match="pass num_classes=0"):
+        create_tiny(global_pool="")
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_in_chans_sets_the_stem(in_chans):
+    assert create_tiny(in_chans=in_chans)(images(2, in_chans, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("layout", ["timm", "reference"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_pretrained_weights_adapt_to_channels_and_classes(layout, distilled, tmp_path):
+    source = create_tiny(distilled=distilled)
+    state_dict = source.state_dict() if layout == "timm" else to_reference(source.state_dict())
+    torch.save({"model": state_dict}, tmp_path / "weights.pth")
+    options = {**TINY, "distilled": distilled, "pretrained": True}
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    same = timm.create_model("shvit_s1", pretrained_cfg_overlay=overlay, **options).eval()
+    x = images(2, 1, 64, 64)
+    assert_close(same(x.expand(-1, 3, -1, -1)), source(x.expand(-1, 3, -1, -1)))
+
+    options |= {"in_chans": 1, "num_classes": 5}
+    model = timm.create_model("shvit_s1", pretrained_cfg_overlay=overlay, **options).eval()
+    assert_close(model.forward_features(x), source.forward_features(x.expand(-1, 3, -1, -1)))
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_checkpoint_path_takes_both_layouts(tiny, tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    for state_dict in (tiny.state_dict(), to_reference(tiny.state_dict())):
+        (save_file if suffix == ".safetensors" else torch.save)(state_dict, tmp_path / f"tiny{suffix}")
+        model = timm.create_model("shvit_s1", checkpoint_path=str(tmp_path / f"tiny{suffix}"), **TINY).eval()
+        assert_close(model(images(1, 3, 64, 64)), tiny(images(1, 3, 64, 64)))
+
+
+def test_drop_rate_drops_pooled_features_in_training_alone():
+    model, x = create_tiny(drop_rate=0.5), images(2, 3, 64, 64)
+    assert_close(model(x), create_tiny()(x))
+    pooled = model.train().forward_head(images(2, 32, 1, 1), pre_logits=True)
+    assert 0 < (pooled == 0).sum() < pooled.numel()
+
+
+def test_drop_path_rate_rises_with_depth_and_acts_in_training_alone():
+    model, x = create_tiny(drop_path_rate=0.6), images(8, 3, 64, 64)
+    rates = [stage.blocks[i].ffn.drop_path for stage in model.stages for i in range(len(stage.blocks))]
+    assert [getattr(rate, "drop_prob", 0) for rate in rates] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert_close(model(x), create_tiny()(x))
+    for module in model.modules():  # of what differs in training, stochastic depth is left
+        module.training = not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+
+
+def test_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="types"):
+        timm.create_model("shvit_s1", types=("i", "s", "s"))
+
+
+@torch.no_grad()
+def test_norm_and_activation_reach_every_layer():
+    model = create_tiny(norm_layer=nn.InstanceNorm2d, act_layer=nn.GELU)
+    kinds = {type(module) for name, module in model.named_modules() if ".se." not in name}
+    assert nn.ReLU not in kinds
+    assert {nn.GELU, nn.InstanceNorm2d} <= kinds
+    x = images(1, 3, 128, 128)
+    assert_close(deploy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_makes_and_runs_a_model_in_it(dtype):
+    model = randomize(timm.create_model("shvit_s1", dtype=dtype, **TINY)).eval()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype, torch.int64}
+    out = model(images(2, 3, 64, 64).to(dtype))
+    assert out.dtype == dtype
+    assert_close(out, create_tiny()(images(2, 3, 64, 64)), 1e-5 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_meta_device_model_initialises_as_one_made_at_once(distilled):
+    model = timm.create_model("shvit_s1", device="meta", distilled=distilled, **TINY)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(3)
+    torch.manual_seed(5)
+    model.init_weights()
+    torch.manual_seed(5)
+    made = timm.create_model("shvit_s1", distilled=distilled, **TINY).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in ("head.l.weight", "head_dist.l.weight") and distilled:  # drawn in another order
+            assert abs(tensor.std() - made[name].std()) < 5e-3
+        else:
+            torch.testing.assert_close(tensor, made[name], rtol=0, atol=0)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "getter", "hook", "fx"])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2), (0, -1), (1,), (-2,)])
+@torch.no_grad()
+def test_features_only_gives_the_stages_asked_for(tiny, feature_cls, out_indices):
+    x = images(2, 3, 96, 161)
+    stages = tiny.forward_intermediates(x, intermediates_only=True)
+    model = timm.create_model("shvit_s1", features_only=True, feature_cls=feature_cls, out_indices=out_indices, **TINY)
+    for own, value in zip(model.state_dict().values(), tiny.state_dict().values(), strict=False):  # the wrapper renames
+        own.copy_(value)
+    features = model.eval()(x)
+    features = list(features.values()) if isinstance(features, dict) else features
+    for feature, index in zip(features, out_indices, strict=True):
+        assert_close(feature, stages[index])
+    wanted = [index % 3 for index in out_indices]
+    assert model.feature_info.channels() == [TINY["embed_dim"][index] for index in wanted]
+    assert model.feature_info.reduction() == [(16, 32, 64)[index] for index in wanted]
+
+
+@torch.no_grad()
+def test_intermediates_can_be_chosen_and_stop_early(tiny):
+    x = images(1, 3, 64, 96)
+    last, stages = tiny.forward_intermediates(x)
+    assert_close(last, tiny.forward_features(x))
+    assert_close(last, stages[2])
+    for indices, expected in (([0, -1], [0, 2]), (2, [1, 2]), ([1], [1]), (None, [0, 1, 2])):
+        taken = tiny.forward_intermediates(x, indices=indices, intermediates_only=True)
+        assert len(taken) == len(expected)
+        for feature, index in zip(taken, expected, strict=True):
+            assert_close(feature, stages[index])
+    early, _ = tiny.forward_intermediates(x, indices=[0], stop_early=True)
+    assert_close(early, stages[0])
+    with pytest.raises(ValueError, match="NCHW"):
+        tiny.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@torch.no_grad()
+def test_pruning_leaves_the_stages_asked_for(tiny, deployed):
+    x = images(1, 3, 64, 64)
+    stages = tiny.forward_intermediates(x, intermediates_only=True)
+    model = deploy(tiny) if deployed else copy.deepcopy(tiny)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2
+    assert_close(model(x), stages[1], 1e-4)
+    assert model.num_classes == 0
+    whole = copy.deepcopy(tiny)
+    whole.prune_intermediate_layers([2], prune_head=False)
+    assert_close(whole(x), tiny(x))
+
+
+@torch.no_grad()
+def test_pruned_model_takes_a_head_for_the_stage_that_it_ends_with(tiny):
+    for prune_head in (True, False):
+        model = copy.deepcopy(tiny)
+        model.prune_intermediate_layers([1], prune_head=prune_head)
+        model.reset_classifier(4, "avg")
+        assert model.num_features == model.get_classifier().in_features == 24
+        assert model(images(1, 3, 64, 64)).shape == (1, 4)
+
+
+# --- the classifier ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@torch.no_grad()
+def test_classifier_is_a_linear_layer_that_can_be_reset(tiny, deployed):
+    x = images(1, 3, 64, 64)  # a batch of one: a new head must follow the model into eval mode
+    model = deploy(tiny) if deployed else tiny
+    classifier = model.get_classifier()
+    assert isinstance(classifier, nn.Linear)
+    assert classifier.out_features == 10
+    model.reset_classifier(4)
+    assert model.num_classes == model.get_classifier().out_features == 4
+    assert model(x).shape == (1, 4)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert_close(model(x), model.forward_features(x).mean((2, 3)))
+    model.reset_classifier(3, "max")
+    assert_close(model.forward_head(images(1, 32, 2, 2), pre_logits=True), images(1, 32, 2, 2).amax((2, 3)))
+    model.reset_classifier(2)
+    assert model.global_pool.pool_type == "max"  # kept, as by timm's models
+    model.reset_classifier(0, "")
+    assert_close(model(x), model.forward_features(x))
+
+
+def test_reset_classifier_starts_as_a_new_one(tiny):
+    torch.manual_seed(0)
+    for model in (deploy(tiny), tiny.double()):
+        before = model.get_classifier().weight.dtype
+        model.reset_classifier(1000)
+        linear = model.get_classifier()
+        assert linear.weight.dtype == before
+        assert abs(linear.weight.std().item() - 0.02) < 1e-3
+        assert not linear.bias.any()
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_distilled_model_has_two_heads():
+    model, x = create_tiny(distilled=True), images(2, 3, 64, 64)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert_close(model(x), (model.head(pooled) + model.head_dist(pooled)) / 2)
+    assert not torch.equal(model.head(pooled), model.head_dist(pooled))
+    assert [linear.out_features for linear in model.get_classifier()] == [10, 10]
+
+    for module in model.modules():  # training alone, without what training changes in norms
+        module.training = not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    logits, logits_dist = model(x)
+    assert_close(logits, model.head(pooled))
+    assert_close(logits_dist, model.head_dist(pooled))
+    model.set_distilled_training(False)
+    assert_close(model(x), (logits + logits_dist) / 2)
+    model.set_distilled_training()
+    assert isinstance(model(x), tuple)
+
+
+def test_distilled_heads_reset_together():
+    model = create_tiny(distilled=True)
+    model.reset_classifier(4)
+    assert [linear.out_features for linear in model.get_classifier()] == [4, 4]
+    assert model(images(1, 3, 64, 64)).shape == (1, 4)
+    model.reset_classifier(0)
+    assert model(images(1, 3, 64, 64)).shape == (1, 32)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_parameter_groups_run_from_stem_to_head(tiny):
+    groups = timm.models.group_parameters(tiny, tiny.group_matcher(), reverse=True)
+    assert groups == timm.models.group_parameters(tiny, create_port().group_matcher(), reverse=True)
+    depth = [groups[name] for name, _ in tiny.named_parameters()]
+    assert depth == sorted(depth)
+    assert set(depth) == set(range(6))  # stem with first block … four blocks, head
+    coarse = timm.models.group_parameters(tiny, tiny.group_matcher(coarse=True), reverse=True)
+    assert sorted(set(coarse.values())) == [0, 1, 2, 3, 4]
+
+
+def test_layer_decay_and_weight_decay_reach_the_right_parameters(tiny):
+    groups = param_groups_layer_decay(tiny, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert len(scale) == len(list(tiny.parameters()))
+    assert scale[id(tiny.head.l.weight)] == 1
+    assert scale[id(tiny.patch_embed[0].c.weight)] == min(scale.values()) < 0.1
+    assert tiny.no_weight_decay() == set()
+    optimizer = create_optimizer_v2(tiny, opt="adamw", weight_decay=0.1)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(parameter) for parameter in tiny.parameters() if parameter.ndim > 1}
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(tiny):
+    gradients, calls = [], []
+    tiny.train()
+    tiny.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (False, True):
+        tiny.zero_grad()
+        tiny.set_grad_checkpointing(enable)
+        tiny(images(2, 3, 64, 64)).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in tiny.parameters()])
+    assert len(calls) == 3  # once, then forward and again in backward
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+# --- inputs and precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(97, 161), (16, 16), (1, 1), (63, 65), (224, 256)])
+@torch.no_grad()
+def test_any_input_size_works_and_strides_round_up(tiny, size):
+    for feature, stride in zip(tiny.forward_intermediates(images(1, 3, *size))[1], (16, 32, 64), strict=True):
+        assert feature.shape[2:] == tuple(-(-length // stride) for length in size)
+    assert tiny(images(1, 3, *size)).isfinite().all()
+
+
+@torch.no_grad()
+def test_channels_last_changes_the_layout_alone(tiny):
+    x = images(2, 3, 128, 96)
+    expected = tiny(x)
+    tiny.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    assert_close(tiny(x), expected)
+    assert tiny.stages[0](tiny.patch_embed(x)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast_runs_in_bfloat16_and_trains(tiny):
+    x = images(2, 3, 64, 64)
+    expected = tiny(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny.patch_embed(x).dtype == torch.bfloat16
+        assert_close(tiny(x), expected, 0.1)
+        tiny.train()(x).float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in tiny.parameters())
+
+
+# --- compilers, exporters, copies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@torch.no_grad()
+def test_compiles_as_one_graph(tiny, deployed):
+    x = images(2, 3, 64, 96)
+    model = deploy(tiny) if deployed else tiny
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), tiny(x), 1e-4)
+
+
+def test_compiled_training_step_has_the_same_gradients(tiny):
+    x = images(2, 3, 64, 96)
+    other = copy.deepcopy(tiny).train()
+    torch.compile(other, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
+    tiny.train()(x).square().mean().backward()
+    for plain, compiled in zip(tiny.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(plain.grad, compiled.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_gives_the_same_outputs():
+    model, x = randomize(timm.create_model("shvit_s1")).eval(), images(2, 3, 128, 128)
+    assert_close(torch.compile(model, fullgraph=True)(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_exports_with_any_batch_size(distilled):
+    model = create_tiny(distilled=distilled)
+    program = torch.export.export(
+        model, (images(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    for batch_size in (1, 5):
+        x = images(batch_size, 3, 64, 96)
+        assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@torch.no_grad()
+def test_traces_and_scripts(distilled, tmp_path):
+    model, x, y = create_tiny(distilled=distilled), images(2, 3, 64, 96), images(3, 3, 97, 64)
+    assert_close(torch.jit.trace(model, x)(x), model(x))
+    script = torch.jit.script(model)
+    script.save(tmp_path / "model.pt")
+    for inputs in (x, y):
+        assert_close(torch.jit.load(tmp_path / "model.pt")(inputs), model(inputs))
+
+
+@torch.no_grad()
+def test_traces_symbolically_for_torch_fx(tiny):
+    x = images(2, 3, 97, 64)
+    assert_close(torch.fx.symbolic_trace(tiny)(x), tiny(x))
+
+
+@torch.no_grad()
+def test_pickles_copies_and_loads_by_assignment(tiny):
+    x = images(1, 3, 64, 64)
+    for other in (pickle.loads(pickle.dumps(tiny)), copy.deepcopy(tiny)):
+        assert_close(other(x), tiny(x))
+    for state_dict in (tiny.state_dict(), to_reference(tiny.state_dict())):
+        names = list(state_dict)
+        model = timm.create_model("shvit_s1", device="meta", **TINY).eval()
+        model.load_state_dict(state_dict, strict=True, assign=True)
+        assert_close(model(x), tiny(x))
+        assert list(state_dict) == names  # the argument is left as it was
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"head.l.bias": torch.zeros(10)})
+
+
+@torch.no_grad()
+def test_reference_names_load_below_a_larger_model(tiny):
+    """As in a detector, whose SHViT is below `backbone`."""
+    larger = nn.ModuleDict({"backbone": create_tiny(seed=3), "neck": nn.Linear(2, 2)})
+    neck = larger["neck"].weight.clone()
+    state_dict = {f"backbone.{name}": tensor for name, tensor in to_reference(tiny.state_dict()).items()}
+    larger.load_state_dict({**state_dict, "neck.weight": neck, "neck.bias": torch.zeros(2)}, strict=True)
+    x = images(1, 3, 64, 64)
+    assert_close(larger["backbone"](x), tiny(x))
