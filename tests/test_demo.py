@@ -1,0 +1,56 @@
+"""The whole line on a few photographs, and its page."""
+
+import json
+import re
+
+import numpy as np
+from PIL import Image
+
+from shvit.cli import run
+from shvit.export.report import Prediction, Section, gallery, table, write_page
+
+
+def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path):
+    rng = np.random.default_rng(0)
+    for channel, name in ((0, "red"), (2, "<blue>")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(70):
+            pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
+    out = tmp_path / "out"
+    result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
+    assert result["top1"] == result["top1_onnx"]
+    assert result["certificate"]["passed"]
+    assert set(result["seconds"]) == {"train", "export to ONNX", "export to Core ML", "time"}
+    names = {path.name for path in out.iterdir()}
+    assert {
+        "train",
+        "model.onnx",
+        "model.onnx.certificate.json",
+        "model.mlpackage",
+        "bench.json",
+        "report.html",
+    } <= names
+    timed = {(item["model"], item["runtime"]) for item in json.loads((out / "bench.json").read_text())}
+    assert timed == {(f"shvit_s{i}", r) for i in (1, 2, 3, 4) for r in ("torch", "onnxruntime")} | {
+        ("model.onnx", "onnxruntime")
+    }
+    page = (out / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # nothing is fetched
+    assert page.count("data:image/jpeg") >= 10
+    assert "&lt;blue&gt;" in page
+    assert "<blue>" not in page
+    assert f"{result['top1']:.2f} %" in page
+
+
+def test_page_marks_mistakes_and_escapes_what_others_wrote(tmp_path):
+    photograph = Image.new("RGB", (300, 200))
+    shown = gallery([Prediction(photograph, "cat", "cat", 0.9), Prediction(photograph, "<b>", "dog", 0.6)])
+    assert shown.count('class="right"') == 1
+    assert shown.count('class="wrong"') == 1
+    assert "dog 60 %, is &lt;b&gt;" in shown
+    write_page(tmp_path / "page.html", "T & U", "lead", [Section("S", "text", table(("a",), [("<x>",)]))], "foot")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<title>T &amp; U</title>" in page
+    assert "<td>&lt;x&gt;</td>" in page
