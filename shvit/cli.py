@@ -90,7 +90,7 @@ def _parse(name: str, options: list[str]) -> Any:
 def _one_line(panel: str) -> str:
     """tyro's framed message as one line: what was wrong, and the option that may have been meant."""
     lines = [line.strip(" ╭╮╰╯│─\n") for line in panel.splitlines()]
-    title, *rest = [line for line in lines if line]
+    title, *rest = [line for line in lines if line.strip("-")]  # rules are dashes where stdout is not UTF-8
     said = [line for line in rest if not line.startswith(("For full helptext", "shvit ", "in shvit "))]
     suggested = next((line for line in said if line.startswith("--")), None)
     if suggested and not said[0].endswith(":"):

@@ -500,11 +500,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _filter_checkpoint(state_dict: dict[str, Any], model: SHViT) -> dict[str, Any]:
-    """timm's hook on pretrained weights: reference names become ours before timm adapts stem and classifier."""
-    return rename_reference_keys(state_dict.get("model", state_dict))
-
-
 def _create_shvit(name: str, pretrained: bool = False, **kwargs: Any) -> SHViT:
     if kwargs.get("distilled"):
         overlay = {"classifier": ("head.l", "head_dist.l"), **(kwargs.get("pretrained_cfg_overlay") or {})}
@@ -513,7 +508,6 @@ def _create_shvit(name: str, pretrained: bool = False, **kwargs: Any) -> SHViT:
         SHViT,
         name,
         pretrained,
-        pretrained_filter_fn=_filter_checkpoint,
         feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
         **{**asdict(VARIANTS[name]), **kwargs},
     )

@@ -460,18 +460,31 @@ def test_archive_with_a_broken_record_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-def test_written_file_holds_the_tensors_and_appears_whole(tiny, tmp_path, suffix):
+def test_written_file_holds_the_tensors(tiny, tmp_path, suffix):
     path = tmp_path / "deep" / f"tiny{suffix}"
     tiny.to(memory_format=torch.channels_last)  # tensors that are not contiguous
     write_checkpoint(tiny.state_dict(), path)
     written = read_state_dict(path)
     assert written.keys() == tiny.state_dict().keys()
     assert all(torch.equal(tensor, tiny.state_dict()[name]) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_broken_off_writing_leaves_the_old_file(tiny, tmp_path, monkeypatch, suffix):
+    path, write_bytes = tmp_path / f"tiny{suffix}", Path.write_bytes
+    write_checkpoint(tiny.state_dict(), path)
     before = path.read_bytes()
-    with pytest.raises(AttributeError):
-        write_checkpoint({"a": torch.zeros(1), "b": "no tensor"}, path)
+
+    def fill_disk(file: Path, content: bytes) -> None:
+        write_bytes(file, content[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write_bytes(bytes(1000)))
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(tiny.state_dict(), path)
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_unknown_suffix_is_refused(tiny, tmp_path):

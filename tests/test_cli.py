@@ -1,15 +1,18 @@
 """The program as a shell sees it: exit status, one line of error, JSON last, nothing imported too early."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import shvit
 from shvit import cli
-from shvit.errors import InputError
+from shvit.errors import CheckFailed, InputError
 
 try:
     import tomllib
@@ -26,6 +29,22 @@ def program(*argv: str, **options) -> subprocess.CompletedProcess:
         *argv,
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """`shvit argv` in this process, which has imported torch already."""
+
+    def call(*argv: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["shvit", *argv])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
+
+    return call
 
 
 def modules_after(code: str) -> set[str]:
@@ -51,13 +70,14 @@ def test_help_names_every_command_and_imports_no_torch():
 def test_importing_shvit_brings_no_tool_that_only_commands_need():
     loaded = modules_after("import shvit")
     assert "timm" in loaded
-    assert not loaded & {"onnx", "onnxruntime", "coremltools", "matplotlib", "tyro", "skimage", "elpv_dataset"}
+    assert not loaded & {"onnx", "onnxruntime", "coremltools", "matplotlib", "tyro", "rich", "skimage", "elpv_dataset"}
     assert not any(name.startswith(("shvit.train", "shvit.export", "shvit.weights")) for name in loaded)
 
 
 def test_result_is_the_last_line_as_json():
     done = program("info", "shvit_s1", "--img-size", "64")
     assert done.returncode == 0
+    assert done.stderr == ""
     assert json.loads(done.stdout.splitlines()[-1])["params"] == 6_330_808
 
 
@@ -74,32 +94,42 @@ def test_result_is_the_last_line_as_json():
         (["weights", "pull", "nothing_like_it"], "nothing_like_it"),
     ],
 )
-def test_unusable_input_is_one_line_on_stderr_and_status_2(argv, message):
-    done = program(*argv)
+def test_unusable_input_is_one_line_on_stderr_and_status_2(main, argv, message):
+    done = main(*argv)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
 
 
-def test_debug_shows_the_traceback():
-    done = program("info", "shvit_s7", "--debug")
+def test_unusable_input_is_the_same_line_in_any_encoding():
+    argv = ["bench", "--modles", "x"]
+    lines = [program(*argv, env=os.environ | {"PYTHONIOENCODING": encoding}).stderr for encoding in ("utf-8", "ascii")]
+    assert lines == ["shvit bench: Unrecognized options: --modles, x; did you mean --models [STR [STR ...]]?\n"] * 2
+
+
+def test_debug_shows_the_traceback(main):
+    done = main("info", "shvit_s7", "--debug")
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("shvit info: unknown model 'shvit_s7'")
     assert done.returncode == 2
 
 
-def test_a_check_that_does_not_hold_is_status_1_with_its_figures(tmp_path):
-    assert (
-        program(
-            "export", "onnx", "--model", "shvit_s1", "--img-size", "32", "--output", f"{tmp_path}/a.onnx"
-        ).returncode
-        == 0
-    )
-    done = program("verify", f"{tmp_path}/a.onnx", "--model", "shvit_s2")
+@dataclass(frozen=True)
+class Failing:
+    """A command whose check does not hold."""
+
+    def run(self) -> dict:
+        raise CheckFailed("a.onnx: drifted\nby 3", {"passed": False, "max_abs_error": 3.0})
+
+
+def test_a_check_that_does_not_hold_is_status_1_with_its_figures(main, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "verify", cli.Entry(f"{__name__}:Failing", ""))
+    done = main("verify")
     assert done.returncode == 1
-    assert json.loads(done.stdout.splitlines()[-1])["passed"] is False
-    assert len(done.stderr.splitlines()) == 1
+    assert json.loads(done.stdout) == {"passed": False, "max_abs_error": 3.0}
+    assert done.stderr == "shvit verify: a.onnx: drifted by 3\n"
+    assert "Traceback" in main("verify", "--debug").stderr
 
 
 def test_missing_package_names_its_extra(monkeypatch):
@@ -126,12 +156,22 @@ def test_every_extra_named_for_a_missing_package_brings_it():
         assert distributions.get(module, module) in brought(extra)
 
 
-def test_no_command_and_version_and_no_option_before_a_command():
-    assert program().returncode == 2
-    assert program("--version").stdout.startswith("shvit ")
-    done = program("--models", "x")
+def test_no_command_and_version_and_no_option_before_a_command(main):
+    assert main().returncode == 2
+    assert main("--version").stdout == f"shvit {shvit.__version__}\n"
+    done = main("--models", "x")
     assert done.returncode == 2
     assert "unknown command '--models'" in done.stderr
+
+
+def test_interruption_is_one_line(main, monkeypatch):
+    def interrupt(self) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "verify", cli.Entry(f"{__name__}:Failing", ""))
+    monkeypatch.setattr(Failing, "run", interrupt)
+    done = main("verify")
+    assert (done.returncode, done.stderr) == (130, "shvit verify: interrupted\n")
 
 
 def test_missing_module_of_ours_is_a_bug_and_not_hidden(monkeypatch):

@@ -122,7 +122,9 @@ def test_mean_of_two_heads_is_one_head(precision):
     heads = [randomize(nn.Linear(12, 5).to(dtype), seed) for seed in (1, 2)]
     x = images(3, 12).to(dtype)
     expected = torch.stack([F.linear(x, head.weight, head.bias) for head in heads]).mean(0)
-    assert_close(average_linears(*heads)(x), expected, tolerance)
+    mean = average_linears(*heads)
+    assert_close(mean(x), expected, tolerance)
+    assert not any(torch.equal(mean.weight, head.weight) for head in heads)  # a new layer
 
 
 @pytest.mark.parametrize("grid", [None, (7, 9)])

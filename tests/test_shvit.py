@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, assert_close, create_tiny, images, randomize
+from timm.models import FeatureListNet
 from timm.models.shvit import SHViT as TimmSHViT
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
@@ -50,6 +51,18 @@ def test_outputs_features_and_intermediates_are_the_ports(pair):
     (last, stages), (port_last, port_stages) = ours.forward_intermediates(x), port.forward_intermediates(x)
     for a, b in zip([last, *stages], [port_last, *port_stages], strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_features_only_gives_the_ports_features(name):
+    ours = randomize(timm.create_model(name, features_only=True)).eval()
+    port = FeatureListNet(create_port(name, num_classes=0), out_indices=(0, 1, 2), flatten_sequential=True).eval()
+    port.load_state_dict({key: value for key, value in ours.state_dict().items() if "head." not in key}, strict=True)
+    x = images(2, 3, 96, 128)
+    for a, b in zip(ours(x), port(x), strict=True):
+        assert_close(a, b)
+    assert ours.feature_info.get_dicts() == port.feature_info.get_dicts()
 
 
 def test_training_outputs_gradients_and_statistics_are_the_ports(pair):
@@ -139,14 +152,15 @@ def test_import_registers_the_models_without_a_warning(imports):
 def test_import_changes_nothing_of_timm_but_the_four_models():
     """Also after timm listed its models; every registry but for SHViT's entries, and SHViT's weights, stay timm's."""
     python(f"""
-import dataclasses, timm
+import copy, dataclasses, timm
 from timm.models import _registry as registry
 timm.list_models()
 def snapshot():
-    tables = {{name: dict(table) for name, table in vars(registry).items() if isinstance(table, dict)}}
-    sets = {{name: dict.fromkeys(table) for name, table in vars(registry).items() if isinstance(table, set)}}
-    return {{table: {{key: value for key, value in rows.items() if not key.startswith("shvit")}}
-            for table, rows in {{**tables, **sets}}.items()}}
+    tables = {{name: table for name, table in vars(registry).items()
+              if isinstance(table, (dict, set)) and not name.startswith("__")}}
+    rows = {{name: table if isinstance(table, dict) else dict.fromkeys(table) for name, table in tables.items()}}
+    return copy.deepcopy({{name: {{key: value for key, value in table.items() if not key.startswith("shvit")}}
+                          for name, table in rows.items()}})
 names = [f"shvit_s{{i}}" for i in (1, 2, 3, 4)]
 before, cfgs, listed = snapshot(), [timm.get_pretrained_cfg(name) for name in names], timm.list_models(pretrained=True)
 assert len(before) > 5
@@ -154,6 +168,7 @@ import shvit
 assert snapshot() == before
 assert timm.list_models(module="shvit") == names
 assert timm.list_models(pretrained=True) == listed
+assert timm.list_pretrained("shvit*") == [name + ".in1k" for name in names]
 for name, cfg in zip(names, cfgs):
     for tagged in (name, name + ".in1k"):
         assert dataclasses.replace(cfg, url=None) == timm.get_pretrained_cfg(tagged)
@@ -214,6 +229,26 @@ def test_pretrained_weights_adapt_to_channels_and_classes(layout, distilled, tmp
     model = timm.create_model("shvit_s1", pretrained_cfg_overlay=overlay, **options).eval()
     assert_close(model.forward_features(x), source.forward_features(x.expand(-1, 3, -1, -1)))
     assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("layout", ["timm", "reference"])
+@pytest.mark.parametrize("distilled", [False, True])
+@torch.no_grad()
+def test_pretrained_weights_reach_a_feature_extractor(layout, distilled, tmp_path):
+    source = create_tiny(distilled=distilled)
+    state_dict = source.state_dict() if layout == "timm" else to_reference(source.state_dict())
+    torch.save({"model": state_dict}, tmp_path / "weights.pth")
+    model = timm.create_model(
+        "shvit_s1",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth"), "num_classes": 10},
+        features_only=True,
+        **{**TINY, "distilled": distilled, "in_chans": 1, "num_classes": 5},
+    ).eval()
+    x = images(2, 1, 64, 64)
+    expected = source.forward_intermediates(x.expand(-1, 3, -1, -1), intermediates_only=True)
+    for feature, stage in zip(model(x), expected, strict=True):
+        assert_close(feature, stage)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -414,6 +449,20 @@ def test_distilled_heads_reset_together():
     assert model(images(1, 3, 64, 64)).shape == (1, 4)
     model.reset_classifier(0)
     assert model(images(1, 3, 64, 64)).shape == (1, 32)
+
+
+@torch.no_grad()
+def test_deployed_distilled_model_has_one_classifier_that_can_be_reset():
+    source, x = create_tiny(distilled=True), images(1, 3, 64, 64)
+    model = deploy(source)
+    assert_close(model(x), source(x), 1e-4)
+    assert isinstance(model.get_classifier(), nn.Linear)
+    assert model.get_classifier().out_features == 10
+    model.reset_classifier(4)
+    assert model.get_classifier().out_features == 4
+    assert model.train()(x).shape == (1, 4)  # no pair of logits, and no norm that refuses a batch of one
+    model.eval().reset_classifier(0)
+    assert_close(model(x), model.forward_features(x).mean((2, 3)))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
