@@ -6,6 +6,7 @@ them flat, or below `model`, `model_ema`, `state_dict` or `state_dict_ema`, with
 """
 
 import argparse
+import logging
 import os
 import pickle
 import re
@@ -23,6 +24,8 @@ from .errors import InputError
 from .files import write_whole
 
 __all__ = ["Checkpoint", "create_model", "load_checkpoint", "read_checkpoint", "to_reference", "write_checkpoint"]
+
+_logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
 MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
@@ -270,6 +273,8 @@ def load_strictly(
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
     model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
+    if kept:
+        _logger.warning(f"{path}: the head is not loaded; {_some(kept)} stay as they were initialised")
     return kept
 
 

@@ -17,7 +17,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     If the body raises, what it wrote is removed and `path` stays as it was.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be made or written to, or `path` is a folder and a file was written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -30,6 +30,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir():
+            if not partial.is_dir():
+                raise InputError(f"{path}: is a folder; choose another name")
             shutil.rmtree(path)
         partial.replace(path)
     finally:

@@ -230,12 +230,14 @@ def test_half_precision_file_loads_into_a_full_precision_model(tiny, tmp_path):
 # --- classes and heads ------------------------------------------------------------------------------------------------
 
 
-def test_other_class_count_is_refused_unless_the_head_is_reset(s1, tmp_path):
+def test_other_class_count_is_refused_unless_the_head_is_reset(s1, tmp_path, caplog):
     write_checkpoint(s1.state_dict(), tmp_path / "six.safetensors")
     with pytest.raises(InputError, match="made for 6 classes, and the model has 4") as error:
         create_model("shvit_s1", tmp_path / "six.safetensors", num_classes=4)
     assert_one_line(error, tmp_path / "six.safetensors")
+    assert not caplog.text
     model = create_model("shvit_s1", tmp_path / "six.safetensors", num_classes=4, reset_head=True)
+    assert "the head is not loaded" in caplog.text
     assert model.num_classes == 4
     assert torch.equal(model.stages[2].blocks[4].ffn.m.pw2.c.weight, s1.stages[2].blocks[4].ffn.m.pw2.c.weight)
     assert not model.head.l.bias.any()

@@ -1,0 +1,74 @@
+"""Files appear whole or not at all."""
+
+import hashlib
+
+import pytest
+
+from shvit.errors import InputError
+from shvit.files import sha256, write_whole
+
+
+def test_file_appears_only_at_the_end(tmp_path):
+    target = tmp_path / "new" / "a.bin"
+    with write_whole(target) as partial:
+        partial.write_bytes(b"half")
+        assert not target.exists()
+        assert partial.suffix == ".bin"
+        partial.write_bytes(b"whole")
+    assert target.read_bytes() == b"whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+
+    def fail():
+        with write_whole(target) as partial:
+            partial.write_bytes(b"half")
+            raise RuntimeError
+
+    pytest.raises(RuntimeError, fail)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_replaces_a_folder_whole(tmp_path):
+    target = tmp_path / "a.mlpackage"
+    for name in ("old", "new"):
+        with write_whole(target) as partial:
+            partial.mkdir()
+            (partial / name).write_text(name)
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_file_never_replaces_a_folder(tmp_path):
+    target = tmp_path / "photographs.onnx"
+    target.mkdir()
+    (target / "precious").write_text("")
+
+    def overwrite():
+        with write_whole(target) as partial:
+            partial.write_text("file")
+
+    with pytest.raises(InputError, match="is a folder"):
+        overwrite()
+    assert (target / "precious").exists()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def write():
+        with write_whole(tmp_path / "file" / "a.bin"):
+            pass
+
+    with pytest.raises(InputError, match=r"file.a\.bin: cannot be written"):
+        write()
+
+
+def test_hash_is_hashlibs(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
