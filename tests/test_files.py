@@ -28,7 +28,8 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
             partial.write_bytes(b"half")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
