@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ __all__ = ["Checkpoint", "create_model", "load_checkpoint", "read_checkpoint", "
 _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
+Layout = Literal["reference", "timm", "deployed"]
 MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
 STEM = "patch_embed.0."  # every layout's first parameter begins with it
 
@@ -79,8 +80,13 @@ class Checkpoint:
 
     path: Path
     state_dict: StateDict = field(repr=False)
-    deployed: bool
+    layout: Layout
+    """What the file calls its parameters: by the reference's names, timm's (ours too), or a deployed model's."""
     dropped: tuple[str, ...] = ()  # parameters beside the backbone of a larger model, which are not ours
+
+    @property
+    def deployed(self) -> bool:
+        return self.layout == "deployed"
 
     @property
     def distilled(self) -> bool:
@@ -117,7 +123,8 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     dropped = tuple(key for key in state_dict if not key.startswith(prefix))
     if dropped and not prefix.endswith("backbone."):
         raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {_some(dropped)}")
-    return Checkpoint(path, renamed, deployed=f"{STEM}weight" in own, dropped=dropped)
+    layout: Layout = "deployed" if f"{STEM}weight" in own else "timm" if renamed.keys() == own.keys() else "reference"
+    return Checkpoint(path, renamed, layout, dropped)
 
 
 def _stem_names(key: str) -> list[str]:

@@ -3,19 +3,16 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from shvit.checkpoint import StateDict, create_model, read_checkpoint, read_state_dict, to_reference
+from shvit.checkpoint import Layout, StateDict, create_model, read_checkpoint, to_reference
 from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS
 
-__all__ = ["Identity", "Layout", "convert", "identify", "variant_of"]
-
-Layout = Literal["timm", "reference", "deployed"]
+__all__ = ["Identity", "convert", "identify", "variant_of"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +79,5 @@ def _open(path: str | os.PathLike, ema: bool) -> tuple[Identity, StateDict, nn.M
     stem = state_dict["patch_embed.0.weight" if checkpoint.deployed else "patch_embed.0.c.weight"]
     model = create_model(name, path, ema=ema, in_chans=stem.shape[1])
     params = sum(parameter.numel() for parameter in model.parameters())
-    layout: Layout = "deployed" if checkpoint.deployed else "timm"
-    if any("blocks1." in key for key in read_state_dict(checkpoint.path, ema)):
-        layout = "reference"
-    return (
-        Identity(layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped)),
-        state_dict,
-        model,
-    )
+    found = (checkpoint.layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped))
+    return Identity(*found), state_dict, model
