@@ -45,7 +45,7 @@ class Spec:
         in_chans, own_size, _ = config["input_size"]
         size = own_size if img_size is None else img_size
         if not 1 <= size <= MAX_IMG_SIZE:
-            raise InputError(f"--img-size {size} is out of range; choose 32 to {MAX_IMG_SIZE}, {own_size} by default")
+            raise InputError(f"--img-size {size} is out of range; choose 1 to {MAX_IMG_SIZE}, {own_size} by default")
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
         return cls(

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import hashlib
 
 import pytest
@@ -68,6 +69,15 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
 
     with pytest.raises(InputError, match=r"file.a\.bin: cannot be written"):
         write()
+
+
+def test_read_only_file_system_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"a\.bin: cannot be written: Read-only"), write_whole(tmp_path / "a.bin"):
+        pytest.fail("the body ran")
 
 
 def test_hash_is_hashlibs(tmp_path):
