@@ -10,15 +10,17 @@ from rich.table import Table
 from torch import nn
 
 from shvit import terminal
+from shvit.checkpoint import holds_average
 from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
 
-from .runtimes import open_artefact, torch_predict
+from .runtimes import Predict, open_artefact, torch_predict
 from .spec import Spec, open_model
 from .verify import Certificate, certify, require, versions
 
 console = terminal.console()
+MOST_CLASSES_PRINTED = 50
 
 
 @dataclass(frozen=True)
@@ -69,35 +71,68 @@ def _right(name: str) -> Any:
 class Eval:
     """Top-1 and top-5 accuracy on a folder of class folders, of a checkpoint or of an exported file."""
 
-    data: Path
-    """A folder of class folders, or one that holds them under val/; `elpv` for the demo's held-out photographs."""
+    data: str
+    """A folder of class folders, or one that holds them under val/; a tar of one; a folder of WebDataset shards; a name
+    that timm knows, such as torch/cifar10; `elpv` for the demo's held-out photographs."""
+    split: str = "validation"
+    """Of shards and of a dataset with a name."""
     model: str = "shvit_s1"
     """A name that timm knows; not needed with an artefact."""
     checkpoint: Path | None = None
-    """Its weights, in any layout."""
+    """Its weights, in any layout; of a run's last.pt both the weights and their average are evaluated."""
     ema: bool = False
-    """Take the checkpoint's averaged weights."""
+    """Take the checkpoint's averaged weights alone."""
     artefact: Path | None = None
     """An .onnx file of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
     batch_size: int = 32
     """Images at a time."""
+    workers: int = 0
+    """Processes that read images."""
+    output: Path | None = None
+    """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import eval_loader, open_eval_dataset
-        from shvit.train.evaluate import evaluate
+        from shvit.train.data import open_eval_dataset
 
+        if self.batch_size < 1 or self.workers < 0:
+            raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         predict, spec = self._predict()
-        dataset = open_eval_dataset(None if str(self.data) == "elpv" else self.data)
-        if len(dataset.classes) != spec.num_classes:
-            raise InputError(f"{self.data} has {len(dataset.classes)} classes and the model {spec.num_classes}; "
-                             "evaluate on the classes that it was trained for")  # fmt: skip
-        loader = eval_loader(dataset, spec.transform(), self.batch_size)
-        result = evaluate(predict, loader, spec.num_classes)
+        dataset = open_eval_dataset(self.data, self.split)
+        classes = dataset.classes or [str(i) for i in range(spec.num_classes)]
+        if len(classes) != spec.num_classes:
+            raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
+                             "the classes that it was trained for")  # fmt: skip
+        result = {"model": spec.model, **self._evaluate("weights", predict, spec, dataset, classes)}
+        if self.checkpoint is not None and not self.ema and holds_average(self.checkpoint):
+            averaged = torch_predict(open_model(self.model, self.checkpoint, self.img_size, ema=True)[0])
+            result["ema"] = self._evaluate("averaged weights", averaged, spec, dataset, classes)
+        if self.output is not None:
+            with write_whole(self.output / "accuracy.json") as partial:
+                partial.write_text(json.dumps({**result, "classes": classes}, indent=2) + "\n")
+        return result
+
+    def _evaluate(self, kind: str, predict: Predict, spec: Spec, dataset: Any, classes: list[str]) -> dict[str, Any]:
+        """Prints and returns the accuracy; draws it if there is a folder to draw into."""
+        from shvit.train.data import eval_loader
+        from shvit.train.evaluate import count, plot_confusion
+
+        loader = eval_loader(dataset, spec.transform(), self.batch_size, self.workers)
+        counts = count(predict, loader, spec.num_classes)
+        result = counts.evaluation()
         top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
-        console.print(f"top-1 {result.top1:.2f} %{top5} on {result.n} photographs")
-        return {"model": spec.model, **asdict(result)}
+        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} photographs")
+        if len(classes) <= MOST_CLASSES_PRINTED:
+            table = Table("class", _right("photographs"), _right("top-1 %"))
+            seen = counts.confusion.sum(1).tolist()
+            for name, photographs, top1 in zip(classes, seen, result.per_class, strict=True):
+                table.add_row(name, str(photographs), f"{top1:.1f}" if photographs else "")
+            console.print(table)
+        if self.output is not None:
+            name = "confusion.png" if kind == "weights" else "confusion_ema.png"
+            plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
+        return asdict(result)
 
     def _predict(self) -> tuple[Any, Spec]:
         if self.artefact is None:

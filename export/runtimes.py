@@ -1,17 +1,14 @@
 """A model or an artefact as a function from a batch to logits, with a fixed number of threads."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from shvit.errors import InputError
+from shvit.train.evaluate import Predict
 
 from .onnx import INPUT
-
-Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Normalised float32 (B, C, H, W) → float32 logits (B, classes)."""
 
 
 def torch_predict(model: nn.Module) -> Predict:

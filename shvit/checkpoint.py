@@ -132,13 +132,27 @@ def _stem_names(key: str) -> list[str]:
     return [name for name in (f"{STEM}c.weight", f"{STEM}weight") if key == name or key.endswith("." + name)]
 
 
-def read_state_dict(path: Path, ema: bool = False) -> StateDict:
-    """The tensors of a checkpoint file of any model, under the file's names; raises as `read_checkpoint`."""
+AVERAGED = ("state_dict_ema", "model_ema")
+
+
+def holds_average(path: str | os.PathLike) -> bool:
+    """Whether a file has averaged weights beside the weights; raises as `read_checkpoint` where it cannot be read."""
+    content = _read_content(Path(path))
+    return any(isinstance(content.get(key), Mapping) for key in AVERAGED)
+
+
+def _read_content(path: Path) -> Mapping[Any, Any]:
     _check_size(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}; a checkpoint is a dict of tensors")
-    wanted = ("state_dict_ema", "model_ema") if ema else ("state_dict", "model")
+    return content
+
+
+def read_state_dict(path: Path, ema: bool = False) -> StateDict:
+    """The tensors of a checkpoint file of any model, under the file's names; raises as `read_checkpoint`."""
+    content = _read_content(path)
+    wanted = AVERAGED if ema else ("state_dict", "model")
     nested = next((content[key] for key in wanted if isinstance(content.get(key), Mapping)), None)
     if ema and nested is None:
         raise InputError(f"{path}: has no averaged weights (model_ema or state_dict_ema); leave out the EMA option")
@@ -290,7 +304,7 @@ def create_model(
     checkpoint: str | os.PathLike | None = None,
     num_classes: int | None = None,
     ema: bool = False,
-    reset_head: bool = False,
+    reset_head: bool | None = False,
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model` that takes from the checkpoint what it tells: classes, a distillation head, deployment.
@@ -299,7 +313,7 @@ def create_model(
         name: any name that timm knows.
         checkpoint: a file of any layout that `read_checkpoint` takes; of timm's layout for models other than SHViT.
         num_classes: classes of the model; the checkpoint's where None.
-        ema, reset_head: as in `load_checkpoint`.
+        ema, reset_head: as in `load_checkpoint`; with None the head begins anew where the file's classes differ.
         kwargs: passed to `timm.create_model`.
 
     Returns:
@@ -323,6 +337,8 @@ def create_model(
     model = timm.create_model(name, num_classes=classes, **{"distilled": source.distilled, **kwargs}).eval()
     if source.deployed:
         model = deploy(model)
+    if reset_head is None:
+        reset_head = source.num_classes != classes
     load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
     return model
 
@@ -336,7 +352,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _create_peer(
-    name: str, path: Path, num_classes: int | None, ema: bool, reset_head: bool, **kwargs: Any
+    name: str, path: Path, num_classes: int | None, ema: bool, reset_head: bool | None, **kwargs: Any
 ) -> nn.Module:
     """A timm model that is no SHViT, from a checkpoint under timm's own names."""
     import timm
@@ -346,8 +362,11 @@ def _create_peer(
     cfg = timm.get_pretrained_cfg(name)
     classifier = cfg.classifier if cfg else None
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier or ()))
-    if num_classes is None and heads and f"{heads[0]}weight" in state_dict:
-        num_classes = state_dict[f"{heads[0]}weight"].shape[0]
+    weight = state_dict.get(f"{heads[0]}weight") if heads else None
+    if num_classes is None and weight is not None:
+        num_classes = weight.shape[0]
+    if reset_head is None:
+        reset_head = weight is not None and weight.shape[0] != num_classes
     model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
     load_strictly(model, state_dict, path, reset_head, heads)
     return model

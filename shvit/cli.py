@@ -1,11 +1,13 @@
 """`shvit <command>`: a table of names and modules; nothing is imported before it is needed.
 
 A command is a dataclass whose fields are its options (parsed by tyro) and whose `run()` returns the result, printed
-as one JSON object on the last line of stdout. A group of commands is a dict of such classes.
+as one JSON object on the last line of stdout. A group of commands is a dict of such classes; a function is given the
+options and returns such a command.
 Exit status: 0 done; 1 a check did not hold; 2 unusable input, said in one line on stderr (`--debug`: with traceback).
 """
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ class Entry:
 COMMANDS = {
     "list": Entry("shvit.weights.main:List", "the models: parameters, GMACs, input size, published top-1, weights"),
     "info": Entry("shvit.export.main:Info", "one model, per stage and layer kind: MACs, parameters, activations"),
-    "train": Entry("shvit.train.main:TRAIN", "train by a recipe, on your folder of class folders"),
+    "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
@@ -80,6 +82,8 @@ def _parse(name: str, options: list[str]) -> Any:
         with contextlib.redirect_stderr(message):
             if isinstance(target, dict):
                 return tyro.extras.subcommand_cli_from_dict(target, prog=prog, args=options)
+            if inspect.isfunction(target):
+                return target(options, prog)
             return tyro.cli(target, prog=prog, args=options)
     except SystemExit as stop:
         if stop.code in (0, None):

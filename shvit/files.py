@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -29,7 +32,13 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise InputError(f"{path}: cannot be written: {error.strerror}; make room and try again, what was "
+                                 "there is kept") from error  # fmt: skip
+            raise
         if path.is_dir():
             if not partial.is_dir():
                 raise InputError(f"{path}: is a folder; choose another name")

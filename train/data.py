@@ -1,62 +1,109 @@
-"""Photographs from folders, split without leaks, and the loaders that feed them."""
+"""Which photographs: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from timm.data import IterableImageDataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset
 
 from shvit.errors import InputError
 
-from .recipe import Recipe
+from .recipe import Data
 
 MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
 Split = Literal["train", "val"]
 Sample = tuple[Path, int]
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """A photograph as RGB.
+
+    Args:
+        file: its path, or the file, open for reading.
+        name: what messages call it; the path where None.
 
     Raises:
         InputError: the file, which is named, is no photograph, damaged, or larger than `MAX_PIXELS`.
     """
+    name = name or str(file)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
-                    f"{path}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed"
+                    f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed"
                 )
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a readable photograph ({error}); remove or replace it") from error
+        raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
 
 
-class Photographs(Dataset):
-    """Photographs with their classes: item i is (RGB image, or what `transform` makes of it; class index).
+class Files(Reader):
+    """Photographs by path, as one of timm's readers."""
 
-    Files are read when an item is asked for; a damaged one raises InputError and is named.
-    """
-
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str]):
+    def __init__(self, samples: Sequence[Sample]):
+        super().__init__()
         self.samples = list(samples)
-        self.classes = list(classes)
-        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        image = open_image(path)
-        return (self.transform(image) if self.transform else image), target
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return path.name if basename else str(path)
+
+
+class Photographs(Dataset):
+    """Photographs with their classes: item i is (RGB image, class index).
+
+    Files are read when an item is asked for; a damaged one raises InputError and is named.
+
+    Args:
+        source: a reader of timm's, or anything whose items are (file or image, class index).
+        classes: names, by class index.
+        indices: the items of `source` that are taken; all where None.
+    """
+
+    def __init__(self, source: Any, classes: Sequence[str], indices: Sequence[int] | None = None):
+        self.source = source
+        self.classes = list(classes)
+        self.indices = range(len(source)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.source[self.indices[index]]
+        return (file.convert("RGB") if isinstance(file, Image.Image) else open_image(file, self.name(index))), target
+
+    def name(self, index: int) -> str:
+        """What messages call an item."""
+        if isinstance(self.source, Reader):
+            return self.source.filename(self.indices[index])
+        return f"{type(self.source).__name__}[{self.indices[index]}]"
+
+    @property
+    def samples(self) -> list[Sample]:
+        """(name, class index) of every item."""
+        return [(Path(self.name(i)), int(self.source[self.indices[i]][1])) for i in range(len(self))]
+
+    def every(self, step: int, start: int) -> "Photographs":
+        """Item `start` and every `step`-th after it: one process's share."""
+        return Photographs(self.source, self.classes, self.indices[start::step])
 
 
 # --- which photographs ------------------------------------------------------------------------------------------------
@@ -66,40 +113,65 @@ def open_dataset(root: Path | None, split: Split) -> Photographs:
     """The training or the held-out photographs.
 
     Args:
-        root: a folder with train/ and val/ (or validation/) of class folders; or of class folders alone, of which
-            about every tenth photograph, chosen by a hash of its file name, is held out; None for `elpv`.
+        root: a folder with train/ and val/ (or validation/) of class folders, or .tar files of these names; or a folder
+            or a tar of class folders alone, of which about every tenth photograph, chosen by a hash of its file name,
+            is held out; None for `elpv`.
 
     Raises:
         InputError: no such folder, no photographs, an empty class, or classes that differ between the splits.
     """
     if root is None:
         return elpv(split)
-    training, held_out = root / "train", _validation_folder(root)
-    if training.is_dir() != (held_out is not None):
-        found = "train/ but neither val/ nor validation/" if held_out is None else f"{held_out.name}/ but no train/"
-        raise InputError(f"{root} holds {found}; give both, or class folders alone")
-    if held_out is not None:
+    training, held_out = _split_of(root, ("train",)), _split_of(root, ("val", "validation"))
+    if (training is None) != (held_out is None):
+        found = f"{(training or held_out).name}"  # type: ignore[union-attr]
+        missing = "neither val/ nor validation/" if held_out is None else "no train/"
+        raise InputError(f"{root} holds {found} but {missing}; give both, or class folders alone")
+    if training is not None and held_out is not None:
         datasets = {"train": _scan(training), "val": _scan(held_out)}
         if datasets["train"].classes != datasets["val"].classes:
             unequal = sorted(set(datasets["train"].classes) ^ set(datasets["val"].classes))
             raise InputError(
-                f"{root}: classes in only one of {training.name}/ and {held_out.name}/: {', '.join(unequal)}"
+                f"{root}: classes in only one of {training.name} and {held_out.name}: {', '.join(unequal)}"
             )
         return datasets[split]
     everything = _scan(root)
-    samples = [sample for sample in everything.samples if _is_held_out(sample[0].name) == (split == "val")]
-    if not samples:
+    names = (Path(everything.name(i)).name for i in range(len(everything)))
+    chosen = [i for i, name in enumerate(names) if _is_held_out(name) == (split == "val")]
+    if not chosen:
         raise InputError(f"{root}: {len(everything)} photographs are too few to hold some out; give train/ and val/")
-    return Photographs(samples, everything.classes)
+    return Photographs(everything.source, everything.classes, chosen)
 
 
-def open_eval_dataset(root: Path | None) -> Photographs:
-    """All photographs below `root`/val, `root`/validation or else `root` itself; None for `elpv`'s held-out ones."""
-    return elpv("val") if root is None else _scan(_validation_folder(root) or root)
+def open_eval_dataset(data: str, split: str = "validation") -> "Photographs | IterableImageDataset":
+    """The photographs to evaluate on.
+
+    Args:
+        data: a folder of class folders or its val (or validation) subfolder, a tar of one, a folder of WebDataset
+            shards with an _info.json, `elpv` for that dataset's held-out ones, or a name such as torch/cifar10 or
+            hfds/beans that timm knows, which is looked for in the working directory or its library's cache.
+        split: of shards and of a dataset with a name.
+    """
+    root = Path(data)
+    if data == "elpv":
+        return elpv("val")
+    if data.startswith(NAMED):
+        prefix, _, rest = data.partition("/")
+        if prefix == "wds":
+            return open_stream(Data(name="wds/", root=Path(rest), val_split=split), "val")
+        named = Data(name=data, root=Path() if prefix == "torch" else None, val_split=split)
+        return open_stream(named, "val") if is_stream(named) else open_named(named, "val")
+    if root.is_dir() and ((root / "_info.json").exists() or (root / "info.json").exists()):
+        return open_stream(Data(name="wds/", root=root, val_split=split), "val")
+    return _scan(_split_of(root, ("val", "validation")) or root)
 
 
-def _validation_folder(root: Path) -> Path | None:
-    return next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+def _split_of(root: Path, names: Sequence[str]) -> Path | None:
+    """The folder or the tar of one split, or None."""
+    candidates = [root / name for name in names]
+    return next((path for path in candidates if path.is_dir()), None) or next(
+        (tar for path in candidates if (tar := path.with_suffix(".tar")).is_file()), None
+    )
 
 
 def _is_held_out(name: str) -> bool:
@@ -108,9 +180,11 @@ def _is_held_out(name: str) -> bool:
 
 
 def _scan(root: Path) -> Photographs:
-    """Class folders, in alphabetical order, and every photograph in them and below."""
+    """Class folders, in alphabetical order, and every photograph in them and below; or a tar of such folders."""
+    if root.is_file() and root.suffix == ".tar":
+        return _scan_tar(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
+        raise InputError(f"{root}: no such folder" + (" (of files, a .tar is taken)" if root.is_file() else ""))
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise InputError(f"{root}: no class folders in it; put each class's photographs into a folder of their own")
@@ -120,7 +194,88 @@ def _scan(root: Path) -> Photographs:
         if not found:
             raise InputError(f"{folder}: an empty class; remove the folder or put photographs into it")
         samples += [(path, target) for path in found]
-    return Photographs(samples, [folder.name for folder in folders])
+    return Photographs(Files(samples), [folder.name for folder in folders])
+
+
+def _scan_tar(path: Path) -> Photographs:
+    """A tar of class folders, by timm's reader, which orders classes as people count (class2 before class10)."""
+    import tarfile
+
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    try:
+        # No cache of the index: it is a pickle. No cache of open files: processes would share their positions.
+        reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: not a readable tar of class folders with photographs ({error})") from error
+    return Photographs(reader, sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.__getitem__))
+
+
+# --- datasets with a name ---------------------------------------------------------------------------------------------
+
+
+def is_stream(data: Data) -> bool:
+    """Whether the dataset is read from front to back: WebDataset shards, Hugging Face streams, TensorFlow datasets."""
+    return data.name.startswith(("wds/", "hfids/", "tfds/"))
+
+
+def open_named(data: Data, split: Split) -> Photographs:
+    """A dataset with a name whose items can be asked for in any order.
+
+    Raises:
+        InputError: it is not known, cannot be opened, or a package for it is missing.
+    """
+    dataset = _create_dataset(data, split)
+    source = getattr(dataset, "reader", dataset)
+    known = getattr(source, "class_to_idx", None) or getattr(dataset, "class_to_idx", None) or {}
+    classes = sorted(known, key=known.__getitem__)
+    return Photographs(source, classes or _numbered(data))
+
+
+def open_stream(
+    data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0
+) -> IterableImageDataset:
+    """A dataset that is read from front to back; each process and each of its workers gets its own shards.
+
+    Args:
+        batch_size: of one process, to which a training pass is rounded up.
+        seed: of the shards' and the photographs' order.
+    """
+    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed)
+    known = getattr(dataset.reader, "class_to_idx", None) or {}
+    dataset.classes = sorted(known, key=known.__getitem__) or _numbered(data)
+    return dataset
+
+
+def _numbered(data: Data) -> list[str]:
+    return [str(i) for i in range(data.num_classes or 0)]
+
+
+def _create_dataset(data: Data, split: Split, **options: Any) -> Any:
+    from timm.data import create_dataset
+
+    if not data.name.startswith(NAMED):
+        raise InputError(f"data.name {data.name!r} is not known; it begins with one of {', '.join(NAMED)}")
+    name = data.train_split if split == "train" else data.val_split
+    root = None if data.root is None else str(data.root)
+    with missing_packages_named(data.name):
+        return create_dataset(data.name, root, split=name, **options)
+
+
+@contextmanager
+def missing_packages_named(name: str) -> Iterator[None]:
+    """Turns what the libraries behind timm's readers raise into one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{name}: needs the package {error.name}; install it with: pip install {error.name}"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own
+        first = (str(error).splitlines() or [""])[0][:300]
+        raise InputError(f"{name}: cannot be opened ({type(error).__name__}: {first})") from error
 
 
 MODULE = 60  # cells: 6×10
@@ -152,40 +307,60 @@ def elpv(split: Split) -> Photographs:
         held_out = MODULE if len(run) % MODULE == 0 and len(run) >= 3 * MODULE else len(run) if len(run) == 72 else 0
         border = len(run) - held_out
         chosen += run[border:] if split == "val" else run[:border]
-    return Photographs(chosen, classes)
+    return Photographs(Files(chosen), classes)
 
 
-# --- loaders ----------------------------------------------------------------------------------------------------------
+# --- for evaluation ---------------------------------------------------------------------------------------------------
 
 
-def train_loader(dataset: Photographs, recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> DataLoader:
-    """timm's training loader: shuffled batches of (float32 (B, 3, H, W), int64 (B,)), the last short one left out."""
-    from timm.data import create_loader
+class Prepared(Dataset):
+    """Items as (what `transform` makes of the photograph, class index); see `eval_loader` for `tolerant`."""
 
-    augment = recipe.augment
-    return create_loader(
-        dataset,  # type: ignore[arg-type]  # any map-style dataset with a `transform` will do
-        input_size=(3, recipe.img_size, recipe.img_size),
-        batch_size=min(recipe.batch_size, len(dataset)),
-        is_training=True,
-        use_prefetcher=False,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        interpolation="bilinear",
-        mean=tuple(mean),
-        std=tuple(std),
-        num_workers=recipe.data.workers,
-        pin_memory=False,
-        persistent_workers=False,  # fresh workers draw from the epoch's seed alone
-    )
+    def __init__(self, dataset: Photographs, transform: Callable[[Image.Image], torch.Tensor], tolerant: bool):
+        self.dataset = dataset
+        self.transform = transform
+        self.tolerant = tolerant
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            image, target = self.dataset[index]
+        except InputError:
+            if not self.tolerant:
+                raise
+            image, target = Image.new("RGB", (8, 8)), IGNORED
+        return self.transform(image), target
+
+
+IGNORED = -1
+"""The class index of a photograph that does not count."""
 
 
 def eval_loader(
-    dataset: Photographs, transform: Callable[[Image.Image], torch.Tensor], batch_size: int, workers: int = 0
+    dataset: Photographs | IterableImageDataset,
+    transform: Callable[[Image.Image], torch.Tensor],
+    batch_size: int,
+    workers: int = 0,
+    tolerant: bool = False,
 ) -> DataLoader:
-    """Every photograph once, in order: batches of (what `transform` makes, int64 (B,))."""
-    prepared = Photographs(dataset.samples, dataset.classes)
-    prepared.transform = transform
-    return DataLoader(prepared, batch_size, num_workers=workers)
+    """Every photograph once, in order: batches of (what `transform` makes, int64 (B,)).
+
+    Args:
+        tolerant: give damaged photographs the class `IGNORED` rather than raise.
+    """
+    if isinstance(dataset, IterableImageDataset):
+        dataset.transform = transform
+        dataset.set_loader_cfg(num_workers=workers)
+        return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=ignore_signals)
+    prepared = Prepared(dataset, transform, tolerant)
+    return DataLoader(
+        prepared, batch_size, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """For a loader's workers: a signal to the whole group of processes is for the one that they serve."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,17 @@
 """Accuracy of anything that maps photographs to logits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+from shvit.errors import InputError
+from shvit.files import write_whole
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Normalised float32 (B, C, H, W) → logits (B, num_classes), from PyTorch or any other runtime."""
 
 
 @dataclass(frozen=True)
@@ -22,33 +29,97 @@ class Evaluation:
     """Top-1 of each class; NaN would not be JSON, so a class without photographs has 0."""
 
 
-def evaluate(
-    predict: Callable[[torch.Tensor], torch.Tensor],
+@dataclass(frozen=True)
+class Counts:
+    """What an evaluation counts; counts of disjoint sets add up."""
+
+    confusion: torch.Tensor
+    """(classes, classes) int64: photographs by their class and by the one they were taken for."""
+    totals: torch.Tensor
+    """(2,) float64: photographs whose class is among the 5 highest, summed cross-entropy."""
+
+    def summed(self, total: Callable[[torch.Tensor], torch.Tensor]) -> "Counts":
+        """Over several processes, by a function that sums a tensor over them."""
+        return Counts(total(self.confusion), total(self.totals))
+
+    def evaluation(self) -> Evaluation:
+        """Raises InputError where nothing was counted."""
+        seen, hits = self.confusion.sum(1), self.confusion.diagonal()
+        n = int(seen.sum())
+        if n == 0:
+            raise InputError("no photograph to evaluate on could be read; give others")
+        hits5, loss = self.totals.tolist()
+        return Evaluation(
+            top1=100 * int(hits.sum()) / n,
+            top5=100 * hits5 / n,
+            n=n,
+            loss=loss / n,
+            per_class=tuple((100 * hits / seen.clamp_min(1)).tolist()),
+        )
+
+
+def count(
+    predict: Predict,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     num_classes: int,
-) -> Evaluation:
+    device: torch.device | str = "cpu",
+) -> Counts:
     """Runs every batch through `predict`.
 
     Args:
-        predict: normalised float32 (B, C, H, W) → logits (B, num_classes), from PyTorch or any other runtime.
-        batches: (images, int64 class indices).
+        batches: (images, int64 class indices); a photograph with a negative index does not count.
+        device: where `predict` wants its images.
+
+    Raises:
+        InputError: a class index that the model does not have.
     """
-    hits = torch.zeros(num_classes, dtype=torch.int64)
-    seen = torch.zeros(num_classes, dtype=torch.int64)
-    hits5, loss = 0, 0.0
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     for images, targets in batches:
+        if targets.max() >= num_classes:
+            raise InputError(f"a photograph of class {int(targets.max())}, and the model has {num_classes} classes, "
+                             "counted from 0; evaluate on the classes that it was trained for")  # fmt: skip
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         logits = predict(images).float()
+        counted = targets >= 0
+        logits, targets = logits[counted], targets[counted]
         ranked = logits.topk(min(5, num_classes), dim=1).indices
-        found = ranked == targets[:, None]
-        hits += torch.bincount(targets[found[:, 0]], minlength=num_classes)
-        seen += torch.bincount(targets, minlength=num_classes)
-        hits5 += int(found.any(dim=1).sum())
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-    n = int(seen.sum())
-    return Evaluation(
-        top1=100 * int(hits.sum()) / n,
-        top5=100 * hits5 / n,
-        n=n,
-        loss=loss / n,
-        per_class=tuple((100 * hits / seen.clamp_min(1)).tolist()),
-    )
+        confusion += torch.bincount(targets * num_classes + ranked[:, 0], minlength=num_classes * num_classes)
+        totals[0] += (ranked == targets[:, None]).any(dim=1).sum()
+        totals[1] += F.cross_entropy(logits, targets, reduction="sum").double()
+    return Counts(confusion.reshape(num_classes, num_classes), totals)
+
+
+def evaluate(predict: Predict, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_classes: int) -> Evaluation:
+    """The accuracy of `predict`; see `count`."""
+    return count(predict, batches, num_classes).evaluation()
+
+
+def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: str) -> None:
+    """Which class is taken for which, as shares of each row, with numbers where they can be read; PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seen = counts.confusion.sum(1, keepdim=True).clamp_min(1)
+    shares = (100 * counts.confusion / seen).cpu().numpy()
+    size, legible = len(classes), len(classes) <= 40
+    side = min(max(4.0, 0.45 * size + 1.5), 14.0)
+    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    if legible:
+        axis.set_xticks(range(size), classes, rotation=90, fontsize=8)
+        axis.set_yticks(
+            range(size), [f"{name} ({int(n)})" for name, n in zip(classes, seen[:, 0], strict=True)], fontsize=8
+        )
+        for row, column in zip(*shares.nonzero(), strict=True):
+            share = shares[row, column]
+            axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7,
+                      color="white" if share > 50 else "#1c2733")  # fmt: skip
+    axis.set_xlabel("taken for, % of the row")
+    axis.set_ylabel("class (photographs)")
+    axis.set_title(title, fontsize=10)
+    with write_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)

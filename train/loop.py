@@ -1,72 +1,38 @@
-"""The loop, its state and its log: from a recipe to a run folder."""
+"""The loop: from a recipe to a run folder, whatever happens on the way."""
 
-import json
 import math
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import create_transform, resolve_data_config
-from timm.loss import LabelSmoothingCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
-from torch import nn
-from torch.utils.data import DataLoader
+from timm.data import resolve_data_config
+from timm.utils import distribute_bn
 
-import shvit.shvit
 from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
-from shvit.files import write_whole
 
-from .data import eval_loader, open_dataset, train_loader
-from .evaluate import evaluate
-from .recipe import Recipe, differences
-
-console = terminal.console()
-
-
-@dataclass
-class Run:
-    """Everything that changes while training."""
-
-    model: nn.Module
-    ema: ModelEmaV3
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    log: list[dict[str, Any]]
-    """One entry for each finished epoch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "model_ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "log": self.log,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["model_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.log = state["log"]
-
-    def best(self, figure: str) -> float:
-        return max((entry[figure] for entry in self.log), default=-math.inf)
+from .distributed import World, join
+from .evaluate import Evaluation, count
+from .feed import Batch, Feed
+from .folder import RunFolder
+from .interrupt import Interrupt, Stopped
+from .journal import Journal
+from .plots import plot_curves
+from .recipe import Recipe
+from .setup import check_recipe, open_held_out, open_training, set_up
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Trains by `recipe` into the run folder `output`; goes on at the last finished epoch if that holds this run.
+    """Trains by `recipe` into the run folder `output`; goes on where it stopped if that holds this run.
 
-    The folder then has recipe.yaml, metrics.jsonl (a line for each epoch), curves.png, last.pt (to go on from),
-    best.safetensors and best_ema.safetensors (weights of the epoch with the highest accuracy).
+    The folder then has recipe.yaml, metrics.jsonl (a line for each evaluation), tensorboard/, curves.png, last.pt (to
+    go on from), best.safetensors and best_ema.safetensors (weights of the epoch with the highest accuracy).
+    With torchrun or SLURM every process calls this, and the first one writes.
 
     Returns:
         Accuracies, the better one's checkpoint, and what it was trained on.
@@ -74,202 +40,238 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     Raises:
         InputError: unusable photographs or fields, or `output` holds a run of another recipe.
         CheckFailed: the loss is not finite any more.
+        SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
-    _check(recipe)
-    start = time.perf_counter()
-    random_seed(recipe.seed)
-    training, held_out = open_dataset(recipe.data.root, "train"), open_dataset(recipe.data.root, "val")
-    _claim(output, recipe)
-    run, batches, held_out_batches = _set_up(recipe, training, held_out)
-    if (output / "last.pt").exists():
-        _resume(run, output / "last.pt")
-        console.print(f"{output}: {len(run.log)} of {recipe.epochs} epochs are done, going on")
-    else:
-        console.print(
-            f"{recipe.model} at {recipe.img_size} px, {len(training)} photographs of {len(training.classes)} classes "
-            f"and {len(held_out)} held out, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
-        )
-    for epoch in range(len(run.log), recipe.epochs):
-        random_seed(recipe.seed, epoch + 1)  # an epoch draws the same after an interruption
-        metrics = _train_epoch(run, recipe, batches, epoch)
-        _evaluate(run, metrics, held_out_batches, len(training.classes))
-        _save(run, output, metrics)
-    plot(run.log, output / "curves.png")
-    return _result(run, recipe, output, training.classes, len(held_out), time.perf_counter() - start)
+    interrupt = Interrupt()
+    with join(recipe.compute.device) as world, interrupt.handled():
+        turns = check_recipe(recipe, world)
+        classes, feed = open_training(recipe, world, turns)
+        return Training(recipe, output, world, classes, feed, turns, interrupt).run_all()
 
 
-def _check(recipe: Recipe) -> None:
-    if not timm.is_model(recipe.model):
-        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    minimum = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "img_size": recipe.img_size}
-    for name, value in minimum.items():
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+class Training:
+    """A run under way in one process."""
 
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        world: World,
+        classes: list[str],
+        feed: Feed,
+        turns: int,
+        interrupt: Interrupt,
+    ):
+        self.recipe = recipe
+        self.world = world
+        self.classes = classes
+        self.feed = feed
+        self.interrupt = interrupt
+        self.folder = RunFolder(output, recipe.save.keep)
+        self.console = terminal.console(quiet=not world.primary)
+        self.total_steps = recipe.epochs * feed.steps_per_epoch
+        self.run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
+        config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
+        self.held_out, self.held_out_count = open_held_out(recipe, world, config)
+        self.corrupt: set[str] = set()
 
-def _claim(output: Path, recipe: Recipe) -> None:
-    """Writes recipe.yaml into `output`, or refuses if another recipe's is there."""
-    import yaml
-
-    path = output / "recipe.yaml"
-    if path.exists():
+    def run_all(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        if self.world.primary:
+            self.folder.claim(self.recipe, self.classes)
+        self._resume()
+        before = self.run.seconds
+        self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
+        self.last_save = time.perf_counter()
         try:
-            stored = yaml.safe_load(path.read_text())["recipe"]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a readable recipe; choose another --output") from error
-        if unequal := differences(stored, recipe.as_dict()):
-            raise InputError(f"{output} holds a run that differs in {', '.join(unequal)}; choose another --output")
-        return
-    versions = {"torch": str(torch.__version__), "timm": timm.__version__, "shvit": shvit.__version__}
-    with write_whole(path) as partial:
-        partial.write_text(yaml.safe_dump({"recipe": recipe.as_dict(), "versions": versions}, sort_keys=False))
+            with self.journal:
+                self._all_steps(start - before)
+        except (Stopped, RuntimeError) as stop:
+            self._stop(stop)
+            raise
+        if self.world.primary and self.run.log:
+            plot_curves(self.run.log, self.folder.path / "curves.png")
+        return self._result()
 
+    def _resume(self) -> None:
+        state = self.folder.load_state(self.warn) if self.world.primary else None
+        state = self.world.share(state)
+        recipe, run = self.recipe, self.run
+        if state is not None:
+            run.load_state_dict(state)
+            self.console.print(f"{self.folder.path}: {run.step} of {self.total_steps} steps are done, going on")
+            return
+        held_out = f", {self.held_out_count} held out" if self.held_out_count is not None else ""
+        self.console.print(
+            f"{recipe.model} at {recipe.img_size} px, {self.feed.length} photographs of {len(self.classes)} classes"
+            f"{held_out}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
+        )
+        if self.world.size > 1 or run.turns > 1:
+            self.console.print(
+                f"batch {recipe.batch_size} = {self.world.size} processes × {run.turns} turns × {self.feed.batch_size}"
+            )
 
-def _resume(run: Run, path: Path) -> None:
-    try:
-        run.load_state_dict(torch.load(path, weights_only=True))
-    except Exception as error:  # torch.load raises many types for a damaged file
-        raise InputError(f"{path}: damaged ({type(error).__name__}); choose another --output") from error
+    # --- steps --------------------------------------------------------------------------------------------------------
 
+    def _all_steps(self, begin: float) -> None:
+        """Every step that is left, an evaluation behind each epoch that is due one, and states in between."""
+        run, per_epoch = self.run, self.feed.steps_per_epoch
+        batches: Iterator[Batch] | None = None
+        while True:
+            self._evaluate_if_due(begin)
+            if run.step >= self.total_steps:
+                return
+            if batches is None:
+                batches = self.feed.batches(run.step, self.total_steps)
+            run.train_mode()
+            boundary = (run.step // per_epoch + 1) * per_epoch
+            while run.step < boundary:
+                self._step(batches)
+                if run.step % self.recipe.save.log_steps == 0 or run.step == boundary:
+                    self._look(boundary)
+                if self.world.primary and time.perf_counter() - self.last_save > 60 * self.recipe.save.every_minutes:
+                    self._save(begin)
 
-def _set_up(recipe: Recipe, training: Any, held_out: Any) -> tuple[Run, DataLoader, DataLoader]:
-    model = timm.create_model(recipe.model, num_classes=len(training.classes))
-    model = model.to(memory_format=torch.channels_last)
-    config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
-    batches = train_loader(training, recipe, config["mean"], config["std"])
-    held_out_batches = eval_loader(held_out, create_transform(**config), 2 * recipe.batch_size, recipe.data.workers)
-    optim = recipe.optim
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=recipe.peak_lr, weight_decay=optim.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=recipe.epochs,
-        warmup_epochs=min(optim.warmup_epochs, recipe.epochs - 1),
-        warmup_prefix=True,
-        warmup_lr=optim.warmup_lr,
-        min_lr=optim.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=len(batches),
-    )
-    assert scheduler is not None
-    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
-    return Run(model, ema, optimizer, scheduler, []), batches, held_out_batches
+    def _step(self, batches: Iterator[Batch]) -> None:
+        run = self.run
+        with self.journal.waiting():
+            mine = list(islice(batches, run.turns))
+        self._report_corrupt(problem for batch in mine for problem in batch.problems)
+        loss = run.forward_backward(mine)
+        with self.interrupt.shielded():
+            run.update(loss)
+        self.journal.stepped(loss, len(mine) * self.feed.batch_size * self.world.size)
 
+    def warn(self, message: str) -> None:
+        """To stderr, from whichever process."""
+        print(message, file=sys.stderr)
 
-def _train_epoch(run: Run, recipe: Recipe, batches: DataLoader, epoch: int) -> dict[str, Any]:
-    loss_of = LabelSmoothingCrossEntropy(recipe.augment.smoothing)
-    run.model.train()
-    losses, norms = [], []
-    start = time.perf_counter()
-    for index, (images, targets) in enumerate(_progress(batches, f"epoch {epoch + 1}/{recipe.epochs}")):
-        update = epoch * len(batches) + index
-        run.scheduler.step_update(update)
-        loss = loss_of(run.model(images.contiguous(memory_format=torch.channels_last)), targets)
-        run.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None).item()
-        losses.append(loss.item())
-        norms.append(norm)
-        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
-            raise _diverged(run, epoch, index, losses[-1], norm)
-        dispatch_clip_grad(run.model.parameters(), recipe.optim.clip_grad, mode="agc")
-        run.optimizer.step()
-        run.ema.update(run.model, step=update)
-    seconds = time.perf_counter() - start
-    return {
-        "epoch": epoch + 1,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "train_loss": sum(losses) / len(losses),
-        "grad_norm": sum(norms) / len(norms),
-        "images_per_s": len(losses) * (batches.batch_size or 1) / seconds,
-    }
+    def _report_corrupt(self, problems: Iterable[str]) -> None:
+        problem = ""
+        for problem in problems:
+            if problem not in self.corrupt:
+                self.corrupt.add(problem)
+                self.warn(f"passed over: {problem}")
+        limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
+        if len(self.corrupt) > limit:
+            raise InputError(f"{len(self.corrupt)} damaged photographs, and {limit} are allowed; mend or remove them, "
+                             f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
+    def _look(self, boundary: int) -> None:
+        """Writes scalars, and stops a run whose loss is not finite."""
+        loss, norm = self.journal.look(self.world.average)
+        if not math.isfinite(loss):
+            raise self._diverged(loss, norm)
 
-def _diverged(run: Run, epoch: int, index: int, loss: float, norm: float) -> CheckFailed:
-    lr = run.optimizer.param_groups[0]["lr"]
-    where = {"epoch": epoch + 1, "step": index + 1, "loss": str(loss), "grad_norm": str(norm), "lr": lr}
-    return CheckFailed(
-        f"the loss is {loss} with gradient norm {norm} at learning rate {lr:.2e}, epoch {epoch + 1}, step {index + 1}; "
-        f"last.pt holds the {len(run.log)} finished epochs; lower --optim.lr and choose another --output",
-        where,
-    )
+    def _diverged(self, loss: float, norm: float) -> CheckFailed:
+        run, steps = self.run, self.recipe.save.log_steps
+        epoch = (run.step - 1) // self.feed.steps_per_epoch + 1
+        state = next(iter(self.folder.states), None)
+        kept = f"{state} holds the last good state" if state else "no state was saved yet"
+        return CheckFailed(
+            f"the loss is {loss} with gradient norm {norm} at learning rate {run.lr:.2e}, epoch {epoch}, within the "
+            f"{steps} steps up to {run.step}; {kept}; lower --optim.lr and choose another --output",
+            {"epoch": epoch, "step": run.step, "loss": str(loss), "grad_norm": str(norm), "lr": run.lr,
+             "state": str(state) if state else None},
+        )  # fmt: skip
 
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
-def _progress(batches: DataLoader, title: str) -> Iterator[Any]:
-    """The batches, behind a progress bar on a terminal."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(batches, total=len(batches))
+    def _evaluate_if_due(self, begin: float) -> None:
+        run, per_epoch = self.run, self.feed.steps_per_epoch
+        epoch, within = divmod(run.step, per_epoch)
+        done = run.log[-1]["epoch"] if run.log else 0
+        due = epoch % self.recipe.save.eval_epochs == 0 or epoch == self.recipe.epochs
+        if within or epoch <= done or not due:
+            return
+        plain, averaged = self._accuracy(run.model), self._accuracy(run.ema)
+        sums = self.world.average(run.sums.clone()).tolist()
+        entry = {
+            "epoch": epoch,
+            "step": run.step,
+            "lr": run.lr,
+            "train_loss": sums[0] / sums[2],
+            "grad_norm": sums[1] / sums[2],
+            **self.journal.speed(),
+            "val_loss": plain.loss,
+            "top1": plain.top1,
+            "top5": plain.top5,
+            "ema_loss": averaged.loss,
+            "ema_top1": averaged.top1,
+            "ema_top5": averaged.top5,
+            "n_val": plain.n,
+        }
+        self.journal.evaluated(entry)
+        with self.interrupt.shielded():
+            if self.world.primary:
+                self._keep_best(entry)
+            run.log.append(entry)
+            run.sums.zero_()
+            if self.world.primary:
+                self._save(begin)
+                self.folder.write_log(run.log)
 
+    def _accuracy(self, model: torch.nn.Module) -> Evaluation:
+        """On all held-out photographs, each in one process, in float32; BatchNorm's statistics are the primary's."""
+        model.eval()
+        if self.world.size > 1:
+            distribute_bn(model, self.world.size)
+        memory_format = torch.channels_last if self.recipe.compute.channels_last else torch.contiguous_format
 
-def _evaluate(run: Run, metrics: dict[str, Any], batches: DataLoader, num_classes: int) -> None:
-    """Adds the accuracies of the weights and of their average to `metrics`, and prints them."""
-    run.model.eval()
-    with torch.inference_mode():
-        plain = evaluate(run.model, batches, num_classes)
-        averaged = evaluate(run.ema.module.eval(), batches, num_classes)
-    metrics |= {"val_loss": plain.loss, "top1": plain.top1, "ema_loss": averaged.loss, "ema_top1": averaged.top1}
-    console.print(
-        f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.3f}, held out {plain.top1:.2f} % "
-        f"(averaged weights {averaged.top1:.2f} %), lr {metrics['lr']:.1e}, {metrics['images_per_s']:.0f} images/s"
-    )
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            return model(images.to(memory_format=memory_format))
 
+        with torch.inference_mode():
+            batches = self.held_out.batches(self.warn)
+            counts = count(predict, batches, len(self.classes), self.world.device)
+        return counts.summed(self.world.sum).evaluation()
 
-def _save(run: Run, output: Path, metrics: dict[str, Any]) -> None:
-    """Weights if they are the best yet, then last.pt, then the log: a crash between them costs this epoch at most."""
-    for figure, name, model in (("top1", "best", run.model), ("ema_top1", "best_ema", run.ema.module)):
-        if metrics[figure] > run.best(figure):
-            write_checkpoint(model.state_dict(), output / f"{name}.safetensors")
-    run.log.append(metrics)
-    with write_whole(output / "last.pt") as partial:
-        torch.save(run.state_dict(), partial)
-    with write_whole(output / "metrics.jsonl") as partial:
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in run.log))
+    def _keep_best(self, entry: dict[str, Any]) -> None:
+        for figure, name, model in (("top1", "best", self.run.model), ("ema_top1", "best_ema", self.run.ema)):
+            if entry[figure] > self.run.best(figure):
+                write_checkpoint(model.state_dict(), self.folder.path / f"{name}.safetensors")
 
+    # --- states -------------------------------------------------------------------------------------------------------
 
-def plot(log: list[dict[str, Any]], path: Path) -> None:
-    """Loss, accuracy, learning rate and gradient norm over epochs; PNG."""
-    import matplotlib
+    def _save(self, begin: float) -> None:
+        """The primary's state, unless its loss is not finite."""
+        if not self.run.finite:
+            return
+        self.run.seconds = time.perf_counter() - begin
+        with self.journal.saving():
+            self.folder.save_state(self.run.state_dict())
+        self.last_save = time.perf_counter()
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def _stop(self, stop: Stopped | RuntimeError) -> None:
+        """Saves what the last finished step left, if a signal asked to stop."""
+        signal = self.interrupt.received
+        if signal is None:
+            return
+        self.run.undo_forward()
+        if self.world.primary:
+            self.folder.save_state(self.run.state_dict())
+            self.console.print(f"stopped at step {self.run.step}; the same command goes on from there")
+        raise SystemExit(128 + signal) from stop
 
-    panels = {
-        "loss": {"train_loss": "training, smoothed labels", "val_loss": "held out", "ema_loss": "averaged weights"},
-        "held-out top-1, %": {"top1": "weights", "ema_top1": "averaged weights"},
-        "learning rate": {"lr": "last step of the epoch"},
-        "gradient norm": {"grad_norm": "mean before clipping"},
-    }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
-    epochs = [entry["epoch"] for entry in log]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for key, label in lines.items():
-            axis.plot(epochs, [entry[key] for entry in log], marker="o", markersize=3, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
-    with write_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
-
-
-def _result(
-    run: Run, recipe: Recipe, output: Path, classes: list[str], held_out: int, seconds: float
-) -> dict[str, Any]:
-    top1, ema_top1 = run.best("top1"), run.best("ema_top1")
-    checkpoint = output / ("best_ema.safetensors" if ema_top1 >= top1 else "best.safetensors")
-    console.print(f"best held-out accuracy {top1:.2f} %, of the averaged weights {ema_top1:.2f} %; see {checkpoint}")
-    return {
-        "output": str(output),
-        "checkpoint": str(checkpoint),
-        "model": recipe.model,
-        "img_size": recipe.img_size,
-        "epochs": len(run.log),
-        "top1": top1,
-        "ema_top1": ema_top1,
-        "n_val": held_out,
-        "classes": classes,
-        "seconds": round(seconds, 1),
-    }
+    def _result(self) -> dict[str, Any]:
+        run, path = self.run, self.folder.path
+        top1, ema_top1 = run.best("top1"), run.best("ema_top1")
+        checkpoint = path / ("best_ema.safetensors" if ema_top1 >= top1 else "best.safetensors")
+        self.console.print(
+            f"best held-out accuracy {top1:.2f} %, of the averaged weights {ema_top1:.2f} %; see {checkpoint}"
+        )
+        return {
+            "output": str(path),
+            "checkpoint": str(checkpoint),
+            "model": self.recipe.model,
+            "img_size": self.recipe.img_size,
+            "epochs": run.log[-1]["epoch"],
+            "steps": run.step,
+            "top1": top1,
+            "ema_top1": ema_top1,
+            "last_top1": run.log[-1]["top1"],
+            "last_ema_top1": run.log[-1]["ema_top1"],
+            "n_val": run.log[-1]["n_val"],
+            "classes": self.classes,
+            "seconds": round(run.seconds, 1),
+        }

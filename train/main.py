@@ -6,8 +6,24 @@ from typing import Annotated, Any
 
 import tyro
 
-from .recipe import Recipe
+from shvit.errors import InputError
+
+from .recipe import Recipe, read_recipe
 from .recipes import DESCRIPTIONS, RECIPES
+
+HELP = "\n".join(
+    [
+        "usage: shvit train RECIPE [--data.root DIR] [--output DIR] [any field of the recipe]",
+        "       shvit train --recipe FILE.yaml [the same]     a recipe of your own, or a run folder's recipe.yaml",
+        "       shvit train RECIPE --benchmark N              speed of N steps, of the loader, and of both",
+        "       shvit train --plot DIR                        draw a run folder's curves.png anew",
+        "",
+        *(f"  {name:<14}{DESCRIPTIONS[name]}" for name in RECIPES),
+        "",
+        "`shvit train RECIPE --help` lists every field with the recipe's value. A run that --output holds goes on.",
+        "On several GPUs or machines: torchrun --nproc-per-node=8 -m shvit.train RECIPE …",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -17,13 +33,72 @@ class Train:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     output: Path
     """The run folder; a run that it already holds goes on."""
+    benchmark: int | None = None
+    """Train nothing: measure this many steps, loader and both, and print images per second and peak memory."""
 
     def run(self) -> dict[str, Any]:
+        if self.benchmark is not None:
+            from .speed import benchmark
+
+            return benchmark(self.recipe, self.benchmark)
+
         from .loop import train
 
         return train(self.recipe, self.output)
 
 
-TRAIN = tyro.extras.subcommand_type_from_defaults(
-    {name: Train(recipe, Path("runs") / name) for name, recipe in RECIPES.items()}, DESCRIPTIONS, prefix_names=False
-)
+@dataclass(frozen=True)
+class Plot:
+    """Draws a run folder's curves.png from its metrics.jsonl."""
+
+    plot: Path
+    """The run folder."""
+
+    def run(self) -> dict[str, Any]:
+        from .plots import plot_curves, read_log
+
+        path = self.plot / "curves.png"
+        plot_curves(read_log(self.plot), path)
+        return {"plot": str(path)}
+
+
+def parse(options: list[str], prog: str) -> Train | Plot:
+    """The command that the words after `shvit train` say.
+
+    Raises:
+        InputError: an unknown recipe, or a recipe file that cannot be read.
+        SystemExit: as tyro ends, with its message on stderr.
+    """
+    first = options[0] if options else ""
+    if first in ("-h", "--help"):
+        print(HELP)
+        raise SystemExit(0)
+    if first == "--plot":
+        return tyro.cli(Plot, prog=prog, args=options)
+    name, recipe, rest = _choose(options)
+    default = Train(recipe, Path("runs") / name)
+    kind = tyro.conf.configure(tyro.conf.AvoidSubcommands)(Train)
+    return tyro.cli(kind, default=default, prog=f"{prog} {' '.join(options[: len(options) - len(rest)])}", args=rest)
+
+
+def _choose(options: list[str]) -> tuple[str, Recipe, list[str]]:
+    """(a run folder's name, the recipe, the words that are left)."""
+    first, *rest = options or [""]
+    if first == "--recipe" or first.startswith("--recipe="):
+        _, joined, value = first.partition("=")
+        words = [value, *rest] if joined else rest
+        if not words or not words[0]:
+            raise InputError("--recipe wants a YAML file; `shvit train --help` tells more")
+        path = Path(words[0])
+        name = path.parent.name if path.name == "recipe.yaml" and path.parent.name else path.stem
+        return name, read_recipe(path), words[1:]
+    if first not in RECIPES:
+        import difflib
+
+        close = difflib.get_close_matches(first, RECIPES, n=1)
+        wrong = f"unknown recipe {first!r}" if first and not first.startswith("-") else "which recipe? it comes first"
+        hint = (
+            f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(RECIPES)}, or give --recipe FILE.yaml"
+        )
+        raise InputError(f"{wrong}; {hint}")
+    return first, RECIPES[first], rest

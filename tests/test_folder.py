@@ -1,0 +1,141 @@
+"""The run folder: states that survive crashes, damage and full disks."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from shvit.errors import InputError
+from shvit.train.folder import RunFolder, git_revision
+from shvit.train.recipes import DEMO
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run", keep=3)
+
+
+def fill(folder: RunFolder, steps: range) -> None:
+    for step in steps:
+        folder.save_state({"step": step, "model": {"w": torch.full((100,), float(step))}})
+
+
+def test_newest_states_are_kept_in_order(folder):
+    folder.claim(DEMO, ["a"])
+    fill(folder, range(1, 6))
+    assert [path.name for path in folder.states] == ["last.pt", "last-1.pt", "last-2.pt"]
+    assert [torch.load(path, weights_only=True)["step"] for path in folder.states] == [5, 4, 3]
+    assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", *(path.name for path in folder.states)}
+
+
+def test_state_comes_back_and_a_new_run_has_none(folder):
+    assert folder.load_state(pytest.fail) is None
+    fill(folder, range(1, 3))
+    state = folder.load_state(pytest.fail)
+    assert state["step"] == 2
+    assert torch.equal(state["model"]["w"], torch.full((100,), 2.0))
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "missing", "other"])
+def test_damaged_state_falls_back_to_the_one_before_and_says_so(folder, damage):
+    fill(folder, range(1, 4))
+    path = folder.path / "last.pt"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "missing":  # a crash between two renames
+        path.unlink()
+    elif damage == "other":
+        torch.save({"model": {}}, path)
+    else:
+        noisy = (
+            content[:middle] + bytes(255 - byte for byte in content[middle : middle + 200]) + content[middle + 200 :]
+        )
+        path.write_bytes({"cut": content[:middle], "noise": noisy, "empty": b""}[damage])
+    said: list[str] = []
+    assert folder.load_state(said.append)["step"] == 2
+    assert bool(said) == (damage != "missing")
+    assert all("last.pt is damaged" in line and "going on from last-1.pt, step 2" in line for line in said)
+
+
+def test_nothing_readable_is_an_error(folder):
+    fill(folder, range(1, 4))
+    for path in folder.states:
+        path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"last\.pt is damaged .*last-2\.pt is damaged .*choose another --output"):
+        folder.load_state(pytest.fail)
+
+
+def test_state_with_code_in_it_does_not_run(folder, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    fill(folder, range(1, 3))
+    torch.save({"step": 9, "model": Payload()}, folder.path / "last.pt")
+    assert folder.load_state(lambda _: None)["step"] == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
+    """The system itself refuses the bytes: a limit on the size of files stands for a disk that is full."""
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from shvit.train.folder import RunFolder
+from shvit.errors import InputError
+folder = RunFolder(Path(sys.argv[1]))
+folder.save_state({"step": 1, "model": {}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    folder.save_state({"step": 2, "model": {"w": torch.zeros(1_000_000)}})
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert "last.pt: cannot be written: File too large; make room" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_recipe_is_written_with_what_made_it(folder):
+    folder.claim(DEMO, ["mono", "poly"])
+    stored = yaml.safe_load((folder.path / "recipe.yaml").read_text())
+    assert stored["recipe"] == DEMO.as_dict()
+    assert stored["classes"] == ["mono", "poly"]
+    assert stored["versions"]["torch"] == str(torch.__version__)
+    assert stored["versions"].keys() >= {"shvit", "timm", "python", "git"}
+
+
+def test_folder_of_another_run_is_refused(folder):
+    folder.claim(DEMO, ["a", "b"])
+    folder.claim(replace(DEMO, data=replace(DEMO.data, workers=3)), ["a", "b"])
+    with pytest.raises(InputError, match=r"holds a run that differs in epochs \(8 and 3\); choose another --output"):
+        folder.claim(replace(DEMO, epochs=3), ["a", "b"])
+    with pytest.raises(InputError, match="holds a run on other classes"):
+        folder.claim(DEMO, ["a", "c"])
+    (folder.path / "recipe.yaml").write_text("recipe: [")
+    with pytest.raises(InputError, match="not a readable recipe"):
+        folder.claim(DEMO, ["a", "b"])
+
+
+def test_revision_is_gits_own_and_unknown_elsewhere(tmp_path):
+    def git(*argv: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *argv]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert git_revision(tmp_path) == "unknown"
+    git("init", "-q")
+    (tmp_path / "other.txt").write_text("x")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    assert git_revision(tmp_path) == "unknown"
+    (tmp_path / "recipe.py").write_text("x")
+    git("add", ".")
+    git("commit", "-qm", "y")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "recipe.py").write_text("z")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "+"

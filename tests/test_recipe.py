@@ -1,0 +1,111 @@
+"""What recipes say, and recipes from files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from shvit.errors import InputError
+from shvit.train.recipe import Recipe, differences, read_recipe
+from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "weight_decay"),
+    [("s1", 224, 0.025), ("s2", 224, 0.032), ("s3", 224, 0.035), ("s4", 256, 0.03)],
+)
+def test_paper_recipes_have_the_papers_numbers(name, img_size, weight_decay):
+    recipe = RECIPES[name]
+    assert (recipe.model, recipe.img_size, recipe.optim.weight_decay) == (f"shvit_{name}", img_size, weight_decay)
+    assert (recipe.epochs, recipe.batch_size, recipe.compute.device_batch_size) == (300, 2048, 256)
+    optim, augment = recipe.optim, recipe.augment
+    assert recipe.peak_lr == pytest.approx(4e-3)
+    assert (optim.opt, optim.eps, optim.betas) == ("adamw", 1e-8, (0.9, 0.999))
+    assert (optim.schedule, optim.warmup_epochs, optim.warmup_lr, optim.min_lr) == ("cosine", 5, 1e-6, 1e-5)
+    assert (optim.clip_grad, optim.clip_mode) == (0.02, "agc")
+    assert (augment.auto_augment, augment.color_jitter, augment.interpolation) == (
+        "rand-m9-mstd0.5-inc1", 0.4, "bicubic"
+    )  # fmt: skip
+    assert (augment.mixup, augment.cutmix, augment.mixup_switch_prob, augment.smoothing) == (0.8, 1.0, 0.5, 0.1)
+    assert (augment.random_erasing, augment.repeats, recipe.drop_path) == (0.25, 3, 0.0)
+    assert recipe.ema_decay == 0.99996
+
+
+def test_fine_tuning_and_distillation_differ_from_training_as_published():
+    assert (FINETUNE_512.img_size, FINETUNE_384.img_size, FINETUNE_512.epochs) == (512, 384, 30)
+    assert FINETUNE_512.peak_lr == pytest.approx(4e-5)
+    assert FINETUNE_512.optim.weight_decay == 1e-8
+    for name in ("s1", "s2", "s3", "s4"):
+        recipe = RECIPES[f"distill_{name}"]
+        assert replace(recipe, distill=Recipe().distill) == RECIPES[name]
+        assert (recipe.distill.alpha, recipe.distill.tau) == (0.5, 1.0)
+        assert recipe.distill.teacher in timm.list_pretrained("regnety_160*")
+
+
+def test_every_recipe_has_a_description_and_a_model_of_ours():
+    assert RECIPES.keys() == DESCRIPTIONS.keys()
+    assert {recipe.model for recipe in RECIPES.values()} <= set(timm.list_models(module="shvit"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
+    recipe = replace(RECIPES[name], checkpoint=tmp_path / "x.pth", first_img_size=64)
+    for content in (recipe.as_dict(), {"recipe": recipe.as_dict(), "versions": {"torch": "2"}}):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        assert read_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epohcs: 3", "unknown field 'epohcs'; did you mean 'epochs'?"),
+        ("optim: {learning_rate: 3}", "unknown field 'optim.learning_rate'"),
+        ("epochs: three", "epochs is 'three'; input should be a valid integer"),
+        ("epochs: '3'", "epochs is '3'; input should be a valid integer"),
+        ("augment: {scale: [0.1]}", "augment.scale"),
+        ("compute: {precision: fp8}", "compute.precision is 'fp8'; input should be 'fp32', 'bf16' or 'fp16'"),
+        ("freeze_bn: 1", "freeze_bn is 1; input should be a valid boolean"),
+        ("- epochs", "a recipe is a mapping of fields"),
+        ("a: [", "not a readable recipe"),
+        ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
+    ],
+)
+def test_unusable_file_is_one_clear_line(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        read_recipe(tmp_path / "r.yaml")
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: not a readable recipe"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert Recipe(batch_size=512).peak_lr == pytest.approx(1e-3)
+    assert replace(DEMO, batch_size=128).peak_lr == 2 * DEMO.peak_lr
+
+
+def test_fields_that_change_nothing_computed_do_not_differ():
+    moved = replace(
+        DEMO,
+        data=replace(DEMO.data, root=Path("/elsewhere"), workers=7),
+        compute=replace(DEMO.compute, device_batch_size=8),
+        save=replace(DEMO.save, every_minutes=1.0, keep=5),
+    )
+    assert differences(DEMO.as_dict(), moved.as_dict()) == []
+    assert differences(DEMO.as_dict(), replace(DEMO, epochs=9).as_dict()) == ["epochs (8 and 9)"]
+    warmer = replace(DEMO, optim=replace(DEMO.optim, lr=1.0))
+    assert differences(DEMO.as_dict(), warmer.as_dict()) == ["optim.lr (0.008 and 1.0)"]
+
+
+def test_progressive_sizes_share_the_epochs_and_end_at_the_full_size():
+    recipe = replace(DEMO, img_size=128, first_img_size=64, epochs=9)
+    assert [recipe.img_size_at(epoch) for epoch in range(9)] == [64] * 3 + [96] * 3 + [128] * 3
+    assert replace(recipe, first_img_size=None).img_size_at(0) == 128
+    assert [replace(recipe, img_size=112, epochs=3).img_size_at(epoch) for epoch in range(3)] == [64, 96, 112]

@@ -1,0 +1,334 @@
+"""Training batches: the order of photographs, their augmentation, and what happens on the device.
+
+All of it is a function of the recipe and the step, so that a run goes on exactly where it stopped, in the middle of an
+epoch too: which photographs stand in a step's batch follows from seed and epoch, how each is augmented from seed and
+place in the run, and how the batch is mixed from seed, step and process. Nothing depends on the number of workers.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset, Mixup, auto_augment, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
+
+from shvit.errors import InputError
+
+from .data import Photographs, ignore_signals, open_stream
+from .distributed import World
+from .recipe import Augment, Recipe
+
+Key = tuple[int, int]
+"""(place in the run, index of the photograph)."""
+
+
+def seed_generators(*key: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators (CUDA's too) from a few whole numbers."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+AUGMENTATION, MIXING, STREAM = 1, 2, 3  # what a seed is for, so that no two purposes share one
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+class Order:
+    """Which photographs stand in each step's batch, over all processes.
+
+    Args:
+        length: number of photographs.
+        batch_size: of an optimiser step, over all processes and turns.
+        repeats: of repeated augmentation (timm's sampler; copies of a photograph are neighbours, so they go to
+            different processes).
+    """
+
+    def __init__(self, length: int, batch_size: int, repeats: int, seed: int):
+        self.batch_size = batch_size
+        self.seed = seed
+        self.sampler: DistributedSampler | RepeatAugSampler
+        if repeats > 1:
+            self.sampler = RepeatAugSampler(range(length), num_replicas=1, rank=0, num_repeats=repeats)
+        else:
+            self.sampler = DistributedSampler(range(length), num_replicas=1, rank=0)  # type: ignore[arg-type]
+        self.steps_per_epoch = len(self.sampler) // batch_size
+        if self.steps_per_epoch < 1:
+            raise InputError(f"{len(self.sampler)} training photographs in an epoch are fewer than the batch of "
+                             f"{batch_size}; give a smaller --batch-size")  # fmt: skip
+        self._epoch = -1
+        self._indices: list[int] = []
+
+    def batch(self, step: int) -> list[Key]:
+        """The photographs of a step, counted from the beginning of the run."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self.sampler.set_epoch(1_000_003 * self.seed + epoch)
+            self._epoch, self._indices = epoch, list(self.sampler)
+        indices = self._indices[within * self.batch_size : (within + 1) * self.batch_size]
+        return [(step * self.batch_size + place, index) for place, index in enumerate(indices)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's photographs of the steps from `start` to `end`, in turns; a batch sampler for a DataLoader."""
+
+    order: Order
+    start: int
+    end: int
+    rank: int
+    world_size: int
+    turns: int
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self.start, self.end):
+            mine = self.order.batch(step)[self.rank :: self.world_size]
+            size = len(mine) // self.turns
+            for turn in range(self.turns):
+                yield mine[turn * size : (turn + 1) * size]
+
+    def __len__(self) -> int:
+        return (self.end - self.start) * self.turns
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader gives: augmented photographs as bytes, and what went wrong with others."""
+
+    images: torch.Tensor
+    """(B, 3, H, W), uint8."""
+    targets: torch.Tensor
+    """(B,), int64."""
+    problems: tuple[str, ...] = ()
+    """Messages of damaged photographs, whose places others have taken."""
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.problems)
+
+
+Item = tuple[np.ndarray, int, tuple[str, ...]]
+Transform = Callable[[Image.Image], np.ndarray]
+BLACK = Image.new("RGB", (8, 8))
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    images, targets = fast_collate([(image, target) for image, target, _ in items])
+    return Batch(images, targets, tuple(problem for _, _, problems in items for problem in problems))
+
+
+class Augmented(Dataset):
+    """Photographs by `Key`, each augmented by generators that are seeded for its place in the run.
+
+    A damaged one's place is taken by the next in order, for at most `tries` of them; then the place stays black.
+    """
+
+    def __init__(self, dataset: Photographs, transform_at: Callable[[int], Transform], seed: int, tries: int):
+        self.dataset = dataset
+        self.transform_at = transform_at
+        self.seed = seed
+        self.tries = tries
+
+    def __getitem__(self, key: Key) -> Item:
+        place, index = key
+        problems: list[str] = []
+        image, target = BLACK, 0
+        while len(problems) <= self.tries:
+            try:
+                image, target = self.dataset[index]
+                break
+            except InputError as error:
+                problems.append(str(error))
+                index = (index + 1) % len(self.dataset)
+        transform = self.transform_at(place)
+        seed_generators(self.seed, AUGMENTATION, place)
+        return transform(image), target, tuple(problems)
+
+
+class Streamed(IterableDataset):
+    """A stream's photographs of one epoch, each augmented by generators that are seeded for its place."""
+
+    def __init__(self, stream: IterableImageDataset, transform: Transform, key: tuple[int, ...]):
+        self.stream = stream
+        self.transform = transform
+        self.key = key
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        for place, (image, target) in enumerate(self.stream):
+            seed_generators(*self.key, AUGMENTATION, worker, place)
+            yield self.transform(image), int(target), ()
+
+
+def create_train_transform(augment: Augment, img_size: int) -> Transform:
+    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s."""
+    try:
+        transform = create_transform(
+            (3, img_size, img_size),
+            is_training=True,
+            use_prefetcher=True,  # bytes, not yet normalised
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"--augment.auto-augment {augment.auto_augment} and --augment.interpolation "
+                         f"{augment.interpolation} are not what timm knows; see recipe s1") from error  # fmt: skip
+    for part in transform.transforms:
+        for operation in getattr(part, "ops", None) or chain(*getattr(part, "policy", ())):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, where 0 bits, which timm's policies ask for and Pillow 13 refuses, make a black image as before."""
+    return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
+
+
+class Feed:
+    """Batches of one process, from any step of the run on.
+
+    Args:
+        dataset: the training photographs; None for a stream, which is opened anew for each epoch.
+        turns: batches of this process in one optimiser step.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Photographs | None, world: World, turns: int):
+        self.recipe = recipe
+        self.dataset = dataset
+        self.world = world
+        self.turns = turns
+        sizes = {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}
+        self.transforms = {size: create_train_transform(recipe.augment, size) for size in sizes}
+        if dataset is not None:
+            self.length = len(dataset)
+            self.order = Order(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed)
+            self.steps_per_epoch = self.order.steps_per_epoch
+        else:
+            if recipe.augment.repeats > 1:
+                raise InputError("repeated augmentation needs photographs in any order, and a stream has its own; "
+                                 "give --augment.repeats 1")  # fmt: skip
+            self.length = self._open_stream(0).reader.num_samples
+            self.steps_per_epoch = self.length // recipe.batch_size
+            if self.steps_per_epoch < 1:
+                raise InputError(f"the stream has {self.length} photographs, fewer than the batch of "
+                                 f"{recipe.batch_size}; give a smaller --batch-size")  # fmt: skip
+
+    @property
+    def batch_size(self) -> int:
+        """Photographs in one batch."""
+        return self.recipe.batch_size // self.world.size // self.turns
+
+    def batches(self, start: int, end: int) -> Iterator[Batch]:
+        """The batches of the steps from `start` to `end`, `turns` for each."""
+        if self.dataset is None:
+            return self._streamed(start, end)
+        tries = self.recipe.data.max_corrupt
+        augmented = Augmented(self.dataset, self._transform_at, self.recipe.seed, tries)
+        share = Share(self.order, start, end, self.world.rank, self.world.size, self.turns)
+        return iter(DataLoader(augmented, batch_sampler=share, **self._options()))  # type: ignore[arg-type]
+
+    def _transform_at(self, place: int) -> Transform:
+        """The transform of the epoch that a place in the run belongs to."""
+        epoch = place // (self.recipe.batch_size * self.steps_per_epoch)
+        return self.transforms[self.recipe.img_size_at(epoch)]
+
+    def _options(self) -> dict[str, Any]:
+        workers = self.recipe.data.workers
+        return {
+            "num_workers": workers,
+            "collate_fn": collate,
+            "pin_memory": self.world.device.type == "cuda",
+            "worker_init_fn": ignore_signals,
+            "prefetch_factor": 4 if workers else None,
+        }
+
+    def _open_stream(self, epoch: int) -> IterableImageDataset:
+        seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
+        stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.batch_size, seed=seed)
+        stream.set_loader_cfg(num_workers=self.recipe.data.workers)
+        stream.set_epoch(epoch)
+        return stream
+
+    def _streamed(self, start: int, end: int) -> Iterator[Batch]:
+        """A stream is read from the beginning of its epoch; what came before `start` is passed over."""
+        step = start
+        while step < end:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            key = (self.recipe.seed, STREAM, epoch, self.world.rank)
+            seed_generators(*key)  # from which DataLoader draws its workers' seeds
+            transform = self.transforms[self.recipe.img_size_at(epoch)]
+            streamed = Streamed(self._open_stream(epoch), transform, key)
+            loader = DataLoader(streamed, self.batch_size, drop_last=True, **self._options())
+            count = min(end - step, self.steps_per_epoch - done) * self.turns
+            found = 0
+            for batch in islice(loader, done * self.turns, done * self.turns + count):
+                found += 1
+                yield batch
+            if found < count:
+                raise InputError(f"{self.recipe.data.name}: the stream ended after {done * self.turns + found} batches "
+                                 f"of epoch {epoch + 1}, and {done * self.turns + count} were announced; correct its "
+                                 "count of photographs")  # fmt: skip
+            step += count // self.turns
+
+
+# --- on the device ----------------------------------------------------------------------------------------------------
+
+
+class DeviceAugment:
+    """Bytes to what the model is fed: normalised, erased and mixed by timm's pieces, on the device.
+
+    Returns (images float32 (B, 3, H, W), targets: int64 (B,), or (B, classes) where batches are mixed).
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int, mean: Sequence[float], std: Sequence[float], world: World):
+        augment = recipe.augment
+        self.device = world.device
+        self.memory_format = torch.channels_last if recipe.compute.channels_last else torch.contiguous_format
+        self.key = (recipe.seed, MIXING, world.rank)
+        self.mean, self.std = (
+            255 * torch.tensor(value, device=self.device)[:, None, None] for value in (list(mean), list(std))
+        )
+        self.erase = None
+        if augment.random_erasing > 0:
+            self.erase = RandomErasing(augment.random_erasing, mode="pixel", device=str(self.device))
+        self.mix = None
+        if recipe.mixes:
+            self.mix = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mixup_prob,
+                switch_prob=augment.mixup_switch_prob,
+                label_smoothing=augment.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: Batch, step: int, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seeds this process's generators for the step, which dropout draws from as well."""
+        seed_generators(*self.key, step, turn)
+        images = batch.images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.memory_format)
+        images = images.sub_(self.mean).div_(self.std)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        if self.erase is not None:
+            images = self.erase(images)
+        return self.mix(images, targets) if self.mix is not None else (images, targets)

@@ -1,0 +1,132 @@
+"""The run folder: what it holds, written so that a crash at any moment leaves it usable."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import timm
+import torch
+
+import shvit
+from shvit.errors import InputError
+from shvit.files import write_whole
+
+from .recipe import Recipe, differences
+
+
+class RunFolder:
+    """recipe.yaml, metrics.jsonl, tensorboard/, curves.png, last.pt and older states, best[_ema].safetensors."""
+
+    def __init__(self, path: Path, keep: int = 2):
+        self.path = path
+        self.keep = keep
+
+    def claim(self, recipe: Recipe, classes: list[str]) -> None:
+        """Writes recipe.yaml, or checks that the one there computes the same.
+
+        Raises:
+            InputError: the folder cannot be written to, or holds a run of another recipe.
+        """
+        import yaml
+
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            record = {"recipe": recipe.as_dict(), "classes": classes, "versions": versions()}
+            with write_whole(path) as partial:
+                partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            return
+        try:
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+            unequal = differences(stored["recipe"], recipe.as_dict())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a readable recipe; choose another --output") from error
+        if unequal:
+            raise InputError(f"{self.path} holds a run that differs in {', '.join(unequal)}; choose another --output")
+        if stored.get("classes", classes) != classes:
+            raise InputError(f"{self.path} holds a run on other classes; choose another --output")
+
+    @property
+    def states(self) -> list[Path]:
+        """last.pt and the older states, newest first, those that exist."""
+        names = ["last.pt", *(f"last-{age}.pt" for age in range(1, max(self.keep, 2)))]
+        return [path for name in names if (path := self.path / name).exists()]
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Writes last.pt; what had that name becomes last-1.pt, and so on.
+
+        Raises:
+            InputError: it cannot be written, as on a full disk; every older state is still there.
+        """
+        with write_whole(self.path / "last.pt") as partial:
+            with partial.open("wb") as file:
+                _write(state, file)
+            for age in range(self.keep - 1, 0, -1):
+                newer = self.path / (f"last-{age - 1}.pt" if age > 1 else "last.pt")
+                if newer.exists():
+                    newer.replace(self.path / f"last-{age}.pt")
+
+    def load_state(self, report: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest state that can be read, or None for a new run.
+
+        Args:
+            report: called with a message for each newer one that cannot be.
+
+        Raises:
+            InputError: none of them can be read.
+        """
+        problems = []
+        for path in self.states:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                    raise ValueError("it holds no run")
+            except Exception as error:  # torch.load raises many types for a damaged file
+                problems.append(f"{path} is damaged ({type(error).__name__})")
+                continue
+            for problem in problems:
+                report(f"{problem}; going on from {path.name}, step {state['step']}")
+            return state
+        if problems:
+            raise InputError(f"{'; '.join(problems)}: nothing to go on from; choose another --output")
+        return None
+
+    def write_log(self, log: list[dict[str, Any]]) -> None:
+        """metrics.jsonl: a line for each evaluation."""
+        with write_whole(self.path / "metrics.jsonl") as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, down to the disk; the system's error where it fails, which PyTorch's own hides."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def versions() -> dict[str, str]:
+    """What made a run: packages, and the revision of this code where it is a git checkout."""
+    import platform
+
+    found = {"shvit": shvit.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
+    return {**found, "python": platform.python_version(), "git": git_revision(Path(__file__).parent)}
+
+
+def git_revision(folder: Path) -> str:
+    """The commit of the checkout that `folder` lies in, with '+' where files differ from it; 'unknown' without one."""
+
+    def git(*argv: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *argv], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "recipe.py"):
+            return "unknown"  # installed inside another project's checkout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT, which may come at any moment and must not cost more than the step under way."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop. No Exception, so that nothing takes it for an error on its way up."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Interrupt:
+    """Raises `Stopped` where a signal arrives; inside `shielded` only at its end.
+
+    Python runs a signal's handler between two operators of PyTorch, so even a step of many seconds is left at once.
+    """
+
+    def __init__(self) -> None:
+        self._shielded = False
+        self.received: int | None = None
+        """The signal that asked to stop, if one did."""
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handles both signals until the end of the block; outside of the main thread it leaves them alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, previous, strict=True):
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        again = self.received is not None  # one is enough: what follows writes the state
+        self.received = number
+        if not self._shielded and not again:
+            raise Stopped(number)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """A block that is finished before a signal is heeded: one that changes the run's state."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self.received is not None:
+            raise Stopped(self.received)

@@ -1,0 +1,402 @@
+"""From a recipe to everything that a step needs: model, task, optimiser, schedule and batches."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, TokenDistillationTask
+from timm.task.distillation import DistillationTeacher
+from timm.task.task import TrainingTask
+from timm.utils import dispatch_clip_grad, random_seed
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+import shvit.shvit  # noqa: F401  (registers the models)
+from shvit.checkpoint import create_model
+from shvit.errors import InputError
+
+from .data import IGNORED, Photographs, Split, eval_loader, is_stream, open_dataset, open_named, open_stream
+from .distributed import World
+from .feed import Batch, DeviceAugment, Feed
+from .recipe import Recipe
+
+RANGES = (  # a field, the lowest and the highest value
+    ("img_size", 1, 4096),
+    ("epochs", 1, 1e6),
+    ("batch_size", 1, 1e6),
+    ("drop_path", 0, 0.99),
+    ("ema_decay", 0, 1),
+    ("seed", 0, 2**31),
+    ("data.workers", 0, 1024),
+    ("data.max_corrupt", 0, 1e9),
+    ("augment.hflip", 0, 1),
+    ("augment.vflip", 0, 1),
+    ("augment.color_jitter", 0, 1),
+    ("augment.random_erasing", 0, 1),
+    ("augment.mixup", 0, 100),
+    ("augment.cutmix", 0, 100),
+    ("augment.mixup_prob", 0, 1),
+    ("augment.mixup_switch_prob", 0, 1),
+    ("augment.smoothing", 0, 0.99),
+    ("augment.repeats", 1, 100),
+    ("optim.lr", 1e-12, 1e30),
+    ("optim.weight_decay", 0, 1e3),
+    ("optim.warmup_epochs", 0, 1e6),
+    ("optim.warmup_lr", 0, 1e30),
+    ("optim.min_lr", 0, 1e30),
+    ("optim.clip_grad", 1e-12, 1e30),
+    ("optim.layer_decay", 1e-3, 1),
+    ("distill.alpha", 0, 1),
+    ("distill.tau", 1e-3, 1e3),
+    ("compute.device_batch_size", 1, 1e6),
+    ("save.every_minutes", 0, 1e6),
+    ("save.keep", 1, 1000),
+    ("save.log_steps", 1, 1e6),
+    ("save.eval_epochs", 1, 1e6),
+)
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_recipe(recipe: Recipe, world: World) -> int:
+    """The number of turns in which a process does its share of a batch.
+
+    Raises:
+        InputError: a field is out of range, or the batch cannot be divided.
+    """
+    if not timm.is_model(recipe.model):
+        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
+    for name, lowest, highest in RANGES:
+        value = attrgetter(name)(recipe)
+        if value is not None and not lowest <= value <= highest:
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
+    if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
+        raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
+    share, rest = divmod(recipe.batch_size, world.size)
+    if rest:
+        raise InputError(f"--batch-size {recipe.batch_size} is over all {world.size} processes; give a multiple of it")
+    largest = min(recipe.compute.device_batch_size, share)
+    size = next(size for size in range(largest, 0, -1) if share % size == 0)
+    if recipe.mixes and size % 2:
+        raise InputError(f"mixup and cutmix pair photographs, and {size} of a batch are done at once; choose "
+                         "--batch-size and --compute.device-batch-size so that this is even")  # fmt: skip
+    if recipe.compute.sync_bn and world.device.type != "cuda":
+        raise InputError("--compute.sync-bn needs CUDA; PyTorch has no SyncBatchNorm on the CPU")
+    if recipe.compute.precision == "fp16" and world.device.type != "cuda":
+        raise InputError("--compute.precision fp16 needs CUDA; the CPU has bf16")
+    return share // size
+
+
+@dataclass
+class Run:
+    """Everything that changes while training, and what changes it."""
+
+    recipe: Recipe
+    world: World
+    model: nn.Module
+    """As it is saved: not wrapped, not compiled."""
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    augment: DeviceAugment
+    turns: int
+    step: int = 0
+    """Optimiser steps done."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """An entry for each evaluation."""
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    """Loss, gradient norm and steps, summed since the last evaluation."""
+    seconds: float = 0.0
+    """Spent training, over all its interruptions."""
+
+    def __post_init__(self) -> None:
+        self.sums = self.sums.to(self.world.device)
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._unfinished = False
+
+    @property
+    def ema(self) -> nn.Module:
+        """The model with averaged weights."""
+        return self.task.get_trainable_module(ema=True).module  # type: ignore[union-attr,return-value]
+
+    def train_mode(self) -> None:
+        self.task.train()
+        self.ema.eval()
+        if self.recipe.freeze_bn:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
+        """Adds up the gradients of a step's turns; returns their mean loss. Parameters stay as they are."""
+        for buffer, before in self._buffers:
+            before.copy_(buffer)
+        self._unfinished = True
+        total = torch.zeros((), device=self.world.device)
+        dtype = PRECISIONS[self.recipe.compute.precision]
+        for turn, batch in enumerate(batches):
+            images, targets = self.augment(batch, self.step, turn)
+            with self.task.no_sync() if turn < self.turns - 1 else contextlib.nullcontext():
+                with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
+                    loss = self.task(images, targets)["loss"] / self.turns
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def undo_forward(self) -> None:
+        """Gives BatchNorm's statistics back the values from before a step that was not finished."""
+        if self._unfinished:
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Changes the weights by the gradients, then their average and the learning rate."""
+        optim = self.recipe.optim
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.scaler.is_enabled():
+            norm = norm.nan_to_num(0.0, 0.0)  # the scaler passes over a step that overflows
+        if optim.clip_grad is not None:
+            dispatch_clip_grad(list(self.model.parameters()), optim.clip_grad, mode=optim.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._unfinished = False
+        self.task.update_ema(self.step)
+        self.scheduler.step_update(self.step)
+        self.sums += torch.stack([loss.double(), norm.double(), torch.ones_like(loss, dtype=torch.float64)])
+
+    @property
+    def lr(self) -> float:
+        """The next step's learning rate."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on. Random generators are seeded from the step, so that this is their state."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "log": self.log,
+            "sums": self.sums.tolist(),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises InputError if it is of another model."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["model_ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
+            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(
+                f"the state of the run does not fit its recipe ({reason}); choose another --output"
+            ) from error
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients were finite since the last evaluation; waits for the device."""
+        return bool(torch.isfinite(self.sums).all())
+
+    def best(self, figure: str) -> float:
+        return max((entry[figure] for entry in self.log), default=-1.0)
+
+
+def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: int, turns: int) -> Run:
+    """A run at its first step. The model is made and loaded alike in every process."""
+    random_seed(recipe.seed)
+    torch.use_deterministic_algorithms(recipe.compute.deterministic)
+    torch.backends.cudnn.benchmark = not recipe.compute.deterministic
+    model = _create_model(recipe, len(classes))
+    config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
+    if recipe.compute.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.compute.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(world.device)
+    if recipe.compute.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(recipe, model)
+    task = _create_task(recipe, model, world.device, len(classes))
+    task.setup_ema(recipe.ema_decay, recipe.ema_warmup)
+    if recipe.compute.compile:
+        task.compile()
+    if world.size > 1:
+        task.prepare_distributed(world.device_ids)
+    return Run(
+        recipe=recipe,
+        world=world,
+        model=model,
+        task=task,
+        optimizer=optimizer,
+        scheduler=create_scheduler(recipe, optimizer, steps_per_epoch),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.compute.precision == "fp16"),
+        augment=DeviceAugment(recipe, len(classes), config["mean"], config["std"], world),
+        turns=turns,
+    )
+
+
+def _create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    if getattr(timm.get_pretrained_cfg(recipe.model), "fixed_input_size", False):
+        options["img_size"] = recipe.img_size
+        if recipe.first_img_size is not None:
+            raise InputError(f"{recipe.model} takes one size of images only; leave out --first-img-size")
+    if recipe.distill.teacher:
+        options["distilled"] = True
+    try:
+        if recipe.checkpoint is None:
+            model = timm.create_model(recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, **options)
+        else:
+            if recipe.model.startswith("shvit"):
+                options.setdefault("distilled", False)
+            model = create_model(recipe.model, recipe.checkpoint, num_classes, reset_head=None, **options)
+    except TypeError as error:  # timm passes options on to the model's class
+        raise InputError(f"{recipe.model} cannot be trained so ({error}); leave out that option") from error
+    if getattr(model, "deployed", False):
+        raise InputError(f"{recipe.checkpoint}: holds a deployed model, whose norms are folded for good; begin with "
+                         "the checkpoint it was made from")  # fmt: skip
+    if recipe.distill.teacher and not hasattr(model, "set_distilled_training"):
+        raise InputError(f"{recipe.model} has no second head for a teacher; choose a SHViT")
+    return model
+
+
+def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's; norms and biases have no weight decay."""
+    optim = recipe.optim
+    extra = {"eps": optim.eps, "betas": optim.betas} if "adam" in optim.opt else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.opt,
+            lr=recipe.peak_lr,
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            **extra,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--optim.opt {optim.opt}: {error}; timm.optim.list_optimizers() tells the names") from error
+
+
+def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's, updated at every step; the warm-up is part of the epochs, as in the reference."""
+    optim = recipe.optim
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=optim.schedule,
+            num_epochs=recipe.epochs,
+            warmup_epochs=min(optim.warmup_epochs, recipe.epochs - 1),
+            warmup_lr=optim.warmup_lr,
+            min_lr=optim.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--optim.schedule {optim.schedule}: {error}") from error
+    if scheduler is None or optim.schedule == "plateau":
+        raise InputError(
+            f"--optim.schedule {optim.schedule!r} is not known; choose cosine, poly, step, wsd or constant"
+        )
+    return scheduler
+
+
+def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_classes: int) -> TrainingTask:
+    """The loss of one batch: timm's classification, or distillation into a second head."""
+    loss = {"smoothing": recipe.augment.smoothing, "soft_targets": recipe.mixes}
+    distill = recipe.distill
+    if distill.teacher is None:
+        return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    return TokenDistillationTask(
+        model,
+        DistillationTeacher(create_teacher(recipe, num_classes).to(device), device=device),
+        criterion_kwargs=loss,
+        distill_type=distill.kind,
+        task_loss_weight=1 - distill.alpha,
+        temperature=distill.tau,
+        device=device,
+        verbose=False,
+    )
+
+
+def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The teacher in eval mode, with weights that fit these classes."""
+    distill = recipe.distill
+    assert distill.teacher is not None
+    if not timm.is_model(distill.teacher):
+        raise InputError(f"unknown teacher {distill.teacher!r}; `shvit list '*'` shows all that timm knows")
+    if distill.checkpoint is not None:
+        return create_model(distill.teacher, distill.checkpoint, num_classes)
+    teacher = timm.create_model(distill.teacher, pretrained=True).eval()
+    if teacher.num_classes != num_classes:
+        raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the photographs have "
+                         f"{num_classes}; give --distill.checkpoint with a teacher of these classes")  # fmt: skip
+    return teacher
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This process's share of the photographs to evaluate on."""
+
+    loader: DataLoader
+    dataset: Photographs | None
+
+    def batches(self, report: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The loader's batches; `report` is called with the name of each damaged photograph, which does not count."""
+        place = 0
+        for images, targets in self.loader:
+            for offset in torch.nonzero(targets == IGNORED).flatten().tolist() if self.dataset else ():
+                report(f"{self.dataset.name(place + offset)}: damaged, and not counted")
+            place += len(targets)
+            yield images, targets
+
+
+def open_training(recipe: Recipe, world: World, turns: int) -> tuple[list[str], Feed]:
+    """Class names and this process's training batches."""
+    if is_stream(recipe.data):
+        classes = open_stream(recipe.data, "train", is_training=True).classes
+        feed = Feed(recipe, None, world, turns)
+    else:
+        dataset = _open(recipe, "train")
+        classes, feed = dataset.classes, Feed(recipe, dataset, world, turns)
+    if not classes:
+        raise InputError(f"{recipe.data.name}: does not tell its classes; give --data.num-classes")
+    return classes, feed
+
+
+def _open(recipe: Recipe, split: Split) -> Photographs:
+    return open_named(recipe.data, split) if recipe.data.name else open_dataset(recipe.data.root, split)
+
+
+def open_held_out(recipe: Recipe, world: World, config: dict[str, Any]) -> tuple[HeldOut, int | None]:
+    """This process's held-out photographs, and how many all processes have where that is known."""
+    size = 2 * min(recipe.compute.device_batch_size, recipe.batch_size)
+    transform = create_transform(**config)
+    workers = recipe.data.workers
+    if is_stream(recipe.data):
+        return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
+    dataset = _open(recipe, "val")
+    mine = dataset.every(world.size, world.rank)
+    return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)
