@@ -119,9 +119,13 @@ EXTRAS = {  # top-level module: the extra that brings it
     "coremltools": "coreml",
     "openvino": "openvino",
     "elpv_dataset": "demo",
-    "matplotlib": "demo",
+    "matplotlib": "train",
     "yaml": "train",
+    "pydantic": "train",
+    "tensorboard": "train",
     "torchvision": "train",
+    "webdataset": "data",
+    "datasets": "data",
 }
 
 

@@ -5,16 +5,18 @@ import json
 import random
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
-from shvit.train.data import Data, Files, Photographs, open_dataset
+from shvit.train.data import Files, Photographs, eval_loader, open_dataset, open_eval_dataset, open_named
 from shvit.train.distributed import World
 from shvit.train.feed import (
     Augmented,
@@ -27,7 +29,7 @@ from shvit.train.feed import (
     posterize,
     seed_generators,
 )  # fmt: skip
-from shvit.train.recipe import Augment, Recipe
+from shvit.train.recipe import Augment, Data, Recipe
 
 CPU = torch.device("cpu")
 
@@ -292,6 +294,31 @@ def test_stream_reads_every_photograph_over_an_epoch(streamed):
     images = torch.cat([batch.images for batch in batches])
     assert len({image.numpy().tobytes() for image in images}) == 40
     assert int(torch.cat([batch.targets for batch in batches]).sum()) == 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_evaluated_each_photograph_once(shards, photographs, workers):
+    loader = eval_loader(open_eval_dataset(str(shards)), create_transform((3, 32, 32)), 7, workers)
+    targets = torch.cat([targets for _, targets in loader])
+    assert (len(targets), int(targets.sum())) == (40, 20)
+    with pytest.raises(InputError, match="wds/: cannot be opened"):
+        open_eval_dataset(str(shards), split="nowhere")
+
+
+def test_hugging_face_dataset_is_read_as_the_folder_is(photographs, tmp_path, monkeypatch):
+    """A local one: photographs in folders, as `datasets` reads them itself."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = Data(name=f"hfds/{tmp_path}/train", root=tmp_path / "cache", train_split="train")
+    dataset = open_named(data, "train")
+    assert dataset.classes == ["a", "b"]
+    assert len(dataset) == 40
+    image, target = dataset[0]
+    assert any(target == t and np.array_equal(image, Image.open(path)) for path, t in photographs.samples)
+
+
+def test_dataset_with_a_name_that_is_not_there_is_one_line():
+    with pytest.raises(InputError, match=r"^torch/cifar10: cannot be opened"):
+        open_named(Data(name="torch/cifar10", root=Path("nowhere")), "train")
 
 
 def test_stream_refuses_repeated_augmentation(streamed):

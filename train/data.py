@@ -4,6 +4,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -143,7 +144,7 @@ def open_dataset(root: Path | None, split: Split) -> Photographs:
     return Photographs(everything.source, everything.classes, chosen)
 
 
-def open_eval_dataset(data: str, split: str = "validation") -> "Photographs | IterableImageDataset":
+def open_eval_dataset(data: str, split: str = "validation") -> "Photographs | Stream":
     """The photographs to evaluate on.
 
     Args:
@@ -214,6 +215,18 @@ def _scan_tar(path: Path) -> Photographs:
 # --- datasets with a name ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Photographs that are read from front to back, by one of timm's datasets; the classes' names by class index."""
+
+    dataset: IterableImageDataset
+    classes: list[str]
+
+    def __len__(self) -> int:
+        """What the dataset says of itself."""
+        return self.dataset.reader.num_samples
+
+
 def is_stream(data: Data) -> bool:
     """Whether the dataset is read from front to back: WebDataset shards, Hugging Face streams, TensorFlow datasets."""
     return data.name.startswith(("wds/", "hfids/", "tfds/"))
@@ -232,9 +245,7 @@ def open_named(data: Data, split: Split) -> Photographs:
     return Photographs(source, classes or _numbered(data))
 
 
-def open_stream(
-    data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0
-) -> IterableImageDataset:
+def open_stream(data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0) -> Stream:
     """A dataset that is read from front to back; each process and each of its workers gets its own shards.
 
     Args:
@@ -243,8 +254,7 @@ def open_stream(
     """
     dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed)
     known = getattr(dataset.reader, "class_to_idx", None) or {}
-    dataset.classes = sorted(known, key=known.__getitem__) or _numbered(data)
-    return dataset
+    return Stream(dataset, sorted(known, key=known.__getitem__) or _numbered(data))
 
 
 def _numbered(data: Data) -> list[str]:
@@ -339,7 +349,7 @@ IGNORED = -1
 
 
 def eval_loader(
-    dataset: Photographs | IterableImageDataset,
+    dataset: Photographs | Stream,
     transform: Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     workers: int = 0,
@@ -350,10 +360,10 @@ def eval_loader(
     Args:
         tolerant: give damaged photographs the class `IGNORED` rather than raise.
     """
-    if isinstance(dataset, IterableImageDataset):
-        dataset.transform = transform
-        dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=ignore_signals)
+    if isinstance(dataset, Stream):
+        dataset.dataset.transform = transform
+        dataset.dataset.set_loader_cfg(num_workers=workers)
+        return DataLoader(dataset.dataset, batch_size, num_workers=workers, worker_init_fn=ignore_signals)
     prepared = Prepared(dataset, transform, tolerant)
     return DataLoader(
         prepared, batch_size, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IterableImageDataset, Mixup, auto_augment, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from shvit.errors import InputError
 
-from .data import Photographs, ignore_signals, open_stream
+from .data import Photographs, Stream, ignore_signals, open_stream
 from .distributed import World
 from .recipe import Augment, Recipe
 
@@ -162,7 +162,7 @@ class Augmented(Dataset):
 class Streamed(IterableDataset):
     """A stream's photographs of one epoch, each augmented by generators that are seeded for its place."""
 
-    def __init__(self, stream: IterableImageDataset, transform: Transform, key: tuple[int, ...]):
+    def __init__(self, stream: Stream, transform: Transform, key: tuple[int, ...]):
         self.stream = stream
         self.transform = transform
         self.key = key
@@ -170,7 +170,7 @@ class Streamed(IterableDataset):
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker = info.id if info else 0
-        for place, (image, target) in enumerate(self.stream):
+        for place, (image, target) in enumerate(self.stream.dataset):
             seed_generators(*self.key, AUGMENTATION, worker, place)
             yield self.transform(image), int(target), ()
 
@@ -228,7 +228,7 @@ class Feed:
             if recipe.augment.repeats > 1:
                 raise InputError("repeated augmentation needs photographs in any order, and a stream has its own; "
                                  "give --augment.repeats 1")  # fmt: skip
-            self.length = self._open_stream(0).reader.num_samples
+            self.length = len(self._open_stream(0))
             self.steps_per_epoch = self.length // recipe.batch_size
             if self.steps_per_epoch < 1:
                 raise InputError(f"the stream has {self.length} photographs, fewer than the batch of "
@@ -246,7 +246,7 @@ class Feed:
         tries = self.recipe.data.max_corrupt
         augmented = Augmented(self.dataset, self._transform_at, self.recipe.seed, tries)
         share = Share(self.order, start, end, self.world.rank, self.world.size, self.turns)
-        return iter(DataLoader(augmented, batch_sampler=share, **self._options()))  # type: ignore[arg-type]
+        return iter(DataLoader(augmented, batch_sampler=share, **self._options()))
 
     def _transform_at(self, place: int) -> Transform:
         """The transform of the epoch that a place in the run belongs to."""
@@ -263,11 +263,11 @@ class Feed:
             "prefetch_factor": 4 if workers else None,
         }
 
-    def _open_stream(self, epoch: int) -> IterableImageDataset:
+    def _open_stream(self, epoch: int) -> Stream:
         seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
         stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.batch_size, seed=seed)
-        stream.set_loader_cfg(num_workers=self.recipe.data.workers)
-        stream.set_epoch(epoch)
+        stream.dataset.set_loader_cfg(num_workers=self.recipe.data.workers)
+        stream.dataset.set_epoch(epoch)
         return stream
 
     def _streamed(self, start: int, end: int) -> Iterator[Batch]:

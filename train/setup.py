@@ -229,7 +229,7 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     model = _create_model(recipe, len(classes))
     config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
     if recipe.compute.grad_checkpointing:
-        model.set_grad_checkpointing()
+        model.set_grad_checkpointing()  # type: ignore[operator]  # every model of timm has it
     if recipe.compute.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(world.device)
@@ -283,7 +283,7 @@ def _create_model(recipe: Recipe, num_classes: int) -> nn.Module:
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's; norms and biases have no weight decay."""
     optim = recipe.optim
-    extra = {"eps": optim.eps, "betas": optim.betas} if "adam" in optim.opt else {}
+    extra: dict[str, Any] = {"eps": optim.eps, "betas": optim.betas} if "adam" in optim.opt else {}
     try:
         return create_optimizer_v2(
             model,
@@ -367,8 +367,9 @@ class HeldOut:
         """The loader's batches; `report` is called with the name of each damaged photograph, which does not count."""
         place = 0
         for images, targets in self.loader:
-            for offset in torch.nonzero(targets == IGNORED).flatten().tolist() if self.dataset else ():
-                report(f"{self.dataset.name(place + offset)}: damaged, and not counted")
+            if self.dataset is not None:
+                for offset in torch.nonzero(targets == IGNORED).flatten().tolist():
+                    report(f"{self.dataset.name(place + offset)}: damaged, and not counted")
             place += len(targets)
             yield images, targets
 
