@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .recipe import Augment, Distill, Optim, Recipe, Save
+from .recipe import Augment, Compute, Distill, Optim, Recipe, Save
 
 # The paper's runs on ImageNet-1k: 300 epochs, global batch 2048 (8 × 256), 224 px (S4: 256); weight decay differs.
 # Expected top-1 72.8, 75.2, 77.4 and 79.4 %. Source: the paper, and main.py of ysj9909/SHViT.
@@ -28,6 +28,32 @@ FINETUNE_384 = replace(FINETUNE_512, img_size=384, compute=replace(S4.compute, d
 # regnety_160-a5fe301d.pth, which timm publishes under this tag.
 REGNET = Distill(teacher="regnety_160.deit_in1k")
 DISTILL_S1, DISTILL_S2, DISTILL_S3, DISTILL_S4 = (replace(recipe, distill=REGNET) for recipe in (S1, S2, S3, S4))
+
+# Published weights to a folder of your own, on one GPU or patiently on a CPU.
+FINETUNE = Recipe(
+    pretrained=True,
+    epochs=20,
+    batch_size=64,
+    ema_decay=0.999,
+    augment=Augment(scale=(0.35, 1.0), mixup=0.0, cutmix=0.0, random_erasing=0.1, repeats=1),
+    optim=Optim(lr=4e-3, weight_decay=0.05, warmup_epochs=2, min_lr=1e-6, layer_decay=0.85),
+    compute=Compute(device_batch_size=64),
+)
+
+# A few thousand photographs from nothing: images grow from 64 to 128 px, so that the same minutes hold more epochs.
+SCRATCH = Recipe(
+    img_size=128,
+    first_img_size=64,
+    epochs=110,
+    batch_size=64,
+    drop_path=0.1,
+    ema_decay=0.999,
+    augment=Augment(
+        scale=(0.25, 1.0), auto_augment="rand-m7-mstd0.5-inc1", random_erasing=0.1, mixup=0.2, mixup_prob=0.6, repeats=1
+    ),
+    optim=Optim(lr=0.012, weight_decay=0.05, clip_grad=1.0, clip_mode="norm"),
+    save=Save(eval_epochs=5),
+)
 
 # Real photographs in a minute or two on two cores: mono- and polycrystalline solar cells from the PyPI package
 # elpv-dataset. Colour says nothing in greyscale photographs, so it is left alone; a cell has no up and down.
@@ -57,6 +83,8 @@ RECIPES = {
     "distill_s2": DISTILL_S2,
     "distill_s3": DISTILL_S3,
     "distill_s4": DISTILL_S4,
+    "finetune": FINETUNE,
+    "scratch": SCRATCH,
     "demo": DEMO,
     "debug": DEBUG,
 }
@@ -65,6 +93,8 @@ DESCRIPTIONS = {
     "finetune_384": "S4's weights (--checkpoint) to 384 px: 30 epochs",
     "finetune_512": "S4's weights (--checkpoint) to 512 px: 30 epochs",
     **{f"distill_s{i}": f"S{i} with a second head that learns from RegNetY-16GF" for i in (1, 2, 3, 4)},
+    "finetune": "S1's published weights to your own photographs: 20 epochs",
+    "scratch": "S1 at 128 px on a few thousand photographs of your own, without other weights: 110 epochs",
     "demo": "S1 from scratch at 96 px on real photographs of solar cells, or on yours, in a minute or two",
     "debug": "S1 at 64 px for three epochs: does everything fit together?",
 }
