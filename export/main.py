@@ -104,7 +104,8 @@ class Eval:
         if len(classes) != spec.num_classes:
             raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
                              "the classes that it was trained for")  # fmt: skip
-        result = {"model": spec.model, **self._evaluate("weights", predict, spec, dataset, classes)}
+        kind = "weights" if self.artefact is None else "artefact"
+        result = {"model": spec.model, **self._evaluate(kind, predict, spec, dataset, classes)}
         if self.checkpoint is not None and not self.ema and holds_average(self.checkpoint):
             averaged = torch_predict(open_model(self.model, self.checkpoint, self.img_size, ema=True)[0])
             result["ema"] = self._evaluate("averaged weights", averaged, spec, dataset, classes)
@@ -130,7 +131,7 @@ class Eval:
                 table.add_row(name, str(photographs), f"{top1:.1f}" if photographs else "")
             console.print(table)
         if self.output is not None:
-            name = "confusion.png" if kind == "weights" else "confusion_ema.png"
+            name = "confusion_ema.png" if kind == "averaged weights" else "confusion.png"
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
         return asdict(result)
 
