@@ -43,10 +43,13 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
     interrupt = Interrupt()
-    with join(recipe.compute.device) as world, interrupt.handled():
-        turns = check_recipe(recipe, world)
-        classes, feed = open_training(recipe, world, turns)
-        return Training(recipe, output, world, classes, feed, turns, interrupt).run_all()
+    try:
+        with join(recipe.compute.device) as world, interrupt.handled():
+            turns = check_recipe(recipe, world)
+            classes, feed = open_training(recipe, world, turns)
+            return Training(recipe, output, world, classes, feed, turns, interrupt).run_all()
+    except Stopped as stop:
+        raise SystemExit(128 + stop.number) from stop
 
 
 class Training:
@@ -80,15 +83,17 @@ class Training:
         if self.world.primary:
             self.folder.claim(self.recipe, self.classes)
         self._resume()
-        before = self.run.seconds
+        self.begin = start - self.run.seconds
         self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
         self.last_save = time.perf_counter()
         try:
             with self.journal:
-                self._all_steps(start - before)
-        except (Stopped, RuntimeError) as stop:
-            self._stop(stop)
-            raise
+                self._all_steps()
+        except (Stopped, RuntimeError) as error:
+            if self.interrupt.received is None:
+                raise
+            self._save_stopped()
+            raise Stopped(self.interrupt.received) from error
         if self.world.primary and self.run.log:
             plot_curves(self.run.log, self.folder.path / "curves.png")
         return self._result()
@@ -113,12 +118,12 @@ class Training:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _all_steps(self, begin: float) -> None:
+    def _all_steps(self) -> None:
         """Every step that is left, an evaluation behind each epoch that is due one, and states in between."""
         run, per_epoch = self.run, self.feed.steps_per_epoch
         batches: Iterator[Batch] | None = None
         while True:
-            self._evaluate_if_due(begin)
+            self._evaluate_if_due()
             if run.step >= self.total_steps:
                 return
             if batches is None:
@@ -128,9 +133,9 @@ class Training:
             while run.step < boundary:
                 self._step(batches)
                 if run.step % self.recipe.save.log_steps == 0 or run.step == boundary:
-                    self._look(boundary)
+                    self._look()
                 if self.world.primary and time.perf_counter() - self.last_save > 60 * self.recipe.save.every_minutes:
-                    self._save(begin)
+                    self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
         run = self.run
@@ -157,7 +162,7 @@ class Training:
             raise InputError(f"{len(self.corrupt)} damaged photographs, and {limit} are allowed; mend or remove them, "
                              f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
-    def _look(self, boundary: int) -> None:
+    def _look(self) -> None:
         """Writes scalars, and stops a run whose loss is not finite."""
         loss, norm = self.journal.look(self.world.average)
         if not math.isfinite(loss):
@@ -177,7 +182,7 @@ class Training:
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def _evaluate_if_due(self, begin: float) -> None:
+    def _evaluate_if_due(self) -> None:
         run, per_epoch = self.run, self.feed.steps_per_epoch
         epoch, within = divmod(run.step, per_epoch)
         done = run.log[-1]["epoch"] if run.log else 0
@@ -208,7 +213,7 @@ class Training:
             run.log.append(entry)
             run.sums.zero_()
             if self.world.primary:
-                self._save(begin)
+                self._save()
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
@@ -233,25 +238,21 @@ class Training:
 
     # --- states -------------------------------------------------------------------------------------------------------
 
-    def _save(self, begin: float) -> None:
+    def _save(self) -> None:
         """The primary's state, unless its loss is not finite."""
         if not self.run.finite:
             return
-        self.run.seconds = time.perf_counter() - begin
+        self.run.seconds = time.perf_counter() - self.begin
         with self.journal.saving():
             self.folder.save_state(self.run.state_dict())
         self.last_save = time.perf_counter()
 
-    def _stop(self, stop: Stopped | RuntimeError) -> None:
-        """Saves what the last finished step left, if a signal asked to stop."""
-        signal = self.interrupt.received
-        if signal is None:
-            return
+    def _save_stopped(self) -> None:
+        """What the last finished step left, when a signal asked to stop."""
         self.run.undo_forward()
         if self.world.primary:
-            self.folder.save_state(self.run.state_dict())
-            self.console.print(f"stopped at step {self.run.step}; the same command goes on from there")
-        raise SystemExit(128 + signal) from stop
+            self._save()
+        self.console.print(f"stopped at step {self.run.step}; the same command goes on from there")
 
     def _result(self) -> dict[str, Any]:
         run, path = self.run, self.folder.path

@@ -159,7 +159,7 @@ class Save:
     __pydantic_config__ = STRICT
 
     every_minutes: float = 5.0
-    """Between two states of the run (last.pt); one more at the end of each epoch and at SIGTERM and SIGINT."""
+    """Between two states of the run (last.pt); one more after each evaluation, and at SIGTERM and SIGINT."""
     keep: int = 2
     """States kept: last.pt, and before it last-1.pt, …; the newest that can be read is gone on from."""
     log_steps: int = 10

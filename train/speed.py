@@ -109,7 +109,7 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
     def looped() -> None:
         training._step(endless)
         if run.step % recipe.save.log_steps == 0:
-            training._look(0)
+            training._look()
 
     cases = {"step": _bare_step(run, batches), "plain": _bare_step(plain, batches), "loop": looped}
     seconds = _take_turns(cases, per_round, world)
