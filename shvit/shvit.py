@@ -307,20 +307,18 @@ class SHViT(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_on_load)
 
     def _make_head(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
-        """Pooling and the classifier(s), in the deployed form where the model is deployed."""
+        """Pooling and the classifier(s), in the deployed form where the model is deployed, and in the model's mode."""
         if num_classes and not global_pool:
             raise ValueError(f"global_pool='' leaves a feature map, which {num_classes} classes cannot be read from; "
                              "pass num_classes=0 with it, or a pooling such as 'avg'")  # fmt: skip
         self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool).train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        self.flatten = (nn.Flatten(1) if global_pool else nn.Identity()).train(self.training)
 
         def head() -> nn.Module:
-            if num_classes == 0:
-                return nn.Identity()
-            head = NormLinear(self.head_hidden_size, num_classes, **dd).train(self.training)
-            return head.l if self.deployed else head
+            head = NormLinear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
+            return (head.l if num_classes and self.deployed else head).train(self.training)
 
         self.head = head()
         self.head_dist = head() if self.distilled else None
@@ -418,7 +416,7 @@ class SHViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index + 1 < len(self.stages)
         if pruned:
-            self.stages = self.stages[: max_index + 1]
+            del self.stages[max_index + 1 :]
             self.num_features = int(self.feature_info[max_index]["num_chs"])
         if prune_head or pruned:
             self.reset_classifier(0, "")

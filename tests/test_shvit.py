@@ -309,6 +309,22 @@ def test_reset_classifier_starts_as_a_new_one(tiny):
         assert not linear.bias.any()
 
 
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_new_modules_follow_the_model_into_its_mode(tiny, deployed, training):
+    """Or `deploy` would refuse the model as one in training mode."""
+    for change in (
+        lambda model: model.reset_classifier(4),
+        lambda model: model.reset_classifier(0, ""),
+        lambda model: model.prune_intermediate_layers([1]),
+    ):
+        model = (deploy(tiny) if deployed else copy.deepcopy(tiny)).train(training)
+        change(model)
+        assert {module.training for module in model.modules()} == {training}
+        if not training:
+            assert_close(deploy(model)(images(1, 3, 64, 64)), model(images(1, 3, 64, 64)))
+
+
 # --- distillation -----------------------------------------------------------------------------------------------------
 
 
