@@ -24,7 +24,10 @@ __all__ = ["deploy"]
 
 
 def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
-    """A convolution with the geometry of `conv` and these parameters; output channels follow the weight."""
+    """A convolution with the geometry of `conv` and these parameters; output channels follow the weight.
+
+    The weight keeps its memory format, and both are frozen if the weight of `conv` is.
+    """
     new = nn.Conv2d(
         conv.in_channels if conv.groups > 1 else weight.shape[1],
         weight.shape[0],
@@ -33,12 +36,10 @@ def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
-        device=weight.device,
-        dtype=weight.dtype,
+        device="meta",  # its own parameters are not needed
     )
-    new.weight.copy_(weight)
-    assert new.bias is not None
-    new.bias.copy_(bias)
+    new.weight = nn.Parameter(weight.clone(), conv.weight.requires_grad)
+    new.bias = nn.Parameter(bias.clone(), conv.weight.requires_grad)
     return new.train(conv.training)
 
 
@@ -61,9 +62,7 @@ def fold_norm_into_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
 def fold_norm_into_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
     """W·BN(x) + b = (W·scale)·x + (W·shift + b)."""
     scale, shift = _norm_scale_shift(bn)
-    new = nn.Linear(
-        linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
-    ).train(linear.training)
+    new = deepcopy(linear)
     new.weight.copy_(linear.weight * scale)
     new.bias.copy_(linear.weight @ shift + linear.bias)
     return new
@@ -230,11 +229,14 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
             arithmetic. Without it the deployed model takes any size.
 
     Returns:
-        The deployed copy. A distilled SHViT comes out with one head, the mean of its two.
+        The deployed copy. A distilled SHViT comes out with one head, the mean of its two. Frozen layers stay frozen.
 
     Raises:
-        ValueError: `model` is in training mode, where BatchNorm is no fixed affine map.
+        ValueError: `model` is in training mode, where BatchNorm is no fixed affine map, or `img_size` is no size.
     """
+    sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
+    if img_size is not None and (len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides)):
+        raise ValueError(f"img_size {img_size!r} is not a size; give pixels above 0, as 224 or (height, width)")
     if any(module.training for module in model.modules()):
         raise ValueError("deploy() folds BatchNorm's running statistics, and this model is in training mode; "
                          "call model.eval() first")  # fmt: skip
@@ -242,8 +244,11 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
     for module in deployed.modules():
         if isinstance(module, SHViT) and module.distilled:
             _merge_heads(module)
-    if img_size is not None:
-        _fix_grids(deployed, img_size)
+    attentions = [module for module in deployed.modules() if isinstance(module, DeployedSHSA)]
+    for attention in attentions:
+        attention.grid = None  # of an earlier deployment
+    if img_size is not None and attentions:
+        _fix_grids(deployed, attentions, *sides)
     return deployed
 
 
@@ -255,19 +260,13 @@ def _merge_heads(model: SHViT) -> None:
 
 
 @torch.no_grad()
-def _fix_grids(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Sets every attention's grid to the one it sees for an input of `img_size`, found by running one."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    attentions = [module for module in model.modules() if isinstance(module, DeployedSHSA)]
-    if not attentions:
-        return
+def _fix_grids(model: nn.Module, attentions: list[DeployedSHSA], height: int, width: int) -> None:
+    """Sets every attention's grid to the one it sees for an input of that size, found by running one."""
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         grids[module] = tuple(inputs[0].shape[2:])
 
     grids: dict[nn.Module, tuple[int, ...]] = {}
-    for attention in attentions:
-        attention.grid = None
     hooks = [module.register_forward_pre_hook(record) for module in attentions]
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     try:

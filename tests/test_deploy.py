@@ -1,6 +1,7 @@
 """Each identity against torch's own operators, and whole deployed models against what they came from."""
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -235,10 +236,51 @@ def test_deployed_model_of_one_size_refuses_another(tiny):
 
 
 @torch.no_grad()
-def test_deployed_model_can_be_given_another_size(tiny):
-    x = images(1, 3, 128, 96)
-    assert_close(deploy(deploy(tiny, img_size=64), img_size=(128, 96))(x), tiny(x))
-    assert_close(deploy(deploy(tiny))(x), tiny(x))
+def test_deployed_model_can_be_given_another_size_or_any(tiny):
+    fixed = deploy(tiny, img_size=64)
+    assert_close(deploy(fixed, img_size=(128, 96))(images(1, 3, 128, 96)), tiny(images(1, 3, 128, 96)))
+    for size in ((128, 96), (64, 64)):
+        x = images(1, 3, *size)
+        assert_close(deploy(deploy(tiny))(x), tiny(x))
+        assert_close(deploy(fixed)(x), tiny(x))
+    assert_close(fixed(images(1, 3, 64, 64)), tiny(images(1, 3, 64, 64)))  # left as it was
+
+
+@pytest.mark.parametrize("img_size", [0, -5, "96", 96.0, (96,), (96, 0), (96, "96"), (96, 96, 96)])
+def test_size_that_is_none_is_refused_in_one_line(tiny, img_size):
+    with pytest.raises(
+        ValueError, match=r"img_size .* is not a size; give pixels above 0, as 224 or \(height, width\)$"
+    ):
+        deploy(tiny, img_size)
+
+
+@torch.no_grad()
+def test_memory_format_is_kept(pair):
+    """As `.to(memory_format=…)` after deployment leaves it."""
+    model, deployed = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
+    x = images(2, 3, 64, 96).to(memory_format=torch.channels_last)
+    expected = deployed.to(memory_format=torch.channels_last)
+    converted = deploy(model.to(memory_format=torch.channels_last))
+    for name, tensor in converted.named_parameters():
+        assert tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last), name
+    assert_close(converted(x), model(x))
+    assert converted.forward_features(x).stride() == expected.forward_features(x).stride()
+    assert all(tensor.is_contiguous() for tensor in pair[1].parameters())
+
+
+@pytest.mark.parametrize("frozen", [r"", r"^(patch_embed|stages)\.", r"^head\."])
+def test_frozen_layers_stay_frozen_and_no_other(frozen):
+    model = create_tiny(distilled=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not re.match(frozen, name))
+    for name, parameter in deploy(model).named_parameters():
+        assert parameter.requires_grad != bool(re.match(frozen, name)), name
+
+
+def test_deployment_draws_no_random_numbers(tiny):
+    before = torch.get_rng_state()
+    deploy(tiny, 64)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @torch.no_grad()
