@@ -26,6 +26,7 @@ from timm.layers import (
 )
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -329,6 +330,14 @@ class SHViT(nn.Module):
     def deployed(self) -> bool:
         """Whether the layers are in their inference form (see shvit.deploy)."""
         return isinstance(self.patch_embed[0], nn.Conv2d)
+
+    @torch.jit.ignore
+    def fuse(self) -> "SHViT":
+        """Fuses every layer in place, as timm's port does, and returns the model; `shvit.deploy` gives a copy.
+
+        A distilled model keeps its two heads.
+        """
+        return reparameterize_model(self, inplace=True)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -9,6 +9,7 @@ import timm
 import torch
 from conftest import TINY, assert_close, create_tiny, images, randomize
 from timm.layers import GroupNorm1
+from timm.models.shvit import SHViT as TimmSHViT
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
@@ -379,6 +380,30 @@ def test_timms_reparameterize_gives_the_deployed_form(tiny):
     assert deployed.keys() == timms.keys()
     for name, tensor in deployed.items():
         assert torch.equal(tensor, timms[name])
+
+
+@torch.no_grad()
+def test_model_fuses_in_place_as_timms_port_does():
+    model, port = create_tiny(), TimmSHViT(**TINY, types=("i", "s", "s")).eval()
+    port.load_state_dict(model.state_dict(), strict=True)
+    x = images(2, 3, 64, 96)
+    expected = model(x)
+    assert model.fuse() is model
+    assert model.deployed
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    assert_close(model(x), expected)
+    assert_close(model(x), port.fuse()(x))
+    assert_close(model.fuse()(x), expected)
+    assert_close(deploy(model)(x), expected)
+
+
+@torch.no_grad()
+def test_timms_reparameterize_fuses_a_copy_of_a_model_inside_a_larger_one(tiny):
+    larger, x = nn.Sequential(tiny, nn.Linear(10, 2)).eval(), images(1, 3, 64, 96)
+    fused = reparameterize_model(larger)
+    assert_close(fused(x), larger(x))
+    assert fused[0].deployed
+    assert not tiny.deployed
 
 
 @pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "resnet18"])
