@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,6 +31,8 @@ _logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
 Layout = Literal["reference", "timm", "deployed"]
 MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 STEM = "patch_embed.0."  # every layout's first parameter begins with it
 
 
@@ -93,10 +96,23 @@ class Checkpoint:
         return any(key.startswith("head_dist.") for key in self.state_dict)
 
     @property
+    def stem(self) -> str:
+        """The name of the first convolution's weight."""
+        return f"{STEM}weight" if self.deployed else f"{STEM}c.weight"
+
+    @property
+    def classifier(self) -> str:
+        """The name of the classifier's weight, which the file need not have."""
+        return "head.weight" if self.deployed else "head.l.weight"
+
+    @property
+    def in_chans(self) -> int:
+        return self.state_dict[self.stem].shape[1]
+
+    @property
     def num_classes(self) -> int:
         """Rows of the classifier; 0 where the file has none."""
-        weight = self.state_dict.get("head.weight" if self.deployed else "head.l.weight")
-        return 0 if weight is None else weight.shape[0]
+        return self.state_dict[self.classifier].shape[0] if self.classifier in self.state_dict else 0
 
 
 def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
@@ -124,7 +140,14 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     if dropped and not prefix.endswith("backbone."):
         raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {_some(dropped)}")
     layout: Layout = "deployed" if f"{STEM}weight" in own else "timm" if renamed.keys() == own.keys() else "reference"
-    return Checkpoint(path, renamed, layout, dropped)
+    checkpoint = Checkpoint(path, renamed, layout, dropped)
+    for name, axes in ((checkpoint.stem, 4), (checkpoint.classifier, 2)):
+        shape = renamed[name].shape if name in renamed else None
+        if shape is not None and (len(shape) != axes or 0 in shape):
+            raise InputError(
+                f"{path}: {name} is of shape {tuple(shape)}, and should have {axes} axes, none of length 0"
+            )
+    return checkpoint
 
 
 def _stem_names(key: str) -> list[str]:
@@ -162,9 +185,27 @@ def read_state_dict(path: Path, ema: bool = False) -> StateDict:
             raise InputError(
                 f"{path}: entry {name!r} is of type {type(tensor).__name__}; a checkpoint is a dict of tensors"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        _check_plain(path, name, tensor)
+    size = sum(tensor.nbytes for tensor in state_dict.values())  # many may be views of one memory
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: tensors of {size / 1e9:.1f} GB are more than the {MAX_BYTES / 1e9:.1f} GB allowed")
+    for name, tensor in state_dict.items():
+        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
             raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
     return state_dict
+
+
+def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises unless a tensor is dense, has a value of its own for each element, and is of a type that models have."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in FLOATS + INTEGERS:
+        kinds = ("nested" if tensor.is_nested else tensor.layout, tensor.dtype, tensor.device)
+        found = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        raise InputError(f"{path}: parameter {name} is {found}; save it as a dense tensor of floats or integers")
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > stored:
+        raise InputError(
+            f"{path}: parameter {name} is of {tensor.nbytes} bytes, of which {stored} are stored; save a copy"
+        )
 
 
 def _check_size(path: Path) -> None:
@@ -192,12 +233,17 @@ def _read_safetensors(path: Path) -> StateDict:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive; before PyTorch 1.6 a pickle
+                raise ValueError("it was not written by torch.save")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about formats that are refused, in one line
+            return torch.load(path, map_location="cpu", weights_only=True)  # Namespace: the reference's arguments
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, because {_why_unsafe(path)}; nothing of it was run") from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise InputError(f"{path}: not a readable checkpoint ({_reason(error)}); fetch it again") from error
+        reason = _reason(error) if isinstance(error, RuntimeError | ValueError | OSError) else "it is damaged"
+        raise InputError(f"{path}: not a readable checkpoint ({reason}); fetch it again") from error
 
 
 def _why_unsafe(path: Path) -> str:
@@ -251,9 +297,10 @@ def _check_layout(checkpoint: Checkpoint, model: nn.Module, reset_head: bool) ->
             f"{forms[not checkpoint.deployed]}; load before you deploy, or deploy before you load"
         )
     if checkpoint.distilled and not reset_head and not getattr(model, "distilled", False):
+        fused = " and fuse() it" if checkpoint.deployed else ""
         raise InputError(
-            f"{checkpoint.path}: has a distillation head; create the model with distilled=True, or have its head "
-            "re-initialised"
+            f"{checkpoint.path}: has a distillation head; create the model with distilled=True{fused}, or have its "
+            "head re-initialised"
         )
 
 
@@ -275,8 +322,15 @@ def load_strictly(
     missing = [name for name in target if name not in source and name not in kept]
     left_over = [name for name in source if name not in target]
     reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
-    if reshaped and all(name.startswith(heads) for name in reshaped) and not missing and not left_over:
-        name = reshaped[0]
+    only_head = all(name.startswith(heads) for name in (*missing, *left_over, *reshaped))
+    if missing and only_head and not any(name.startswith(heads) for name in source):
+        raise InputError(
+            f"{path}: has no head, and the model has one; create the model with num_classes=0, or have its head "
+            "re-initialised"
+        )
+    rows = [name for name in reshaped if target[name].ndim > 1 and source[name].shape[1:] == target[name].shape[1:]]
+    if rows and only_head and not missing and not left_over:
+        name = rows[0]
         raise InputError(
             f"{path}: made for {source[name].shape[0]} classes, and the model has {target[name].shape[0]}; "
             "give it that many classes, or have its head re-initialised"
@@ -291,6 +345,10 @@ def load_strictly(
             f"{name} is {tuple(source[name].shape)} and should be {tuple(target[name].shape)}" for name in reshaped
         ]
         problems.append(_some(shapes))
+    integers = [name for name in source if source[name].dtype in INTEGERS]
+    whole = [name for name in integers if name in target and target[name].is_floating_point()]
+    if whole:
+        problems.append(f"integers where floats should be: {_some(whole)}")
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
     model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
@@ -307,7 +365,7 @@ def create_model(
     reset_head: bool | None = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """`timm.create_model` that takes from the checkpoint what it tells: classes, a distillation head, deployment.
+    """`timm.create_model` that takes from the checkpoint what it tells: channels, classes, heads, deployment.
 
     Args:
         name: any name that timm knows.
@@ -324,7 +382,7 @@ def create_model(
     """
     import timm
 
-    from .deploy import deploy
+    from . import shvit  # noqa: F401  (registers the models)
 
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
@@ -334,9 +392,10 @@ def create_model(
         return _create_peer(name, Path(checkpoint), num_classes, ema, reset_head, **kwargs)
     source = read_checkpoint(checkpoint, ema)
     classes = source.num_classes if num_classes is None else num_classes
-    model = timm.create_model(name, num_classes=classes, **{"distilled": source.distilled, **kwargs}).eval()
+    told = {"distilled": source.distilled, "in_chans": source.in_chans}
+    model = timm.create_model(name, num_classes=classes, **{**told, **kwargs}).eval()
     if source.deployed:
-        model = deploy(model)
+        model.fuse()  # keeps the two heads that timm's `reparameterize_model` leaves, where `deploy` makes them one
     if reset_head is None:
         reset_head = source.num_classes != classes
     load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
@@ -363,10 +422,10 @@ def _create_peer(
     classifier = cfg.classifier if cfg else None
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier or ()))
     weight = state_dict.get(f"{heads[0]}weight") if heads else None
-    if num_classes is None and weight is not None:
+    if num_classes is None and weight is not None and weight.ndim:
         num_classes = weight.shape[0]
     if reset_head is None:
-        reset_head = weight is not None and weight.shape[0] != num_classes
+        reset_head = weight is not None and weight.shape[:1] != (num_classes,)
     model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
     load_strictly(model, state_dict, path, reset_head, heads)
     return model

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from timm.models.shvit import SHViT as TimmSHViT
+from timm.utils import reparameterize_model
 
 from shvit import SHViT, deploy
 from shvit.checkpoint import create_model, read_checkpoint, read_state_dict, to_reference, write_checkpoint
@@ -262,6 +263,18 @@ def test_conversion_takes_the_averaged_weights_when_asked(model, tmp_path):
     assert_same(read_state_dict(tmp_path / "plain.pth"), model.state_dict())
 
 
+@torch.no_grad()
+def test_two_deployed_heads_are_recognised_and_made_one(tmp_path):
+    source = timm.create_model("shvit_s1", num_classes=10, in_chans=1, distilled=True).eval()
+    write_checkpoint(reparameterize_model(source).state_dict(), tmp_path / "two.pth")
+    identity = run(["weights", "check", str(tmp_path / "two.pth")])["checks"][0]["identity"]
+    assert (identity["layout"], identity["distilled"], identity["num_classes"]) == ("deployed", True, 10)
+    convert(tmp_path / "two.pth", tmp_path / "one.pth", "deployed")
+    one, image = create_model("shvit_s1", tmp_path / "one.pth"), torch.randn(1, 1, 64, 64)
+    assert not one.distilled
+    torch.testing.assert_close(one(image), source(image), rtol=1e-3, atol=1e-3)
+
+
 def test_a_detectors_backbone_is_taken_alone(model, tmp_path):
     backbone = {f"backbone.{k}": v for k, v in to_reference(model.state_dict()).items() if not k.startswith("head.")}
     write_checkpoint({**backbone, "neck.weight": torch.ones(1)}, tmp_path / "detector.pth")
@@ -290,6 +303,7 @@ def test_variants_are_told_by_shape(model):
     assert variant_of(deploy(model).state_dict()) == "shvit_s1"
     shallower = {key: value for key, value in model.state_dict().items() if not key.startswith("stages.2.blocks.4.")}
     assert variant_of(shallower) is None
+    assert variant_of({**model.state_dict(), "stages.0.blocks.0.conv.m.c.weight": torch.tensor(1.0)}) is None
 
 
 def test_commands_are_those_of_the_contract():

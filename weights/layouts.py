@@ -35,7 +35,7 @@ def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
         blocks = f"stages.{stage}.blocks."
         depth.append(len({name.split(".")[3] for name in state_dict if name.startswith(blocks)}))
         convs = (state_dict.get(f"{blocks}0.conv.{name}") for name in ("m.c.weight", "weight"))
-        embed_dim.append(next((conv.shape[0] for conv in convs if conv is not None), 0))
+        embed_dim.append(next((conv.shape[0] for conv in convs if conv is not None and conv.ndim), 0))
     for name, variant in VARIANTS.items():
         if (variant.embed_dim, variant.depth) == (tuple(embed_dim), tuple(depth)):
             return name
@@ -63,7 +63,7 @@ def convert(path: str | os.PathLike, to: Layout, ema: bool = False) -> tuple[Ide
                          "it was made from")  # fmt: skip
     if to == "reference":
         return identity, to_reference(state_dict)
-    if to == "deployed" and identity.layout != "deployed":
+    if to == "deployed" and (identity.layout != "deployed" or identity.distilled):
         return identity, deploy(model).state_dict()
     return identity, state_dict
 
@@ -76,8 +76,7 @@ def _open(path: str | os.PathLike, ema: bool) -> tuple[Identity, StateDict, nn.M
     if name is None:
         raise InputError(f"{path}: holds a SHViT of other widths or depths than {', '.join(VARIANTS)}; "
                          "train and convert one of these")  # fmt: skip
-    stem = state_dict["patch_embed.0.weight" if checkpoint.deployed else "patch_embed.0.c.weight"]
-    model = create_model(name, path, ema=ema, in_chans=stem.shape[1])
+    model = create_model(name, path, ema=ema)
     params = sum(parameter.numel() for parameter in model.parameters())
     found = (checkpoint.layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped))
     return Identity(*found), state_dict, model
