@@ -21,7 +21,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     If the body raises, what it wrote is removed and `path` stays as it was.
 
     Raises:
-        InputError: the folder cannot be made or written to, or `path` is a folder and a file was written.
+        InputError: the folder cannot be made or written to, or `path` is a folder and a file was written, or a file
+            and a folder was written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -43,7 +44,12 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
             if not partial.is_dir():
                 raise InputError(f"{path}: is a folder; choose another name")
             shutil.rmtree(path)
-        partial.replace(path)
+        elif path.exists() and partial.is_dir():
+            raise InputError(f"{path}: is a file; choose another name")
+        try:
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         remove(partial)
 

@@ -60,6 +60,35 @@ def test_file_never_replaces_a_folder(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_folder_never_replaces_a_file(tmp_path):
+    target = tmp_path / "precious.mlpackage"
+    target.write_text("precious")
+
+    def overwrite():
+        with write_whole(target) as partial:
+            partial.mkdir()
+            (partial / "new").write_text("new")
+
+    with pytest.raises(InputError, match=r"precious\.mlpackage: is a file; choose another name"):
+        overwrite()
+    assert target.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_renaming_that_fails_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    def write():
+        with write_whole(tmp_path / "a.bin") as partial:
+            partial.write_text("file")
+
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    with pytest.raises(InputError, match=r"a\.bin: cannot be written: Permission denied"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
 
