@@ -167,6 +167,9 @@ class _Export:
     def _prepare(self, suffix: str) -> tuple[nn.Module, nn.Module, Spec]:
         if self.output.suffix != suffix:
             raise InputError(f"--output {self.output} must end in {suffix}")
+        for path, folder in ((self.output, suffix == ".mlpackage"), (_certificate_path(self.output), False)):
+            if path.exists() and path.is_dir() != folder:
+                raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name for --output")
         model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
         return model, deploy(model, spec.img_size), spec
 
@@ -188,12 +191,12 @@ class ExportOnnx(_Export):
         from .onnx import write_onnx
 
         model, deployed, spec = self._prepare(".onnx")
-        with write_whole(self.output) as partial:
+        with write_whole(_certificate_path(self.output)) as record, write_whole(self.output) as partial:
             write_onnx(deployed, partial, spec, self.dynamic_batch)
             reference, predict = torch_predict(model), open_artefact(partial)
             certificate = certify(partial, reference, predict, spec, self.images, self.checkpoint, self.output.name)
             require(certificate)
-            certificate.write(_certificate_path(self.output))
+            record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
         show(certificate)
         return {"artefact": str(self.output), "certificate": asdict(certificate)}
 
@@ -206,12 +209,11 @@ class ExportCoreml(_Export):
         from .coreml import check_structure, write_coreml
 
         _, deployed, spec = self._prepare(".mlpackage")
-        with write_whole(self.output) as partial:
+        with write_whole(_certificate_path(self.output)) as record, write_whole(self.output) as partial:
             write_coreml(deployed, partial, spec)
             structure = check_structure(deployed, partial, spec)
-            record = {"artefact": self.output.name, "input": asdict(spec), "structure": structure, "executed": False}
-            with write_whole(_certificate_path(self.output)) as certificate:
-                certificate.write_text(json.dumps({**record, "versions": versions()}, indent=2) + "\n")
+            said = {"artefact": self.output.name, "input": asdict(spec), "structure": structure, "executed": False}
+            record.write_text(json.dumps({**said, "versions": versions()}, indent=2) + "\n")
         counts = ", ".join(f"{n} {name}" for name, n in list(structure["operators"].items())[:5])
         console.print(f"{self.output}: structure checked ({counts}, …); its answers are not checked on this machine")
         return {"artefact": str(self.output), "structure": structure}

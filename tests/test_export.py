@@ -1,6 +1,8 @@
 """Artefacts against onnx.checker, ONNX Runtime, coremltools and PyTorch."""
 
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -136,6 +138,36 @@ def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monke
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
+@pytest.mark.parametrize("blocked", ["the artefact", "its certificate"])
+def test_output_of_the_wrong_kind_is_refused_before_any_work(tmp_path, monkeypatch, kind, suffix, blocked):
+    monkeypatch.setattr("shvit.export.main.open_model", None)
+    output = tmp_path / f"s1{suffix}"
+    target = output if blocked == "the artefact" else output.with_name(f"s1{suffix}.certificate.json")
+    target.write_text("") if target.suffix == ".mlpackage" else target.mkdir()
+    with pytest.raises(InputError, match=r"is a (file|folder); choose another name for --output") as error:
+        run(["export", kind, "--model", "shvit_s1", "--output", str(output)])
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
+def test_no_certificate_stays_without_its_artefact(made, tmp_path, monkeypatch, kind, suffix):
+    folder, _, _ = made
+    rename = Path.replace
+
+    def refuse(path, target):
+        if target.suffix == suffix:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    options = ["export", kind, "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
+    with pytest.raises(InputError, match="cannot be written: Device or resource busy"):
+        run([*options, "--output", f"{tmp_path}/s1{suffix}"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_peers_of_timm_go_through_the_same_code(tmp_path):
     source = ["--model", "mobilenetv4_conv_small", "--img-size", "64"]
     result = run(["export", "onnx", *source, "--output", f"{tmp_path}/m.onnx"])
@@ -165,6 +197,7 @@ def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_pa
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
         (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artefact '.tflite'"),
         (["eval", "--data", "."], "give --checkpoint or --artefact"),
+        (["eval", "--data", ".", "--checkpoint", "no.pth", "--batch-size", "0"], "--batch-size 0"),
         (["bench", "--runtimes", "abacus"], "unknown runtime 'abacus'"),
         (["bench", "--threads", "0"], "must be 1 or more"),
     ],

@@ -28,10 +28,12 @@ def test_agreement_counts_photographs():
 
 
 def test_identical_logits_give_a_finite_figure_that_json_can_hold():
-    logits = torch.randn(3, 4)
-    figures = compare(logits, logits)
-    assert figures["snr_db"] == 200
-    json.dumps(figures, allow_nan=False)
+    for logits in (torch.randn(3, 4), torch.zeros(3, 4)):
+        figures = compare(logits, logits)
+        assert figures["snr_db"] == 200
+        assert figures["max_rel_error"] == 0
+        json.dumps(figures, allow_nan=False)
+    json.dumps(compare(torch.zeros(3, 4), torch.ones(3, 4)), allow_nan=False)
 
 
 def test_nan_and_wrong_shapes_fail():
