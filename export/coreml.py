@@ -33,7 +33,8 @@ class Normalized(nn.Module):
 def write_coreml(model: nn.Module, path: Path, spec: Spec) -> None:
     """Exports `model`, already deployed, with an RGB image input `image` and an output `logits` (1, classes), float32.
 
-    Mean and standard deviation are inside the graph. The package carries its `Spec` and versions.
+    The image is grey for a model of one channel. Mean and standard deviation are inside the graph. The package carries
+    its `Spec` and versions.
 
     Args:
         model: in eval mode.
@@ -47,7 +48,8 @@ def write_coreml(model: nn.Module, path: Path, spec: Spec) -> None:
 
         with torch.no_grad():
             traced = torch.jit.trace(Normalized(model, spec).eval(), torch.rand(1, *spec.shape))
-        image = ct.ImageType(name=INPUT, shape=(1, *spec.shape), scale=1 / 255, color_layout=ct.colorlayout.RGB)
+        colors = ct.colorlayout.GRAYSCALE if spec.in_chans == 1 else ct.colorlayout.RGB
+        image = ct.ImageType(name=INPUT, shape=(1, *spec.shape), scale=1 / 255, color_layout=colors)
         package = ct.convert(
             traced,
             inputs=[image],

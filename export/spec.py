@@ -19,7 +19,7 @@ class Spec:
     """Input and preprocessing of one model.
 
     Photographs are resized so that the shorter side is `img_size / crop_pct`, centre-cropped to `img_size`, scaled to
-    0–1 and normalised as (x - mean) / std, channel order RGB.
+    0–1 and normalised as (x - mean) / std, channel order RGB; in grey levels first for a model of one channel.
     """
 
     model: str
@@ -37,12 +37,19 @@ class Spec:
         """The preprocessing that timm knows for `model`, at `img_size` pixels (the model's own where None).
 
         Raises:
-            InputError: `img_size` is out of range, or the model takes another size only.
+            InputError: `img_size` is out of range, or the model takes another size only, or other channels than
+                photographs have.
         """
         from timm.data import resolve_data_config
 
         config = resolve_data_config(model=model)
-        in_chans, own_size, _ = config["input_size"]
+        chans, own_size, _ = config["input_size"]
+        in_chans = getattr(model, "in_chans", chans)
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        if in_chans == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # as timm's loader does
+        if in_chans not in (1, 3):
+            raise InputError(f"{name} takes {in_chans} channels; photographs have 3, or 1 of grey levels")
         size = own_size if img_size is None else img_size
         if not 1 <= size <= MAX_IMG_SIZE:
             raise InputError(f"--img-size {size} is out of range; choose 1 to {MAX_IMG_SIZE}, {own_size} by default")
@@ -53,8 +60,8 @@ class Spec:
             img_size=size,
             in_chans=in_chans,
             num_classes=getattr(model, "num_classes", 0),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
+            mean=mean,
+            std=std,
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
         )
@@ -67,14 +74,16 @@ class Spec:
     def transform(self) -> Any:
         """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalised."""
         from timm.data import create_transform
+        from torchvision.transforms import Compose, Grayscale
 
-        return create_transform(
+        transform = create_transform(
             input_size=self.shape,
             mean=self.mean,
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
         )
+        return Compose([Grayscale(), transform]) if self.in_chans == 1 else transform
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.loader import adapt_to_chs
 
 from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
@@ -47,7 +49,7 @@ def test_onnx_file_is_valid_and_says_what_it_wants(made):
     spec = read_spec(folder / "s1.onnx")
     assert spec == Spec.of("shvit_s1", model, 64)
     assert spec.num_classes == CLASSES
-    assert spec.mean == timm.data.IMAGENET_DEFAULT_MEAN
+    assert spec.mean == IMAGENET_DEFAULT_MEAN
 
 
 def test_onnx_file_gives_the_models_answers_at_any_batch(made):
@@ -173,6 +175,44 @@ def test_peers_of_timm_go_through_the_same_code(tmp_path):
     result = run(["export", "onnx", *source, "--output", f"{tmp_path}/m.onnx"])
     assert result["certificate"]["passed"]
     assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+
+
+def test_model_of_one_channel_sees_grey_levels(tmp_path):
+    import coremltools as ct
+
+    model = timm.create_model("shvit_s1", num_classes=2, in_chans=1).eval()
+    randomize_norms(model)
+    write_checkpoint(model.state_dict(), tmp_path / "grey.pth")
+    source = ["--model", "shvit_s1", "--checkpoint", f"{tmp_path}/grey.pth", "--img-size", "64"]
+    assert run(["export", "onnx", *source, "--output", f"{tmp_path}/grey.onnx"])["certificate"]["passed"]
+    run(["export", "coreml", *source, "--output", f"{tmp_path}/grey.mlpackage"])
+    package = ct.models.MLModel(f"{tmp_path}/grey.mlpackage", skip_model_load=True)
+    color_space = package.get_spec().description.input[0].type.imageType.colorSpace
+    assert color_space == ct.proto.FeatureTypes_pb2.ImageFeatureType.GRAYSCALE
+
+    spec = read_spec(tmp_path / "grey.onnx")
+    assert spec.shape == (1, 64, 64)
+    rng = np.random.default_rng(0)
+    photograph = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    grey = np.asarray(photograph.convert("L").resize((73, 73), Image.Resampling.BICUBIC), dtype=np.float64)[4:68, 4:68]
+    mean, std = (adapt_to_chs(value, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    np.testing.assert_allclose(spec.transform()(photograph)[0], (grey / 255 - mean) / std, atol=1e-5)
+
+    for name, value in (("black", 0), ("white", 255)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (80, 80), (value,) * 3).save(tmp_path / "data" / name / "a.png")
+    figures = [
+        run(["eval", "--data", f"{tmp_path}/data", *options])
+        for options in (source, ["--artefact", f"{tmp_path}/grey.onnx"])
+    ]
+    assert figures[0]["n"] == 2
+    assert figures[0]["top1"] == figures[1]["top1"]
+
+
+def test_model_of_more_channels_than_photographs_have_is_refused(tmp_path):
+    write_checkpoint(timm.create_model("shvit_s1", in_chans=4).state_dict(), tmp_path / "four.pth")
+    with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):
+        open_model("shvit_s1", tmp_path / "four.pth")
 
 
 def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_path):
