@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,12 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 
+PROGRAM = Path(sysconfig.get_path("scripts")) / "shvit"
+
+
 def program(*argv: str, **options) -> subprocess.CompletedProcess:
     """`shvit argv` in a process of its own."""
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; sys.argv[0] = 'shvit'; from shvit.cli import program; program()",
-        *argv,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return subprocess.run([PROGRAM, *argv], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture
@@ -58,13 +56,52 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_help_names_every_command_and_imports_no_torch():
-    start = "import sys; sys.argv = ['shvit', '--help']\nfrom shvit.cli import program"
-    code = f"{start}\ntry:\n    program()\nexcept SystemExit: pass"
+    start = f"import runpy, sys; sys.argv = [{str(PROGRAM)!r}, '--help']"
+    code = f"{start}\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass"
     loaded = modules_after(code)
+    assert "shvit.cli" in loaded
     assert not loaded & {"torch", "timm", "tyro", "rich", "numpy"}
     done = program("--help")
     assert done.returncode == 0
     assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+
+
+def test_help_of_a_linked_program_imports_no_torch(tmp_path):
+    """As pipx and others install it."""
+    link = tmp_path / "shvit"
+    link.symlink_to(PROGRAM)
+    assert "torch" not in modules_after(f"import sys; sys.argv = [{str(link)!r}]; import shvit.cli")
+
+
+USER = """
+import shvit, timm
+assert callable(shvit.deploy) and shvit.SHViT and shvit.load_checkpoint
+print(type(timm.create_model("shvit_s1", device="meta")).__module__)
+"""
+
+
+@pytest.mark.parametrize("name", ["shvit", "shvit-script.py"])
+def test_users_script_of_the_same_name_gets_our_models(tmp_path, name):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / name).write_text(USER)
+    for script, folder in ((f"bin/{name}", tmp_path), (name, tmp_path / "bin"), (tmp_path / "bin" / name, "/")):
+        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == ("shvit.shvit\n", "")
+
+
+@pytest.mark.parametrize(
+    ("imports", "model"),
+    [
+        ("shvit.weights.models, timm", "timm.create_model('shvit_s1')"),
+        ("shvit.train.loop, timm", "timm.create_model('shvit_s1')"),
+        ("shvit.export.spec", "shvit.export.spec.open_model('shvit_s1')[0]"),
+    ],
+)
+def test_program_makes_our_models(imports, model):
+    """In it importing shvit does not register them."""
+    code = f"import sys; sys.argv = [{str(PROGRAM)!r}]; import {imports}; print(type({model}).__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "shvit.shvit\n"
 
 
 def test_importing_shvit_brings_no_tool_that_only_commands_need():

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import shvit.shvit  # noqa: F401  (registers ours: the program's own import of shvit does not)
 from shvit.errors import InputError
 
 from .manifest import read_manifest
