@@ -202,6 +202,16 @@ def test_check_finds_a_changed_file_in_the_cache(cache, files):
     assert failed.value.result["checks"][0]["hash"] == "differs"
 
 
+def test_check_says_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="is a folder; name the checkpoint file in it"):
+        run(["weights", "check", str(tmp_path)])
+    (tmp_path / "notes.txt").write_text("hello\n")
+    with pytest.raises(
+        CheckFailed, match=r"notes\.txt: not a readable checkpoint \(it was not written by torch\.save\)"
+    ):
+        run(["weights", "check", str(tmp_path / "notes.txt")])
+
+
 def test_check_at_the_command_line_exits_with_1(files, model, tmp_path):
     broken = {
         name: tensor for name, tensor in model.state_dict().items() if name != "stages.2.blocks.1.conv.m.c.weight"
@@ -212,6 +222,7 @@ def test_check_at_the_command_line_exits_with_1(files, model, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "missing stages.2.blocks.1.conv.m.c.weight" in done.stderr
+    assert done.stderr.count("broken.pth") == 1
     checks = json.loads(done.stdout.splitlines()[-1])["checks"]
     assert [check["problem"] is None for check in checks] == [False, True]
 

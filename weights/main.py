@@ -191,6 +191,8 @@ def _locate(target: str, cache: Path) -> tuple[Path, Published | None]:
     """The file that a name or a path stands for, and its entry in the manifest if it has one."""
     entry = next((entry for entry in read_manifest() if entry.name == target), None)
     path = cache / entry.file_name if entry else Path(target)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     if not path.is_file():
         hint = (
             f"`shvit weights pull {target}` fetches it" if entry else "give a file, or a name of `shvit weights list`"
@@ -209,7 +211,7 @@ def _check(target: str, path: Path, entry: Published | None, cache: Path) -> Che
     try:
         identity = identify(path)
     except InputError as error:
-        return Checked(target, str(path), digest, known, None, problem or str(error))
+        return Checked(target, str(path), digest, known, None, problem or str(error).removeprefix(f"{path}: "))
     if entry and identity.model != entry.model:
         problem = problem or f"it is a {identity.model}, and should be a {entry.model}; remove {path} and pull it again"
     return Checked(target, str(path), digest, known, asdict(identity), problem)
