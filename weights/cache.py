@@ -125,7 +125,7 @@ def _prove(entry: Published, path: Path, source: str, advice: str) -> None:
     try:
         identity = identify(path)
     except InputError as error:
-        problem = str(error)
+        problem = str(error).removeprefix(f"{path}: ")
     else:
         if identity.model == entry.model:
             return
