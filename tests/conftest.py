@@ -1,6 +1,8 @@
 """What several test files share: a small SHViT, and parameters that hide no mistake."""
 
+import subprocess
 from math import prod
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +12,17 @@ from torch import nn
 import shvit  # noqa: F401  (registers the models)
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+
+def kept_files() -> set[str]:
+    """The project's files as git lists them; as the sdist does, where that is what was unpacked."""
+    if not (ROOT / ".git").exists():
+        return set((ROOT / "shvit.egg-info" / "SOURCES.txt").read_text().splitlines())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
 
 TINY = {"embed_dim": (16, 24, 32), "depth": (1, 2, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
 """Arguments of `timm.create_model("shvit_s1", …)` for a model of 45 thousand parameters."""

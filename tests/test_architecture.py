@@ -1,17 +1,15 @@
 """The folders are the architecture: imports point one way, and the package list is the folders'."""
 
 import ast
-import subprocess
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, kept_files
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 MAY_IMPORT = {  # besides itself
     "shvit": set(),
@@ -117,6 +115,5 @@ def test_each_folder_has_a_readme_and_no_file_is_long(folder):
 
 
 def test_no_file_above_200_kb_is_kept():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).exists()}
+    sizes = {name: (ROOT / name).stat().st_size for name in kept_files()}
     assert {name: size for name, size in sizes.items() if size > 200_000} == {}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT, kept_files
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,12 @@ def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
 
 
 def test_sdist_can_be_built_from(dist):
-    """The wheel was built from it; it holds the licence and the README too."""
+    """The wheel was built from it, and the tests run in it."""
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "shvit/shvit.py", "train/recipe.py"} <= names
+    assert kept_files() - names == set()  # with tests, goldens and all that they read
 
 
 def test_wheel_works_in_a_clean_environment_from_another_folder(clean_python, tmp_path):
