@@ -381,6 +381,7 @@ def create_model(
         InputError: an unknown model, or as `load_checkpoint`.
     """
     import timm
+    from timm.utils import reparameterize_model
 
     from . import shvit  # noqa: F401  (registers the models)
 
@@ -395,7 +396,7 @@ def create_model(
     told = {"distilled": source.distilled, "in_chans": source.in_chans}
     model = timm.create_model(name, num_classes=classes, **{**told, **kwargs}).eval()
     if source.deployed:
-        model.fuse()  # keeps the two heads that timm's `reparameterize_model` leaves, where `deploy` makes them one
+        reparameterize_model(model, inplace=True)  # not `deploy`, which makes two heads one
     if reset_head is None:
         reset_head = source.num_classes != classes
     load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)

@@ -234,9 +234,7 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
     Raises:
         ValueError: `model` is in training mode, where BatchNorm is no fixed affine map, or `img_size` is no size.
     """
-    sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
-    if img_size is not None and (len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides)):
-        raise ValueError(f"img_size {img_size!r} is not a size; give pixels above 0, as 224 or (height, width)")
+    size = None if img_size is None else _height_width(img_size)
     if any(module.training for module in model.modules()):
         raise ValueError("deploy() folds BatchNorm's running statistics, and this model is in training mode; "
                          "call model.eval() first")  # fmt: skip
@@ -247,9 +245,16 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
     attentions = [module for module in deployed.modules() if isinstance(module, DeployedSHSA)]
     for attention in attentions:
         attention.grid = None  # of an earlier deployment
-    if img_size is not None and attentions:
-        _fix_grids(deployed, attentions, *sides)
+    if size is not None and attentions:
+        _fix_grids(deployed, attentions, *size)
     return deployed
+
+
+def _height_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ValueError(f"img_size {img_size!r} is not a size; give pixels above 0, as 224 or (height, width)")
+    return sides[0], sides[1]
 
 
 def _merge_heads(model: SHViT) -> None:

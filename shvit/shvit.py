@@ -318,8 +318,10 @@ class SHViT(nn.Module):
         self.flatten = (nn.Flatten(1) if global_pool else nn.Identity()).train(self.training)
 
         def head() -> nn.Module:
-            head = NormLinear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
-            return (head.l if num_classes and self.deployed else head).train(self.training)
+            if num_classes == 0:
+                return nn.Identity().train(self.training)
+            head = NormLinear(self.head_hidden_size, num_classes, **dd).train(self.training)
+            return head.l if self.deployed else head
 
         self.head = head()
         self.head_dist = head() if self.distilled else None
@@ -337,7 +339,8 @@ class SHViT(nn.Module):
 
         A distilled model keeps its two heads.
         """
-        return reparameterize_model(self, inplace=True)
+        reparameterize_model(self, inplace=True)
+        return self
 
     @torch.jit.ignore
     def init_weights(self) -> None:
