@@ -132,9 +132,8 @@ def open_dataset(root: Path | None, split: Split) -> Photographs:
         datasets = {"train": _scan(training), "val": _scan(held_out)}
         if datasets["train"].classes != datasets["val"].classes:
             unequal = sorted(set(datasets["train"].classes) ^ set(datasets["val"].classes))
-            raise InputError(
-                f"{root}: classes in only one of {training.name} and {held_out.name}: {', '.join(unequal)}"
-            )
+            names = " and ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in (training, held_out))
+            raise InputError(f"{root}: classes in only one of {names}: {', '.join(unequal)}")
         return datasets[split]
     everything = _scan(root)
     names = (Path(everything.name(i)).name for i in range(len(everything)))
@@ -144,7 +143,7 @@ def open_dataset(root: Path | None, split: Split) -> Photographs:
     return Photographs(everything.source, everything.classes, chosen)
 
 
-def open_eval_dataset(data: str, split: str = "validation") -> "Photographs | Stream":
+def open_eval_dataset(data: str | Path, split: str = "validation") -> "Photographs | Stream":
     """The photographs to evaluate on.
 
     Args:
@@ -153,7 +152,7 @@ def open_eval_dataset(data: str, split: str = "validation") -> "Photographs | St
             hfds/beans that timm knows, which is looked for in the working directory or its library's cache.
         split: of shards and of a dataset with a name.
     """
-    root = Path(data)
+    root, data = Path(data), str(data)
     if data == "elpv":
         return elpv("val")
     if data.startswith(NAMED):

@@ -269,7 +269,7 @@ def _create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         else:
             if recipe.model.startswith("shvit"):
                 options.setdefault("distilled", False)
-            model = create_model(recipe.model, recipe.checkpoint, num_classes, reset_head=None, **options)
+            model = create_model(recipe.model, recipe.checkpoint, num_classes, reset_head=None, in_chans=3, **options)
     except TypeError as error:  # timm passes options on to the model's class
         raise InputError(f"{recipe.model} cannot be trained so ({error}); leave out that option") from error
     if getattr(model, "deployed", False):
