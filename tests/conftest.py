@@ -1,15 +1,19 @@
 """What several test files share: a small SHViT, and parameters that hide no mistake."""
 
 import subprocess
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import shvit  # noqa: F401  (registers the models)
+from shvit.train.recipe import Augment, Data, Optim, Recipe
 
 torch.set_num_threads(1)
 
@@ -73,3 +77,59 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 @pytest.fixture
 def tiny() -> nn.Module:
     return create_tiny()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+PLAIN = Augment(auto_augment=None, color_jitter=0.0, random_erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1)
+SMALL = "test_resnet"
+"""timm's own model for tests, with BatchNorm."""
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Red noise and blue noise, easy to tell apart."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def recipe(photographs):
+    return Recipe(
+        img_size=32,
+        epochs=2,
+        batch_size=8,
+        ema_decay=0.9,
+        data=Data(root=photographs, workers=0),
+        augment=PLAIN,
+        optim=Optim(lr=2e-2, warmup_epochs=1),
+    )
+
+
+@pytest.fixture
+def small(recipe):
+    """The same, with everything that draws random numbers, on a small model."""
+    return replace(recipe, model=SMALL, epochs=4, augment=Augment(repeats=1), optim=Optim(lr=1e-1, warmup_epochs=1))
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """Bit for bit: weights, their average, the optimiser's moments, and what was logged of the loss."""
+    one, other = state(first), state(second)
+    for name in ("model", "model_ema"):
+        assert all(torch.equal(one[name][key], tensor) for key, tensor in other[name].items()), name
+    for key, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], value) for name, value in other["optimizer"]["state"][key].items())
+    logged = ("epoch", "step", "train_loss", "grad_norm", "top1", "ema_top1", "lr")
+    assert [[e[name] for name in logged] for e in one["log"]] == [[e[name] for name in logged] for e in other["log"]]

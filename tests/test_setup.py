@@ -1,0 +1,135 @@
+"""What a step computes: against plain PyTorch, in turns, in other precisions, and with a teacher."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import SMALL
+
+from shvit.checkpoint import write_checkpoint
+from shvit.errors import InputError
+from shvit.train.distributed import World
+from shvit.train.loop import train
+from shvit.train.recipe import Compute, Distill, Optim, Recipe
+from shvit.train.setup import check_recipe, open_training, set_up
+
+
+def steps(recipe: Recipe, count: int, turns: int | None = None):
+    """The losses of the first steps, and the run behind them."""
+    world = World(0, 1, torch.device("cpu"))
+    turns = turns or check_recipe(recipe, world)
+    classes, feed = open_training(recipe, world, turns)
+    run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
+    run.train_mode()
+    batches = feed.batches(0, count)
+    losses = []
+    for _ in range(count):
+        loss = run.forward_backward([next(batches) for _ in range(turns)])
+        run.update(loss)
+        losses.append(loss.item())
+    return losses, run
+
+
+def test_step_is_that_of_plain_pytorch(recipe):
+    """Against torch's own AdamW on the same batches, without clipping."""
+    plain = replace(recipe, model=SMALL, optim=Optim(lr=1e-1, warmup_epochs=0, clip_grad=None, weight_decay=0.1))
+    losses, run = steps(plain, 3)
+    world = World(0, 1, torch.device("cpu"))
+    classes, feed = open_training(plain, world, 1)
+    fresh = set_up(plain, world, classes, feed.steps_per_epoch, 1)
+    model = fresh.model.train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=plain.peak_lr, eps=1e-8, betas=(0.9, 0.999))
+    expected = []
+    for step, batch in enumerate(feed.batches(0, 3)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5 + (plain.peak_lr - 1e-5) * (1 + np.cos(np.pi * step / 8)) / 2
+        images, targets = fresh.augment(batch, step, 0)
+        loss = torch.nn.functional.cross_entropy(model(images), targets, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_turns_add_up_to_the_step_of_the_whole_batch(recipe):
+    """With BatchNorm's statistics frozen: each turn would otherwise have its own."""
+    whole = replace(recipe, model=SMALL, freeze_bn=True)
+    small_device = replace(whole, compute=Compute(device_batch_size=2))
+    (one, first), (four, second) = steps(whole, 6), steps(small_device, 6)
+    assert (first.turns, second.turns) == (1, 4)
+    assert four == pytest.approx(one, rel=1e-5)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_average_is_timms_and_batchnorm_can_stay_frozen(recipe):
+    _, run = steps(replace(recipe, model=SMALL, freeze_bn=True, ema_warmup=False), 2)
+    fresh = timm.create_model(SMALL, num_classes=2)
+    assert torch.equal(run.model.bn1.running_mean, fresh.bn1.running_mean)
+    assert not torch.equal(run.ema.fc.weight, run.model.fc.weight)
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(precision="bf16"), Compute(grad_checkpointing=True), Compute(deterministic=True)]
+)
+def test_ways_to_compute_agree(recipe, compute):
+    reference, _ = steps(recipe, 2)
+    losses, _ = steps(replace(recipe, compute=compute), 2)
+    torch.use_deterministic_algorithms(False)
+    if compute.precision == "bf16":
+        assert losses[0] != reference[0]
+        assert losses[0] == pytest.approx(reference[0], rel=2e-2)
+    else:
+        assert losses == pytest.approx(reference, rel=1e-5)
+
+
+def test_run_begins_with_weights_and_a_new_head_for_other_classes(recipe, tmp_path):
+    source = timm.create_model("shvit_s1", num_classes=5)
+    write_checkpoint(source.state_dict(), tmp_path / "five.safetensors")
+    world = World(0, 1, torch.device("cpu"))
+    run = set_up(replace(recipe, checkpoint=tmp_path / "five.safetensors"), world, ["a", "b"], 4, 1)
+    assert torch.equal(run.model.patch_embed[0].c.weight, source.patch_embed[0].c.weight)
+    assert run.model.head.l.weight.shape[0] == 2
+    write_checkpoint(timm.utils.reparameterize_model(source.eval()).state_dict(), tmp_path / "deployed.safetensors")
+    with pytest.raises(InputError, match="holds a deployed model"):
+        set_up(replace(recipe, checkpoint=tmp_path / "deployed.safetensors"), world, ["a", "b"], 4, 1)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_teacher_teaches_the_second_head_in_its_own_normalisation(recipe, kind, tmp_path):
+    """Against the loss written out by hand."""
+    teacher = timm.create_model("test_efficientnet", num_classes=2).eval()  # mean and std of 0.5
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill("test_efficientnet", tmp_path / "teacher.safetensors", kind=kind, alpha=0.3, tau=2.0)
+    world = World(0, 1, torch.device("cpu"))
+    recipe = replace(recipe, distill=distill)
+    classes, feed = open_training(recipe, world, 1)
+    run = set_up(recipe, world, classes, 4, 1)
+    run.model.train()
+    batch = next(feed.batches(0, 1))
+    images, targets = run.augment(batch, 0, 0)
+    head, second = run.model(images)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    assert mean.flatten().tolist() != list(run.model.pretrained_cfg["mean"])
+    answers = teacher((batch.images / 255 - mean) / std)
+    labels = torch.nn.functional.cross_entropy(head, targets, label_smoothing=0.1)
+    if kind == "soft":
+        p, q = (answers / 2).softmax(1), (second / 2).log_softmax(1)
+        taught = 4 * (p * (p.log() - q)).sum(1).mean()
+    else:
+        taught = torch.nn.functional.cross_entropy(second, answers.argmax(1))
+    found = run.task(images, targets)["loss"]
+    assert found.item() == pytest.approx((0.7 * labels + 0.3 * taught).item(), rel=1e-4)
+    found.backward()
+    assert all(p.grad is None for p in run.task.teacher.parameters() if p.requires_grad is False)
+    result = train(replace(recipe, epochs=1), tmp_path / "run")
+    assert timm.create_model("shvit_s1", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
