@@ -132,8 +132,8 @@ def open_dataset(root: Path | None, split: Split) -> Photographs:
         datasets = {"train": _scan(training), "val": _scan(held_out)}
         if datasets["train"].classes != datasets["val"].classes:
             unequal = sorted(set(datasets["train"].classes) ^ set(datasets["val"].classes))
-            names = " and ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in (training, held_out))
-            raise InputError(f"{root}: classes in only one of {names}: {', '.join(unequal)}")
+            splits = " and ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in (training, held_out))
+            raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unequal)}")
         return datasets[split]
     everything = _scan(root)
     names = (Path(everything.name(i)).name for i in range(len(everything)))
