@@ -33,21 +33,12 @@ class Journal:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.3f}, {task.fields[speed]:.0f} images/s, {task.fields[wait]:.0%} waiting"
-            ),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.bar = self.progress.add_task(
-            "",
-            total=recipe.epochs * steps_per_epoch,
-            completed=run.step,
-            epoch="",
-            loss=float("nan"),
-            speed=0.0,
-            wait=0.0,
-        )
+        epoch, total = f"{run.step // steps_per_epoch + 1}/{recipe.epochs}", recipe.epochs * steps_per_epoch
+        self.bar = self.progress.add_task("", total=total, completed=run.step, epoch=epoch, said="")
         self.loss = torch.zeros((), device=run.world.device)
         self.norm_before, self.steps_before = 0.0, 0.0
         self._begin_window()
@@ -109,9 +100,8 @@ class Journal:
         scalars = {"loss": loss, "lr": run.lr, "grad_norm": norm, "images_per_s": speed, "loader_wait": wait}
         self._write({f"train/{name}": value for name, value in scalars.items()})
         epoch = (run.step - 1) // self.steps_per_epoch + 1
-        self.progress.update(
-            self.bar, completed=run.step, epoch=f"{epoch}/{self.recipe.epochs}", loss=loss, speed=speed, wait=wait
-        )
+        said = f"loss {loss:.3f}, {speed:.0f} images/s, {wait:.0%} waiting"
+        self.progress.update(self.bar, completed=run.step, epoch=f"{epoch}/{self.recipe.epochs}", said=said)
         self._line(epoch, loss, speed, wait)
         return loss, norm
 

@@ -28,7 +28,7 @@ from .interrupt import Interrupt
 from .journal import Journal
 from .loop import Training
 from .recipe import Compute, Recipe
-from .setup import Run, check_recipe, open_training, set_up
+from .setup import PRECISIONS, Run, check_recipe, open_training, set_up
 
 ROUNDS = 5
 
@@ -56,7 +56,7 @@ class Speed:
     both_images_per_s: float
     """Steps fed by the loader."""
     overhead_percent: float
-    """What the loop adds to forward, backward, clipping, optimiser and averaging: seeds, checks, scalars, schedule."""
+    """What the loop adds to mixing, forward, backward, clipping, optimiser and averaging: checks, scalars, schedule."""
     peak_memory_mb: float
     """Of this process and its largest worker; of the GPU where there is one."""
     device: str
@@ -144,14 +144,14 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
 
 
 def _bare_step(run: Run, batches: list[Batch]) -> Callable[[], None]:
-    """What a step cannot do without, on images that are on the device and normalised."""
-    images, targets = run.augment(batches[0], 0, 0)
+    """What a step cannot do without: the recipe's mixing on the device, and what changes the weights."""
     optim = run.recipe.optim
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.recipe.compute.precision]
+    dtype = PRECISIONS[run.recipe.compute.precision]
 
     def step() -> None:
         run.train_mode()
-        for _ in batches:
+        for batch in batches:
+            images, targets = run.augment(batch, 0, 0)
             with torch.autocast(run.world.device.type, dtype, enabled=dtype is not None):
                 loss = run.task(images, targets)["loss"] / len(batches)
             run.scaler.scale(loss).backward()
