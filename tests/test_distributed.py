@@ -62,6 +62,35 @@ def test_sigterm_leaves_a_state_within_two_seconds_in_the_middle_of_a_long_step(
     assert state(folder)["step"] == 0
 
 
+def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, tmp_path):
+    """As schedulers send it: the loader's workers get it too, and die of it."""
+    folder = tmp_path / "run"
+    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2)), folder)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for((folder / "last.pt").exists)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    saved = state(folder)
+    assert saved["step"] > 4 * len(saved["log"]) - 1
+
+
+def test_run_that_fails_ends_its_workers(small, tmp_path):
+    """The photographs vanish while workers read them: nobody must wait for these afterwards."""
+    folder = tmp_path / "run"
+    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2, max_corrupt=0)), folder)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "last.pt").exists)
+    photographs, hidden = small.data.root / "train", small.data.root / "hidden"
+    photographs.rename(hidden)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        hidden.rename(photographs)
+    assert process.returncode == 2
+    assert "damaged photographs, and 0 are allowed" in said
+
+
 def test_two_processes_train_as_one(small, tmp_path):
     """With BatchNorm frozen, and nothing drawn for a process's own part of the batch, the losses are equal."""
     recipe = replace(small, epochs=5, freeze_bn=True, augment=PLAIN, optim=Optim(lr=1e-2), save=Save(log_steps=1))

@@ -362,14 +362,13 @@ def eval_loader(
     if isinstance(dataset, Stream):
         dataset.dataset.transform = transform
         dataset.dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(dataset.dataset, batch_size, num_workers=workers, worker_init_fn=ignore_signals)
+        return DataLoader(dataset.dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
     prepared = Prepared(dataset, transform, tolerant)
     return DataLoader(
-        prepared, batch_size, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0
+        prepared, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt, persistent_workers=workers > 0
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """For a loader's workers: a signal to the whole group of processes is for the one that they serve."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_interrupt(worker: int) -> None:
+    """For a loader's workers: Ctrl-C is for the process that they serve, and that ends them by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

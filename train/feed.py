@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from shvit.errors import InputError
 
-from .data import Photographs, Stream, ignore_signals, open_stream
+from .data import Photographs, Stream, ignore_interrupt, open_stream
 from .distributed import World
 from .recipe import Augment, Recipe
 
@@ -259,7 +259,7 @@ class Feed:
             "num_workers": workers,
             "collate_fn": collate,
             "pin_memory": self.world.device.type == "cuda",
-            "worker_init_fn": ignore_signals,
+            "worker_init_fn": ignore_interrupt,
             "prefetch_factor": 4 if workers else None,
         }
 

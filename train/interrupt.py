@@ -2,8 +2,9 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Stopped(BaseException):
@@ -21,6 +22,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
+        self._handling = False
         self._shielded = False
         self.received: int | None = None
         """The signal that asked to stop, if one did."""
@@ -31,11 +33,13 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._handling = True
         numbers = (signal.SIGTERM, signal.SIGINT)
         previous = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield
         finally:
+            self._handling = False
             for number, handler in zip(numbers, previous, strict=True):
                 signal.signal(number, handler)
 
@@ -47,11 +51,31 @@ class Interrupt:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """A block that is finished before a signal is heeded: one that changes the run's state."""
+        """A block that is finished before a signal is heeded: one that changes the run's state, or writes it.
+
+        SIGCHLD waits too: PyTorch raises an error from it when a loader's worker has died. Blocks may stand in another.
+        """
+        if self._shielded:
+            yield
+            return
         self._shielded = True
+        died: list[tuple[int, object]] = []
+        on_child = signal.signal(signal.SIGCHLD, lambda *what: died.append(what)) if self._handling else None
         try:
             yield
         finally:
             self._shielded = False
+            if self._handling:
+                signal.signal(signal.SIGCHLD, on_child)
         if self.received is not None:
             raise Stopped(self.received)
+        if died and callable(on_child):
+            on_child(*died[0])  # type: ignore[arg-type]
+
+    def expected(self, seconds: float = 1.0) -> bool:
+        """Whether a signal has come, or comes within some seconds: one to the whole group may reach workers first."""
+        end = time.monotonic() + seconds
+        with suppress(Stopped), self.shielded():
+            while self.received is None and time.monotonic() < end:
+                time.sleep(0.02)
+        return self.received is not None

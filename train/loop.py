@@ -89,11 +89,11 @@ class Training:
         try:
             with self.journal:
                 self._all_steps()
-        except (Stopped, RuntimeError) as error:
-            if self.interrupt.received is None:
+        except (Stopped, RuntimeError):
+            if not self.interrupt.expected():
                 raise
-            self._save_stopped()
-            raise Stopped(self.interrupt.received) from error
+            with self.interrupt.shielded():  # at its end Stopped goes on
+                self._save_stopped()
         if self.world.primary and self.run.log:
             plot_curves(self.run.log, self.folder.path / "curves.png")
         return self._result()
@@ -243,7 +243,7 @@ class Training:
         if not self.run.finite:
             return
         self.run.seconds = time.perf_counter() - self.begin
-        with self.journal.saving():
+        with self.interrupt.shielded(), self.journal.saving():
             self.folder.save_state(self.run.state_dict())
         self.last_save = time.perf_counter()
 
