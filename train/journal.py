@@ -1,7 +1,7 @@
 """What a run tells while it runs: a progress bar or plain lines, and TensorBoard's scalars."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,11 @@ class Journal:
         self.window_images += images
         self.window_steps += 1
 
-    def look(self, average: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float]:
-        """Mean loss and gradient norm since the last look, over all processes; written to TensorBoard."""
+    def look(self) -> tuple[float, float]:
+        """Mean loss and gradient norm since the last look; written to TensorBoard."""
         run = self.run
-        means = torch.stack([self.loss.double() / self.window_steps, run.sums[1].clone(), run.sums[2].clone()])
-        loss, norm_sum, steps = average(means).tolist()
+        sums = torch.stack([self.loss.double() / self.window_steps, run.sums[1], run.sums[2]])
+        loss, norm_sum, steps = sums.tolist()  # waits for the device, once
         norm = (norm_sum - self.norm_before) / max(steps - self.steps_before, 1)
         self.norm_before, self.steps_before = norm_sum, steps
         seconds = time.perf_counter() - self.window

@@ -164,7 +164,7 @@ class Training:
 
     def _look(self) -> None:
         """Writes scalars, and stops a run whose loss is not finite."""
-        loss, norm = self.journal.look(self.world.average)
+        loss, norm = self.journal.look()
         if not math.isfinite(loss):
             raise self._diverged(loss, norm)
 
@@ -190,7 +190,7 @@ class Training:
         if within or epoch <= done or not due:
             return
         plain, averaged = self._accuracy(run.model), self._accuracy(run.ema)
-        sums = self.world.average(run.sums.clone()).tolist()
+        sums = run.sums.tolist()
         entry = {
             "epoch": epoch,
             "step": run.step,

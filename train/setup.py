@@ -137,7 +137,7 @@ class Run:
                     module.eval()
 
     def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
-        """Adds up the gradients of a step's turns; returns their mean loss. Parameters stay as they are."""
+        """Adds up the gradients of a step's turns; returns the loss, the mean over all processes. No weight changes."""
         for buffer, before in self._buffers:
             before.copy_(buffer)
         self._unfinished = True
@@ -150,7 +150,7 @@ class Run:
                     loss = self.task(images, targets)["loss"] / self.turns
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total
+        return self.world.average(total)
 
     def undo_forward(self) -> None:
         """Gives BatchNorm's statistics back the values from before a step that was not finished."""
