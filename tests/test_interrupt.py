@@ -5,8 +5,9 @@ import signal
 import threading
 
 import pytest
+import torch
 
-from shvit.train.interrupt import Interrupt, Stopped
+from shvit.train.interrupt import LATE, Interrupt, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -44,6 +45,46 @@ def test_second_signal_does_not_tear_what_the_first_began():
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # while the state is written
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signal_in_one_long_call_is_heeded_by_another_thread():
+    """Python runs no handler in the main thread before the call into PyTorch ends; a future's wait is such a call."""
+    interrupt, call = Interrupt(), torch.futures.Future()
+    interrupt.when_late = lambda: call.set_result("late")
+
+    def work() -> None:
+        with interrupt.handled():
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            call.wait()
+
+    gives_up = threading.Timer(20, call.set_result, ("never",))
+    gives_up.start()
+    with pytest.raises(Stopped):
+        work()
+    gives_up.cancel()
+    assert call.value() == "late"
+
+
+def test_nothing_is_written_beside_a_shielded_block():
+    interrupt, order = Interrupt(), []
+    interrupt.when_late = lambda: order.append("written")
+
+    def work() -> None:
+        with interrupt.handled(), interrupt.shielded():
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            wait_uninterrupted(3 * LATE)
+            order.append("changed")
+
+    with pytest.raises(Stopped):
+        work()
+    assert order == ["changed"]
+
+
+def wait_uninterrupted(seconds: float) -> None:
+    """One call of that length, during which Python runs no handler."""
+    call = torch.futures.Future()
+    threading.Timer(seconds, call.set_result, (None,)).start()
+    call.wait()
 
 
 def test_handlers_are_given_back():

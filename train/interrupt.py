@@ -1,10 +1,19 @@
 """SIGTERM and SIGINT, which may come at any moment and must not cost more than the step under way."""
 
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+from shvit.errors import InputError
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+LATE = 0.5
+"""Seconds after which a signal that the main thread did not heed is late."""
+
+NO_SIGNAL = b"\0"
 
 
 class Stopped(BaseException):
@@ -18,12 +27,17 @@ class Stopped(BaseException):
 class Interrupt:
     """Raises `Stopped` where a signal arrives; inside `shielded` only at its end.
 
-    Python runs a signal's handler between two operators of PyTorch; a backward pass is one of them.
+    Python runs a signal's handler between two calls into PyTorch, and a backward pass, seconds for large images on a
+    CPU, is one call. So a second thread waits for the signal too, and calls `when_late` where the first does not come.
     """
 
     def __init__(self) -> None:
         self._handling = False
         self._shielded = False
+        self._changing = threading.Lock()
+        self._heeded = threading.Event()
+        self.when_late: Callable[[], None] | None = None
+        """Writes the state; called in another thread, never while the main one is in a `shielded` block."""
         self.received: int | None = None
         """The signal that asked to stop, if one did."""
 
@@ -34,20 +48,46 @@ class Interrupt:
             yield
             return
         self._handling = True
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        previous = [signal.signal(number, self._handle) for number in numbers]
+        previous = [signal.signal(number, self._handle) for number in STOPPING]
         try:
-            yield
+            with self._watched():
+                yield
         finally:
             self._handling = False
-            for number, handler in zip(numbers, previous, strict=True):
+            for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         again = self.received is not None  # one is enough: what follows writes the state
         self.received = number
+        self._heeded.set()
         if not self._shielded and not again:
             raise Stopped(number)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Runs the second thread, to which Python's own C handler writes each signal's number at once."""
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        thread = threading.Thread(target=self._watch, args=(receiver,), daemon=True)
+        thread.start()
+        previous = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous)
+            sender.send(NO_SIGNAL)  # closing would not end the wait: a loader's workers hold copies of it
+            thread.join()
+            sender.close()
+            receiver.close()
+
+    def _watch(self, receiver: socket.socket) -> None:
+        while NO_SIGNAL not in (numbers := receiver.recv(64)):
+            if set(STOPPING).isdisjoint(numbers) or self._heeded.wait(LATE):
+                continue
+            with self._changing, suppress(InputError):  # the main thread's own attempt reports an error
+                if self.when_late is not None and not self._heeded.is_set():
+                    self.when_late()
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
@@ -62,7 +102,8 @@ class Interrupt:
         died: list[tuple[int, object]] = []
         on_child = signal.signal(signal.SIGCHLD, lambda *what: died.append(what)) if self._handling else None
         try:
-            yield
+            with self._changing:
+                yield
         finally:
             self._shielded = False
             if self._handling:

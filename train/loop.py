@@ -86,6 +86,7 @@ class Training:
         self.begin = start - self.run.seconds
         self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
         self.last_save = time.perf_counter()
+        self.interrupt.when_late = self._write_state
         try:
             with self.journal:
                 self._all_steps()
@@ -134,7 +135,7 @@ class Training:
                 self._step(batches)
                 if run.step % self.recipe.save.log_steps == 0 or run.step == boundary:
                     self._look()
-                if self.world.primary and time.perf_counter() - self.last_save > 60 * self.recipe.save.every_minutes:
+                if time.perf_counter() - self.last_save > 60 * self.recipe.save.every_minutes:
                     self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
@@ -212,8 +213,8 @@ class Training:
                 self._keep_best(entry)
             run.log.append(entry)
             run.sums.zero_()
+            self._save()
             if self.world.primary:
-                self._save()
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
@@ -239,19 +240,21 @@ class Training:
     # --- states -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """The primary's state, unless its loss is not finite."""
-        if not self.run.finite:
+        with self.interrupt.shielded():
+            self._write_state()
+
+    def _write_state(self) -> None:
+        """The primary's, unless its loss is not finite."""
+        if not (self.world.primary and self.run.finite):
             return
         self.run.seconds = time.perf_counter() - self.begin
-        with self.interrupt.shielded(), self.journal.saving():
+        with self.journal.saving():
             self.folder.save_state(self.run.state_dict())
         self.last_save = time.perf_counter()
 
     def _save_stopped(self) -> None:
         """What the last finished step left, when a signal asked to stop."""
-        self.run.undo_forward()
-        if self.world.primary:
-            self._save()
+        self._save()
         self.console.print(f"stopped at step {self.run.step}; the same command goes on from there")
 
     def _result(self) -> dict[str, Any]:
