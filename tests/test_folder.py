@@ -1,5 +1,7 @@
 """The run folder: states that survive crashes, damage and full disks."""
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -119,6 +121,38 @@ def test_folder_of_another_run_is_refused(folder):
     (folder.path / "recipe.yaml").write_text("recipe: [")
     with pytest.raises(InputError, match="not a readable recipe"):
         folder.claim(DEMO, ["a", "b"])
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from shvit.train.folder import RunFolder
+
+with RunFolder(Path(sys.argv[1])).locked():
+    if os.fork() == 0:  # as a loader's worker
+        time.sleep(60)
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_kept_apart_and_a_killed_one_bars_nobody(folder):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match="another run is under way in it"), folder.locked():
+            pass
+        holder.kill()
+        holder.wait()
+        with folder.locked():  # though the worker lives on
+            os.killpg(holder.pid, 0)
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
 
 
 def test_revision_is_gits_own_and_unknown_elsewhere(tmp_path):

@@ -1,9 +1,11 @@
 """The run folder: what it holds, written so that a crash at any moment leaves it usable."""
 
+import fcntl
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,29 @@ class RunFolder:
     def __init__(self, path: Path, keep: int = 2):
         self.path = path
         self.keep = keep
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out; the lock dies with this process, however it dies, and a loader's workers have no part.
+
+        Raises:
+            InputError: another process trains into this folder, or it cannot be written to.
+        """
+        path = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{self.path}: another run is under way in it; stop that one, or choose another "
+                                 "--output") from error  # fmt: skip
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def claim(self, recipe: Recipe, classes: list[str]) -> None:
         """Writes recipe.yaml, or checks that the one there computes the same.

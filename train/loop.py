@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class Training:
         self.corrupt: set[str] = set()
 
     def run_all(self) -> dict[str, Any]:
+        with self.folder.locked() if self.world.primary else nullcontext():
+            return self._run_all()
+
+    def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
             self.folder.claim(self.recipe, self.classes)
