@@ -18,8 +18,8 @@ from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
 
-from .onnx import read_spec, write_onnx
-from .runtimes import Predict, onnxruntime_predict, torch_predict
+from .onnx import write_onnx
+from .runtimes import Predict, onnxruntime_predict, open_artefact, torch_predict
 from .spec import Spec, open_model
 from .verify import versions
 
@@ -86,8 +86,8 @@ def _predictors(
     name: str, runtimes: list[str], threads: int, img_size: int | None, folder: Path
 ) -> list[tuple[str, Spec, Predict]]:
     if name.endswith(".onnx"):
-        path = Path(name)
-        return [("onnxruntime", read_spec(path), onnxruntime_predict(path, threads))]
+        artefact = open_artefact(Path(name), threads)
+        return [(artefact.runtime, artefact.spec, artefact.run)]
     model, spec = open_model(name, img_size=img_size)
     deployed = deploy(model, spec.img_size)
     found: list[tuple[str, Spec, Predict]] = []

@@ -18,7 +18,6 @@ from shvit.train.evaluate import Evaluation, evaluate
 
 from . import report
 from .bench import BenchResult
-from .onnx import read_spec
 from .runtimes import Predict, open_artefact, torch_predict
 
 MODEL = "shvit_s1"
@@ -94,11 +93,12 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
     Raises:
         CheckFailed: they differ.
     """
-    spec = read_spec(artefact)
-    dataset = open_dataset(data, "val")
-    loader = eval_loader(dataset, spec.transform(), batch_size=32)
     exported = open_artefact(artefact)
-    accuracy = Accuracy(evaluate(model, loader, spec.num_classes), evaluate(exported, loader, spec.num_classes))
+    dataset, spec = open_dataset(data, "val"), exported.spec
+    accuracy = Accuracy(
+        evaluate(model, eval_loader(dataset, spec.transform(), batch_size=32), spec.num_classes),
+        evaluate(exported, eval_loader(dataset, spec.transform(normalize=False), batch_size=32), spec.num_classes),
+    )
     if accuracy.torch.top1 != accuracy.onnx.top1:
         raise CheckFailed(
             f"{artefact} is right on {accuracy.onnx.top1:.2f} % of the held-out photographs, its model on "
@@ -110,8 +110,8 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
 
 def _predictions(artefact: Path, data: Path | None) -> list[report.Prediction]:
     """What the exported file says of held-out photographs: up to `SHOWN_WRONG` mistakes among right answers."""
-    spec, predict = read_spec(artefact), open_artefact(artefact)
-    dataset, transform = open_dataset(data, "val"), spec.transform()
+    predict = open_artefact(artefact)
+    dataset, transform = open_dataset(data, "val"), predict.spec.transform(normalize=False)
     targets = [target for _, target in dataset.samples]
     answers = [predict(transform(dataset[index][0])[None]).softmax(dim=1)[0] for index in range(len(dataset))]
     right = [int(answer.argmax()) == target for answer, target in zip(answers, targets, strict=True)]
@@ -141,16 +141,20 @@ def _write_report(
 ) -> None:
     """report.html from what the steps returned."""
     results = [BenchResult(**result) for result in timed["results"]]
-    certificate, structure = onnx["certificate"], coreml["structure"]
+    certificate, package = onnx["certificate"], coreml["certificate"]
     source = str(data) if data else "ELPV: electroluminescence photographs of solar cells (CC BY-NC-SA 4.0)"
-    drift = [
-        ("photographs compared", f"{certificate['images']} ({certificate['image_source']})"),
-        ("largest difference of two logits", f"{certificate['max_abs_error']:.1e}"),
-        ("relative to the largest logit", f"{certificate['max_rel_error']:.1e}"),
-        ("signal to noise", f"{certificate['snr_db']:.0f} dB"),
-        ("same top-1", f"{certificate['top1_agreement']:.1f} %"),
-        ("held-out accuracy, PyTorch", f"{accuracy.torch.top1:.2f} % of {accuracy.torch.n}"),
-        ("held-out accuracy, ONNX Runtime", f"{accuracy.onnx.top1:.2f} % of {accuracy.onnx.n}"),
+    figures = (
+        ("photographs compared", lambda c: f"{c['images']} ({c['image_source']})"),
+        ("largest difference of two logits", lambda c: f"{c['max_abs_error']:.1e}"),
+        ("relative to the logits' spread", lambda c: f"{c['max_rel_error']:.1e}"),
+        ("signal to noise", lambda c: f"{c['snr_db']:.0f} dB"),
+        ("same top-1", lambda c: f"{c['top1_agreement']:.1f} %"),
+        ("size", lambda c: f"{c['artefact_bytes'] / 1e6:.1f} MB"),
+    )
+    drift = [(name, figure(certificate), figure(package)) for name, figure in figures]
+    drift += [
+        ("held-out accuracy, PyTorch", f"{accuracy.torch.top1:.2f} % of {accuracy.torch.n}", ""),
+        ("held-out accuracy", f"{accuracy.onnx.top1:.2f} % of {accuracy.onnx.n}", ""),
     ]
     sections = [
         report.Section(
@@ -165,14 +169,10 @@ def _write_report(
             report.picture(output / "train" / "curves.png", "loss and accuracy over epochs"),
         ),
         report.Section(
-            "The exported file against its model",
-            "Logits of the ONNX file in ONNX Runtime against the trained model in PyTorch, before deployment.",
-            report.table(("figure", "value"), drift),
-        ),
-        report.Section(
-            "Core ML",
-            "Package read back and compared with the model it was made from; it has not been run on this machine.",
-            report.table(("operator", "count"), list(structure["operators"].items())),
+            "The exported files against their model",
+            "Logits of the ONNX file in ONNX Runtime, and of the Core ML package in this project's evaluator of such "
+            "packages, against the trained model in PyTorch, before deployment.",
+            report.table(("figure", "ONNX", "Core ML"), drift),
         ),
         report.Section(
             "Latency",

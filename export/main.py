@@ -1,9 +1,9 @@
 """The commands info, eval, export, verify, bench and demo; see shvit/cli.py for how they are called."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.table import Table
@@ -15,9 +15,9 @@ from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
 
-from .runtimes import Predict, open_artefact, torch_predict
-from .spec import Spec, open_model
-from .verify import Certificate, certify, require, versions
+from .runtimes import open_artefact, torch_predict
+from .spec import Precision, Spec, open_model
+from .verify import Certificate, certificate_path, certify, check_unchanged, require
 
 console = terminal.console()
 MOST_CLASSES_PRINTED = 50
@@ -83,7 +83,7 @@ class Eval:
     ema: bool = False
     """Take the checkpoint's averaged weights alone."""
     artefact: Path | None = None
-    """An .onnx file of `shvit export`, in place of a model and checkpoint."""
+    """An .onnx file or .mlpackage of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
     batch_size: int = 32
@@ -98,28 +98,30 @@ class Eval:
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
-        predict, spec = self._predict()
+        predict, spec, transform = self._predict()
         dataset = open_eval_dataset(self.data, self.split)
         classes = dataset.classes or [str(i) for i in range(spec.num_classes)]
         if len(classes) != spec.num_classes:
             raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
                              "the classes that it was trained for")  # fmt: skip
         kind = "weights" if self.artefact is None else "artefact"
-        result = {"model": spec.model, **self._evaluate(kind, predict, spec, dataset, classes)}
+        result = {"model": spec.model, **self._evaluate(kind, predict, spec, transform, dataset, classes)}
         if self.checkpoint is not None and not self.ema and holds_average(self.checkpoint):
             averaged = torch_predict(open_model(self.model, self.checkpoint, self.img_size, ema=True)[0])
-            result["ema"] = self._evaluate("averaged weights", averaged, spec, dataset, classes)
+            result["ema"] = self._evaluate("averaged weights", averaged, spec, transform, dataset, classes)
         if self.output is not None:
             with write_whole(self.output / "accuracy.json") as partial:
                 partial.write_text(json.dumps({**result, "classes": classes}, indent=2) + "\n")
         return result
 
-    def _evaluate(self, kind: str, predict: Predict, spec: Spec, dataset: Any, classes: list[str]) -> dict[str, Any]:
+    def _evaluate(
+        self, kind: str, predict: Any, spec: Spec, transform: Any, dataset: Any, classes: list[str]
+    ) -> dict[str, Any]:
         """Prints and returns the accuracy; draws it if there is a folder to draw into."""
         from shvit.train.data import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
-        loader = eval_loader(dataset, spec.transform(), self.batch_size, self.workers)
+        loader = eval_loader(dataset, transform, self.batch_size, self.workers)
         counts = count(predict, loader, spec.num_classes)
         result = counts.evaluation()
         top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
@@ -135,20 +137,20 @@ class Eval:
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
         return asdict(result)
 
-    def _predict(self) -> tuple[Any, Spec]:
+    def _predict(self) -> tuple[Any, Spec, Any]:
+        """From what the transform makes to logits, and that transform."""
         if self.artefact is None:
             if self.checkpoint is None:
                 raise InputError("nothing trained to evaluate; give --checkpoint or --artefact")
             model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
-            return torch_predict(model), spec
+            return torch_predict(model), spec, spec.transform()
         if self.checkpoint is not None:
             raise InputError("--artefact and --checkpoint exclude each other: an artefact holds its weights")
-        from .onnx import read_spec
-
-        predict, spec = open_artefact(self.artefact), read_spec(self.artefact)
+        artefact = open_artefact(self.artefact)
+        spec = artefact.spec
         if self.img_size not in (None, spec.img_size):
             raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
-        return predict, spec
+        return artefact, spec, spec.transform(normalize=False)
 
 
 @dataclass(frozen=True)
@@ -163,60 +165,69 @@ class _Export:
     """Take the checkpoint's averaged weights."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
-
-    def _prepare(self, suffix: str) -> tuple[nn.Module, nn.Module, Spec]:
-        if self.output.suffix != suffix:
-            raise InputError(f"--output {self.output} must end in {suffix}")
-        for path, folder in ((self.output, suffix == ".mlpackage"), (_certificate_path(self.output), False)):
-            if path.exists() and path.is_dir() != folder:
-                raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name for --output")
-        model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
-        return model, deploy(model, spec.img_size), spec
-
-
-def _certificate_path(artefact: Path) -> Path:
-    return artefact.with_name(artefact.name + ".certificate.json")
-
-
-@dataclass(frozen=True)
-class ExportOnnx(_Export):
-    """A verified ONNX file (float32): normalised image in, logits out."""
-
-    dynamic_batch: bool = False
-    """Leave the batch size open; 1 by default."""
+    precision: Precision = "fp32"
+    """Of weights and arithmetic."""
     images: Path | None = None
     """A folder of photographs to verify with; scikit-image's bundled ones by default."""
 
-    def run(self) -> dict[str, Any]:
-        from .onnx import write_onnx
+    suffix: ClassVar[str]
 
-        model, deployed, spec = self._prepare(".onnx")
-        with write_whole(_certificate_path(self.output)) as record, write_whole(self.output) as partial:
-            write_onnx(deployed, partial, spec, self.dynamic_batch)
-            reference, predict = torch_predict(model), open_artefact(partial)
-            certificate = certify(partial, reference, predict, spec, self.images, self.checkpoint, self.output.name)
+    def run(self) -> dict[str, Any]:
+        self._check_output()
+        model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
+        spec = replace(spec, precision=self.precision, takes_pixels=self._takes_pixels)
+        with write_whole(certificate_path(self.output)) as record, write_whole(self.output) as partial:
+            self._write(deploy(model, spec.img_size), partial, spec)
+            certificate = certify(open_artefact(partial), model, self.images, self.checkpoint, self.output.name)
             require(certificate)
             record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
         show(certificate)
         return {"artefact": str(self.output), "certificate": asdict(certificate)}
 
+    @property
+    def _takes_pixels(self) -> bool:
+        return False
+
+    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
+        raise NotImplementedError
+
+    def _check_output(self) -> None:
+        if self.output.suffix != self.suffix:
+            raise InputError(f"--output {self.output} must end in {self.suffix}")
+        for path, folder in ((self.output, self.suffix == ".mlpackage"), (certificate_path(self.output), False)):
+            if path.exists() and path.is_dir() != folder:
+                raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name for --output")
+
+
+@dataclass(frozen=True)
+class ExportOnnx(_Export):
+    """A verified ONNX file: normalised image in, logits out, both float32."""
+
+    dynamic_batch: bool = False
+    """Leave the batch size open; 1 by default."""
+
+    suffix: ClassVar[str] = ".onnx"
+
+    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
+        from .onnx import write_onnx
+
+        write_onnx(deployed, path, spec, self.dynamic_batch)
+
 
 @dataclass(frozen=True)
 class ExportCoreml(_Export):
-    """A Core ML package (ML Program, float32, iOS 16): RGB image in, logits out; read back, structure checked."""
+    """A verified Core ML package (ML Program, iOS 16): RGB image in, logits out; run here by our own evaluator."""
 
-    def run(self) -> dict[str, Any]:
-        from .coreml import check_structure, write_coreml
+    suffix: ClassVar[str] = ".mlpackage"
 
-        _, deployed, spec = self._prepare(".mlpackage")
-        with write_whole(_certificate_path(self.output)) as record, write_whole(self.output) as partial:
-            write_coreml(deployed, partial, spec)
-            structure = check_structure(deployed, partial, spec)
-            said = {"artefact": self.output.name, "input": asdict(spec), "structure": structure, "executed": False}
-            record.write_text(json.dumps({**said, "versions": versions()}, indent=2) + "\n")
-        counts = ", ".join(f"{n} {name}" for name, n in list(structure["operators"].items())[:5])
-        console.print(f"{self.output}: structure checked ({counts}, …); its answers are not checked on this machine")
-        return {"artefact": str(self.output), "structure": structure}
+    @property
+    def _takes_pixels(self) -> bool:
+        return True
+
+    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
+        from .coreml import write_coreml
+
+        write_coreml(deployed, path, spec)
 
 
 EXPORT = {"onnx": ExportOnnx, "coreml": ExportCoreml}
@@ -224,10 +235,10 @@ EXPORT = {"onnx": ExportOnnx, "coreml": ExportCoreml}
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares an exported file with its model on photographs; exit status 1 if it drifts."""
+    """Compares an exported file with its certificate and, on photographs, its model; exit status 1 if it drifts."""
 
     artefact: tyro.conf.Positional[Path]
-    """An .onnx file of `shvit export`."""
+    """An .onnx file or .mlpackage of `shvit export`."""
     model: str
     """The model it was made from."""
     checkpoint: Path | None = None
@@ -238,11 +249,10 @@ class Verify:
     """A folder of photographs; scikit-image's bundled ones by default."""
 
     def run(self) -> dict[str, Any]:
-        from .onnx import read_spec
-
-        predict, spec = open_artefact(self.artefact), read_spec(self.artefact)
-        model, _ = open_model(self.model, self.checkpoint, spec.img_size, self.ema)
-        certificate = certify(self.artefact, torch_predict(model), predict, spec, self.images, self.checkpoint)
+        artefact = open_artefact(self.artefact)
+        check_unchanged(self.artefact)
+        model, _ = open_model(self.model, self.checkpoint, artefact.spec.img_size, self.ema)
+        certificate = certify(artefact, model, self.images, self.checkpoint)
         show(certificate)
         require(certificate)
         return asdict(certificate)
@@ -252,7 +262,7 @@ def show(certificate: Certificate) -> None:
     """Prints a certificate for people."""
     verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
     console.print(
-        f"{certificate.artefact} {verdict}: {certificate.images} photographs, largest error "
+        f"{certificate.artefact} {verdict}: {certificate.images} photographs in {certificate.runtime}, largest error "
         f"{certificate.max_abs_error:.1e} (relative {certificate.max_rel_error:.1e}), {certificate.snr_db:.0f} dB, "
         f"top-1 agreement {certificate.top1_agreement:.1f} %"
     )

@@ -1,6 +1,7 @@
 """A deployed model as an ONNX file."""
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -24,6 +25,7 @@ OPSET = 20  # the newest that ONNX Runtime, OpenVINO and onnxruntime-web of the 
 def write_onnx(model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = False) -> None:
     """Exports `model`, already deployed, with input `image` (B, C, H, W) float32 and output `logits` (B, classes).
 
+    With `spec.precision` fp16 weights and arithmetic are float16, input and output stay float32.
     The file carries its `Spec` and the versions that made it, and has passed onnx.checker with full shape inference.
 
     Args:
@@ -33,6 +35,8 @@ def write_onnx(model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = F
     """
     import onnx
 
+    if spec.precision == "fp16":
+        model = Half(model).eval()
     batch = spec.blank(2 if dynamic_batch else 1)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad(), quiet():
@@ -53,6 +57,17 @@ def write_onnx(model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = F
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
+
+
+class Half(nn.Module):
+    """A copy of the model in float16 behind a float32 input and output."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(model).half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.half()).float()
 
 
 def describe(spec: Spec) -> dict[str, str]:
@@ -93,11 +108,15 @@ def read_spec(path: Path) -> Spec:
         proto = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable ONNX file") from error
-    found = {prop.key: prop.value for prop in proto.metadata_props}
-    if SPEC_KEY not in found:
+    return spec_from({prop.key: prop.value for prop in proto.metadata_props}, path)
+
+
+def spec_from(metadata: dict[str, str], path: Path) -> Spec:
+    """The `Spec` among what a file says of itself; InputError without one."""
+    if SPEC_KEY not in metadata:
         raise InputError(f"{path}: was not written by `shvit export`, so its preprocessing is not known; "
                          "export the model again with it")  # fmt: skip
-    return Spec.from_json(found[SPEC_KEY])
+    return Spec.from_json(metadata[SPEC_KEY])
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A model or an artefact as a function from a batch to logits, with a fixed number of threads."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from shvit.errors import InputError
 from shvit.train.evaluate import Predict
 
-from .onnx import INPUT
+from .onnx import INPUT, OUTPUT, operators, read_spec, spec_from
+from .spec import Spec
 
 
 def torch_predict(model: nn.Module) -> Predict:
@@ -53,14 +55,51 @@ def onnxruntime_predict(path: Path, threads: int | None = None) -> Predict:
     return predict
 
 
-def open_artefact(path: Path, threads: int | None = None) -> Predict:
-    """The predict function of an artefact, by its suffix.
+@dataclass(frozen=True)
+class Artefact:
+    """An exported file, opened."""
+
+    path: Path
+    spec: Spec
+    runtime: str
+    operators: dict[str, int]
+    """How many of each, most frequent first."""
+    run: Predict
+    """What the file itself takes → logits."""
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → logits (B, classes)."""
+        return self.run(pixels if self.spec.takes_pixels else self.spec.normalize(pixels))
+
+
+def open_artefact(path: Path, threads: int | None = None) -> Artefact:
+    """A file of `shvit export`, by its suffix, in the runtime for it.
+
+    Args:
+        threads: of ONNX Runtime; its choice (all cores) where None.
 
     Raises:
-        InputError: a suffix that no runtime here runs.
+        InputError: a suffix that no runtime here runs, no such file, or one that cannot be read.
     """
     if path.suffix == ".onnx":
-        return onnxruntime_predict(path, threads)
+        spec = read_spec(path)
+        return Artefact(path, spec, "onnxruntime", operators(path), onnxruntime_predict(path, threads))
     if path.suffix == ".mlpackage":
-        raise InputError(f"{path}: Core ML packages cannot be run yet; verify the ONNX file of the same checkpoint")
-    raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose an .onnx file")
+        return _open_coreml(path)
+    raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose an .onnx file or an .mlpackage")
+
+
+def _open_coreml(path: Path) -> Artefact:
+    """Through `mil`, which runs everywhere."""
+    from torchvision.transforms.functional import to_pil_image
+
+    from .mil import Package
+
+    package = Package(path)
+    spec = spec_from(package.metadata, path)
+    package.half = spec.precision == "fp16"
+
+    def predict(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([package(**{INPUT: to_pil_image(image)})[OUTPUT] for image in pixels])
+
+    return Artefact(path, spec, "mil", package.operators, predict)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from shvit.checkpoint import create_model
 from shvit.errors import InputError
 
+Precision = Literal["fp32", "fp16"]
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 
 
@@ -31,6 +32,12 @@ class Spec:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
+    """timm's: center, squash or border."""
+    precision: Precision = "fp32"
+    """Of the artefact's arithmetic."""
+    takes_pixels: bool = False
+    """The artefact is fed pixels, 0–255, and normalises them itself."""
 
     @classmethod
     def of(cls, name: str, model: nn.Module, img_size: int | None = None) -> "Spec":
@@ -64,6 +71,7 @@ class Spec:
             std=std,
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
         )
 
     @property
@@ -71,8 +79,8 @@ class Spec:
         """(C, H, W) of one input."""
         return (self.in_chans, self.img_size, self.img_size)
 
-    def transform(self) -> Any:
-        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalised."""
+    def transform(self, normalize: bool = True) -> Any:
+        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalised; or uint8, the pixels."""
         from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
@@ -82,8 +90,15 @@ class Spec:
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            normalize=normalize,
         )
         return Compose([Grayscale(), transform]) if self.in_chans == 1 else transform
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) → float32, as `transform` does it."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -96,6 +111,8 @@ class Spec:
             spec = cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
             if not 1 <= int(spec.img_size) <= MAX_IMG_SIZE:
                 raise ValueError(f"img_size {spec.img_size}")
+            if spec.precision not in get_args(Precision):
+                raise ValueError(f"precision {spec.precision}")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"the artefact's description of its input is not readable ({error})") from error
         return spec

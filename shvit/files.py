@@ -63,9 +63,21 @@ def remove(path: Path) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file's content."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
+    """Hex digest of a file's content; of a folder, of its files' names and digests in order."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def size(path: str | os.PathLike) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    path = Path(path)
+    return (
+        sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
+    )

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from timm.data.loader import adapt_to_chs
 
 from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
+from shvit.deploy import deploy
 from shvit.errors import CheckFailed, InputError
 from shvit.export.onnx import operators, read_spec
+from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, open_model, randomize_norms
 
 CLASSES = 5
@@ -32,9 +35,12 @@ def made(tmp_path_factory):
     randomize_norms(model)
     write_checkpoint(model.state_dict(), folder / "s1.safetensors")
     source = ["--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
+    half = ["--precision", "fp16"]
     results = {
         "onnx": run(["export", "onnx", *source, "--output", f"{folder}/s1.onnx", "--dynamic-batch"]),
         "coreml": run(["export", "coreml", *source, "--output", f"{folder}/s1.mlpackage"]),
+        "onnx fp16": run(["export", "onnx", *source, *half, "--output", f"{folder}/half.onnx", "--dynamic-batch"]),
+        "coreml fp16": run(["export", "coreml", *source, *half, "--output", f"{folder}/half.mlpackage"]),
     }
     return folder, model.eval(), results
 
@@ -74,7 +80,7 @@ def test_certificate_stands_beside_the_file_and_holds_its_hash(made):
     import hashlib
 
     certificate = json.loads((folder / "s1.onnx.certificate.json").read_text())
-    assert certificate == results["onnx"]["certificate"]
+    assert certificate == json.loads(json.dumps(results["onnx"]["certificate"]))
     assert certificate["artefact_sha256"] == hashlib.sha256((folder / "s1.onnx").read_bytes()).hexdigest()
     assert certificate["checkpoint_sha256"] == hashlib.sha256((folder / "s1.safetensors").read_bytes()).hexdigest()
     assert certificate["passed"]
@@ -93,20 +99,123 @@ def test_coreml_package_reads_back_with_image_input_and_all_weights(made):
     assert (source.name, source.type.imageType.width, source.type.imageType.height) == ("image", 64, 64)
     assert source.type.imageType.colorSpace == ct.proto.FeatureTypes_pb2.ImageFeatureType.RGB
     assert list(proto.description.output[0].type.multiArrayType.shape) == [1, CLASSES]
-    kernels = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Conv2d))
-    assert results["coreml"]["structure"]["weights"] == kernels
+    assert results["coreml"]["certificate"]["operators"]["conv"] == sum(
+        isinstance(module, torch.nn.Conv2d) for module in deploy(model, 64).modules()
+    )
     assert Spec.from_json(package.user_defined_metadata["shvit.spec"]).img_size == 64
-    assert json.loads((folder / "s1.mlpackage.certificate.json").read_text())["executed"] is False
+    certificate = json.loads((folder / "s1.mlpackage.certificate.json").read_text())
+    assert certificate == json.loads(json.dumps(results["coreml"]["certificate"]))
+    assert certificate["runtime"] == "mil"
+    assert certificate["snr_db"] > 90
 
 
-def test_coreml_package_of_another_model_is_refused(made):
-    from shvit.deploy import deploy
-    from shvit.export.coreml import check_structure
+@pytest.mark.parametrize("kind", ["onnx", "coreml"])
+def test_half_precision_halves_the_file_and_keeps_the_answers(made, kind):
+    folder, _, results = made
+    whole, half = results[kind]["certificate"], results[f"{kind} fp16"]["certificate"]
+    assert half["passed"]
+    assert 40 < half["snr_db"] < 80 < whole["snr_db"]
+    assert half["artefact_bytes"] < 0.6 * whole["artefact_bytes"]
+    suffix = ".onnx" if kind == "onnx" else ".mlpackage"
+    assert open_artefact(folder / f"half{suffix}").spec.precision == "fp16"
 
+
+def test_half_precision_onnx_computes_in_half_and_runs_at_any_batch(made):
+    folder, model, _ = made
+    proto = onnx.load(folder / "half.onnx")
+    large = {tensor.data_type for tensor in proto.graph.initializer if np.prod(tensor.dims) > 100}
+    assert large == {onnx.TensorProto.FLOAT16}
+    session = onnxruntime.InferenceSession(folder / "half.onnx", providers=["CPUExecutionProvider"])
+    batch = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"image": batch.numpy()})[0], model(batch), atol=0.02)
+
+
+def copy_package(folder: Path, tmp_path: Path) -> Path:
+    """s1.mlpackage without its certificate, to be damaged."""
+    return Path(shutil.copytree(folder / "s1.mlpackage", tmp_path / "s1.mlpackage"))
+
+
+def edit(package: Path, change) -> None:
+    """Changes a package's program."""
+    from coremltools.proto import Model_pb2
+
+    path = next(package.rglob("*.mlmodel"))
+    proto = Model_pb2.Model.FromString(path.read_bytes())
+    change(proto)
+    path.write_bytes(proto.SerializeToString())
+
+
+def swap_colors(proto) -> None:
+    proto.description.input[0].type.imageType.colorSpace = 30  # BGR
+
+
+def scale_again(proto) -> None:
+    """The first constant that a value is multiplied or normalised by."""
+    main = proto.mlProgram.functions["main"]
+    for op in main.block_specializations[main.opset].operations:
+        values = op.attributes["val"].immediateValue.tensor.floats.values if op.type == "const" else ()
+        if len(values) == 1 and 0 < values[0] < 0.01:
+            values[0] *= 1.1
+            return
+    raise AssertionError("no such constant")
+
+
+def one_weight(package: Path) -> None:
+    """A weight among the first convolution's loses its sign."""
+    path = next(package.rglob("weight.bin"))
+    content = bytearray(path.read_bytes())
+    weights = np.frombuffer(content, dtype=np.float32)[64:200]  # behind the file's own header
+    weights[np.where(np.abs(weights) < 1, np.abs(weights), 0).argmax()] *= -1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [swap_colors, scale_again, one_weight])
+def test_coreml_package_that_was_damaged_is_found_out(made, tmp_path, damage):
     folder, _, _ = made
-    other, spec = open_model("shvit_s2", img_size=64)
-    with pytest.raises(CheckFailed, match=r"weights is \d+ and should be \d+"):
-        check_structure(deploy(other, 64), folder / "s1.mlpackage", spec)
+    package = copy_package(folder, tmp_path)
+    options = ["verify", str(package), "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"]
+    assert run(options)["passed"]
+    damage(package) if damage is one_weight else edit(package, damage)
+    with pytest.raises(CheckFailed, match="drifts"):
+        run(options)
+
+
+@pytest.mark.parametrize("name", ["s1.onnx", "s1.mlpackage"])
+def test_changed_byte_is_noticed_by_the_certificate(made, tmp_path, name):
+    folder, _, _ = made
+    (shutil.copytree if name.endswith("package") else shutil.copy)(folder / name, tmp_path / name)
+    shutil.copy(folder / f"{name}.certificate.json", tmp_path)
+    options = ["verify", f"{tmp_path}/{name}", "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"]
+    assert run(options)["passed"]
+    file = tmp_path / name if name == "s1.onnx" else next((tmp_path / name).rglob("weight.bin"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed, match="has changed since it was certified"):
+        run(options)
+    (tmp_path / f"{name}.certificate.json").write_text(json.dumps({"artefact": "b", "artefact_sha256": "0"}))
+    with pytest.raises(InputError, match="is the certificate of another file, b"):
+        run(options)
+    (tmp_path / f"{name}.certificate.json").write_text("{")
+    with pytest.raises(InputError, match="not a readable certificate"):
+        run(options)
+
+
+def test_accuracy_of_a_package_is_that_of_its_model(made, tmp_path):
+    folder, _, _ = made
+    rng = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (tmp_path / str(label)).mkdir()
+        for index in range(2):
+            Image.fromarray(rng.integers(0, 255, (80, 70, 3), np.uint8)).save(tmp_path / str(label) / f"{index}.png")
+    source = ["--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
+    figures = [
+        run(["eval", "--data", str(tmp_path), *options])
+        for options in (source, ["--artefact", f"{folder}/s1.mlpackage"], ["--artefact", f"{folder}/s1.onnx"])
+    ]
+    assert figures[1]["per_class"] == figures[0]["per_class"] == figures[2]["per_class"]
+    assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], abs=1e-4)
 
 
 def test_verify_accepts_the_right_weights_and_refuses_others(made, tmp_path):
@@ -236,6 +345,7 @@ def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_pa
         (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--checkpoint", "no.pth"], "no such file"),
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
         (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artefact '.tflite'"),
+        (["verify", "x.mlpackage", "--model", "shvit_s1"], "not a Core ML package"),
         (["eval", "--data", "."], "give --checkpoint or --artefact"),
         (["eval", "--data", ".", "--checkpoint", "no.pth", "--batch-size", "0"], "--batch-size 0"),
         (["bench", "--runtimes", "abacus"], "unknown runtime 'abacus'"),

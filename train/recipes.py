@@ -43,6 +43,9 @@ FINETUNE = Recipe(
 # A few thousand photographs from nothing: images grow from 96 to 128 px, so that the same minutes hold more epochs.
 # Rate and augmentation were chosen at 96 px on a sixth of the training photographs of clothing10: there a peak rate of
 # 3.75e-3 was better than 1.5e-3 and 6.3e-3, AdamW as good as Muon and quicker, and little mixing better than much.
+# Trained on all of its 3,068 photographs and held against 341 others after the last epoch: 80.5 % (standard deviation
+# 0.7, three seeds), averaged weights 79.8 %; plain AdamW, cosine, RandAugment at 128 px for as long: 74.8 % (0.3) and
+# 75.1 %.
 SCRATCH = Recipe(
     img_size=128,
     first_img_size=96,

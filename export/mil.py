@@ -1,0 +1,190 @@
+"""Runs a Core ML package on any machine: reads the saved file and computes each of its operations with PyTorch.
+
+Meant for verification, not for speed. Float32 throughout; or rounded to float16 after each operation whose result the
+program declares as such, which stands in for hardware that computes in half precision, such as the Neural Engine.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shvit.errors import InputError
+
+from .mil_ops import OPERATIONS
+from .onnx import quiet
+
+MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
+"""How PIL calls the colours that Core ML can be given."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the package asks to be given under one name."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Those allowed, (B, C, H, W); the first is the usual one."""
+    colors: str | None
+    """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
+
+
+class Package:
+    """A .mlpackage, opened.
+
+    Args:
+        half: round to float16 wherever the program says float16.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no ML Program, or holds an operation that is not known.
+    """
+
+    def __init__(self, path: Path, half: bool = False):
+        self.path = path
+        self.half = half
+        if not (path / "Manifest.json").is_file():
+            raise InputError(f"{path}: not a Core ML package (a folder with a Manifest.json)")
+        try:
+            with quiet():
+                import coremltools as ct
+                from coremltools.converters.mil.frontend.milproto.load import load
+
+                model = ct.models.MLModel(str(path), skip_model_load=True)
+                self.proto = model.get_spec()
+                if self.proto.WhichOneof("Type") != "mlProgram":
+                    raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
+                program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a damaged file makes coremltools stumble over
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise InputError(f"{path}: not a readable Core ML package ({reason})") from error
+        self.function = program.functions["main"]
+        self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+        unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
+        if unknown:
+            raise InputError(f"{path}: holds operations that are not known here: {', '.join(sorted(unknown))}")
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """How many of each operation, most frequent first; constants are not counted."""
+        counts = Counter(op.op_type for op in self.function.operations if op.op_type != "const")
+        return dict(counts.most_common())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its maker wrote into it."""
+        return dict(self.proto.description.metadata.userDefined)
+
+    @property
+    def outputs(self) -> list[str]:
+        return [description.name for description in self.proto.description.output]
+
+    def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
+        """All outputs by name.
+
+        Args:
+            given: for each feed an image, or a tensor of one of its shapes: float32, for images the pixels' values,
+                0–255, channels in the feed's order.
+
+        Raises:
+            InputError: a feed is missing, or has another shape, or an operation cannot be computed.
+        """
+        values: dict[Any, Any] = {}
+        for feed in self.feeds:
+            if feed.name not in given:
+                raise InputError(f"{self.path}: wants an input {feed.name!r}")
+            values[self.function.inputs[feed.name]] = self._rounded(
+                _tensor(feed, given[feed.name], self.path), self.function.inputs[feed.name]
+            )
+        with torch.inference_mode():
+            for op in self.function.operations:
+                self._compute(op, values)
+        return {var.name: values[var] for var in self.function.outputs}
+
+    def _compute(self, op: Any, values: dict[Any, Any]) -> None:
+        if op.op_type == "const":
+            return
+        if op.op_type.startswith("constexpr_"):
+            values[op.outputs[0]] = self._constants[op.outputs[0]]
+            return
+        left_out = dict.fromkeys(op.input_spec.input_types)
+        arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}
+        try:
+            results = OPERATIONS[op.op_type](**arguments)
+        except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"{self.path}: {op.op_type} {op.name!r} cannot be computed here ({reason})") from error
+        results = results if isinstance(results, tuple | list) else (results,)
+        for var, result in zip(op.outputs, results, strict=False):
+            values[var] = self._rounded(result, var)
+
+    def _argument(self, var: Any, values: Mapping[Any, Any]) -> Any:
+        if isinstance(var, tuple | list):
+            return [self._argument(each, values) for each in var]
+        if var is None:
+            return None
+        return values[var] if var in values else self._constants.get(var, None)
+
+    @cached_property
+    def _constants(self) -> dict[Any, Any]:
+        """Weights as float32 tensors, numbers and strings as Python's; compressed weights as what they stand for."""
+        found: dict[Any, Any] = {}
+        for op in self.function.operations:
+            if op.op_type == "const":
+                found[op.outputs[0]] = _constant(op.outputs[0].val)
+            elif op.op_type.startswith("constexpr_"):
+                found[op.outputs[0]] = _constant(op.materialized_val_inference())
+        return found
+
+    def _rounded(self, value: Any, var: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        value = value.float()
+        from coremltools.converters.mil.mil import types
+
+        return value.half().float() if self.half and types.builtin_to_string(var.dtype) == "fp16" else value
+
+
+def _feed(description: Any) -> Feed:
+    kind = description.type.WhichOneof("Type")
+    if kind == "imageType":
+        image = description.type.imageType
+        colors = type(image).ColorSpace.Name(image.colorSpace)
+        sizes = [(image.height, image.width), *((s.height, s.width) for s in image.enumeratedSizes.sizes)]
+        chans = 1 if colors == "GRAYSCALE" else 3
+        shapes = tuple(dict.fromkeys((1, chans, *size) for size in sizes))
+        return Feed(description.name, shapes, colors)
+    array = description.type.multiArrayType
+    shapes = [tuple(array.shape), *(tuple(each.shape) for each in array.enumeratedShapes.shapes)]
+    return Feed(description.name, tuple(dict.fromkeys(shapes)), None)
+
+
+def _tensor(feed: Feed, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
+    if isinstance(value, Image.Image):
+        if feed.colors is None:
+            raise InputError(f"{path}: its input {feed.name!r} is a tensor, and an image was given")
+        pixels = np.asarray(value.convert(MODES[feed.colors]), dtype=np.float32)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if feed.colors == "BGR" else pixels))[None]
+    if tuple(value.shape) not in feed.shapes:
+        allowed = " or ".join("×".join(map(str, shape)) for shape in feed.shapes)
+        raise InputError(f"{path}: takes {allowed}, not {'×'.join(map(str, value.shape))}")
+    return value.float()
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "US" or value.dtype == object:
+            return value.tolist()
+        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        return tensor.float() if tensor.is_floating_point() else tensor
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
