@@ -159,8 +159,7 @@ def _feed(description: Any) -> Feed:
         colors = type(image).ColorSpace.Name(image.colorSpace)
         sizes = [(image.height, image.width), *((s.height, s.width) for s in image.enumeratedSizes.sizes)]
         chans = 1 if colors == "GRAYSCALE" else 3
-        shapes = tuple(dict.fromkeys((1, chans, *size) for size in sizes))
-        return Feed(description.name, shapes, colors)
+        return Feed(description.name, tuple(dict.fromkeys((1, chans, *size) for size in sizes)), colors)
     array = description.type.multiArrayType
     shapes = [tuple(array.shape), *(tuple(each.shape) for each in array.enumeratedShapes.shapes)]
     return Feed(description.name, tuple(dict.fromkeys(shapes)), None)
