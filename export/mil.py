@@ -146,10 +146,13 @@ class Package:
     def _rounded(self, value: Any, var: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        value = value.float()
-        from coremltools.converters.mil.mil import types
+        return value.half().float() if self.half and _is_half(var) else value.float()
 
-        return value.half().float() if self.half and types.builtin_to_string(var.dtype) == "fp16" else value
+
+def _is_half(var: Any) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return types.builtin_to_string(var.dtype) == "fp16"
 
 
 def _feed(description: Any) -> Feed:
