@@ -25,7 +25,7 @@ def test_run_folder_holds_everything_that_was_promised(recipe, tmp_path):
     result = train(recipe, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "tensorboard", "curves.png", "last.pt", "last-1.pt", "best.safetensors",
-        "best_ema.safetensors",
+        "best_ema.safetensors", ".lock",
     }  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["epoch"], entry["step"]) for entry in log] == [(1, 4), (2, 8)]
