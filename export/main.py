@@ -178,7 +178,7 @@ class _Export:
         spec = replace(spec, precision=self.precision, takes_pixels=self._takes_pixels)
         with write_whole(certificate_path(self.output)) as record, write_whole(self.output) as partial:
             self._write(deploy(model, spec.img_size), partial, spec)
-            certificate = certify(open_artefact(partial), model, self.images, self.checkpoint, self.output.name)
+            certificate = certify(open_artefact(partial), model, spec, self.images, self.checkpoint, self.output.name)
             require(certificate)
             record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
         show(certificate)
@@ -251,8 +251,8 @@ class Verify:
     def run(self) -> dict[str, Any]:
         artefact = open_artefact(self.artefact)
         check_unchanged(self.artefact)
-        model, _ = open_model(self.model, self.checkpoint, artefact.spec.img_size, self.ema)
-        certificate = certify(artefact, model, self.images, self.checkpoint)
+        model, spec = open_model(self.model, self.checkpoint, artefact.spec.img_size, self.ema)
+        certificate = certify(artefact, model, spec, self.images, self.checkpoint)
         show(certificate)
         require(certificate)
         return asdict(certificate)

@@ -82,10 +82,6 @@ class Package:
         """What its maker wrote into it."""
         return dict(self.proto.description.metadata.userDefined)
 
-    @property
-    def outputs(self) -> list[str]:
-        return [description.name for description in self.proto.description.output]
-
     def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
         """All outputs by name.
 
@@ -109,10 +105,7 @@ class Package:
         return {var.name: values[var] for var in self.function.outputs}
 
     def _compute(self, op: Any, values: dict[Any, Any]) -> None:
-        if op.op_type == "const":
-            return
-        if op.op_type.startswith("constexpr_"):
-            values[op.outputs[0]] = self._constants[op.outputs[0]]
+        if op.op_type.startswith("const"):  # const and constexpr_…: among the constants
             return
         left_out = dict.fromkeys(op.input_spec.input_types)
         arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}

@@ -102,29 +102,34 @@ def compare(reference: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
 
 
 def certify(
-    artefact: Artefact, model: nn.Module, images: Path | None = None, checkpoint: Path | None = None, name: str = ""
+    artefact: Artefact,
+    model: nn.Module,
+    spec: Spec,
+    images: Path | None = None,
+    checkpoint: Path | None = None,
+    name: str = "",
 ) -> Certificate:
     """Runs photographs through model and artefact and states how far apart they are.
 
-    The model is fed through timm's transform, the artefact with pixels that it, or its `Spec`, normalises.
+    The model is fed through timm's transform, the artefact with pixels, which are cut and normalised as it says itself.
 
     Args:
         model: before deployment, in eval mode.
+        spec: the model's own, whatever the artefact says.
         images: a folder of photographs; scikit-image's bundled ones where None.
         checkpoint: the file with the model's weights, for its hash.
         name: what the certificate calls the artefact; its file name where empty.
     """
-    spec = artefact.spec
     paths = find_images(images)
     predict = torch_predict(model)
-    to_model, to_pixels = spec.transform(), spec.transform(normalize=False)
+    to_model, to_pixels = spec.transform(), artefact.spec.transform(normalize=False)
     expected, got = [], []
     for path in paths:
         image = open_image(path)
         expected.append(predict(to_model(image)[None]))
         got.append(artefact(to_pixels(image)[None]))
     figures = compare(torch.cat(expected), torch.cat(got))
-    tolerance = TOLERANCES[spec.precision]
+    tolerance = TOLERANCES[artefact.spec.precision]
     return Certificate(
         artefact=name or artefact.path.name,
         artefact_sha256=sha256(artefact.path),
@@ -132,7 +137,7 @@ def certify(
         operators=artefact.operators,
         model=spec.model,
         checkpoint_sha256=sha256(checkpoint) if checkpoint else None,
-        spec=spec,
+        spec=artefact.spec,
         runtime=artefact.runtime,
         images=len(paths),
         image_source=str(images) if images else "scikit-image",

@@ -181,6 +181,16 @@ def test_coreml_package_that_was_damaged_is_found_out(made, tmp_path, damage):
         run(options)
 
 
+def test_file_that_says_another_normalisation_is_found_out(made, tmp_path):
+    folder, _, _ = made
+    proto = onnx.load(folder / "s1.onnx")
+    (said,) = [prop for prop in proto.metadata_props if prop.key == "shvit.spec"]
+    said.value = json.dumps({**json.loads(said.value), "mean": [0.5, 0.5, 0.5]})
+    onnx.save(proto, tmp_path / "s1.onnx")
+    with pytest.raises(CheckFailed, match="drifts"):
+        run(["verify", f"{tmp_path}/s1.onnx", "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"])
+
+
 @pytest.mark.parametrize("name", ["s1.onnx", "s1.mlpackage"])
 def test_changed_byte_is_noticed_by_the_certificate(made, tmp_path, name):
     folder, _, _ = made
