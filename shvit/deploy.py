@@ -6,6 +6,7 @@ Each identity is one function on plain torch layers; `fuse_layer` puts them toge
 Shapes in comments: B batch, C channels, H×W the token grid, N = H·W tokens, D = qk_dim, P = partial_dim.
 """
 
+from collections import Counter
 from copy import deepcopy
 from functools import singledispatch
 
@@ -53,8 +54,10 @@ def _norm_scale_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def fold_norm_into_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """BN(W∗x) = (scale·W)∗x + shift."""
+    """BN(W∗x + b) = (scale·W)∗x + (scale·b + shift)."""
     scale, shift = _norm_scale_shift(bn)
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
     return _conv_like(conv, conv.weight * scale[:, None, None, None], shift)
 
 
@@ -224,7 +227,8 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
 
     Args:
         model: a SHViT, a `features_only` wrapper or a larger model that holds one, or any other timm model (which gets
-            timm's own `reparameterize_model`); in eval mode. It is left as it is.
+            timm's own `reparameterize_model`, and with `img_size` its BatchNorms go into its convolutions); in eval
+            mode. It is left as it is.
         img_size: input height and width in pixels, which fixes the token grids: the graph then has no shape
             arithmetic. Without it the deployed model takes any size.
 
@@ -247,6 +251,8 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
         attention.grid = None  # of an earlier deployment
     if size is not None and attentions:
         _fix_grids(deployed, attentions, *size)
+    if size is not None and any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()):
+        deployed = _fold_norms(deployed, *size)
     return deployed
 
 
@@ -265,6 +271,61 @@ def _merge_heads(model: SHViT) -> None:
 
 
 @torch.no_grad()
+def _fold_norms(model: nn.Module, height: int, width: int) -> nn.Module:
+    """Another model's BatchNorms into the convolutions that they follow in an input's way through it.
+
+    Where that does not give the same outputs, for instance because a convolution's output is also used without its
+    norm, the model is returned as it is.
+    """
+    image = torch.rand(1, _stem(model).in_channels, height, width).to(_stem(model).weight)
+    folded = deepcopy(model)
+    names = {module: name for name, module in folded.named_modules()}
+    for conv, norm in _find_conv_norms(folded, image):
+        folded.set_submodule(names[conv], fold_norm_into_conv(conv, norm))
+        rest = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # timm's norms with activation
+        folded.set_submodule(names[norm], nn.Sequential(*rest) if rest else nn.Identity())
+    before, after = (_as_list(each(image)) for each in (model, folded))
+    same = all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item()) for a, b in zip(before, after, strict=True)
+    )
+    return folded if same else model
+
+
+def _find_conv_norms(model: nn.Module, image: torch.Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and the norms that take their outputs, both called once."""
+    makers: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # tensors are held, so that no other gets their place
+    calls: Counter[nn.Module] = Counter()
+    found = []
+
+    def made(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
+        calls[conv] += 1
+        makers[id(output)] = conv, output
+
+    def taken(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+        calls[norm] += 1
+        if id(inputs[0]) in makers:
+            found.append((makers[id(inputs[0])][0], norm))
+
+    hooks = [each.register_forward_hook(made) for each in model.modules() if isinstance(each, nn.Conv2d)]
+    hooks += [each.register_forward_pre_hook(taken) for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == 1]
+
+
+def _as_list(outputs: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def _stem(model: nn.Module) -> nn.Conv2d:
+    """The first convolution."""
+    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+@torch.no_grad()
 def _fix_grids(model: nn.Module, attentions: list[DeployedSHSA], height: int, width: int) -> None:
     """Sets every attention's grid to the one it sees for an input of that size, found by running one."""
 
@@ -273,7 +334,7 @@ def _fix_grids(model: nn.Module, attentions: list[DeployedSHSA], height: int, wi
 
     grids: dict[nn.Module, tuple[int, ...]] = {}
     hooks = [module.register_forward_pre_hook(record) for module in attentions]
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    stem = _stem(model)
     try:
         model(stem.weight.new_zeros(1, stem.in_channels, height, width))
     finally:

@@ -48,13 +48,14 @@ def made(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @pytest.mark.parametrize(("stride", "groups", "out_dim"), [(1, 1, 24), (2, 1, 24), (2, 12, 12), (1, 12, 24)])
+@pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_norm_folds_into_convolution(precision, stride, groups, out_dim):
+def test_norm_folds_into_convolution(precision, stride, groups, out_dim, bias):
     dtype, tolerance = precision
-    conv = made(nn.Conv2d(12, out_dim, 3, stride, padding=1, groups=groups, bias=False), dtype)
+    conv = made(nn.Conv2d(12, out_dim, 3, stride, padding=1, groups=groups, bias=bias), dtype)
     bn = made(nn.BatchNorm2d(out_dim, eps=1e-3), dtype)
     x = images(2, 12, 7, 9).to(dtype)
-    expected = F.conv2d(x, conv.weight, None, stride, 1, 1, groups)
+    expected = F.conv2d(x, conv.weight, conv.bias, stride, 1, 1, groups)
     expected = F.batch_norm(expected, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0, bn.eps)
     folded = fold_norm_into_conv(conv, bn)
     assert isinstance(folded, nn.Conv2d)
@@ -406,9 +407,9 @@ def test_timms_reparameterize_fuses_a_copy_of_a_model_inside_a_larger_one(tiny):
     assert not tiny.deployed
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "resnet18"])
+@pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "resnet18", "mobilenetv4_conv_small"])
 @torch.no_grad()
-def test_peers_deploy_as_timm_does(name):
+def test_peers_deploy_as_timm_does_and_without_norms(name):
     model = timm.create_model(name, num_classes=5)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -416,9 +417,31 @@ def test_peers_deploy_as_timm_does(name):
     x, before = images(1, 3, 64, 64), copy.deepcopy(model.eval().state_dict())
     deployed = deploy(model, img_size=64)
     assert_close(deployed(x), model(x), 1e-3)
-    assert len(list(deployed.modules())) < len(list(model.modules())) or name == "resnet18"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+    if name in ("repvit_m0_9", "mobileone_s0"):
+        assert len(list(deployed.modules())) < len(list(model.modules()))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key])
+
+
+class Forked(nn.Module):
+    """A convolution whose output is used with its norm and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.bn(x) + x
+
+
+@torch.no_grad()
+def test_norm_stays_where_its_convolution_is_also_used_without_it():
+    model = randomize(Forked()).eval()
+    deployed, x = deploy(model, img_size=16), images(1, 3, 16, 16)
+    assert isinstance(deployed.bn, nn.BatchNorm2d)
+    assert_close(deployed(x), model(x))
 
 
 # --- graphs -----------------------------------------------------------------------------------------------------------
