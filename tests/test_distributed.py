@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import yaml
 from conftest import PLAIN, assert_same_end, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shvit.train.distributed import join
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Optim, Recipe, Save
 
@@ -31,13 +34,25 @@ def torchrun(*options: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", *options)
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# torchrun otherwise keeps the store of a group that died, in which the next one finds its dead members' addresses.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def finish(argv: list[str]) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@contextmanager
+def started(argv: list[str]) -> Iterator[subprocess.Popen]:
+    """torchrun, which is told at the end to stop whatever it still runs."""
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -159,14 +174,27 @@ def test_elastic_restarts_a_killed_process_and_ends_the_same(small, tmp_path):
     often = replace(small, epochs=100, save=Save(every_minutes=0.003))
     elastic = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=3")
     finish(command(often, tmp_path / "whole", *elastic))
-    process = subprocess.Popen(command(often, tmp_path / "cut", *elastic), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "cut" / "last-1.pt").exists())
-    listed = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(listed[-1]), signal.SIGKILL)
-    assert process.wait(timeout=300) == 0
+    with started(command(often, tmp_path / "cut", *elastic)) as process:
+        wait_for(lambda: (tmp_path / "cut" / "last-1.pt").exists())
+        listed = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(listed[-1]), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("restarts", "fresh", "warned"), [("3", "0", True), ("3", "1", False), ("0", "0", False)])
+def test_torchrun_that_keeps_the_addresses_of_the_dead_is_warned_of(monkeypatch, capsys, restarts, fresh, warned):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", fresh)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("timm.utils.distributed.init_distributed_device_so", lambda kind: {
+        "device": kind, "global_rank": 0, "world_size": 1
+    })  # fmt: skip
+    with join("cpu"):
+        pass
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.slow

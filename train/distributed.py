@@ -1,6 +1,7 @@
 """The processes that train together: one by default, more by torchrun or SLURM."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch import distributed
 from shvit.errors import InputError
 
 __all__ = ["World", "join"]
+
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torchrun's switch for a new store of addresses in each round (PyTorch 2.14: elastic/rendezvous)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def join(device: str) -> Iterator[World]:
     if kind == "cuda" and local >= gpus:
         raise InputError(f"{gpus} CUDA GPUs on this machine, and process {local} of it needs one; start at most {gpus} "
                          "processes here, or give --compute.device cpu")  # fmt: skip
+    _warn_of_kept_addresses()
     found = init_distributed_device_so(kind)
     place = torch.device(found["device"] if ":" in found["device"] or kind == "cpu" else f"{kind}:0")
     try:
@@ -76,3 +81,11 @@ def join(device: str) -> Iterator[World]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _warn_of_kept_addresses() -> None:
+    """Says so where torchrun may start processes again, but will hand them the addresses of those that died."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get(FRESH_STORE) != "1" and os.environ.get("RANK") == "0":
+        print(f"processes that torchrun starts again may wait for dead ones; set {FRESH_STORE}=1 before torchrun",
+              file=sys.stderr)  # fmt: skip
