@@ -19,11 +19,12 @@ from shvit.errors import InputError
 from shvit.files import write_whole
 
 from .onnx import write_onnx
-from .runtimes import Predict, onnxruntime_predict, open_artefact, torch_predict
+from .runtimes import OPENERS, open_artefact, torch_predict
 from .spec import Spec, open_model
 from .verify import versions
 
 RUNTIMES = ("torch", "onnxruntime")
+Run = Callable[[torch.Tensor], object]
 MIN_TURN_S = 0.05  # a case's turn within a round repeats its call for at least so long
 
 
@@ -64,7 +65,7 @@ def build_cases(
     """One case for each model, runtime and batch size; ONNX files of models given by name are put into `folder`.
 
     Args:
-        models: timm names, or `.onnx` files of `shvit export`, which run in ONNX Runtime only.
+        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
 
     Raises:
         InputError: an unknown model, or a file that is no artefact of ours.
@@ -73,30 +74,30 @@ def build_cases(
     for name in models:
         for runtime, spec, predict in _predictors(name, runtimes, threads, img_size, folder):
             for batch_size in batch_sizes:
-                batch = torch.rand(batch_size, *spec.shape)
+                batch = spec.feed((255 * torch.rand(batch_size, *spec.shape)).to(torch.uint8))
                 cases.append(Case(Path(name).name, runtime, spec.img_size, batch_size, _bind(predict, batch)))
     return cases
 
 
-def _bind(predict: Predict, batch: torch.Tensor) -> Callable[[], object]:
+def _bind(predict: Run, batch: torch.Tensor) -> Callable[[], object]:
     return lambda: predict(batch)
 
 
 def _predictors(
     name: str, runtimes: list[str], threads: int, img_size: int | None, folder: Path
-) -> list[tuple[str, Spec, Predict]]:
-    if name.endswith(".onnx"):
+) -> list[tuple[str, Spec, Run]]:
+    if Path(name).suffix in OPENERS:
         artefact = open_artefact(Path(name), threads)
         return [(artefact.runtime, artefact.spec, artefact.run)]
     model, spec = open_model(name, img_size=img_size)
     deployed = deploy(model, spec.img_size)
-    found: list[tuple[str, Spec, Predict]] = []
+    found: list[tuple[str, Spec, Run]] = []
     if "torch" in runtimes:
         found.append(("torch", spec, torch_predict(deployed)))
     if "onnxruntime" in runtimes:
         path = folder / f"{name}.onnx"
         write_onnx(deployed, path, spec, dynamic_batch=True)
-        found.append(("onnxruntime", spec, onnxruntime_predict(path, threads)))
+        found.append(("onnxruntime", spec, open_artefact(path, threads).run))
     return found
 
 

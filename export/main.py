@@ -3,20 +3,22 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from rich.table import Table
-from torch import nn
 
 from shvit import terminal
 from shvit.checkpoint import holds_average
-from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
+from shvit.train.evaluate import Predict
 
-from .runtimes import open_artefact, torch_predict
-from .spec import Precision, Spec, open_model
+from .formats import SUFFIXES, Format, Options, Source, export, open_source_model
+from .labels import find_labels
+from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
+from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
+from .spec import MAX_IMG_SIZE, Spec, open_model
 from .verify import Certificate, certificate_path, certify, check_unchanged, require
 
 console = terminal.console()
@@ -83,7 +85,7 @@ class Eval:
     ema: bool = False
     """Take the checkpoint's averaged weights alone."""
     artefact: Path | None = None
-    """An .onnx file or .mlpackage of `shvit export`, in place of a model and checkpoint."""
+    """An .onnx file, .xml or .mlpackage of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
     batch_size: int = 32
@@ -148,89 +150,190 @@ class Eval:
             raise InputError("--artefact and --checkpoint exclude each other: an artefact holds its weights")
         artefact = open_artefact(self.artefact)
         spec = artefact.spec
+        if spec.gives == "features":
+            raise InputError(f"{self.artefact} gives feature maps, which have no accuracy; export it with logits")
         if self.img_size not in (None, spec.img_size):
             raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
-        return artefact, spec, spec.transform(normalize=False)
+        return _to_logits(artefact), spec, spec.transform(normalize=False)
 
 
-@dataclass(frozen=True)
-class _Export:
+def _to_logits(artefact: Artefact) -> Predict:
+    """What the artefact gives, as logits: of probabilities their logarithm."""
+    if artefact.spec.gives == "logits":
+        return artefact
+    return lambda pixels: artefact(pixels).clamp_min(1e-30).log()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FromModel:
     model: str
     """A name that timm knows."""
-    output: Path
-    """The file to write; F.certificate.json is put beside it."""
     checkpoint: Path | None = None
     """Its weights, in any layout; random ones by default, which is of use for timing alone."""
     ema: bool = False
     """Take the checkpoint's averaged weights."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
-    precision: Precision = "fp32"
-    """Of weights and arithmetic."""
     images: Path | None = None
-    """A folder of photographs to verify with; scikit-image's bundled ones by default."""
+    """A folder of photographs to verify with, best the held-out ones in folders of their classes; scikit-image's
+    bundled ones by default."""
+    calibration: Path | None = None
+    """A folder of training photographs from which 8-bit ranges are learnt; scikit-image's bundled ones by default."""
+    labels: Path | None = None
+    """A text file with the name of a class on each line; ImageNet's by default for 1000 classes."""
 
-    suffix: ClassVar[str]
+    def _source(self, outputs: str) -> Source:
+        model, spec = open_source_model(self.model, self.checkpoint, self.img_size, self.ema, outputs)
+        return Source(
+            model=model,
+            spec=spec,
+            labels=[] if outputs == "features" else find_labels(self.labels, spec.num_classes),
+            photographs=find_photographs(self.images, spec.num_classes),
+            photographs_from=str(self.images or BUNDLED),
+            calibration=find_photographs(self.calibration, most=MAX_CALIBRATION),
+            checkpoint=self.checkpoint,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export(_FromModel):
+    output: Path
+    """The file to write; F.certificate.json is put beside it."""
+    features: bool = False
+    """Give feature maps, at strides 16, 32 and 64 of a SHViT, in place of logits."""
+    softmax: bool = False
+    """Give probabilities in place of logits."""
+
+    kind: ClassVar[Format]
 
     def run(self) -> dict[str, Any]:
+        if self.features and (self.softmax or self._classifies):
+            raise InputError("--features gives no classes; leave out --softmax and --classifier")
         self._check_output()
-        model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
-        spec = replace(spec, precision=self.precision, takes_pixels=self._takes_pixels)
-        with write_whole(certificate_path(self.output)) as record, write_whole(self.output) as partial:
-            self._write(deploy(model, spec.img_size), partial, spec)
-            certificate = certify(open_artefact(partial), model, spec, self.images, self.checkpoint, self.output.name)
-            require(certificate)
-            record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
+        source = self._source(self._outputs)
+        source = replace(source, spec=self._complete(source.spec))
+        if self._classifies and not source.labels:
+            raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
+        certificate = export(self.kind, self.output, source, self._options())
         show(certificate)
         return {"artefact": str(self.output), "certificate": asdict(certificate)}
 
     @property
-    def _takes_pixels(self) -> bool:
+    def _outputs(self) -> str:
+        return "features" if self.features else "probabilities" if self.softmax or self._classifies else "logits"
+
+    @property
+    def _classifies(self) -> bool:
+        """Gives a label besides the probabilities."""
         return False
 
-    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
+    def _complete(self, spec: Spec) -> Spec:
+        """With what the format's own options say."""
         raise NotImplementedError
 
+    def _options(self) -> Options:
+        return Options()
+
     def _check_output(self) -> None:
-        if self.output.suffix != self.suffix:
-            raise InputError(f"--output {self.output} must end in {self.suffix}")
-        for path, folder in ((self.output, self.suffix == ".mlpackage"), (certificate_path(self.output), False)):
+        suffix = SUFFIXES[self.kind]
+        if self.output.suffix != suffix:
+            raise InputError(f"--output {self.output} must end in {suffix}")
+        for path in (*artefact_files(self.output), certificate_path(self.output)):
+            folder = path.suffix == ".mlpackage"
             if path.exists() and path.is_dir() != folder:
                 raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name for --output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOnnx(_Export):
-    """A verified ONNX file: normalised image in, logits out, both float32."""
+    """A verified ONNX file."""
 
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of weights and arithmetic."""
+    raw_pixels: bool = False
+    """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
     dynamic_batch: bool = False
     """Leave the batch size open; 1 by default."""
 
-    suffix: ClassVar[str] = ".onnx"
+    kind: ClassVar[Format] = "onnx"
 
-    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
-        from .onnx import write_onnx
+    def _complete(self, spec: Spec) -> Spec:
+        return replace(spec, precision=self.precision, takes_pixels=self.raw_pixels)
 
-        write_onnx(deployed, path, spec, self.dynamic_batch)
+    def _options(self) -> Options:
+        return Options(dynamic_batch=self.dynamic_batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class ExportOpenvino(_Export):
+    """A verified OpenVINO IR, F.xml and F.bin."""
+
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Of weights and arithmetic. fp16 halves the file, a CPU still computes in float32; bf16 also asks for its
+    arithmetic."""
+    raw_pixels: bool = False
+    """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
+    dynamic_batch: bool = False
+    """Leave the batch size open; 1 by default."""
+
+    kind: ClassVar[Format] = "openvino"
+
+    def _complete(self, spec: Spec) -> Spec:
+        return replace(spec, precision=self.precision, takes_pixels=self.raw_pixels)
+
+    def _options(self) -> Options:
+        return Options(dynamic_batch=self.dynamic_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportCoreml(_Export):
-    """A verified Core ML package (ML Program, iOS 16): RGB image in, logits out; run here by our own evaluator."""
+    """A verified Core ML package (ML Program, iOS 16; iOS 17 for w8a8), run here by our own evaluator."""
 
-    suffix: ClassVar[str] = ".mlpackage"
+    precision: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
+    """Of weights and arithmetic; int8 of weights alone, which are half of fp16's size, w8a8 of activations too."""
+    tensor_input: bool = False
+    """Take a normalised float32 (1, C, H, W); an RGB image by default."""
+    other_sizes: tuple[int, ...] = ()
+    """Further heights and widths in pixels that the same package takes."""
+    classifier: bool = False
+    """A classifier with labels and their probabilities, as Vision and Xcode's preview want it."""
+
+    kind: ClassVar[Format] = "coreml"
 
     @property
-    def _takes_pixels(self) -> bool:
-        return True
+    def _classifies(self) -> bool:
+        return self.classifier
 
-    def _write(self, deployed: nn.Module, path: Path, spec: Spec) -> None:
-        from .coreml import write_coreml
+    def _complete(self, spec: Spec) -> Spec:
+        if self.other_sizes and self.precision == "w8a8":
+            raise InputError("--precision w8a8 takes one size; leave out --other-sizes")
+        for px in self.other_sizes:
+            if not 1 <= px <= MAX_IMG_SIZE:
+                raise InputError(f"--other-sizes {px} is out of range; choose 1 to {MAX_IMG_SIZE}")
+        if spec.img_size in self.other_sizes or len(set(self.other_sizes)) < len(self.other_sizes):
+            raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
+        return replace(
+            spec, precision=self.precision, takes_pixels=not self.tensor_input, other_sizes=tuple(self.other_sizes)
+        )
 
-        write_coreml(deployed, path, spec)
+    def _options(self) -> Options:
+        return Options(classifier=self.classifier)
 
 
-EXPORT = {"onnx": ExportOnnx, "coreml": ExportCoreml}
+@dataclass(frozen=True, kw_only=True)
+class ExportAll(_FromModel):
+    """Every format in every precision, verified, and a table of what each one costs."""
+
+    output: Path
+    """A folder for the files, formats.md and formats.json."""
+
+    def run(self) -> dict[str, Any]:
+        from .table import export_all
+
+        return export_all(self.output, self._source("logits"), console)
+
+
+EXPORT = {"onnx": ExportOnnx, "openvino": ExportOpenvino, "coreml": ExportCoreml, "all": ExportAll}
 
 
 @dataclass(frozen=True)
@@ -238,7 +341,7 @@ class Verify:
     """Compares an exported file with its certificate and, on photographs, its model; exit status 1 if it drifts."""
 
     artefact: tyro.conf.Positional[Path]
-    """An .onnx file or .mlpackage of `shvit export`."""
+    """An .onnx file, .xml (with its .bin) or .mlpackage of `shvit export`."""
     model: str
     """The model it was made from."""
     checkpoint: Path | None = None
@@ -247,12 +350,17 @@ class Verify:
     """Take the checkpoint's averaged weights."""
     images: Path | None = None
     """A folder of photographs; scikit-image's bundled ones by default."""
+    runtime: Literal["auto", "coreml"] = "auto"
+    """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
 
     def run(self) -> dict[str, Any]:
-        artefact = open_artefact(self.artefact)
+        artefact = open_artefact(self.artefact, native=self.runtime == "coreml")
         check_unchanged(self.artefact)
-        model, spec = open_model(self.model, self.checkpoint, artefact.spec.img_size, self.ema)
-        certificate = certify(artefact, model, spec, self.images, self.checkpoint)
+        model, spec = open_source_model(
+            self.model, self.checkpoint, artefact.spec.img_size, self.ema, artefact.spec.gives
+        )
+        photographs = find_photographs(self.images, spec.num_classes)
+        certificate = certify(artefact, model, spec, photographs, str(self.images or BUNDLED), self.checkpoint)
         show(certificate)
         require(certificate)
         return asdict(certificate)
@@ -261,11 +369,24 @@ class Verify:
 def show(certificate: Certificate) -> None:
     """Prints a certificate for people."""
     verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
-    console.print(
-        f"{certificate.artefact} {verdict}: {certificate.images} photographs in {certificate.runtime}, largest error "
-        f"{certificate.max_abs_error:.1e} (relative {certificate.max_rel_error:.1e}), {certificate.snr_db:.0f} dB, "
-        f"top-1 agreement {certificate.top1_agreement:.1f} %"
-    )
+    console.print(f"{certificate.artefact} {verdict}: {certificate.images} photographs in {certificate.runtime}")
+    table = Table("figure", _right("value"), show_header=False)
+    rows = [
+        ("largest error", f"{certificate.max_abs_error:.1e}, relative {certificate.max_rel_error:.1e}"),
+        ("signal to noise", f"{certificate.snr_db:.1f} dB"),
+        ("top-1 / top-5 agreement", f"{certificate.top1_agreement:.1f} / {certificate.top5_agreement:.1f} %"),
+    ]
+    if certificate.accuracy is not None:
+        rows.append(("accuracy, model → file", f"{certificate.model_accuracy:.2f} → {certificate.accuracy:.2f} %"))
+    if certificate.worst_layer is not None:
+        rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
+    if kept := certificate.spec.kept:
+        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.kept_macs:.1f} % of the multiplications"))
+    rows.append(("preprocessing", f"within {certificate.grey_levels:.2g} grey levels of timm's"))
+    rows.append(("size", f"{certificate.artefact_bytes / 1e6:.2f} MB"))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @dataclass(frozen=True)
@@ -273,7 +394,7 @@ class Bench:
     """Latency of models and runtimes, interleaved round by round in one process; random weights."""
 
     models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
-    """Names that timm knows, or .onnx files of `shvit export`."""
+    """Names that timm knows, or files of `shvit export`."""
     runtimes: list[str] = field(default_factory=lambda: ["torch", "onnxruntime"])
     """torch (eager, deployed), onnxruntime."""
     batch_sizes: list[int] = field(default_factory=lambda: [1])

@@ -24,6 +24,10 @@ MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
 """How PIL calls the colours that Core ML can be given."""
 
 
+LAYERS = ("conv", "linear")
+"""Operations that have a module's weights."""
+
+
 @dataclass(frozen=True)
 class Feed:
     """What the package asks to be given under one name."""
@@ -33,6 +37,67 @@ class Feed:
     """Those allowed, (B, C, H, W); the first is the usual one."""
     colors: str | None
     """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
+
+
+class Program:
+    """The main function of a program of Core ML's intermediate language (MIL), held in memory.
+
+    Args:
+        function: coremltools' object.
+        name: what errors call it.
+    """
+
+    def __init__(self, function: Any, name: str):
+        self.function = function
+        self.name = name
+
+    def values(self, given: Mapping[str, torch.Tensor], half: bool = False) -> dict[Any, Any]:
+        """Every variable's value, by coremltools' object for it; with gradients where PyTorch keeps them.
+
+        Args:
+            given: the inputs by name.
+            half: round to float16 wherever the program says float16.
+
+        Raises:
+            InputError: an operation cannot be computed.
+        """
+        inputs = self.function.inputs
+        values: dict[Any, Any] = {inputs[name]: _rounded(value, inputs[name], half) for name, value in given.items()}
+        for op in self.function.operations:
+            self._compute(op, values, half)
+        return values
+
+    def _compute(self, op: Any, values: dict[Any, Any], half: bool) -> None:
+        if op.op_type.startswith("const"):  # const and constexpr_…: among the constants
+            return
+        left_out = dict.fromkeys(op.input_spec.input_types)
+        arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}
+        try:
+            results = OPERATIONS[op.op_type](**arguments)
+        except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"{self.name}: {op.op_type} {op.name!r} cannot be computed here ({reason})") from error
+        results = results if isinstance(results, tuple | list) else (results,)
+        for var, result in zip(op.outputs, results, strict=False):
+            values[var] = _rounded(result, var, half)
+
+    def _argument(self, var: Any, values: Mapping[Any, Any]) -> Any:
+        if isinstance(var, tuple | list):
+            return [self._argument(each, values) for each in var]
+        if var is None:
+            return None
+        return values[var] if var in values else self._constants.get(var, None)
+
+    @cached_property
+    def _constants(self) -> dict[Any, Any]:
+        """Weights as float32 tensors, numbers and strings as Python's; compressed weights as what they stand for."""
+        found: dict[Any, Any] = {}
+        for op in self.function.operations:
+            if op.op_type == "const":
+                found[op.outputs[0]] = _constant(op.outputs[0].val)
+            elif op.op_type.startswith("constexpr_"):
+                found[op.outputs[0]] = _constant(op.materialized_val_inference())
+        return found
 
 
 class Package:
@@ -65,7 +130,7 @@ class Package:
         except Exception as error:  # whatever a damaged file makes coremltools stumble over
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise InputError(f"{path}: not a readable Core ML package ({reason})") from error
-        self.function = program.functions["main"]
+        self.program = Program(program.functions["main"], str(path))
         self.feeds = tuple(_feed(description) for description in self.proto.description.input)
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
         if unknown:
@@ -74,8 +139,13 @@ class Package:
     @property
     def operators(self) -> dict[str, int]:
         """How many of each operation, most frequent first; constants are not counted."""
-        counts = Counter(op.op_type for op in self.function.operations if op.op_type != "const")
+        counts = Counter(op.op_type for op in self.program.function.operations if op.op_type != "const")
         return dict(counts.most_common())
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what it gives."""
+        return [var.name for var in self.program.function.outputs]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -92,54 +162,27 @@ class Package:
         Raises:
             InputError: a feed is missing, or has another shape, or an operation cannot be computed.
         """
-        values: dict[Any, Any] = {}
+        values = self._values(given)
+        return {var.name: values[var] for var in self.program.function.outputs}
+
+    def layers(self, **given: torch.Tensor | Image.Image) -> dict[str, torch.Tensor]:
+        """The output of each convolution and linear layer by the operation's name; arguments and errors as above."""
+        values = self._values(given)
+        return {op.name: values[op.outputs[0]] for op in self.program.function.operations if op.op_type in LAYERS}
+
+    def _values(self, given: Mapping[str, torch.Tensor | Image.Image]) -> dict[Any, Any]:
         for feed in self.feeds:
             if feed.name not in given:
                 raise InputError(f"{self.path}: wants an input {feed.name!r}")
-            values[self.function.inputs[feed.name]] = self._rounded(
-                _tensor(feed, given[feed.name], self.path), self.function.inputs[feed.name]
-            )
+        tensors = {feed.name: _tensor(feed, given[feed.name], self.path) for feed in self.feeds}
         with torch.inference_mode():
-            for op in self.function.operations:
-                self._compute(op, values)
-        return {var.name: values[var] for var in self.function.outputs}
+            return self.program.values(tensors, self.half)
 
-    def _compute(self, op: Any, values: dict[Any, Any]) -> None:
-        if op.op_type.startswith("const"):  # const and constexpr_…: among the constants
-            return
-        left_out = dict.fromkeys(op.input_spec.input_types)
-        arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}
-        try:
-            results = OPERATIONS[op.op_type](**arguments)
-        except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(f"{self.path}: {op.op_type} {op.name!r} cannot be computed here ({reason})") from error
-        results = results if isinstance(results, tuple | list) else (results,)
-        for var, result in zip(op.outputs, results, strict=False):
-            values[var] = self._rounded(result, var)
 
-    def _argument(self, var: Any, values: Mapping[Any, Any]) -> Any:
-        if isinstance(var, tuple | list):
-            return [self._argument(each, values) for each in var]
-        if var is None:
-            return None
-        return values[var] if var in values else self._constants.get(var, None)
-
-    @cached_property
-    def _constants(self) -> dict[Any, Any]:
-        """Weights as float32 tensors, numbers and strings as Python's; compressed weights as what they stand for."""
-        found: dict[Any, Any] = {}
-        for op in self.function.operations:
-            if op.op_type == "const":
-                found[op.outputs[0]] = _constant(op.outputs[0].val)
-            elif op.op_type.startswith("constexpr_"):
-                found[op.outputs[0]] = _constant(op.materialized_val_inference())
-        return found
-
-    def _rounded(self, value: Any, var: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        return value.half().float() if self.half and _is_half(var) else value.float()
+def _rounded(value: Any, var: Any, half: bool) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.half().float() if half and _is_half(var) else value.float()
 
 
 def _is_half(var: Any) -> bool:

@@ -1,11 +1,13 @@
 """A deployed model as an ONNX file."""
 
+import ast
 import contextlib
-import copy
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,37 @@ from torch import nn
 from shvit import __version__
 from shvit.errors import InputError
 
+from .forms import FromPixels, Half, layer_name
 from .spec import Spec
 
-INPUT, OUTPUT = "image", "logits"
-SPEC_KEY = "shvit.spec"
+INPUT = "image"
+SPEC_KEY, LABELS_KEY = "shvit.spec", "shvit.labels"
 OPSET = 20  # the newest that ONNX Runtime, OpenVINO and onnxruntime-web of the last two years all read
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes from which module a node came
 
 
-def write_onnx(model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = False) -> None:
-    """Exports `model`, already deployed, with input `image` (B, C, H, W) float32 and output `logits` (B, classes).
+def write_onnx(
+    model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = False, labels: Sequence[str] = ()
+) -> None:
+    """Exports `model`, already deployed, with input `image` and the outputs that `spec` names, float32.
 
-    With `spec.precision` fp16 weights and arithmetic are float16, input and output stay float32.
-    The file carries its `Spec` and the versions that made it, and has passed onnx.checker with full shape inference.
+    The input is (B, C, H, W) float32, normalised; or (B, H, W, C) uint8 where `spec.takes_pixels`. With
+    `spec.precision` fp16 weights and arithmetic are float16; with any other they are float32. Convolutions and linear
+    layers are named as their modules in `model`. The file carries its `Spec`, labels and the versions that made it,
+    and has passed onnx.checker with full shape inference.
 
     Args:
         model: in eval mode.
         path: where to write; the caller moves it into place.
         dynamic_batch: leave B open; 1 otherwise.
+        labels: names of the classes, for the file's metadata.
     """
-    import onnx
-
     if spec.precision == "fp16":
         model = Half(model).eval()
     batch = spec.blank(2 if dynamic_batch else 1)
+    if spec.takes_pixels:
+        model = FromPixels(model, spec).eval()
+        batch = batch.permute(0, 2, 3, 1).to(torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
@@ -46,41 +56,57 @@ def write_onnx(model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = F
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=list(spec.outputs),
             dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
+    _name_layers(proto)
     _strip(proto)
-    for key, value in describe(spec).items():
+    save_onnx(proto, path, spec, labels)
+
+
+def save_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
+    """Writes an ONNX file that says what it is, after onnx.checker with full shape inference."""
+    import onnx
+
+    del proto.metadata_props[:]
+    for key, value in describe(spec, labels).items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
 
-class Half(nn.Module):
-    """A copy of the model in float16 behind a float32 input and output."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = copy.deepcopy(model).half()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x.half()).float()
-
-
-def describe(spec: Spec) -> dict[str, str]:
-    """What every artefact says of itself: its spec, its licence and the versions that made it."""
+def describe(spec: Spec, labels: Sequence[str] = ()) -> dict[str, str]:
+    """What every artefact says of itself: its spec, labels, licence and the versions that made it."""
     import timm
 
+    named = {LABELS_KEY: json.dumps(list(labels))} if labels else {}
     return {
         SPEC_KEY: spec.to_json(),
+        **named,
         "shvit.version": __version__,
         "torch.version": torch.__version__,
         "timm.version": timm.__version__,
         "license": "mit" if spec.model.startswith("shvit") else "see the model's card in timm",
     }
+
+
+def _name_layers(proto: Any) -> None:
+    """Names each node after the module that it came from, as far as the exporter noted it."""
+    seen: Counter[str] = Counter()
+    for node in proto.graph.node:
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get(SCOPES)
+        path = layer_name(["", *ast.literal_eval(scopes)[:-1]][-1]) if scopes else ""
+        if node.op_type not in LAYERS:
+            path = f"{path}.{node.op_type}" if path else node.op_type
+        node.name = f"{path}.{seen[path]}" if seen[path] else path
+        seen[path] += 1
+
+
+LAYERS = ("Conv", "Gemm")
+"""Operators that are a whole module, bias included."""
 
 
 def _strip(proto: Any) -> None:
@@ -90,7 +116,23 @@ def _strip(proto: Any) -> None:
         node.doc_string = ""
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
         del value.metadata_props[:]
-    del proto.metadata_props[:]
+
+
+def read_onnx(path: Path) -> Any:
+    """An ONNX file's protobuf.
+
+    Raises:
+        InputError: no such file, or not ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a readable ONNX file") from error
 
 
 def read_spec(path: Path) -> Spec:
@@ -99,16 +141,12 @@ def read_spec(path: Path) -> Spec:
     Raises:
         InputError: no such file, not ONNX, or without a spec.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
+    return spec_from(metadata(read_onnx(path)), path)
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a readable ONNX file") from error
-    return spec_from({prop.key: prop.value for prop in proto.metadata_props}, path)
+
+def metadata(proto: Any) -> dict[str, str]:
+    """What an ONNX file says of itself."""
+    return {prop.key: prop.value for prop in proto.metadata_props}
 
 
 def spec_from(metadata: dict[str, str], path: Path) -> Spec:
@@ -132,11 +170,6 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def operators(path: Path) -> dict[str, int]:
+def operators(proto: Any) -> dict[str, int]:
     """How many of each operator an ONNX file holds, most frequent first."""
-    from collections import Counter
-
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+    return dict(Counter(node.op_type for node in proto.graph.node).most_common())

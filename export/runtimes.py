@@ -1,7 +1,10 @@
-"""A model or an artefact as a function from a batch to logits, with a fixed number of threads."""
+"""A model or an artefact as a function from a batch to its outputs, with a fixed number of threads."""
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +12,10 @@ from torch import nn
 from shvit.errors import InputError
 from shvit.train.evaluate import Predict
 
-from .onnx import INPUT, OUTPUT, operators, read_spec, spec_from
+from .onnx import INPUT, LAYERS, metadata, operators, read_onnx, spec_from
 from .spec import Spec
+
+Outputs = tuple[torch.Tensor, ...]
 
 
 def torch_predict(model: nn.Module) -> Predict:
@@ -19,38 +24,6 @@ def torch_predict(model: nn.Module) -> Predict:
     def predict(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return model(batch)
-
-    return predict
-
-
-def onnxruntime_predict(path: Path, threads: int | None = None) -> Predict:
-    """ONNX Runtime on the CPU; a file with a fixed batch of 1 is fed one image after the other.
-
-    Args:
-        threads: of one operator; ONNX Runtime's choice (all cores) where None.
-
-    Raises:
-        InputError: the file is not there or ONNX Runtime refuses it.
-    """
-    import onnxruntime
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exception types are not public
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{path}: ONNX Runtime cannot open it ({reason})") from error
-    fixed_one = session.get_inputs()[0].shape[0] == 1
-
-    def predict(batch: torch.Tensor) -> torch.Tensor:
-        chunks = batch.split(1) if fixed_one else (batch,)
-        outputs = [session.run(None, {INPUT: chunk.numpy()})[0] for chunk in chunks]
-        return torch.cat([torch.from_numpy(output) for output in outputs])
 
     return predict
 
@@ -64,42 +37,211 @@ class Artefact:
     runtime: str
     operators: dict[str, int]
     """How many of each, most frequent first."""
-    run: Predict
-    """What the file itself takes → logits."""
+    run: Callable[[torch.Tensor], Outputs]
+    """What `spec.feed` makes → what `spec.outputs` names."""
+    run_layers: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+    """What `spec.feed` makes → what each convolution and linear layer gives, by its dotted name where it is known."""
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → logits (B, classes)."""
-        return self.run(pixels if self.spec.takes_pixels else self.spec.normalize(pixels))
+        """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → its first output, logits (B, classes) mostly."""
+        return self.run(self.spec.feed(pixels))[0]
 
 
-def open_artefact(path: Path, threads: int | None = None) -> Artefact:
+def open_artefact(path: Path, threads: int | None = None, native: bool = False) -> Artefact:
     """A file of `shvit export`, by its suffix, in the runtime for it.
 
     Args:
-        threads: of ONNX Runtime; its choice (all cores) where None.
+        threads: of ONNX Runtime and OpenVINO; their choice (all cores) where None.
+        native: run a Core ML package in Core ML, which is part of macOS, in place of `mil`.
 
     Raises:
-        InputError: a suffix that no runtime here runs, no such file, or one that cannot be read.
+        InputError: a suffix that no runtime here runs, no such file, one that cannot be read, or no Core ML.
     """
-    if path.suffix == ".onnx":
-        spec = read_spec(path)
-        return Artefact(path, spec, "onnxruntime", operators(path), onnxruntime_predict(path, threads))
-    if path.suffix == ".mlpackage":
-        return _open_coreml(path)
-    raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose an .onnx file or an .mlpackage")
+    if path.suffix not in OPENERS:
+        raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(OPENERS)}")
+    artefact = OPENERS[path.suffix](path, threads)
+    return _in_coreml(artefact) if native else artefact
 
 
-def _open_coreml(path: Path) -> Artefact:
-    """Through `mil`, which runs everywhere."""
-    from torchvision.transforms.functional import to_pil_image
+def artefact_files(path: Path) -> list[Path]:
+    """The files or folders that an artefact consists of."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
+
+def _checked(path: Path, spec: Spec, outputs: Sequence[str]) -> Spec:
+    """The spec, if the file has the outputs that it names (a classifier's label may come besides)."""
+    if [name for name in outputs if name in spec.outputs] != list(spec.outputs):
+        raise InputError(f"{path}: says that it gives {', '.join(map(str, spec.outputs))}, and gives "
+                         f"{', '.join(outputs)}; export the model again")  # fmt: skip
+    return spec
+
+
+# --- ONNX Runtime -----------------------------------------------------------------------------------------------------
+
+
+def _open_onnx(path: Path, threads: int | None) -> Artefact:
+    proto = read_onnx(path)
+    spec = _checked(path, spec_from(metadata(proto), path), [output.name for output in proto.graph.output])
+    session = onnx_session(path, threads)
+    return Artefact(
+        path,
+        spec,
+        "onnxruntime",
+        operators(proto),
+        lambda batch: _run_onnx(session, batch),
+        lambda batch: _run_onnx_layers(path, threads, batch),
+    )
+
+
+def onnx_session(source: Path | bytes, threads: int | None = None) -> Any:
+    """ONNX Runtime on the CPU.
+
+    Args:
+        source: a file, or its content.
+        threads: of one operator; ONNX Runtime's choice (all cores) where None.
+
+    Raises:
+        InputError: the file is not there or ONNX Runtime refuses it.
+    """
+    import onnxruntime
+
+    name = source if isinstance(source, Path) else "the ONNX file"
+    if isinstance(source, Path) and not source.is_file():
+        raise InputError(f"{source}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(
+            str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own exception types are not public
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"{name}: ONNX Runtime cannot open it ({reason})") from error
+
+
+def _run_onnx(session: Any, batch: torch.Tensor) -> Outputs:
+    """All outputs; a file with a fixed batch of 1 is fed one image after the other."""
+    chunks = batch.split(1) if session.get_inputs()[0].shape[0] == 1 else (batch,)
+    return _joined([session.run(None, {INPUT: chunk.numpy()}) for chunk in chunks])
+
+
+def _joined(outputs: Sequence[Sequence[Any]]) -> Outputs:
+    """Outputs of several batches as those of one."""
+    return tuple(torch.cat([torch.from_numpy(part) for part in parts]) for parts in zip(*outputs, strict=True))
+
+
+def _run_onnx_layers(path: Path, threads: int | None, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    import onnx
+
+    proto = read_onnx(path)
+    found = {node.output[0]: node.name for node in proto.graph.node if node.op_type in LAYERS}
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in found)
+    outputs = _run_onnx(onnx_session(proto.SerializeToString(), threads), batch)
+    return {name: output.float() for name, output in zip(found.values(), outputs, strict=True)}
+
+
+# --- OpenVINO ---------------------------------------------------------------------------------------------------------
+
+
+def _open_openvino(path: Path, threads: int | None) -> Artefact:
+    from .openvino import compile_openvino, read_openvino
+    from .openvino import operators as operations
+
+    model, said = read_openvino(path)
+    spec = _checked(path, spec_from(said, path), [output.any_name for output in model.outputs])
+    compiled = compile_openvino(model, spec.precision, threads)
+    return Artefact(
+        path,
+        spec,
+        "openvino",
+        operations(model),
+        lambda batch: _run_openvino(compiled, batch),
+        lambda batch: _run_openvino_layers(path, spec, threads, batch),
+    )
+
+
+def _run_openvino(compiled: Any, batch: torch.Tensor) -> Outputs:
+    """All outputs; a file with a fixed batch of 1 is fed one image after the other."""
+    rows = compiled.input(0).partial_shape[0]
+    chunks = batch.split(1) if rows.is_static and rows.get_length() == 1 else (batch,)
+    names = range(len(compiled.outputs))
+    results = (compiled(chunk.numpy()) for chunk in chunks)
+    return _joined([[result[name].copy() for name in names] for result in results])
+
+
+def _run_openvino_layers(path: Path, spec: Spec, threads: int | None, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Bias included: the operation that bears a layer's name is the last of those that it became."""
+    from .openvino import compile_openvino, read_openvino
+
+    model, _ = read_openvino(path)
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in ("Add", "Convolution", "GroupConvolution"):
+            model.add_outputs(op.output(0))
+    names = [output.get_node().input_value(0).get_node().get_friendly_name() for output in model.outputs]
+    outputs = _run_openvino(compile_openvino(model, spec.precision, threads, whole=False), batch)
+    return dict(zip(names, outputs, strict=True))
+
+
+# --- Core ML ----------------------------------------------------------------------------------------------------------
+
+
+def _open_coreml(path: Path, threads: int | None) -> Artefact:
+    """Through `mil`, which runs everywhere, with PyTorch's threads."""
     from .mil import Package
 
     package = Package(path)
-    spec = spec_from(package.metadata, path)
-    package.half = spec.precision == "fp16"
+    spec = _checked(path, spec_from(package.metadata, path), package.outputs)
+    package.half = spec.precision != "fp32"
 
-    def predict(pixels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([package(**{INPUT: to_pil_image(image)})[OUTPUT] for image in pixels])
+    def run(batch: torch.Tensor) -> Outputs:
+        return _by_name([package(**{INPUT: image}) for image in _images(spec, batch)], spec)
 
-    return Artefact(path, spec, "mil", package.operators, predict)
+    def run_layers(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
+        return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+    return Artefact(path, spec, "mil", package.operators, run, run_layers)
+
+
+def _in_coreml(artefact: Artefact) -> Artefact:
+    """The same package in Core ML itself, on all of the machine's compute units; layers stay `mil`'s."""
+    if artefact.path.suffix != ".mlpackage":
+        raise InputError(f"{artefact.path}: Core ML runs .mlpackage alone; leave out --runtime coreml")
+    if sys.platform != "darwin":
+        raise InputError("--runtime coreml needs macOS, of which Core ML is a part; leave it out for our own evaluator")
+    import coremltools as ct
+
+    model, spec = ct.models.MLModel(str(artefact.path)), artefact.spec
+
+    def run(batch: torch.Tensor) -> Outputs:
+        given = (image if spec.takes_pixels else image.numpy() for image in _images(spec, batch))
+        return _by_name([model.predict({INPUT: image}) for image in given], spec)
+
+    return replace(artefact, runtime="coreml", run=run)
+
+
+def _images(spec: Spec, batch: torch.Tensor) -> list[Any]:
+    """What a package is given for each item of a batch: a PIL image, or a tensor (1, C, H, W)."""
+    from PIL import Image
+
+    return [Image.fromarray(item.squeeze(2).numpy()) if spec.takes_pixels else item[None] for item in batch]
+
+
+def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec) -> Outputs:
+    """The outputs that the spec names, of several images as a batch."""
+    return tuple(torch.cat([_tensor(result[name]) for result in results]) for name in spec.outputs)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """An output as a batch of one; a classifier's probabilities come by label, in the classes' order."""
+    return torch.tensor([list(output.values())]) if isinstance(output, dict) else torch.as_tensor(output)
+
+
+OPENERS: dict[str, Callable[[Path, int | None], Artefact]] = {
+    ".onnx": _open_onnx,
+    ".xml": _open_openvino,
+    ".mlpackage": _open_coreml,
+}

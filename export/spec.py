@@ -11,7 +11,7 @@ from torch import nn
 from shvit.checkpoint import create_model
 from shvit.errors import InputError
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 
 
@@ -35,9 +35,20 @@ class Spec:
     crop_mode: str = "center"
     """timm's: center, squash or border."""
     precision: Precision = "fp32"
-    """Of the artefact's arithmetic."""
+    """Of the artefact's arithmetic. Core ML's int8 is of weights alone, its w8a8 of activations too."""
     takes_pixels: bool = False
     """The artefact is fed pixels, 0–255, and normalises them itself."""
+    outputs: tuple[str, ...] = ("logits",)
+    """Names of what it gives, in order: logits, or probabilities, or stride_16, … for feature maps."""
+    other_sizes: tuple[int, ...] = ()
+    """Further heights and widths in pixels that it takes."""
+    kept: tuple[str, ...] = ()
+    """Layers of an int8 artefact that are in higher precision."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every height and width that the artefact takes."""
+        return (self.img_size, *self.other_sizes)
 
     @classmethod
     def of(cls, name: str, model: nn.Module, img_size: int | None = None) -> "Spec":
@@ -75,6 +86,11 @@ class Spec:
         )
 
     @property
+    def gives(self) -> str:
+        """What the outputs are: logits, probabilities or features."""
+        return self.outputs[0] if self.outputs[0] in ("logits", "probabilities") else "features"
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one input."""
         return (self.in_chans, self.img_size, self.img_size)
@@ -100,6 +116,10 @@ class Spec:
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
+    def feed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What an artefact takes, from uint8 (B, C, H, W): these normalised, or the pixels as (B, H, W, C)."""
+        return pixels.permute(0, 2, 3, 1).contiguous() if self.takes_pixels else self.normalize(pixels)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -107,13 +127,16 @@ class Spec:
     def from_json(cls, text: str) -> "Spec":
         """Raises InputError for anything that `to_json` did not write."""
         try:
-            fields = json.loads(text)
-            spec = cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
-            if not 1 <= int(spec.img_size) <= MAX_IMG_SIZE:
-                raise ValueError(f"img_size {spec.img_size}")
+            said = json.loads(text).items()
+            fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said}
+            spec = cls(**fields)
+            if not all(1 <= int(size) <= MAX_IMG_SIZE for size in spec.sizes):
+                raise ValueError(f"img_size {spec.sizes}")
             if spec.precision not in get_args(Precision):
                 raise ValueError(f"precision {spec.precision}")
-        except (ValueError, TypeError, KeyError) as error:
+            if not spec.outputs or not isinstance(spec.outputs, tuple):
+                raise ValueError(f"outputs {spec.outputs!r}")
+        except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"the artefact's description of its input is not readable ({error})") from error
         return spec
 

@@ -32,7 +32,7 @@ COMMANDS = {
     "info": Entry("shvit.export.main:Info", "one model, per stage and layer kind: MACs, parameters, activations"),
     "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
-    "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX or Core ML file"),
+    "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
     "bench": Entry("shvit.export.main:Bench", "latency of models and runtimes, interleaved in one process"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),

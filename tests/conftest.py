@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import register_model
 from torch import nn
 
 import shvit  # noqa: F401  (registers the models)
@@ -30,6 +31,13 @@ def kept_files() -> set[str]:
 
 TINY = {"embed_dim": (16, 24, 32), "depth": (1, 2, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
 """Arguments of `timm.create_model("shvit_s1", …)` for a model of 45 thousand parameters."""
+
+
+@register_model
+def tiny_vit(pretrained: bool = False, **kwargs) -> nn.Module:
+    """A name for it at the command line, with three classes: exported much faster than S1."""
+    return timm.create_model("shvit_s1", **{**TINY, "num_classes": 3, **kwargs})
+
 
 RESIDUAL_ENDS = ("pw2.bn.weight", "m.bn.weight", "proj.1.bn.weight")
 

@@ -107,7 +107,17 @@ def test_program_makes_our_models(imports, model):
 def test_importing_shvit_brings_no_tool_that_only_commands_need():
     loaded = modules_after("import shvit")
     assert "timm" in loaded
-    assert not loaded & {"onnx", "onnxruntime", "coremltools", "matplotlib", "tyro", "rich", "skimage", "elpv_dataset"}
+    assert not loaded & {
+        "onnx",
+        "onnxruntime",
+        "coremltools",
+        "openvino",
+        "matplotlib",
+        "tyro",
+        "rich",
+        "skimage",
+        "elpv_dataset",
+    }
     assert not any(name.startswith(("shvit.train", "shvit.export", "shvit.weights")) for name in loaded)
 
 
@@ -127,7 +137,7 @@ def test_result_is_the_last_line_as_json():
         (["info"], "Missing"),
         (["info", "shvit_s7"], "unknown model 'shvit_s7'; choose from shvit_s1"),
         (["info", "shvit_s1", "--img-size", "many"], "--img-size"),
-        (["export", "onyx"], "onnx, coreml"),
+        (["export", "onyx"], "onnx, openvino, coreml, all"),
         (["weights", "pull", "nothing_like_it"], "nothing_like_it"),
     ],
 )

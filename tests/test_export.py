@@ -19,7 +19,7 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deploy import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.onnx import operators, read_spec
+from shvit.export.onnx import operators, read_onnx, read_spec
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, open_model, randomize_norms
 
@@ -51,7 +51,9 @@ def test_onnx_file_is_valid_and_says_what_it_wants(made):
     onnx.checker.check_model(proto, full_check=True)
     used = {name for node in proto.graph.node for name in node.input}
     assert {tensor.name for tensor in proto.graph.initializer} <= used
-    assert not any("Identity" in name or "BatchNormalization" in name for name in operators(folder / "s1.onnx"))
+    assert not any(
+        "Identity" in name or "BatchNormalization" in name for name in operators(read_onnx(folder / "s1.onnx"))
+    )
     spec = read_spec(folder / "s1.onnx")
     assert spec == Spec.of("shvit_s1", model, 64)
     assert spec.num_classes == CLASSES
@@ -191,6 +193,18 @@ def test_file_that_says_another_normalisation_is_found_out(made, tmp_path):
         run(["verify", f"{tmp_path}/s1.onnx", "--model", "shvit_s1", "--checkpoint", f"{folder}/s1.safetensors"])
 
 
+def test_file_that_says_other_outputs_than_it_has_is_refused(made, tmp_path):
+    folder, _, _ = made
+    proto = onnx.load(folder / "s1.onnx")
+    (said,) = [prop for prop in proto.metadata_props if prop.key == "shvit.spec"]
+    for outputs in (["stride_16"], [3], "logits", []):
+        said.value = json.dumps({**json.loads(said.value), "outputs": outputs})
+        onnx.save(proto, tmp_path / "s1.onnx")
+        with pytest.raises(InputError, match=r"says that it gives|not readable") as error:
+            open_artefact(tmp_path / "s1.onnx")
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["s1.onnx", "s1.mlpackage"])
 def test_changed_byte_is_noticed_by_the_certificate(made, tmp_path, name):
     folder, _, _ = made
@@ -293,7 +307,7 @@ def test_peers_of_timm_go_through_the_same_code(tmp_path):
     source = ["--model", "mobilenetv4_conv_small", "--img-size", "64"]
     result = run(["export", "onnx", *source, "--output", f"{tmp_path}/m.onnx"])
     assert result["certificate"]["passed"]
-    assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+    assert "BatchNormalization" not in operators(read_onnx(tmp_path / "m.onnx"))
 
 
 def test_model_of_one_channel_sees_grey_levels(tmp_path):

@@ -163,6 +163,40 @@ def test_compressed_weights_are_what_coremltools_decompresses(method, tmp_path):
         assert not torch.allclose(got, model(x), atol=1e-6)
 
 
+QUANTIZED = {
+    "uint8 with a zero point": ("uint8", 0.03, 77, None),
+    "int8 with a zero point": ("int8", 0.03, -9, None),
+    "int8 about zero": ("int8", 0.02, None, None),
+    "int8 per channel": ("int8", [0.01, 0.02, 0.05], [0, 3, -4], 1),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_activations_are_rounded_as_numpy_does(case, tmp_path):
+    import coremltools as ct
+    from coremltools.converters.mil import Builder
+
+    dtype, scale, zero_point, axis = QUANTIZED[case]
+    scale = np.array(scale, dtype=np.float32)
+    zero = None if zero_point is None else np.array(zero_point, dtype=dtype)
+
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(1, 3, 4, 50))], opset_version=ct.target.iOS17)
+    def program(x):
+        levels = Builder.quantize(input=x, scale=scale, zero_point=zero, axis=axis, output_dtype=dtype)
+        return Builder.dequantize(input=levels, scale=scale, zero_point=zero, axis=axis, name="y")
+
+    with quiet():
+        options = {"minimum_deployment_target": ct.target.iOS17, "compute_precision": ct.precision.FLOAT32}
+        ct.convert(program, convert_to="mlprogram", **options).save(str(tmp_path / "q.mlpackage"))
+    x = 4 * torch.randn(1, 3, 4, 50, generator=torch.Generator().manual_seed(0))
+    got = Package(tmp_path / "q.mlpackage")(x=x)["y"]
+    step, shift = (np.reshape(value, (-1, 1, 1)) for value in (scale, 0 if zero is None else zero.astype(np.float32)))
+    limits = np.iinfo(dtype)
+    expected = (np.clip(np.round(x.numpy() / step) + shift, limits.min, limits.max) - shift) * step
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert len(np.unique(got)) > 50
+
+
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory):
     """Packages that give each channel's mean back, by the colours that they ask for."""

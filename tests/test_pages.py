@@ -1,4 +1,4 @@
-"""The pages on training: their commands parse, and their Python runs."""
+"""The pages on training and export: their commands parse, and their Python runs."""
 
 import re
 import shlex
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shvit.cli import COMMANDS, _parse
 from shvit.train import recipes
 from shvit.train.main import Plot, Train, parse
 from shvit.train.recipe import Recipe
@@ -34,6 +35,18 @@ def test_commands_parse(page, tmp_path, monkeypatch):
     for words in commands:
         if "--help" not in words:
             assert isinstance(parse(words, "shvit train"), Train | Plot), words
+
+
+def test_export_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "export" / "README.md").read_text(), re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) >= 8
+    for line in lines:
+        program, name, *words = shlex.split(line)
+        assert program == "shvit"
+        assert name in COMMANDS
+        assert callable(_parse(name, words).run)
 
 
 def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):

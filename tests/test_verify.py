@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shvit.errors import CheckFailed, InputError
-from shvit.export.verify import compare, find_images
+from shvit.export.photographs import find_photographs
+from shvit.export.verify import compare
 
 
 def test_figures_are_those_of_numpy():
@@ -56,9 +57,9 @@ def test_nan_and_wrong_shapes_fail():
 
 
 def test_default_photographs_are_scikit_images(tmp_path):
-    names = {path.name for path in find_images(None)}
+    names = {photograph.path.name for photograph in find_photographs(None)}
     assert {"astronaut.png", "coffee.png", "chelsea.png"} <= names
     with pytest.raises(InputError, match="no photographs"):
-        find_images(tmp_path)
+        find_photographs(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        find_images(tmp_path / "nowhere")
+        find_photographs(tmp_path / "nowhere")

@@ -1,0 +1,83 @@
+"""A deployed model as an OpenVINO IR: F.xml, the graph, and F.bin beside it, the weights."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shvit.errors import InputError
+
+from .onnx import describe, quiet
+from .spec import Spec
+
+SECTION = "shvit"  # of the IR's runtime information
+
+
+def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
+    """Converts an ONNX file of ours, which for int8 is quantised already.
+
+    With fp16 and bf16 the weights are stored in float16; bf16 is then a wish that `shvit` and whoever reads the file's
+    spec passes on to the runtime, since an IR cannot hold it. Names of layers are those of the ONNX file.
+
+    Args:
+        source: the ONNX file.
+        path: of the .xml; the caller moves both files into place.
+    """
+    import openvino as ov
+
+    with quiet():
+        model = ov.convert_model(source)
+        for key, value in describe(spec, labels).items():
+            model.set_rt_info(value, [SECTION, key])
+        ov.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "bf16"))
+
+
+def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
+    """An IR and what it says of itself.
+
+    Raises:
+        InputError: one of its two files is not there or damaged.
+    """
+    import openvino as ov
+
+    for file in (path, path.with_suffix(".bin")):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a readable OpenVINO IR ({_reason(error)})") from error
+    if not model.has_rt_info([SECTION]):
+        return model, {}
+    return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
+
+
+def compile_openvino(model: Any, precision: str, threads: int | None = None, whole: bool = True) -> Any:
+    """The IR for the CPU of this machine: arithmetic in bfloat16 where `precision` says so, in float32 otherwise.
+
+    A CPU without bfloat16 instructions computes it slowly, or falls back to float32.
+
+    Args:
+        whole: let the plugin move 8-bit scales from layer to layer, which is what makes int8 fast; what a layer
+            between gives is then out of scale.
+    """
+    import openvino as ov
+    from openvino import properties
+
+    arithmetic = ov.Type.bf16 if precision == "bf16" else ov.Type.f32
+    options: dict[Any, Any] = {properties.hint.inference_precision(): arithmetic}
+    if not whole:
+        options["LP_TRANSFORMS_MODE"] = "NO"
+    if threads is not None:
+        options[properties.inference_num_threads()] = threads
+    return ov.Core().compile_model(model, "CPU", options)
+
+
+def operators(model: Any) -> dict[str, int]:
+    """How many of each operation, most frequent first; constants, inputs and outputs are not counted."""
+    plumbing = {"Constant", "Parameter", "Result"}
+    return dict(Counter(t for op in model.get_ops() if (t := op.get_type_name()) not in plumbing).most_common())
+
+
+def _reason(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,57 @@
+"""Photographs to verify and to calibrate with."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shvit.errors import InputError
+from shvit.train.data import open_image
+
+from .spec import Spec
+
+MAX_IMAGES = 512  # enough to see drift; each is run twice
+MAX_CALIBRATION = 256  # S1's ranges hardly differ from those of half as many
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+BUNDLED = "scikit-image"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A file, and its class where the folder tells."""
+
+    path: Path
+    label: int
+    """Class index; -1 where it is not known."""
+
+
+def find_photographs(folder: Path | None, num_classes: int = 0, most: int = MAX_IMAGES) -> list[Photograph]:
+    """The photographs in `folder` and below, at most `most` spread evenly; scikit-image's where None.
+
+    Args:
+        num_classes: of the model; a folder with so many folders of photographs in it tells their classes.
+
+    Raises:
+        InputError: the folder is not there or holds none.
+    """
+    if folder is None:
+        import skimage
+
+        folder = Path(skimage.__file__).parent / "data"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of photographs")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(SUFFIXES))})")
+    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
+    known = {name: index for index, name in enumerate(classes)} if len(classes) == num_classes else {}
+    step = math.ceil(len(paths) / most)
+    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in paths[::step]]
+
+
+def read_pixels(photographs: Sequence[Photograph], spec: Spec) -> torch.Tensor:
+    """uint8 (n, C, H, W), cut as the model wants them."""
+    transform = spec.transform(normalize=False)
+    return torch.stack([transform(open_image(photograph.path)) for photograph in photographs])

@@ -1,0 +1,80 @@
+"""Every format and precision of one model side by side: what each costs in accuracy and saves in size."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shvit.errors import CheckFailed
+from shvit.files import write_whole
+
+from .formats import SUFFIXES, Format, Options, Source, export
+from .spec import Precision
+
+ROWS: tuple[tuple[Format, Precision], ...] = (
+    ("onnx", "fp32"),
+    ("onnx", "fp16"),
+    ("onnx", "int8"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+    ("coreml", "fp16"),
+    ("coreml", "int8"),
+    ("coreml", "w8a8"),
+)
+NAMES = {"onnx": "ONNX", "openvino": "OpenVINO", "coreml": "Core ML"}
+HEAD = ("file", "top-1 %", "same top-1 %", "SNR dB", "MB", "not in int8", "holds")
+
+
+def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]:
+    """Exports all of `ROWS` into `folder`, with formats.md and formats.json; one that drifts gets a row and no file."""
+    certificates = {}
+    for kind, precision in ROWS:
+        name = f"{source.spec.model}-{precision}{SUFFIXES[kind]}"
+        console.print(f"{NAMES[kind]} {precision} …")
+        options = Options(dynamic_batch=kind != "coreml")
+        try:
+            certificate = export(kind, folder / name, with_precision(source, kind, precision), options)
+            certificates[name] = json.loads((folder / f"{name}.certificate.json").read_text())
+            assert certificate.passed
+        except CheckFailed as error:
+            certificates[name] = error.result
+    text = markdown(certificates)
+    with write_whole(folder / "formats.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    with write_whole(folder / "formats.json") as partial:
+        partial.write_text(json.dumps(certificates, indent=2) + "\n")
+    console.print(text, markup=False, highlight=False)
+    return {"output": str(folder), "passed": {name: each["passed"] for name, each in certificates.items()}}
+
+
+def with_precision(source: Source, kind: Format, precision: Precision) -> Source:
+    """The same source for another format; Core ML's takes images."""
+    return replace(source, spec=replace(source.spec, precision=precision, takes_pixels=kind == "coreml"))
+
+
+def markdown(certificates: dict[str, dict[str, Any]]) -> str:
+    """A table with a row for each certificate, the model itself first."""
+    first = next(iter(certificates.values()))
+    rows = [("PyTorch fp32", _percent(first["model_accuracy"]), "", "", "", "", "")]
+    for (kind, precision), certificate in zip(ROWS, certificates.values(), strict=True):
+        kept = len(certificate["spec"]["kept"])
+        rows.append(
+            (
+                f"{NAMES[kind]} {precision}",
+                _percent(certificate["accuracy"]),
+                f"{certificate['top1_agreement']:.1f}",
+                f"{certificate['snr_db']:.1f}",
+                f"{certificate['artefact_bytes'] / 1e6:.2f}",
+                f"{kept} layers, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
+                "yes" if certificate["passed"] else "no",
+            )
+        )
+    rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")
+    return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, *rows))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
