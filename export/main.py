@@ -18,7 +18,7 @@ from .formats import SUFFIXES, Format, Options, Source, export, open_source_mode
 from .labels import find_labels
 from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
-from .spec import MAX_IMG_SIZE, Spec, open_model
+from .spec import MAX_IMG_SIZE, Precision, Spec, open_model
 from .verify import Certificate, certificate_path, certify, check_unchanged, require
 
 console = terminal.console()
@@ -245,17 +245,12 @@ class _Export(_FromModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOnnx(_Export):
-    """A verified ONNX file."""
-
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Of weights and arithmetic."""
+class _ExportGraph(_Export):
+    precision: Precision = "fp32"
     raw_pixels: bool = False
     """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
     dynamic_batch: bool = False
     """Leave the batch size open; 1 by default."""
-
-    kind: ClassVar[Format] = "onnx"
 
     def _complete(self, spec: Spec) -> Spec:
         return replace(spec, precision=self.precision, takes_pixels=self.raw_pixels)
@@ -265,24 +260,24 @@ class ExportOnnx(_Export):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOpenvino(_Export):
+class ExportOnnx(_ExportGraph):
+    """A verified ONNX file."""
+
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of weights and arithmetic."""
+
+    kind: ClassVar[Format] = "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOpenvino(_ExportGraph):
     """A verified OpenVINO IR, F.xml and F.bin."""
 
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Of weights and arithmetic. fp16 halves the file, a CPU still computes in float32; bf16 also asks for its
     arithmetic."""
-    raw_pixels: bool = False
-    """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
-    dynamic_batch: bool = False
-    """Leave the batch size open; 1 by default."""
 
     kind: ClassVar[Format] = "openvino"
-
-    def _complete(self, spec: Spec) -> Spec:
-        return replace(spec, precision=self.precision, takes_pixels=self.raw_pixels)
-
-    def _options(self) -> Options:
-        return Options(dynamic_batch=self.dynamic_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
