@@ -21,6 +21,7 @@ from .bench import BenchResult
 from .runtimes import Predict, open_artefact, torch_predict
 
 MODEL = "shvit_s1"
+TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SHOWN = 18  # photographs in the page
 SHOWN_WRONG = 6
 console = terminal.console()
@@ -66,8 +67,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     model = torch_predict(_model(trained))
     accuracy = _evaluate(output / "model.onnx", model, data)
     console.print(f"held-out photographs: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
-    names = ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", output / "model.onnx"]
-    timed = step("time", "bench", "--models", *names, "--rounds", 7, "--output", output)
+    timed = step("time", "bench", "--models", *TIMED, output / "model.onnx", "--rounds", 7, "--output", output)
     _write_report(output, data, trained, onnx, coreml, accuracy, timed)
     console.rule()
     console.print(f"open {output / 'report.html'}")

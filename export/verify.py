@@ -171,7 +171,8 @@ def certify(
     outputs = {key: compare(*pair) for key, pair in pairs.items()}
     figures = {key: _worst(key, [each[key] for each in outputs.values()]) for key in next(iter(outputs.values()))}
     tolerance = TOLERANCES[artefact.spec.precision]
-    layer, layer_snr_db = worst_layer(artefact, model, spec, photographs)
+    deployed = deploy(model, spec.img_size)
+    layer, layer_snr_db = worst_layer(artefact, deployed, spec, photographs)
     labels = torch.tensor([photograph.label for photograph in photographs])
     model_accuracy, accuracy = (_accuracy(side, labels) for side in next(iter(pairs.values())))
     return Certificate(
@@ -191,7 +192,7 @@ def certify(
         model_accuracy=model_accuracy,
         worst_layer=layer,
         worst_layer_snr_db=layer_snr_db,
-        kept_macs=share_of_macs(deploy(model, spec.img_size), spec, artefact.spec.kept),
+        kept_macs=share_of_macs(deployed, spec, artefact.spec.kept),
         grey_levels=grey_levels,
         tolerance=tolerance,
         passed=_holds(figures, tolerance, len(photographs)) and grey_levels <= MAX_GREY_LEVELS,
@@ -255,13 +256,13 @@ def _holds(figures: dict[str, float], tolerance: Tolerance, images: int) -> bool
 
 
 def worst_layer(
-    artefact: Artefact, model: nn.Module, spec: Spec, photographs: Sequence[Photograph]
+    artefact: Artefact, deployed: nn.Module, spec: Spec, photographs: Sequence[Photograph]
 ) -> tuple[str | None, float | None]:
     """The layer whose output is farthest from that of the same layer of the deployed model in float32, and its SNR."""
     to_model, to_pixels = spec.transform(), artefact.spec.transform(normalize=False)
     images = [open_image(photograph.path) for photograph in photographs[:LAYER_IMAGES]]
     found = artefact.run_layers(artefact.spec.feed(torch.stack([to_pixels(image) for image in images])))
-    expected = layer_outputs(deploy(model, spec.img_size), torch.stack([to_model(image) for image in images]))
+    expected = layer_outputs(deployed, torch.stack([to_model(image) for image in images]))
     noise = {
         name: snr_db(expected[name], output)
         for name, output in found.items()

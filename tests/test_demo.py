@@ -10,7 +10,7 @@ from shvit.cli import run
 from shvit.export.report import Prediction, Section, gallery, table, write_page
 
 
-def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path):
+def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for channel, name in ((0, "red"), (2, "<blue>")):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -19,6 +19,7 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path):
             pixels[..., channel] += 150
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     out = tmp_path / "out"
+    monkeypatch.setattr("shvit.export.demo.TIMED", ("shvit_s1", "tiny_vit"))  # S2 to S4 take half a minute to export
     result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
     assert result["top1"] == result["top1_onnx"]
     assert result["certificate"]["passed"]
@@ -33,7 +34,7 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path):
         "report.html",
     } <= names
     timed = {(item["model"], item["runtime"]) for item in json.loads((out / "bench.json").read_text())}
-    assert timed == {(f"shvit_s{i}", r) for i in (1, 2, 3, 4) for r in ("torch", "onnxruntime")} | {
+    assert timed == {(name, r) for name in ("shvit_s1", "tiny_vit") for r in ("torch", "onnxruntime")} | {
         ("model.onnx", "onnxruntime")
     }
     page = (out / "report.html").read_text()
