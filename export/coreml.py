@@ -14,28 +14,12 @@ from torch import nn
 from shvit.deploy import DeployedSHSA
 from shvit.errors import InputError
 
-from .forms import Form, layer_name
+from .forms import Form, Normalized, layer_name
 from .onnx import INPUT, describe, quiet
 from .spec import Spec
 
 LABEL = "classLabel"
 """What a classifier calls the most probable label; Core ML's customary name."""
-
-
-class Normalized(Form):
-    """The model behind its own normalisation: takes RGB in 0–1, as Core ML's image input gives it at scale 1/255."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, model: nn.Module, spec: Spec):
-        super().__init__(model)
-        std = torch.tensor(spec.std)
-        self.register_buffer("scale", (1 / std)[:, None, None])
-        self.register_buffer("shift", (-torch.tensor(spec.mean) / std)[:, None, None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x * self.scale + self.shift)
 
 
 class Tupled(Form):
@@ -163,7 +147,7 @@ def _trace(model: nn.Module, spec: Spec) -> Any:
     if len(spec.outputs) > 1:
         model = Tupled(model)
     if spec.takes_pixels:
-        model = Normalized(model, spec)
+        model = Normalized(model, spec, white=1)  # which Core ML's image input gives at scale 1/255
     with torch.no_grad():
         return torch.jit.trace(model.eval(), torch.rand(1, *spec.shape))
 

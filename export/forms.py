@@ -30,20 +30,27 @@ class Half(Form):
         return outputs.float() if isinstance(outputs, torch.Tensor) else [output.float() for output in outputs]
 
 
-class FromPixels(Form):
-    """The model behind its own normalisation: takes (B, H, W, C) uint8, RGB as it lies in memory."""
+class Normalized(Form):
+    """The model behind its own normalisation: takes (B, C, H, W) float32, RGB from 0 to `white`."""
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, model: nn.Module, spec: Spec):
+    def __init__(self, model: nn.Module, spec: Spec, white: float):
         super().__init__(model)
         std = torch.tensor(spec.std)
-        self.register_buffer("scale", (1 / (255 * std))[:, None, None])
+        self.register_buffer("scale", (1 / (white * std))[:, None, None])
         self.register_buffer("shift", (-torch.tensor(spec.mean) / std)[:, None, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        return self.model(x.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+        return self.model(x * self.scale + self.shift)
+
+
+class ChannelsLast(Form):
+    """The model behind (B, H, W, C) uint8, as pixels lie in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        return self.model(x.permute(0, 3, 1, 2).float())
 
 
 class Probabilities(Form):

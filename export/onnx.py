@@ -17,7 +17,7 @@ from torch import nn
 from shvit import __version__
 from shvit.errors import InputError
 
-from .forms import FromPixels, Half, layer_name
+from .forms import ChannelsLast, Half, Normalized, layer_name
 from .spec import Spec
 
 INPUT = "image"
@@ -46,7 +46,7 @@ def write_onnx(
         model = Half(model).eval()
     batch = spec.blank(2 if dynamic_batch else 1)
     if spec.takes_pixels:
-        model = FromPixels(model, spec).eval()
+        model = ChannelsLast(Normalized(model, spec, white=255)).eval()
         batch = batch.permute(0, 2, 3, 1).to(torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad(), quiet():
