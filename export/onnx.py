@@ -135,15 +135,6 @@ def read_onnx(path: Path) -> Any:
         raise InputError(f"{path}: not a readable ONNX file") from error
 
 
-def read_spec(path: Path) -> Spec:
-    """The `Spec` inside an ONNX file that this project wrote.
-
-    Raises:
-        InputError: no such file, not ONNX, or without a spec.
-    """
-    return spec_from(metadata(read_onnx(path)), path)
-
-
 def metadata(proto: Any) -> dict[str, str]:
     """What an ONNX file says of itself."""
     return {prop.key: prop.value for prop in proto.metadata_props}

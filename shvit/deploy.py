@@ -277,7 +277,8 @@ def _fold_norms(model: nn.Module, height: int, width: int) -> nn.Module:
     Where that does not give the same outputs, for instance because a convolution's output is also used without its
     norm, the model is returned as it is.
     """
-    image = torch.rand(1, _stem(model).in_channels, height, width).to(_stem(model).weight)
+    generator = torch.Generator().manual_seed(0)  # the caller's own is left alone
+    image = torch.rand(1, _stem(model).in_channels, height, width, generator=generator).to(_stem(model).weight)
     folded = deepcopy(model)
     names = {module: name for name, module in folded.named_modules()}
     for conv, norm in _find_conv_norms(folded, image):

@@ -19,7 +19,7 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deploy import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.onnx import operators, read_onnx, read_spec
+from shvit.export.onnx import operators, read_onnx
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, open_model, randomize_norms
 
@@ -54,7 +54,7 @@ def test_onnx_file_is_valid_and_says_what_it_wants(made):
     assert not any(
         "Identity" in name or "BatchNormalization" in name for name in operators(read_onnx(folder / "s1.onnx"))
     )
-    spec = read_spec(folder / "s1.onnx")
+    spec = open_artefact(folder / "s1.onnx").spec
     assert spec == Spec.of("tiny_vit", model, 64)
     assert spec.num_classes == CLASSES
     assert spec.mean == IMAGENET_DEFAULT_MEAN
@@ -323,7 +323,7 @@ def test_model_of_one_channel_sees_grey_levels(tmp_path):
     color_space = package.get_spec().description.input[0].type.imageType.colorSpace
     assert color_space == ct.proto.FeatureTypes_pb2.ImageFeatureType.GRAYSCALE
 
-    spec = read_spec(tmp_path / "grey.onnx")
+    spec = open_artefact(tmp_path / "grey.onnx").spec
     assert spec.shape == (1, 64, 64)
     rng = np.random.default_rng(0)
     photograph = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
