@@ -1,0 +1,147 @@
+"""What measurements say: frozen records with units in their names, written as JSON and read back.
+
+Times are of one image: a batch's time over its size. Nothing here needs more than the standard library.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shvit.errors import InputError
+from shvit.files import write_whole
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured, and what a loop of nothing but arithmetic or reading reaches there."""
+
+    processor: str
+    cores: int
+    instructions: tuple[str, ...]
+    """Instruction sets that arithmetic can make use of, such as avx512_bf16."""
+    frequency: str
+    """The operating system's policy, or that a hypervisor hides it."""
+    threads: int
+    """That the peaks below were measured with."""
+    peak_gflops: dict[str, float]
+    """Two operations for each multiply-add, by precision: fp32, bf16, int8."""
+    bandwidth_gb_per_s: float
+    """Reading memory that no cache holds."""
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Latency of one case over all rounds."""
+
+    model: str
+    """timm's name, or a file's."""
+    runtime: str
+    precision: str
+    """Of the arithmetic: fp32, bf16, fp16 or int8."""
+    img_size: int
+    """Height and width in pixels."""
+    batch_size: int
+    threads: int
+    rounds: int
+    calls: int
+    latency_ms_p50: float
+    latency_ms_p90: float
+    latency_ms_p99: float
+    cpu_ms: float
+    """Processor time, all threads together."""
+    ratio_to_first: float | None
+    """Median over rounds of this case's time over that of the first case of the same batch size; None if too noisy."""
+    ratio_low: float
+    ratio_high: float
+    """Ends of the ratio's 95 % confidence interval."""
+    load_ms: float
+    """From the file, or the model's weights, to ready."""
+    first_ms: float
+    """The first call of all, of a whole batch."""
+    peak_memory_mb: float
+    """Of the process, with everything that the runtime loads."""
+    gmacs: float
+    """Multiply-adds for one image, in units of 10⁹."""
+    percent_of_peak: float | None
+    """Of the machine's measured peak in this precision; None where that was not measured."""
+    top1: float | None
+    """Published ImageNet top-1 in percent, at `img_size`; None where there is none."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Time that one kind of layer takes, from the runtime's own profiler."""
+
+    model: str
+    runtime: str
+    batch_size: int
+    kind: str
+    """1×1 convolution, 3×3 convolution, depthwise convolution, attention, …"""
+    ms: float
+    """Of one image."""
+    percent: float
+    """Of the whole model's time."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How time and memory grow, fitted as a power over a sweep of one quantity."""
+
+    model: str
+    runtime: str
+    over: str
+    """pixels or batch_size."""
+    values: tuple[int, ...]
+    """Of the quantity; for pixels height times width."""
+    latency_ms: tuple[float, ...]
+    """Of one image."""
+    peak_memory_mb: tuple[float, ...]
+    exponent: float
+    """Of the time of one image: 1 is proportional to pixels, 0 does not change with the batch."""
+    memory_exponent: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that one run of `shvit bench` found out."""
+
+    machine: Machine
+    results: tuple[BenchResult, ...]
+    layers: tuple[LayerTime, ...] = ()
+    scaling: tuple[Scaling, ...] = ()
+
+
+def write_measurements(measurements: Measurements, path: Path) -> None:
+    """Writes them as JSON, whole or not at all."""
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(asdict(measurements), indent=2) + "\n", encoding="utf-8")
+
+
+def read_measurements(path: Path) -> Measurements:
+    """What `write_measurements` wrote.
+
+    Raises:
+        InputError: no such file, or something else is in it.
+    """
+    try:
+        return measurements_from(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: holds no measurements of `shvit bench` ({error})") from error
+
+
+def measurements_from(said: dict[str, Any]) -> Measurements:
+    """From what `asdict` and JSON made of them."""
+    return Measurements(
+        machine=_record(Machine, said["machine"]),
+        results=tuple(_record(BenchResult, each) for each in said["results"]),
+        layers=tuple(_record(LayerTime, each) for each in said.get("layers", ())),
+        scaling=tuple(_record(Scaling, each) for each in said.get("scaling", ())),
+    )
+
+
+def _record(kind: Any, said: dict[str, Any]) -> Any:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
