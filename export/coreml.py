@@ -37,16 +37,11 @@ class FlexibleSHSA(DeployedSHSA):
     """
 
     def __init__(self, attention: DeployedSHSA):
-        qk_dim = attention.qkv_dims[0]
-        super().__init__(attention.qkv, attention.proj1, attention.proj2, attention.act, qk_dim, attention.eps)
+        qk_dim, partial_dim = attention.qk_dim, attention.partial_dim
+        super().__init__(attention.qkv, attention.proj, attention.act, qk_dim, partial_dim, attention.eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x1, x2 = torch.split(x, self.split_dims, dim=1)  # (B, P, H, W) (B, C-P, H, W)
-        qkv = self.qkv(self._normalize(x1)).flatten(2)  # (B, 2D+P, N)
-        q, k, v = torch.split(qkv, self.qkv_dims, dim=1)  # (B, D, N) (B, D, N) (B, P, N)
-        attn = (q.transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
-        x1 = (v @ attn.transpose(1, 2)).reshape_as(x1)  # (B, P, H, W)
-        return self.proj1(self.act(x1)) + self.proj2(self.act(x2))
+    def _to_grid(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.reshape_as(like)
 
 
 def flexible(model: nn.Module) -> nn.Module:

@@ -106,16 +106,6 @@ def drop_key_bias(qkv: nn.Conv2d, qk_dim: int) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def split_projection(proj: nn.Conv2d, partial_dim: int) -> tuple[nn.Conv2d, nn.Conv2d]:
-    """W·cat(x1, x2) + b = (W₁x1 + b) + W₂x2 for a 1×1 convolution: no concatenation. W₂ has no bias."""
-    assert proj.bias is not None
-    first = _conv_like(proj, proj.weight[:, :partial_dim], proj.bias)
-    second = _conv_like(proj, proj.weight[:, partial_dim:], torch.zeros_like(proj.bias))
-    second.bias = None
-    return first, second
-
-
-@torch.no_grad()
 def average_linears(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     """(A·x + a + B·x + b)/2 = ((A+B)/2)·x + (a+b)/2: the distilled model's two heads as one."""
     new = deepcopy(first)
@@ -128,21 +118,19 @@ def average_linears(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 
 
 class DeployedSHSA(nn.Module):
-    """SHSA with norm, scale and key bias folded into `qkv` and the output projection split in two.
+    """SHSA with norm, scale and key bias folded into `qkv`, and the projection's norm into `proj`.
 
     Works at any grid; `img_size` of `deploy` sets `grid`, after which no shape is computed at run time and the norm
     is one LayerNorm over (P, H, W).
     """
 
-    def __init__(self, qkv: nn.Conv2d, proj1: nn.Conv2d, proj2: nn.Conv2d, act: nn.Module, qk_dim: int, eps: float):
+    def __init__(self, qkv: nn.Conv2d, proj: nn.Conv2d, act: nn.Module, qk_dim: int, partial_dim: int, eps: float):
         super().__init__()
         self.qkv = qkv
         self.act = act
-        self.proj1 = proj1
-        self.proj2 = proj2
-        self.partial_dim = proj1.in_channels
-        self.split_dims = [proj1.in_channels, proj2.in_channels]
-        self.qkv_dims = [qk_dim, qk_dim, proj1.in_channels]
+        self.proj = proj
+        self.qk_dim = qk_dim
+        self.partial_dim = partial_dim
         self.eps = eps
         self.grid: tuple[int, int] | None = None
 
@@ -153,14 +141,20 @@ class DeployedSHSA(nn.Module):
         x = x - x.mean((1, 2, 3), keepdim=True)
         return x * torch.rsqrt((x * x).mean((1, 2, 3), keepdim=True) + self.eps)
 
+    def _to_grid(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(B, P, N) → (B, P, H, W), as `like` is."""
+        H, W = self.grid if self.grid is not None else (like.shape[2], like.shape[3])
+        return x.reshape(-1, self.partial_dim, H, W)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        H, W = self.grid if self.grid is not None else (x.shape[2], x.shape[3])
-        x1, x2 = torch.split(x, self.split_dims, dim=1)  # (B, P, H, W) (B, C-P, H, W)
+        x1, x2 = torch.split(x, [self.partial_dim, self.proj.in_channels - self.partial_dim], dim=1)
+        # (B, P, H, W) (B, C-P, H, W)
         qkv = self.qkv(self._normalize(x1)).flatten(2)  # (B, 2D+P, N)
-        q, k, v = torch.split(qkv, self.qkv_dims, dim=1)  # (B, D, N) (B, D, N) (B, P, N)
+        q, k, v = torch.split(qkv, [self.qk_dim, self.qk_dim, self.partial_dim], dim=1)
+        # (B, D, N) (B, D, N) (B, P, N)
         attn = (q.transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
-        x1 = (v @ attn.transpose(1, 2)).reshape(-1, self.partial_dim, H, W)  # (B, P, H, W)
-        return self.proj1(self.act(x1)) + self.proj2(self.act(x2))
+        x1 = self._to_grid(v @ attn.transpose(1, 2), x1)  # (B, P, H, W)
+        return self.proj(self.act(torch.cat([x1, x2], dim=1)))
 
 
 class DeployedSqueezeExcite(nn.Module):
@@ -217,8 +211,8 @@ def _(layer: SHSA) -> nn.Module:
     qkv = drop_key_bias(qkv, qk_dim)
     act, proj = layer.proj
     assert isinstance(proj, ConvNorm)
-    proj1, proj2 = split_projection(fold_norm_into_conv(proj.c, proj.bn), partial_dim)
-    deployed = DeployedSHSA(qkv, proj1, proj2, deepcopy(act), qk_dim, layer.pre_norm.eps)
+    joined = fold_norm_into_conv(proj.c, proj.bn)
+    deployed = DeployedSHSA(qkv, joined, deepcopy(act), qk_dim, partial_dim, layer.pre_norm.eps)
     return deployed.train(layer.training)
 
 
