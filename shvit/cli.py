@@ -29,7 +29,10 @@ class Entry:
 
 COMMANDS = {
     "list": Entry("shvit.weights.main:List", "the models: parameters, GMACs, input size, published top-1, weights"),
-    "info": Entry("shvit.export.main:Info", "one model, per stage and layer kind: MACs, parameters, activations"),
+    "info": Entry(
+        "shvit.export.main:Info",
+        "what one model costs, per stage and layer: MACs, parameters, bytes moved; its design explained",
+    ),
     "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
