@@ -14,10 +14,11 @@ from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import remove, write_whole
 
-from .forms import Probabilities, feature_maps, without_softmax
+from .forms import Probabilities, feature_maps, layers, without_softmax
 from .photographs import Photograph, read_pixels
 from .runtimes import artefact_files, open_artefact
 from .spec import Precision, Spec, open_model
+from .tuning import TUNING
 from .verify import Certificate, certificate_path, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
@@ -86,6 +87,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
     """
     spec = source.spec
     _check_calibration(kind, source)
+    always_kept = float_layers(kind, deploy(source.model)) if spec.precision == "int8" else ()
     with ExitStack() as stack:
         record = stack.enter_context(write_whole(certificate_path(output)))
         partials = [stack.enter_context(write_whole(file)) for file in artefact_files(output)]
@@ -94,7 +96,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
         def attempt(kept: Sequence[str] = ()) -> Certificate:
             for partial in partials:
                 remove(partial)  # the last attempt's may still be mapped into memory
-            write(partials[0], replace(spec, kept=tuple(kept)))
+            write(partials[0], replace(spec, kept=tuple(dict.fromkeys((*always_kept, *kept)))))
             artefact = open_artefact(partials[0])
             return certify(
                 artefact,
@@ -112,6 +114,12 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
         require(certificate)
         record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
     return certificate
+
+
+def float_layers(kind: Format, model: nn.Module) -> tuple[str, ...]:
+    """The layers of a deployed model that are quicker in float32 than in int8 in the format's runtime."""
+    name, _ = next(layers(model))
+    return (name,) if kind == "onnx" and TUNING["onnxruntime"].float_stem else ()
 
 
 LEARNING: dict[Format, Precision] = {"onnx": "int8", "openvino": "int8", "coreml": "w8a8"}
@@ -153,9 +161,11 @@ def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, S
     model = deploy(source.model, size)
     if kind == "coreml":
         return _coreml_writer(model, source, options)
-    write = _int8_onnx_writer if source.spec.precision == "int8" else _onnx_writer
-    onnx_writer = write(model, source, options)
-    return onnx_writer if kind == "onnx" else _openvino_writer(onnx_writer, source)
+    if source.spec.precision == "int8":
+        write = int8_onnx_writer(model, source.spec, source.calibration, options.dynamic_batch, source.labels)
+    else:
+        write = _onnx_writer(model, source, options)
+    return write if kind == "onnx" else _openvino_writer(write, source)
 
 
 def _onnx_writer(model: nn.Module, source: Source, options: Options) -> Callable[[Path, Spec], None]:
@@ -164,18 +174,30 @@ def _onnx_writer(model: nn.Module, source: Source, options: Options) -> Callable
     return lambda path, spec: write_onnx(model, path, spec, options.dynamic_batch, source.labels)
 
 
-def _int8_onnx_writer(model: nn.Module, source: Source, options: Options) -> Callable[[Path, Spec], None]:
+def int8_onnx_writer(
+    model: nn.Module,
+    spec: Spec,
+    calibration: Sequence[Photograph],
+    dynamic_batch: bool,
+    labels: Sequence[str] = (),
+) -> Callable[[Path, Spec], None]:
+    """A function that writes an int8 ONNX file, given its spec, whose kept layers stay in float32.
+
+    Args:
+        model: deployed, in eval mode.
+        calibration: to learn the ranges from.
+    """
     from .onnx import read_onnx, write_onnx
     from .quantize import activation_ranges, quantize_onnx, unfold_identities
 
     model = unfold_identities(model)
-    pixels = read_pixels(source.calibration, source.spec)
-    ranges = activation_ranges(without_softmax(model), map(source.spec.normalize, pixels.split(CALIBRATION_BATCH)))
+    pixels = read_pixels(calibration, spec)
+    ranges = activation_ranges(without_softmax(model), map(spec.normalize, pixels.split(CALIBRATION_BATCH)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
-        write_onnx(model, path, source.spec, options.dynamic_batch)
+        write_onnx(model, path, spec, dynamic_batch)
         proto = read_onnx(path)
-    return lambda path, spec: quantize_onnx(proto, path, spec, source.labels, ranges)
+    return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
 
 
 def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -> Callable[[Path, Spec], None]:

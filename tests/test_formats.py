@@ -178,7 +178,7 @@ def test_int8_is_a_quarter_of_the_size_and_near_the_model(source, tmp_path, monk
     extra = ["--precision", "int8", "--calibration", str(photographs), "--output", f"{tmp_path}/q{suffix}"]
     certificate = run(["export", kind, *options, *extra, "--dynamic-batch"])["certificate"]
     assert certificate["snr_db"] > 8
-    assert certificate["spec"]["kept"] == ()
+    assert certificate["spec"]["kept"] == (("patch_embed.0",) if kind == "onnx" else ())  # see tuning.py
     weights = (tmp_path / "q.onnx" if kind == "onnx" else tmp_path / "q.bin").stat().st_size
     assert weights < 0.35 * 4 * sum(p.numel() for p in timm.create_model("shvit_s1", num_classes=CLASSES).parameters())
     assert run(["verify", f"{tmp_path}/q{suffix}", *options[:4], *options[6:]])["snr_db"] == pytest.approx(
@@ -194,7 +194,7 @@ def test_as_few_layers_as_needed_are_kept_out_of_int8(source, tmp_path, monkeypa
     monkeypatch.setitem(verify.TOLERANCES, "int8", verify.Tolerance(10, whole["snr_db"] + 0.3, 0))
     mixed = run(["export", "onnx", *options, *extra, f"{tmp_path}/mixed.onnx"])["certificate"]
     kept = mixed["spec"]["kept"]
-    assert 1 <= len(kept) <= 40
+    assert 2 <= len(kept) <= 40  # the stem's first convolution is always among them
     assert 0 < mixed["kept_macs"] < 90
     assert mixed["snr_db"] >= whole["snr_db"] + 0.3
     made_by = {name: node for node in onnx.load(tmp_path / "mixed.onnx").graph.node for name in node.output}
