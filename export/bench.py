@@ -1,203 +1,248 @@
-"""Latency of models and runtimes, interleaved round by round in one process.
+"""Latency of models and runtimes, interleaved: each case has a process of its own, and one at a time runs.
 
-Absolute times drift with the machine; interleaving lets every case meet the same drift, so ratios hold.
+Absolute times drift with the machine; when the cases take turns, in reversed order every other round, all of them meet
+the same drift, so that ratios hold.
 """
 
 import json
-import platform
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
 
-from shvit.deploy import deploy
 from shvit.errors import InputError
-from shvit.files import write_whole
 
-from .onnx import write_onnx
-from .runtimes import OPENERS, open_artefact, torch_predict
-from .spec import Spec, open_model
-from .verify import versions
+from . import worker
+from .cases import (
+    FILES,
+    Case,
+    Settings,
+    Subject,
+    case_of_file,
+    case_of_model,
+    check_runtimes,
+    choose_cores,
+)
+from .published import published_top1
+from .records import BenchResult, Machine
+from .roofline import measure_machine
 
-RUNTIMES = ("torch", "onnxruntime")
-Run = Callable[[torch.Tensor], object]
-MIN_TURN_S = 0.05  # a case's turn within a round repeats its call for at least so long
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Latency of one case over all rounds. Times are of one image: the batch's time over its size."""
-
-    model: str
-    runtime: str
-    img_size: int
-    batch_size: int
-    threads: int
-    rounds: int
-    latency_ms_p50: float
-    latency_ms_p10: float
-    latency_ms_p90: float
-    ratio_to_first: float
-    """Median over rounds of this case's time over the first case's of the same batch size, in the same round."""
-    images_per_s: float
-    device: str
-    versions: dict[str, str]
+TURN_S = 0.15  # seconds that a case's turn within a round lasts at least
+WIDEST = 0.1  # of a ratio's confidence interval, relative; a wider one decides nothing
+Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Something to time: `call` runs one batch."""
+@dataclass
+class Running:
+    """A case under way."""
 
-    model: str
-    runtime: str
-    img_size: int
-    batch_size: int
-    call: Callable[[], object]
+    case: Case
+    process: subprocess.Popen[str]
+    load: float = 0.0
+    first: float = 0.0
+    peak: int = 0
+    rounds: list[list[float]] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Sends a command, if any, and waits for the answer.
+
+        Raises:
+            InputError: the runtime failed.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            if command:
+                self.process.stdin.write(json.dumps(command) + "\n")
+                self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
+        if "error" in answer:
+            raise InputError(f"{self.case.model} in {self.case.runtime}: {answer['error']}")
+        return answer
+
+    def open(self) -> None:
+        self.load = self.ask()["load"]
+        self.first = self.ask(batch=self.case.batch_size)["first"]
+
+    def turn(self) -> None:
+        answer = self.ask(seconds=TURN_S)
+        self.rounds.append(answer["wall"])
+        self.cpu.append(answer["cpu"])
+        self.peak = answer["peak"]
 
 
-def build_cases(
-    models: list[str], runtimes: list[str], batch_sizes: list[int], threads: int, img_size: int | None, folder: Path
-) -> list[Case]:
-    """One case for each model, runtime and batch size; ONNX files of models given by name are put into `folder`.
+@contextmanager
+def start(case: Case) -> Iterator[Running]:
+    """The case's process, ended on the way out."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", worker.__file__, json.dumps(case.job)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **case.environment},
+    )
+    try:
+        yield Running(case, process)
+    finally:
+        process.kill()
+        process.communicate()
 
-    Args:
-        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
 
-    Raises:
-        InputError: an unknown model, or a file that is no artefact of ours.
+def run_rounds(cases: Sequence[Case], rounds: int, progress: Progress = lambda _: None) -> list[Running]:
+    """Opens every case, then lets them take turns, in reversed order every other round."""
+    with ExitStack() as stack:
+        running = []
+        for case in cases:
+            progress(f"opening {case.model} in {case.runtime}")
+            running.append(stack.enter_context(start(case)))
+            running[-1].open()
+        for number in range(rounds):
+            progress(f"batch {cases[0].batch_size}, round {number + 1} of {rounds}")
+            for each in running if number % 2 == 0 else reversed(running):
+                each.turn()
+    return running
+
+
+def summarize(running: Sequence[Running], machine: Machine) -> list[BenchResult]:
+    """Percentiles, spread and ratios to the first case, of cases of one batch size."""
+    first = [median(times) for times in running[0].rounds]
+    return [_summary(each, first, machine) for each in running]
+
+
+def _summary(running: Running, first: Sequence[float], machine: Machine) -> BenchResult:
+    case = running.case
+    calls = np.concatenate([np.asarray(times) for times in running.rounds]) / case.batch_size
+    p50, p90, p99 = (1e3 * float(value) for value in np.quantile(calls, [0.5, 0.9, 0.99]))
+    medians = [median(times) for times in running.rounds]
+    ratio, low, high = ratio_of([mine / other for mine, other in zip(medians, first, strict=True)])
+    peak = None if "cuda" in case.runtime or "tensorrt" in case.runtime else machine.peak_gflops.get(case.precision)
+    gflops = None if case.macs is None else 2e-9 * case.macs / (1e-3 * p50)
+    return BenchResult(
+        model=case.model,
+        runtime=case.runtime,
+        precision=case.precision,
+        img_size=case.img_size,
+        batch_size=case.batch_size,
+        threads=case.job["threads"],
+        rounds=len(running.rounds),
+        calls=len(calls),
+        latency_ms_p50=p50,
+        latency_ms_p90=p90,
+        latency_ms_p99=p99,
+        cpu_ms=1e3 * median(running.cpu) / case.batch_size,
+        ratio_to_first=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        load_ms=1e3 * running.load,
+        first_ms=1e3 * running.first,
+        peak_memory_mb=running.peak / 1e6,
+        gmacs=None if case.macs is None else case.macs / 1e9,
+        percent_of_peak=None if gflops is None or peak is None else 100 * gflops / peak,
+        top1=published_top1(case.model, case.img_size),
+    )
+
+
+def ratio_of(ratios: Sequence[float]) -> tuple[float | None, float, float]:
+    """The median of the rounds' ratios and its 95 % confidence interval; None for it if that is too wide to decide.
+
+    The interval is that of a quantile by order statistics: no assumption on how noise is distributed, one outlier among
+    many rounds is harmless, and few rounds decide nothing.
     """
-    cases = []
-    for name in models:
-        for runtime, spec, predict in _predictors(name, runtimes, threads, img_size, folder):
-            for batch_size in batch_sizes:
-                batch = spec.feed((255 * torch.rand(batch_size, *spec.shape)).to(torch.uint8))
-                cases.append(Case(Path(name).name, runtime, spec.img_size, batch_size, _bind(predict, batch)))
-    return cases
+    from scipy.stats import quantile_test
 
-
-def _bind(predict: Run, batch: torch.Tensor) -> Callable[[], object]:
-    return lambda: predict(batch)
-
-
-def _predictors(
-    name: str, runtimes: list[str], threads: int, img_size: int | None, folder: Path
-) -> list[tuple[str, Spec, Run]]:
-    if Path(name).suffix in OPENERS:
-        artefact = open_artefact(Path(name), threads)
-        return [(artefact.runtime, artefact.spec, artefact.run)]
-    model, spec = open_model(name, img_size=img_size)
-    deployed = deploy(model, spec.img_size)
-    found: list[tuple[str, Spec, Run]] = []
-    if "torch" in runtimes:
-        found.append(("torch", spec, torch_predict(deployed)))
-    if "onnxruntime" in runtimes:
-        path = folder / f"{name}.onnx"
-        write_onnx(deployed, path, spec, dynamic_batch=True)
-        found.append(("onnxruntime", spec, open_artefact(path, threads).run))
-    return found
-
-
-def run_rounds(cases: list[Case], rounds: int, progress: Callable[[int], None] = lambda _: None) -> list[list[float]]:
-    """Seconds a call of each case in each round: cases take turns, in reversed order every other round."""
-    for case in cases:
-        case.call()
-        case.call()
-    seconds: list[list[float]] = [[] for _ in cases]
-    for turn in range(rounds):
-        order = range(len(cases)) if turn % 2 == 0 else range(len(cases) - 1, -1, -1)
-        for index in order:
-            seconds[index].append(_time(cases[index].call))
-        progress(turn + 1)
-    return seconds
-
-
-def _time(call: Callable[[], object]) -> float:
-    """Median seconds of a call within one turn."""
-    times: list[float] = []
-    end = time.perf_counter() + MIN_TURN_S
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def summarize(cases: list[Case], seconds: list[list[float]], threads: int) -> list[BenchResult]:
-    """Medians, spread and ratios of `run_rounds`."""
-    device, found = device_name(), versions()
-    results = []
-    for case, times in zip(cases, seconds, strict=True):
-        first = next(i for i, other in enumerate(cases) if other.batch_size == case.batch_size)
-        per_image = torch.tensor(times, dtype=torch.float64) * 1e3 / case.batch_size
-        p10, p50, p90 = per_image.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-        results.append(
-            BenchResult(
-                model=case.model,
-                runtime=case.runtime,
-                img_size=case.img_size,
-                batch_size=case.batch_size,
-                threads=threads,
-                rounds=len(times),
-                latency_ms_p50=p50,
-                latency_ms_p10=p10,
-                latency_ms_p90=p90,
-                ratio_to_first=median(a / b for a, b in zip(times, seconds[first], strict=True)),
-                images_per_s=1e3 / p50,
-                device=device,
-                versions=found,
-            )
-        )
-    return results
+    middle = median(ratios)
+    if set(ratios) == {1.0}:
+        return 1.0, 1.0, 1.0  # the first case by itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interval = quantile_test(ratios, q=middle, p=0.5).confidence_interval()
+    low, high = float(interval.low), float(interval.high)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return None, min(ratios), max(ratios)
+    return (middle if high - low <= WIDEST * middle else None), low, high
 
 
 def bench(
-    models: list[str],
-    runtimes: list[str],
-    batch_sizes: list[int],
-    threads: int = 1,
-    img_size: int | None = None,
-    rounds: int = 11,
-    progress: Callable[[int], None] = lambda _: None,
-) -> list[BenchResult]:
-    """Times every model in every runtime at every batch size; see `build_cases` and `run_rounds`.
+    models: Sequence[str],
+    runtimes: Sequence[str],
+    batch_sizes: Sequence[int],
+    settings: Settings,
+    rounds: int,
+    against: Sequence[Path] = (),
+    progress: Progress = lambda _: None,
+) -> tuple[Machine, list[BenchResult]]:
+    """Times every model in every runtime at every batch size.
+
+    Args:
+        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
+        runtimes: of `RUNTIMES`.
+        against: files of anyone's; they come first, so that ratios are to the first of them, and run with their
+            runtime's defaults.
+        progress: is told what happens.
 
     Raises:
-        InputError: as `build_cases`, an unknown runtime, or an option out of range.
+        InputError: an unknown model or runtime, one that does not run here, a file that cannot be read, or an option
+            out of range.
     """
-    if unknown := set(runtimes) - set(RUNTIMES):
-        raise InputError(f"unknown runtime {unknown.pop()!r}; choose from {', '.join(RUNTIMES)}")
-    if not models or not runtimes or not batch_sizes:
+    check_runtimes(runtimes)
+    if not models or not batch_sizes or not (runtimes or all(Path(name).suffix in FILES for name in models)):
         raise InputError("nothing to time; give at least one model, one runtime and one batch size")
-    for option, value in (("--threads", threads), ("--batch-sizes", min(batch_sizes)), ("--rounds", rounds)):
+    for option, value in (("--threads", settings.threads), ("--batch-sizes", min(batch_sizes)), ("--rounds", rounds)):
         if value < 1:
             raise InputError(f"{option} {value} must be 1 or more")
-    previous = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            torch.set_num_threads(threads)
-            cases = build_cases(models, runtimes, batch_sizes, threads, img_size, Path(folder))
-            return summarize(cases, run_rounds(cases, rounds, progress), threads)
-        finally:
-            torch.set_num_threads(previous)
+    cores = choose_cores(settings.threads)
+    with tempfile.TemporaryDirectory() as folder, pinned(cores, settings.threads):
+        subjects = {name: Subject(name, settings, Path(folder)) for name in models if Path(name).suffix not in FILES}
+        for subject in subjects.values():
+            _ = subject.opened  # an unknown name before anything is measured
+        plan = []
+        for batch_size in sorted(set(batch_sizes)):
+            cases = [case_of_file(path, batch_size, settings, cores, tuned=False) for path in against]
+            for name in models:
+                if name not in subjects:
+                    cases.append(case_of_file(Path(name), batch_size, settings, cores, tuned=True))
+                    continue
+                for runtime in runtimes:
+                    progress(f"preparing {name} for {runtime}")
+                    cases.append(case_of_model(subjects[name], runtime, batch_size, cores))
+            plan.append(cases)
+        progress("measuring the machine")
+        machine = measure_machine()
+        results = []
+        for cases in plan:
+            results += summarize(run_rounds(cases, rounds, progress), machine)
+    return machine, results
 
 
-def write_results(results: list[BenchResult], path: Path) -> None:
-    """Writes the records as a JSON list, whole or not at all."""
-    with write_whole(path) as partial:
-        partial.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+@contextmanager
+def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
+    """This process on these cores alone, as far as the operating system lets it, with as many threads of PyTorch.
 
-
-def device_name() -> str:
-    """The processor's name and the number of its cores that this process may use."""
-    import os
-
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    The workers pin themselves.
+    """
+    threads_before = torch.get_num_threads()
+    cores_before = os.sched_getaffinity(0) if cores else set()
+    torch.set_num_threads(threads)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        if cores:
+            os.sched_setaffinity(0, cores_before)

@@ -1,6 +1,8 @@
 """The commands info, eval, export, verify, bench and demo; see shvit/cli.py for how they are called."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,7 +29,7 @@ MOST_CLASSES_PRINTED = 50
 
 @dataclass(frozen=True)
 class Info:
-    """MACs, parameters, activation bytes and tokens of a model, per stage and kind of layer."""
+    """What a model costs, per stage, kind of layer and operator; for a SHViT also beside the designs it replaces."""
 
     model: tyro.conf.Positional[str]
     """A name that timm knows."""
@@ -35,32 +37,12 @@ class Info:
     """Input height and width in pixels; the model's own by default."""
 
     def run(self) -> dict[str, Any]:
-        from .info import describe_layers
+        from .info import describe, tables
 
-        model, spec = open_model(self.model, None, self.img_size)
-        rows = describe_layers(model, spec)
-        params = sum(p.numel() for p in model.parameters())
-        table = Table(
-            "stage", "layer", *(_right(name) for name in ("n", "MMACs", "params", "activations kB", "tokens"))
-        )
-        for row in rows:
-            figures = (
-                f"{row.macs / 1e6:.1f}",
-                f"{row.params:,}",
-                f"{row.activation_bytes / 1e3:,.0f}",
-                f"{row.tokens}",
-            )
-            table.add_row(row.stage, row.kind, str(row.layers), *figures)
-        console.print(table)
-        macs = sum(row.macs for row in rows)
-        console.print(f"{self.model} at {spec.img_size} px: {macs / 1e9:.3f} GMACs, {params:,} parameters")
-        return {
-            "model": self.model,
-            "img_size": spec.img_size,
-            "macs": macs,
-            "params": params,
-            "layers": [asdict(row) for row in rows],
-        }
+        description = describe(*open_model(self.model, None, self.img_size))
+        for shown in tables(description):
+            console.print(shown)
+        return asdict(description)
 
 
 def _right(name: str) -> Any:
@@ -386,52 +368,161 @@ def show(certificate: Certificate) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Latency of models and runtimes, interleaved round by round in one process; random weights."""
+    """Latency of models and runtimes, which take turns on pinned cores, and what the machine can do at best.
+
+    Runtimes: torch, torch-channels-last, torch-bf16, torch-compiled, torch-compiled-bf16; onnxruntime,
+    onnxruntime-int8; openvino, openvino-bf16, openvino-int8; coreml (on a Mac); cuda, cuda-bf16, onnxruntime-cuda,
+    onnxruntime-tensorrt; and reference, which is how others export: timm's model, its norms folded, opset 11.
+    """
 
     models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
-    """Names that timm knows, or files of `shvit export`."""
+    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format."""
     runtimes: list[str] = field(default_factory=lambda: ["torch", "onnxruntime"])
-    """torch (eager, deployed), onnxruntime."""
+    """Of the models that are given by name; see above."""
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     """Images at a time."""
     threads: int = 1
-    """CPU threads of each runtime."""
+    """CPU threads of each runtime, each on a core of its own."""
     img_size: int | None = None
     """Input height and width in pixels; each model's own by default."""
-    rounds: int = 11
-    """How often each case takes its turn."""
+    checkpoint: Path | None = None
+    """Weights of the models; random ones by default, which are as fast."""
+    against: list[Path] = field(default_factory=list)
+    """Files of anyone's (.onnx, .xml, .mlpackage) that all others are compared with, run with their runtime's
+    defaults."""
+    rounds: int = 15
+    """How often each case takes its turn; more of them decide what noise hides."""
+    profile: bool = False
+    """Also tell which kinds of layers take the time, from each runtime's own profiler."""
+    sweep: bool = False
+    """Also time 128 to 1024 pixels and batches of 1 to 64 (minutes for each model and runtime)."""
+    compute_units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] = "ALL"
+    """Of Core ML."""
     output: Path | None = None
-    """A folder for bench.json and bench.png."""
+    """A folder for bench.json, pictures, and report.html, a page to choose a model with."""
 
     def run(self) -> dict[str, Any]:
-        from rich.progress import Progress
+        from .bench import bench
+        from .cases import Settings
+        from .records import Measurements, write_measurements
 
-        from .bench import bench, write_results
-
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("rounds", total=self.rounds)
-            results = bench(
-                self.models,
-                self.runtimes,
-                self.batch_sizes,
-                self.threads,
-                self.img_size,
-                self.rounds,
-                lambda done: progress.update(task, completed=done),
+        settings = Settings(self.threads, self.checkpoint, self.img_size, self.compute_units)
+        with _status("bench") as progress:
+            machine, results = bench(
+                self.models, self.runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
             )
-        table = Table("model", "runtime", *(_right(name) for name in ("px", "batch", "ms/image", "p10–p90", "ratio")))
-        for result in results:
-            spread = f"{result.latency_ms_p10:.2f}–{result.latency_ms_p90:.2f}"
-            where = (str(result.img_size), str(result.batch_size), f"{result.latency_ms_p50:.2f}")
-            table.add_row(result.model, result.runtime, *where, spread, f"{result.ratio_to_first:.2f}")
-        console.print(table)
-        console.print(f"{results[0].device}, {self.threads} thread(s), median of {self.rounds} interleaved rounds")
+            show_results(results)
+            measured = Measurements(
+                machine,
+                tuple(results),
+                tuple(self._layers(settings, progress) if self.profile else ()),
+                tuple(self._scaling(settings, progress) if self.sweep else ()),
+            )
+        show_machine(machine)
         if self.output is not None:
-            from .report import plot_latency
+            from .explorer import write_explorer
+            from .pictures import draw
 
-            write_results(results, self.output / "bench.json")
-            plot_latency(results, self.output / "bench.png")
-        return {"results": [asdict(result) for result in results]}
+            write_measurements(measured, self.output / "bench.json")
+            write_explorer(self.output / "report.html", measured)
+            written = [self.output / "bench.json", self.output / "report.html", *draw(measured, self.output)]
+            console.print("wrote " + ", ".join(map(str, written)))
+        return asdict(measured)
+
+    def _layers(self, settings: Any, progress: Any) -> Iterator[Any]:
+        import tempfile
+
+        from .bench import pinned
+        from .cases import FILES, Subject, choose_cores
+        from .layer_times import has_profiler, measure_layers
+
+        with tempfile.TemporaryDirectory() as folder, pinned(choose_cores(settings.threads), settings.threads):
+            for name in self.models:
+                if Path(name).suffix in FILES:
+                    continue
+                subject = Subject(name, settings, Path(folder))
+                for runtime in filter(has_profiler, self.runtimes):
+                    for batch_size in self.batch_sizes:
+                        progress(f"profiling {name} in {runtime}")
+                        rows = measure_layers(subject, runtime, batch_size)
+                        show_layers(rows)
+                        yield from rows
+
+    def _scaling(self, settings: Any, progress: Any) -> Iterator[Any]:
+        import tempfile
+
+        from .cases import FILES
+        from .scaling import sweep
+
+        for name in self.models:
+            for runtime in self.runtimes if Path(name).suffix not in FILES else ():
+                with tempfile.TemporaryDirectory() as folder:
+                    rows = sweep(name, runtime, settings, Path(folder), progress)
+                show_scaling(rows)
+                yield from rows
+
+
+@contextmanager
+def _status(what: str) -> Iterator[Callable[[str], None]]:
+    """A line that says what is under way, on a terminal alone."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(what) as status:
+        yield status.update
+
+
+def show_results(results: Sequence[Any]) -> None:
+    """Prints latencies for people, and what noise left undecided."""
+    heads = ("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak")
+    table = Table("model", "runtime", *(_right(name) for name in heads))
+    costs = Table(
+        "model", "runtime", *(_right(name) for name in ("batch", "CPU ms/image", "load ms", "first ms", "MB"))
+    )
+    for each in results:
+        table.add_row(
+            each.model,
+            each.runtime,
+            str(each.img_size),
+            str(each.batch_size),
+            *(f"{value:.2f}" for value in (each.latency_ms_p50, each.latency_ms_p90, each.latency_ms_p99)),
+            "too noisy" if each.ratio_to_first is None else f"{each.ratio_to_first:.2f}",
+            f"{each.ratio_low:.2f}–{each.ratio_high:.2f}",
+            "" if each.percent_of_peak is None else f"{each.percent_of_peak:.0f}",
+        )
+        once = (f"{value:.0f}" for value in (each.load_ms, each.first_ms, each.peak_memory_mb))
+        costs.add_row(each.model, each.runtime, str(each.batch_size), f"{each.cpu_ms:.2f}", *once)
+    console.print(table)
+    console.print(costs)
+    if any(each.ratio_to_first is None for each in results):
+        console.print("too noisy: the interval is wider than 10 % of its ratio; try more --rounds or a quieter machine")
+
+
+def show_machine(machine: Any) -> None:
+    """Prints what the machine is and reaches."""
+    peaks = ", ".join(f"{name} {peak:,.0f}" for name, peak in machine.peak_gflops.items())
+    console.print(
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} thread(s); peak GFLOP/s: {peaks}; reads "
+        f"{machine.bandwidth_gb_per_s:.0f} GB/s; {', '.join(machine.instructions)}; frequency: {machine.frequency}"
+    )
+
+
+def show_layers(rows: Sequence[Any]) -> None:
+    """Prints where one model's time goes."""
+    table = Table(f"{rows[0].model}, {rows[0].runtime}, batch {rows[0].batch_size}", _right("ms/image"), _right("%"))
+    for row in rows:
+        table.add_row(row.kind, f"{row.ms:.3f}", f"{row.percent:.1f}")
+    console.print(table)
+
+
+def show_scaling(rows: Sequence[Any]) -> None:
+    """Prints how time and memory grow."""
+    for row in rows:
+        console.print(
+            f"{row.model} in {row.runtime} over {row.over} {row.values[0]} to {row.values[-1]}: time of an image "
+            f"{row.latency_ms[0]:.2f} to {row.latency_ms[-1]:.2f} ms, exponent {row.exponent:.2f}; memory "
+            f"{row.peak_memory_mb[0]:.0f} to {row.peak_memory_mb[-1]:.0f} MB, exponent {row.memory_exponent:.2f}"
+        )
 
 
 @dataclass(frozen=True)

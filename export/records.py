@@ -62,8 +62,8 @@ class BenchResult:
     """The first call of all, of a whole batch."""
     peak_memory_mb: float
     """Of the process, with everything that the runtime loads."""
-    gmacs: float
-    """Multiply-adds for one image, in units of 10⁹."""
+    gmacs: float | None
+    """Multiply-adds for one image, in units of 10⁹; None for a file, whose model is not at hand."""
     percent_of_peak: float | None
     """Of the machine's measured peak in this precision; None where that was not measured."""
     top1: float | None
@@ -78,7 +78,7 @@ class LayerTime:
     runtime: str
     batch_size: int
     kind: str
-    """1×1 convolution, 3×3 convolution, depthwise convolution, attention, …"""
+    """1×1 convolution, k×k convolution, depthwise convolution, attention, …"""
     ms: float
     """Of one image."""
     percent: float

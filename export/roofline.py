@@ -1,0 +1,121 @@
+"""What this machine can do at best: arithmetic per precision, and reading memory, measured by short loops."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .records import Machine
+
+SECONDS = 0.4  # that each loop runs
+SIDES = (512, 1024)  # of the matrices; the best counts
+READ_MB = 512  # more than a core's share of any cache
+X86 = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+ARM = ("asimd", "sve", "bf16", "i8mm")
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "coremltools")
+
+
+def measure_machine() -> Machine:
+    """The machine as a run of `shvit bench` finds it, on the threads and cores that this process is set to; seconds."""
+    return Machine(
+        processor=processor_name(),
+        cores=os.cpu_count() or 1,
+        instructions=instruction_sets(),
+        frequency=frequency_policy(),
+        threads=torch.get_num_threads(),
+        peak_gflops=measure_peaks(),
+        bandwidth_gb_per_s=measure_bandwidth(),
+        versions=package_versions(),
+    )
+
+
+def measure_peaks() -> dict[str, float]:
+    """GFLOP/s of square matrix products in PyTorch and, in float32, ONNX Runtime: two for each multiply-add."""
+    peaks: dict[str, float] = {}
+    for side in SIDES:
+        whole = torch.rand(side, side)
+        half, byte = whole.bfloat16(), (100 * whole).to(torch.int8)
+        loops: list[tuple[str, Callable[[], object]]] = [
+            ("fp32", partial(torch.mm, whole, whole)),
+            ("fp32", _onnx_product(whole)),
+            ("bf16", partial(torch.mm, half, half)),
+            ("int8", partial(torch._int_mm, byte, byte)),
+        ]
+        for precision, call in loops:
+            peaks[precision] = max(peaks.get(precision, 0), 2 * side**3 / _fastest(call) / 1e9)
+    return {precision: round(peak, 1) for precision, peak in peaks.items()}
+
+
+def _onnx_product(a: torch.Tensor) -> Callable[[], object]:
+    """The same product in ONNX Runtime, one factor of which is a weight."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from .runtimes import onnx_session
+
+    side = a.shape[0]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (side, side)) for name in ("x", "y")]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [numpy_helper.from_array(a.numpy(), "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnx_session(model.SerializeToString(), torch.get_num_threads())
+    return lambda: session.run(None, {"x": a.numpy()})
+
+
+def measure_bandwidth() -> float:
+    """GB/s of reading: a matrix that no cache holds, times a vector."""
+    matrix = torch.ones(READ_MB * 2**18 // 8192, 8192)
+    vector = torch.ones(8192)
+    return round(matrix.nbytes / _fastest(lambda: matrix @ vector) / 1e9, 1)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    call()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def processor_name() -> str:
+    """As the operating system calls it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those for arithmetic that the processor says it has; what PyTorch makes use of where it does not say."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    return tuple(name for name in X86 + ARM if name in flags) or (torch.backends.cpu.get_cpu_capability().lower(),)
+
+
+def frequency_policy() -> str:
+    """Linux's governor, and a GPU's clock and power limit where there is one."""
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    said = f"governor {governor.read_text().strip()}" if governor.exists() else "not told by the operating system"
+    return f"{said}; {_gpu()}" if torch.cuda.is_available() else said
+
+
+def _gpu() -> str:
+    name = torch.cuda.get_device_name()
+    try:
+        return f"{name} at {torch.cuda.clock_rate()} MHz, {torch.cuda.power_draw() / 1e3:.0f} W"
+    except Exception:  # NVML's own errors, or its package is not there
+        return name
+
+
+def _cpuinfo(key: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and of what runs models here."""
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}
