@@ -17,7 +17,7 @@ from shvit.train.data import eval_loader, open_dataset
 from shvit.train.evaluate import Evaluation, evaluate
 
 from . import report
-from .bench import BenchResult
+from .records import measurements_from
 from .runtimes import Predict, open_artefact, torch_predict
 
 MODEL = "shvit_s1"
@@ -67,7 +67,8 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     model = torch_predict(_model(trained))
     accuracy = _evaluate(output / "model.onnx", model, data)
     console.print(f"held-out photographs: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
-    timed = step("time", "bench", "--models", *TIMED, output / "model.onnx", "--rounds", 7, "--output", output)
+    models = [*TIMED, output / "model.onnx"]
+    timed = step("time", "bench", "--models", *models, "--rounds", 9, "--output", output / "bench")
     _write_report(output, data, trained, onnx, coreml, accuracy, timed)
     console.rule()
     console.print(f"open {output / 'report.html'}")
@@ -140,7 +141,7 @@ def _write_report(
     timed: dict[str, Any],
 ) -> None:
     """report.html from what the steps returned."""
-    results = [BenchResult(**result) for result in timed["results"]]
+    measured = measurements_from(timed)
     certificate, package = onnx["certificate"], coreml["certificate"]
     source = str(data) if data else "ELPV: electroluminescence photographs of solar cells (CC BY-NC-SA 4.0)"
     figures = (
@@ -176,9 +177,10 @@ def _write_report(
         ),
         report.Section(
             "Latency",
-            f"{results[0].device}; {results[0].threads} thread, median of {results[0].rounds} interleaved rounds, bars "
-            "to the 10th and 90th percentile. S1–S4 have random weights; model.onnx is the model trained above.",
-            report.picture(output / "bench.png", "latency of each model and runtime"),
+            f"{measured.machine.processor}, {measured.machine.threads} thread, {measured.results[0].rounds} "
+            "interleaved rounds: median and the 90th percentile. S1–S4 have random weights, model.onnx "
+            "those trained above. bench/report.html has more, and lets you choose a model by its latency.",
+            report.picture(output / "bench" / "bench.png", "latency of each model and runtime"),
         ),
     ]
     made_with = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())

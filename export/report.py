@@ -1,4 +1,4 @@
-"""Pictures of measurements, and one page that shows them."""
+"""One page of sections, with pictures, tables and photographs."""
 
 import base64
 import io
@@ -11,40 +11,7 @@ from PIL import Image
 
 from shvit.files import write_whole
 
-from .bench import BenchResult
-
 INK, ACCENT, MUTED = "#1c2733", "#c2410c", "#2f6690"
-
-
-def plot_latency(results: Sequence[BenchResult], path: Path) -> None:
-    """A bar for each case with its 10th–90th percentile, one panel for each batch size; PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sizes = sorted({result.batch_size for result in results})
-    tallest = max(sum(result.batch_size == size for result in results) for size in sizes)
-    figure, axes = plt.subplots(
-        1, len(sizes), figsize=(6.4 * len(sizes), 1.2 + 0.34 * tallest), squeeze=False, layout="constrained"
-    )
-    for axis, size in zip(axes[0], sizes, strict=True):
-        shown = [result for result in results if result.batch_size == size][::-1]
-        middle = [result.latency_ms_p50 for result in shown]
-        below = [result.latency_ms_p50 - result.latency_ms_p10 for result in shown]
-        above = [result.latency_ms_p90 - result.latency_ms_p50 for result in shown]
-        colours = [MUTED if result.runtime == "torch" else ACCENT for result in shown]
-        labels = [f"{result.model} @{result.img_size}  {result.runtime}" for result in shown]
-        axis.barh(labels, middle, xerr=(below, above), color=colours, ecolor=INK, capsize=2)
-        for y, value in enumerate(middle):
-            axis.annotate(f" {value:.1f}", (above[y] + value, y), va="center", fontsize=8, color=INK)
-        axis.set_xlabel(f"ms per image, batch {size}, {shown[0].threads} thread")
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    with write_whole(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""One page in which measurements can be explored: accuracy against latency, growth, layers, every number."""
+
+import base64
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from shvit.files import write_whole
+
+from .records import Measurements
+
+WEB = Path(__file__).with_name("web")
+
+
+def write_explorer(path: Path, measurements: Measurements) -> None:
+    """Writes the page, one HTML file that needs nothing else and may reach no network; whole or not at all."""
+    style, script = explorer_style(), explorer_script()
+    page = Template(_read("explorer.html")).substitute(
+        policy=policy(style, script), style=style, script=script, explorer=explorer_body(measurements)
+    )
+    with write_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def explorer_body(measurements: Measurements) -> str:
+    """The explorer's place in a page, and its data; `explorer_script`, after it, fills it."""
+    data = json.dumps(_finite(asdict(measurements)), allow_nan=False).replace("<", "\\u003c")  # no name ends the block
+    return (
+        '<main class="explorer" id="shvit-explorer"><noscript>This page needs JavaScript.</noscript></main>\n'
+        f'<script type="application/json" id="shvit-measurements">{data}</script>'
+    )
+
+
+def explorer_style() -> str:
+    """The explorer's CSS."""
+    return _read("explorer.css")
+
+
+def explorer_script() -> str:
+    """The explorer's JavaScript."""
+    return _read("explorer.js")
+
+
+def policy(style: str, script: str) -> str:
+    """A Content-Security-Policy: this style, this script, images that are in the page, and no network."""
+    return (
+        f"default-src 'none'; style-src '{_source(style)}'; script-src '{_source(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _source(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _read(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """With None for what is not a number: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,408 @@
+"""Pictures of measurements, as PNG files.
+
+The first eight colours are those that Okabe and Ito chose for the colour-blind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shvit.files import write_whole
+
+from .records import BenchResult, LayerTime, Measurements, Scaling
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT = "#1c2733", "#6b7785", "#d7dde3"
+OURS = "#c2410c"
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5b6875", "#000000", "#b3b3b3",
+           "#8c510a", "#7fcdbb")  # fmt: skip
+MARKERS = "osD^vP*X"
+PLACES = (
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 8, "center", "bottom"),
+    (0, -8, "center", "top"),
+    (6, 8, "left", "bottom"),
+    (6, -8, "left", "top"),
+    (-6, 8, "right", "bottom"),
+    (-6, -8, "right", "top"),
+)
+"""Of a name beside its point: points right and up, and how the name is aligned there."""
+NOISY = "too noisy, or too few rounds, to compare"
+LONGEST = 48
+"""Characters of a name."""
+MOST_CASES = 60
+"""Bars in one panel of bench.png; further cases are in bench.json."""
+
+
+def draw(measurements: Measurements, folder: Path) -> list[Path]:
+    """Writes those of pareto, bench, batch, resolution and layers.png for which there are data; returns their paths."""
+    written = []
+    for name, make in FIGURES.items():
+        figure = make(measurements)
+        if figure is not None:
+            with write_whole(folder / name) as partial:
+                figure.savefig(partial, dpi=144, format="png")
+            written.append(folder / name)
+    return written
+
+
+def front(results: Sequence[BenchResult]) -> list[BenchResult]:
+    """Those than which nothing is both at least as fast and more accurate, or as accurate and faster; fastest first."""
+    found: list[BenchResult] = []
+    rated = [(result.latency_ms_p50, -result.top1, result) for result in results if result.top1 is not None]
+    for _, _, result in sorted(rated, key=lambda each: each[:2]):
+        if not found or (result.top1 or 0) > (found[-1].top1 or 0):
+            found.append(result)
+    return found
+
+
+def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
+    """The fastest runtime and precision of each model at each size and batch size."""
+    found: dict[tuple[str, int, int], BenchResult] = {}
+    for result in results:
+        key = (result.model, result.img_size, result.batch_size)
+        if key not in found or result.latency_ms_p50 < found[key].latency_ms_p50:
+            found[key] = result
+    return list(found.values())
+
+
+def form(result: BenchResult) -> str:
+    """What a model runs in, with the precision where the runtime's name does not tell."""
+    told = result.runtime.endswith(result.precision)
+    return result.runtime if told else f"{result.runtime} {result.precision}"
+
+
+def pareto(measurements: Measurements) -> Figure | None:
+    """Published accuracy against latency, a panel for each batch size: every form of a model lies on one line."""
+    rated = [result for result in measurements.results if result.top1 is not None]
+    if not rated:
+        return None
+    sizes = _unique(result.batch_size for result in rated)
+    markers = dict(zip(_unique(map(form, rated)), MARKERS * 9, strict=False))
+    figure, axes = _panels(1, len(sizes), 7.4, 6.2)
+    for axis, size in zip(axes, sizes, strict=True):
+        shown = [result for result in rated if result.batch_size == size]
+        best = best_forms(shown)
+        axis.set_xscale("log")
+        line = front(best)
+        axis.step(
+            [result.latency_ms_p50 for result in line],
+            [result.top1 or 0 for result in line],
+            where="post", color=INK, linewidth=1.2, alpha=0.55, gid="front", zorder=1,
+        )  # fmt: skip
+        for result in shown:
+            _point(axis, result, markers[form(result)], result in best)
+        for result in best:
+            forms = [each.latency_ms_p50 for each in shown if _model(each) == _model(result)]
+            axis.hlines(
+                result.top1 or 0, min(forms), max(forms), color=_colour(result), alpha=0.25, linewidth=1, zorder=0
+            )
+        axis.margins(0.09, 0.07)
+        _ticks(axis.xaxis)
+        axis.set_xlabel(f"ms per image (median, log), batch {size}, {_threads(shown)}")
+        axis.set_ylabel("published ImageNet top-1, % (of the float32 weights)")
+    handles = [_handle(marker=mark, color=MUTED, label=name, linestyle="") for name, mark in markers.items()]
+    handles.append(_handle(color=INK, alpha=0.55, label="nothing is faster and more accurate"))
+    if any(result.ratio_to_first is None for result in rated):
+        handles.append(
+            _handle(marker="o", color=MUTED, markerfacecolor="white", label="hollow: " + NOISY, linestyle="")
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    for axis, size in zip(axes, sizes, strict=True):
+        _label(figure, axis, [result for result in rated if result.batch_size == size])
+    return figure
+
+
+def bench(measurements: Measurements) -> Figure | None:
+    """A bar for each case, to the median, and a whisker to the 90th percentile; a panel for each batch size."""
+    if not measurements.results:
+        return None
+    sizes = _unique(result.batch_size for result in measurements.results)
+    cases = {n: [result for result in measurements.results if result.batch_size == n][:MOST_CASES] for n in sizes}
+    colours = dict(zip(_unique(map(form, measurements.results)), COLOURS * 9, strict=False))
+    rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
+    figure, axes = _panels(1, len(sizes), 6.8, 1.3 + 0.19 * rows)
+    for axis, size in zip(axes, sizes, strict=True):
+        shown, y, ticks = cases[size], 0.0, []
+        widest = max(result.latency_ms_p90 for result in shown)
+        for model in _unique(map(_model, shown)):
+            forms = [result for result in shown if _model(result) == model]
+            ticks.append((y + (len(forms) - 1) / 2, _name(forms[0], shown)))
+            for result in forms:
+                _bar(axis, y, result, colours[form(result)], widest)
+                y += 1
+            y += 0.8
+        axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+        for tick, (_, name) in zip(axis.get_yticklabels(), ticks, strict=True):
+            tick.set(
+                color=OURS if name.startswith("shvit") else INK, fontweight="bold" if name.startswith("shvit") else 400
+            )
+        axis.set_ylim(y - 0.9, -0.9)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlim(0, widest * 1.18)
+        axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}")
+    handles = [_handle(marker="s", color=colour, label=name, linestyle="") for name, colour in colours.items()]
+    if any(result.ratio_to_first is None for result in measurements.results):
+        handles.append(_patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    return figure
+
+
+def batch(measurements: Measurements) -> Figure | None:
+    """Time and memory against the batch size."""
+    return _scaling([each for each in measurements.scaling if each.over == "batch_size"], "images in a batch", "batch")
+
+
+def resolution(measurements: Measurements) -> Figure | None:
+    """Time and memory against the number of pixels."""
+    return _scaling(
+        [each for each in measurements.scaling if each.over == "pixels"], "pixels (height × width)", "pixels"
+    )
+
+
+def layers(measurements: Measurements) -> Figure | None:
+    """Where the time goes: a bar for each model, runtime and batch size, a colour for each kind of layer."""
+    bars: dict[tuple[str, str, int], list[LayerTime]] = {}
+    for each in measurements.layers:
+        bars.setdefault((each.model, each.runtime, each.batch_size), []).append(each)
+    if not bars:
+        return None
+    total: dict[str, float] = {}
+    for each in measurements.layers:
+        total[each.kind] = total.get(each.kind, 0) + each.percent
+    kinds = sorted(total, key=lambda kind: -total[kind])
+    figure, (axis,) = _panels(1, 1, 10.5, 1.6 + 0.42 * len(bars))
+    widest = max(sum(each.ms for each in parts) for parts in bars.values())
+    for y, parts in enumerate(bars.values()):
+        left = 0.0
+        for each in sorted(parts, key=lambda part: kinds.index(part.kind)):
+            colour = COLOURS[kinds.index(each.kind) % len(COLOURS)]
+            axis.barh(y, each.ms, left=left, color=colour, edgecolor="white", linewidth=0.8, label=each.kind)
+            if each.ms > 0.045 * widest:
+                axis.text(left + each.ms / 2, y, f"{each.percent:.0f} %", ha="center", va="center", fontsize=8,
+                          color=_on(colour))  # fmt: skip
+            left += each.ms
+        axis.text(left + 0.008 * widest, y, f"{left:.3g} ms", va="center", fontsize=9, color=INK)
+    axis.set_yticks(range(len(bars)), [f"{_plain(model)}, {runtime}, batch {size}" for model, runtime, size in bars])
+    axis.grid(visible=False, axis="y")
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    axis.set_xlim(0, widest * 1.09)
+    axis.set_xlabel("ms per image, by kind of layer, from the runtime's own profiler")
+    handles = [
+        _handle(marker="s", color=COLOURS[i % len(COLOURS)], label=kind, linestyle="") for i, kind in enumerate(kinds)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(kinds)), frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Measurements], Any]] = {
+    "pareto.png": pareto,
+    "bench.png": bench,
+    "batch.png": batch,
+    "resolution.png": resolution,
+    "layers.png": layers,
+}
+
+
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure that needs no display, and its panels; each `width` by `height` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(MUTED)
+        axis.grid(color=FAINT, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, labelsize=9)
+    return figure, axes
+
+
+def _handle(**look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **look)
+
+
+def _patch(**look: Any) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(**look)
+
+
+def _ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, …"""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _point(axis: Axes, result: BenchResult, marker: str, best: bool) -> None:
+    """Full and dark where it is its model's best form; hollow where too noisy to be compared."""
+    colour, noisy = _colour(result), result.ratio_to_first is None
+    axis.plot(
+        result.latency_ms_p50, result.top1 or 0, marker, color=colour, markersize=8 if best else 5,
+        alpha=1 if best else 0.4, markerfacecolor="white" if noisy else colour, zorder=3 if best else 2,
+    )  # fmt: skip
+
+
+def _bar(axis: Axes, y: float, result: BenchResult, colour: str, widest: float) -> None:
+    noisy = result.ratio_to_first is None
+    above = max(0.0, result.latency_ms_p90 - result.latency_ms_p50)
+    axis.barh(
+        y, result.latency_ms_p50, xerr=[[0], [above]], height=0.86, color=colour, ecolor=INK, capsize=1.5,
+        alpha=0.45 if noisy else 1, hatch="////" if noisy else None, error_kw={"linewidth": 0.9}, edgecolor="white",
+        linewidth=0,
+    )  # fmt: skip
+    text = f"{result.latency_ms_p50:.3g}" + (", noisy" if noisy else "")
+    axis.text(result.latency_ms_p50 + above + 0.01 * widest, y, text, va="center", fontsize=7.5, color=INK)
+
+
+def _scaling(sweeps: list[Scaling], quantity: str, short: str) -> Figure | None:
+    """Two panels, time and memory, on logarithmic axes; a line's slope is its exponent."""
+    if not sweeps:
+        return None
+    figure, axes = _panels(1, 2, 7.2, 4.8)
+    runtimes = _unique(each.runtime for each in sweeps)
+    models = _unique(each.model for each in sweeps)
+    for axis, unit in zip(axes, ("ms per image", "peak memory of the process, MB"), strict=True):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        ends: list[tuple[float, float, str, str]] = []
+        for each in sweeps:
+            time = unit.startswith("ms")
+            values = each.latency_ms if time else each.peak_memory_mb
+            exponent = each.exponent if time else each.memory_exponent
+            colour = COLOURS[models.index(each.model) % len(COLOURS)]
+            label = f"{_plain(each.model)} {each.runtime}: {short}$^{{{exponent:.2f}}}$"
+            look = ("-", "--", ":", "-.")[runtimes.index(each.runtime) % 4]
+            points = [point for point in zip(each.values, values, strict=True) if point[1] > 0]  # log has no 0
+            axis.plot(*zip(*points, strict=True), look, marker="o", markersize=4, color=colour, label=label)
+            ends.append((*points[-1], label, colour))
+        ticks = sorted({value for each in sweeps for value in each.values})
+        if short == "batch":
+            axis.set_xticks(ticks, [str(value) for value in ticks])
+        else:
+            axis.set_xticks(ticks, [_square(value) for value in ticks], rotation=30, ha="right")
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel(f"{quantity}, log")
+        axis.set_ylabel(f"{unit}, log")
+        _ticks(axis.yaxis)
+        _name_ends(axis, ends)
+    return figure
+
+
+def _square(pixels: int) -> str:
+    side = round(pixels**0.5)
+    return f"{side}²" if side * side == pixels else f"{pixels:,}"
+
+
+def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Each line's name right of its last point, moved apart where two would touch."""
+    from math import log
+
+    low, high = axis.get_ylim()
+    step = 0.055 * log(high / low)
+    at = float("-inf")
+    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
+        at = max(log(y / low), at + step)
+        axis.annotate(
+            label, (x, y), xytext=(1.02, at / log(high / low)), textcoords="axes fraction", fontsize=8.5, color=colour,
+            va="center", arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "linewidth": 0.7},
+        )  # fmt: skip
+
+
+def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
+    """Names beside the points, ours first; where a name would lie on another it tries the next place."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    taken = [_box(axis, result) for result in shown]
+    best = best_forms(shown)
+    on_front = front(best)
+    taken += _steps(axis, on_front)
+    for result in sorted(best, key=lambda each: (not _ours(each), each not in on_front)):
+        for x, y, across, along in PLACES:
+            text = axis.annotate(
+                _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(x, y), ha=across, va=along,
+                textcoords="offset points", fontsize=10 if _ours(result) else 8.5, color=_colour(result, text=True),
+                fontweight="bold" if _ours(result) else "normal",
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            inside = axis.get_window_extent(renderer)
+            if box.x0 > inside.x0 and box.x1 < inside.x1 and box.count_overlaps(taken) == 0:
+                break
+            text.remove()
+        else:
+            text = axis.annotate(
+                _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(7, 0), va="center",
+                textcoords="offset points", fontsize=8, color=_colour(result, text=True),
+            )  # fmt: skip
+        taken.append(text.get_window_extent(renderer))
+
+
+def _box(axis: Axes, result: BenchResult) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = axis.transData.transform((result.latency_ms_p50, result.top1 or 0))
+    return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+
+
+def _steps(axis: Axes, on_front: list[BenchResult]) -> list[Any]:
+    """Where the front's line runs."""
+    from matplotlib.transforms import Bbox
+
+    at = [axis.transData.transform((result.latency_ms_p50, result.top1 or 0)) for result in on_front]
+    across = [Bbox.from_extents(a[0], a[1] - 1, b[0], a[1] + 1) for a, b in pairwise(at)]
+    return across + [Bbox.from_extents(b[0] - 1, a[1], b[0] + 1, b[1]) for a, b in pairwise(at)]
+
+
+def _ours(result: BenchResult) -> bool:
+    return result.model.startswith("shvit")
+
+
+def _colour(result: BenchResult, text: bool = False) -> str:
+    return OURS if _ours(result) else INK if text else MUTED
+
+
+def _on(colour: str) -> str:
+    """Black or white, whichever is read more easily on a colour."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
+
+
+def _model(result: BenchResult) -> tuple[str, int]:
+    return result.model, result.img_size
+
+
+def _name(result: BenchResult, among: Sequence[BenchResult]) -> str:
+    """The model's, with its size where others of its name have another."""
+    several = any(other.model == result.model and other.img_size != result.img_size for other in among)
+    name = _plain(result.model)
+    return f"{name} @{result.img_size}" if several else name
+
+
+def _plain(name: str) -> str:
+    """A stranger's name, of a length that leaves room for the picture, in which nothing is a formula."""
+    short = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    return " ".join(short.split()).replace("$", r"\$")
+
+
+def _threads(results: Sequence[BenchResult]) -> str:
+    counts = _unique(result.threads for result in results)
+    return f"{' or '.join(map(str, counts))} thread{'s' if counts != [1] else ''}"
+
+
+def _unique(items: Any) -> list[Any]:
+    return list(dict.fromkeys(items))

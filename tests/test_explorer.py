@@ -1,0 +1,341 @@
+"""The explorer in a real browser, without a display and without a network."""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from shvit.export.explorer import write_explorer
+from shvit.export.records import BenchResult, LayerTime, Machine, Measurements, Scaling
+
+HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
+TITLE = "SHViT: accuracy against latency"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def result(model: str, top1: float | None, ms: float, runtime="onnxruntime", precision="fp32", batch_size=1, **kwargs):
+    """A case with figures that are told apart."""
+    known = BenchResult(
+        model=model,
+        runtime=runtime,
+        precision=precision,
+        img_size=224,
+        batch_size=batch_size,
+        threads=1,
+        rounds=11,
+        calls=31,
+        latency_ms_p50=ms,
+        latency_ms_p90=1.25 * ms,
+        latency_ms_p99=1.5 * ms,
+        cpu_ms=1.75 * ms,
+        ratio_to_first=ms / 4,
+        ratio_low=0.9 * ms / 4,
+        ratio_high=1.1 * ms / 4,
+        load_ms=321,
+        first_ms=43.2,
+        peak_memory_mb=234,
+        gmacs=0.567,
+        percent_of_peak=65.4,
+        top1=top1,
+    )
+    return replace(known, **kwargs)
+
+
+MEASUREMENTS = Measurements(
+    Machine("A & B <cpu>", 2, ("avx2",), "performance", 1, {"fp32": 110.0}, 17.5, {"torch": "2.14.1"}),
+    (
+        result("shvit_s1", 72.8, 4.0),
+        result("shvit_s2", 75.2, 6.0),
+        result("shvit_s4", 79.4, 15.0),
+        result("shvit_s1", 72.8, 2.0, "openvino", "int8"),
+        result("shvit_s4", 79.4, 9.0, "openvino", "int8"),
+        result("peer", 75.2, 5.5, ratio_to_first=None, ratio_low=0.5, ratio_high=1.9),
+        result("heavy", 80.1, 40.0, percent_of_peak=None),
+        result("mine.onnx", None, 3.0),
+        result(HOSTILE, 71.0, 7.0, ratio_to_first=None, ratio_low=1.7, ratio_high=1.75),
+        result("shvit_s1", 72.8, 3.0, batch_size=16),
+        result("shvit_s2", 75.2, 4.5, batch_size=16, ratio_low=math.nan, ratio_high=math.inf),
+    ),
+    tuple(LayerTime(HOSTILE, "onnxruntime", 1, kind, ms, 10 * ms) for kind, ms in (("attention", 4.0), ("<i>", 6.0))),
+    (
+        Scaling(HOSTILE, "torch", "batch_size", (1, 4), (8.0, 6.0), (200.0, 210.0), -0.21, 0.04),
+        Scaling("shvit_s1", "torch", "pixels", (12544, 50176), (2.0, 8.0), (200.0, 0.0), 1.0, 0.04),
+    ),
+)
+
+
+def most_accurate(budget: float, batch_size: int = 1) -> BenchResult | None:
+    """What the page must name: highest accuracy within the budget, the faster of two that are equal."""
+    fitting = [
+        each
+        for each in MEASUREMENTS.results
+        if each.top1 is not None and each.batch_size == batch_size and each.latency_ms_p50 <= budget
+    ]
+    return max(fitting, key=lambda each: (each.top1, -each.latency_ms_p50), default=None)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if not program or not driver:
+        missing = f"needs chromedriver and one of {', '.join(BROWSERS)} (Debian: apt-get install chromium-driver)"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """The page of `MEASUREMENTS`; at the end nothing was complained of and nothing was asked of a network."""
+    write_explorer(tmp_path / "report.html", MEASUREMENTS)
+    show(browser, 1280, 900)
+    network(browser, "requestWillBeSent")  # what went before is forgotten
+    yield open_page(browser, tmp_path / "report.html")
+    assert browser.get_log("browser") == []
+    asked = {said["request"]["url"].partition(":")[0] for said in network(browser, "requestWillBeSent")}
+    assert asked <= {"file", "data"}
+    assert browser.title == TITLE  # no name became a script
+
+
+def network(browser, event: str) -> list[dict]:
+    """What the browser reported of one kind since it was last asked."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [message["params"] for message in messages if message["method"] == f"Network.{event}"]
+
+
+def open_page(browser, path):
+    browser.get(path.as_uri())
+    return browser
+
+
+def show(browser, width: int, height: int, **media: str) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def all_of(browser, selector: str) -> list:
+    return browser.find_elements("css selector", selector)
+
+
+def text(browser, selector: str) -> str:
+    return browser.find_element("css selector", selector).text.replace("\xa0", " ")
+
+
+def names(browser, selector: str = ".point") -> list[str]:
+    """Of points, fastest first."""
+    return [each.get_attribute("textContent") for each in all_of(browser, f"{selector} .name")]
+
+
+def choose(browser, name: str, value: str) -> None:
+    browser.find_element("css selector", f"#{name} option[value='{value}']").click()
+
+
+def set_value(browser, name: str, value: object) -> None:
+    """As a user's hand would, at once."""
+    script = (
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
+    )
+    browser.execute_script(script, name, str(value))
+
+
+def test_slider_names_the_most_accurate_model_within_the_budget(page):
+    seen = set()
+    for position in range(0, 1001, 100):
+        set_value(page, "budget", position)
+        budget = float(page.find_element("id", "budget-ms").get_property("value"))
+        expected = most_accurate(budget)
+        if expected is None:
+            assert "No model fits" in text(page, ".verdict")
+            continue
+        assert text(page, ".winner") == expected.model
+        assert f"{expected.top1:.2f} % top-1 in {expected.latency_ms_p50:#.3g} ms" in text(page, ".verdict")
+        assert names(page, ".point.best") == [expected.model]
+        assert f"{expected.runtime} {expected.precision}" in text(page, ".card")
+        assert len(all_of(page, ".point.dim")) == sum(ms > budget for ms in (2.0, 5.5, 6.0, 7.0, 9.0, 40.0))
+        seen.add(expected.model)
+    assert seen == {"shvit_s1", "peer", "shvit_s4", "heavy"}  # of two equals the faster
+
+
+def test_exact_budget_and_none_that_fits(page):
+    set_value(page, "budget-ms", 6)
+    assert text(page, ".winner") == "peer"
+    assert "Against others: too noisy to decide." in text(page, ".verdict")
+    set_value(page, "budget-ms", 0.5)
+    assert text(page, ".verdict") == "No model fits 0.5 ms per image: the fastest, shvit_s1, takes 2.00 ms."
+    assert len(all_of(page, ".point.dim")) == 6
+
+
+def test_point_tells_its_numbers_on_focus_and_on_hover(page):
+    from selenium.webdriver import ActionChains, Keys
+
+    page.find_element("id", "budget-ms").click()
+    for _ in range(3):  # from the budget to the third point, by keyboard alone
+        ActionChains(page).send_keys(Keys.TAB).perform()
+    focused = page.switch_to.active_element
+    assert focused.get_attribute("aria-label").replace("\xa0", " ") == (
+        "shvit_s2, onnxruntime fp32: 75.20 % top-1, 6.00 ms per image"
+    )
+    assert focused.get_attribute("aria-pressed") == "true"
+    card = text(page, ".card")
+    for said in (
+        "6.00 ms",
+        "7.50 ms",
+        "9.00 ms",
+        "10.5 ms",
+        "321 ms",
+        "43.2 ms",
+        "234 MB",
+        "0.567 G",
+        "65.4 %",
+        "75.20 %",
+    ):
+        assert said in card, said
+    assert "1.50× (1.35–1.65) the time of shvit_s1, onnxruntime fp32" in card
+    peer = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == "peer")
+    ActionChains(page).move_to_element(peer.find_element("css selector", ".mark")).perform()
+    assert text(page, ".card h3") == "peer"
+    assert "too noisy to decide (0.500–1.90)" in text(page, ".card")
+    hostile = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == HOSTILE)
+    ActionChains(page).move_to_element(hostile.find_element("css selector", ".mark")).perform()
+    assert "too few rounds to decide (1.70–1.75)" in text(page, ".card")  # few rounds leave a narrow interval
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+    assert text(page, ".card h3") == text(page, ".winner")
+
+
+def test_selects_change_the_points_and_the_front(page):
+    assert names(page) == ["shvit_s1", "peer", "shvit_s2", HOSTILE, "shvit_s4", "heavy"]
+    choose(page, "form", "openvino int8")
+    assert names(page) == ["shvit_s1", "shvit_s4"]
+    choose(page, "batch", "16")
+    assert names(page) == []
+    assert "choose another batch size" in text(page, ".verdict")
+    choose(page, "form", "best")
+    assert names(page) == ["shvit_s1", "shvit_s2"]
+    front = page.find_element("css selector", ".plot .front").get_attribute("d")
+    places = [re.findall(r"[\d.]+", each.get_attribute("transform")) for each in all_of(page, ".point")]
+    assert front == "M{},{}H{}V{}".format(*places[0], *places[1])
+
+
+def test_every_case_is_in_the_table_and_it_sorts(page):
+    def column(index: int) -> list[str]:
+        return [row.text for row in all_of(page, f"#results tbody tr > :nth-child({index})")]
+
+    assert sorted(column(1)) == sorted(each.model for each in MEASUREMENTS.results)
+    heads = all_of(page, "#results thead button")
+    index = 1 + [head.text.split(" ms")[0].strip() for head in heads].index("p50")
+    for direction, sign in (("ascending", 1), ("descending", -1)):
+        heads[index - 1].click()
+        assert (
+            page.find_element("css selector", f"#results th:nth-child({index})").get_attribute("aria-sort") == direction
+        )
+        milliseconds = [float(figure) for figure in column(index)]
+        assert milliseconds == sorted(milliseconds, key=lambda ms: sign * ms)
+    index = 1 + next(i for i, head in enumerate(heads) if "peak" in head.text)
+    heads[index - 1].click()
+    assert column(index)[-1] == "–"  # unknown goes last
+    set_value(page, "filter", "openvino s4")
+    assert column(1) == ["shvit_s4"]
+
+
+def test_growth_layers_and_machine_are_shown(page):
+    said = text(page, "main")
+    for part in (
+        "Growth with the batch",
+        "Growth with resolution",
+        "Where the time goes",
+        "A & B <cpu>, 2 cores",
+        "17.5 GB/s",
+    ):
+        assert part in said, part
+    assert len(all_of(page, ".series circle")) == 4 + 3  # a memory of 0 cannot be drawn on a logarithmic axis
+    powers = [each.get_attribute("textContent") for each in all_of(page, ".power sup")]
+    assert powers == ["−0.21", "0.04", "1.00", "0.04"]
+    pieces = all_of(page, ".stack span")
+    assert [piece.text for piece in pieces] == ["60 %", "40 %"]  # the larger kind first
+    assert pieces[0].size["width"] == pytest.approx(1.5 * pieces[1].size["width"], rel=0.01)
+    assert [each.text for each in all_of(page, ".swatch + *, li:has(.swatch)")] == ["<i>", "attention"]
+
+
+def test_hostile_names_stay_text(page):
+    assert all_of(page, "main img") == []
+    assert len(all_of(page, "script")) == 2
+    assert HOSTILE in names(page)
+    set_value(page, "budget-ms", 1)
+    hostile = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == HOSTILE)
+    page.execute_script("arguments[0].focus()", hostile)
+    assert text(page, ".card h3") == HOSTILE
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (390, "dark")])
+def test_page_fits_a_phone(page, width, scheme):
+    show(page, width, 740, prefers_color_scheme=scheme)
+    page.refresh()
+    assert page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]") == [width, width]
+    background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+    chart = page.find_element("css selector", ".plot svg").size
+    assert 0.8 * width < chart["width"] <= width
+    show(page, 1280, 900)  # turned, it is drawn anew
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert page.find_element("css selector", ".plot svg").size["width"] > chart["width"]
+
+
+def test_nothing_published_and_nothing_at_all(page, tmp_path):
+    unrated = replace(MEASUREMENTS, results=(result("mine.onnx", None, 3.0),), layers=(), scaling=())
+    write_explorer(tmp_path / "unrated.html", unrated)
+    open_page(page, tmp_path / "unrated.html")
+    assert "No model here has a published accuracy" in text(page, "main")
+    assert text(page, "#results tbody th") == "mine.onnx"
+    write_explorer(tmp_path / "empty.html", replace(unrated, results=()))
+    open_page(page, tmp_path / "empty.html")
+    assert "Nothing was measured." in text(page, "main")
+
+
+def test_policy_lets_no_other_script_run_and_nothing_load(browser, tmp_path):
+    """What a hostile name would do if it ever became markup."""
+    write_explorer(tmp_path / "report.html", MEASUREMENTS)
+    open_page(browser, tmp_path / "report.html")
+    network(browser, "loadingFailed")
+    markup = '<img src="http://example.org/a" onerror="document.title = 1">'
+    browser.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", markup)
+    script = "const done = arguments[0]; fetch('http://example.org/').then(() => done('sent'), () => done('refused'));"
+    assert browser.execute_async_script(script) == "refused"
+    assert browser.title == TITLE
+    complaints = [entry["message"] for entry in browser.get_log("browser")]
+    assert len(complaints) >= 2
+    assert all("Content Security Policy" in said for said in complaints)
+    assert {said["blockedReason"] for said in network(browser, "loadingFailed")} == {"csp"}
+
+
+def test_page_is_one_file_that_asks_for_nothing(tmp_path):
+    write_explorer(tmp_path / "report.html", MEASUREMENTS)
+    written = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in written
+    assert not re.search(r"""(src|href)=["'](?!data:)""", written.replace(json.dumps(HOSTILE)[1:-1], ""))
+    assert "innerHTML" not in written
+    assert written.count("</script>") == 2
+    (block,) = re.findall(r'<script type="application/json" id="shvit-measurements">(.*?)</script>', written)
+    assert json.loads(block)["results"][8]["model"] == HOSTILE
+    assert json.loads(block)["results"][10]["ratio_low"] is None
