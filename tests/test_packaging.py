@@ -43,6 +43,8 @@ def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
         for path in (ROOT / folder).glob("*.py"):
             assert f"{installed}/{path.name}" in names
     assert "shvit/weights/manifest.toml" in names
+    for name in ("published.toml", "web/explorer.html", "web/explorer.css", "web/explorer.js"):
+        assert f"shvit/export/{name}" in names
     assert "shvit/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"shvit", "shvit-0.1.0.dist-info"}
 

@@ -37,11 +37,12 @@ def test_commands_parse(page, tmp_path, monkeypatch):
             assert isinstance(parse(words, "shvit train"), Train | Plot), words
 
 
-def test_export_commands_parse(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "commands"), [("README.md", 8), ("SPEED.md", 4)])
+def test_export_commands_parse(name, commands, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "export" / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "export" / name).read_text(), re.DOTALL)
     lines = block.splitlines()
-    assert len(lines) >= 8
+    assert len(lines) >= commands
     for line in lines:
         program, name, *words = shlex.split(line)
         assert program == "shvit"

@@ -1,18 +1,23 @@
-"""The README's generated parts are up to date, and its commands do what it says.
+"""The READMEs' generated parts are up to date, and the commands do what they say.
 
 SHVIT_REFRESH_README=1 writes the generated parts anew.
 """
 
 import ast
+import functools
 import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from shvit.cli import COMMANDS, run
-from shvit.weights.models import describe, names
+from shvit.export.info import Description, describe, tables
+from shvit.export.spec import open_model
+from shvit.weights.models import describe as describe_model
+from shvit.weights.models import names
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -22,7 +27,7 @@ FOLDERS = ("shvit", "weights", "train", "export")
 def model_table() -> str:
     """One row for each model of ours."""
     rows = ["| model | parameters | GMACs | input | ImageNet top-1 |", "| --- | --- | --- | --- | --- |"]
-    for row in map(describe, names("shvit*")):
+    for row in map(describe_model, names("shvit*")):
         size = row.img_size[0]
         rows.append(f"| `{row.model}` | {row.params / 1e6:.1f} M | {row.gmacs:.2f} | {size} px | {row.top1:.2f} % |")
     return "\n".join(rows)
@@ -42,20 +47,70 @@ def _first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
 
 
-GENERATED = {"models": model_table, "tree": file_tree}
+@functools.cache
+def s4() -> Description:
+    return describe(*open_model("shvit_s4"))
+
+
+def memory_argument() -> str:
+    """S4's design beside the alternatives, and what the figures say."""
+    said = s4()
+    assert said.macro is not None
+    designs = [
+        (f"stride {d.stride}, {len(d.depth)} stages", d.tokens, d.cost) for d in (said.macro.own, said.macro.other)
+    ]
+    designs += [
+        (
+            f"{d.stage}: {'one head' if d.heads == 1 else f'{d.heads} heads'} on {d.channels} channels",
+            (d.tokens,),
+            d.cost,
+        )
+        for pair in said.micro
+        for d in (pair.own, pair.other)
+    ]
+    lines = ["| design | tokens | MMACs | M parameters | activations MB | all MB | FLOP/byte | memory-bound % of MB |"]
+    lines.append("| --- |" + " ---: |" * 7)
+    for name, tokens, cost in designs:
+        sizes = f"{cost.params / 1e6:.2f} | {cost.activation_bytes / 1e6:.1f} | {cost.bytes / 1e6:.1f}"
+        ratios = f"{cost.flop_per_byte:.1f} | {cost.memory_bound_percent:.0f}"
+        lines.append(f"| {name} | {', '.join(map(str, tokens))} | {cost.macs / 1e6:.1f} | {sizes} | {ratios} |")
+    sentences = (said.says, said.macro.says, *(pair.says for pair in said.micro))
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences)])
+
+
+EXPORT_README = ROOT / "export" / "README.md"
+GENERATED = {
+    "models": (README, model_table),
+    "tree": (README, file_tree),
+    "memory": (EXPORT_README, memory_argument),
+}
 
 
 @pytest.mark.parametrize("part", GENERATED)
 def test_generated_part_is_up_to_date(part):
-    text = README.read_text()
+    page, write = GENERATED[part]
+    text = page.read_text()
     pattern = rf"(<!-- {part}: generated -->\n)(.*?)(<!-- end -->)"
     found = re.search(pattern, text, re.DOTALL)
-    assert found, f"README.md has no part {part}"
-    expected = GENERATED[part]() + "\n"
+    assert found, f"{page} has no part {part}"
+    expected = write() + "\n"
     if os.environ.get("SHVIT_REFRESH_README"):
-        README.write_text(text[: found.start(2)] + expected + text[found.end(2) :])
+        page.write_text(text[: found.start(2)] + expected + text[found.end(2) :])
     else:
         assert found[2] == expected, "SHVIT_REFRESH_README=1 pytest tests/test_readme.py writes it anew"
+
+
+def test_info_in_the_readme_is_what_it_prints():
+    """But for what is left out and the JSON."""
+    (block,) = re.findall(r"\$ shvit info shvit_s4\n(.*?)```", README.read_text(), re.DOTALL)
+    console = Console(width=160, highlight=False, markup=False)
+    with console.capture() as capture:
+        for shown in tables(s4()):
+            console.print(shown)
+    printed = capture.get().splitlines()
+    lines = [line for line in block.splitlines() if line[0] not in "…{"]
+    assert len(lines) >= 5
+    assert [line for line in lines if line not in printed] == []
 
 
 def commands() -> list[list[str]]:
@@ -65,8 +120,10 @@ def commands() -> list[list[str]]:
 
 
 def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch):
-    """From an empty folder; training is cut to one epoch."""
+    """From an empty folder; training is cut to one epoch, and no time that is measured means anything."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shvit.export.bench.TURN_S", 0.0)
+    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
     assert len(commands()) >= 5
     for argv in commands():
         shortened = [*argv, "--epochs", "1"] if argv[0] == "train" else argv
