@@ -136,7 +136,6 @@ def timms_own(name: str, model: nn.Module) -> nn.Module:
 class Runtime:
     """A column of the table: how a model gets into it, and in which arithmetic it runs there."""
 
-    help: str
     precision: str
     job: Callable[[Subject, int], Job]
     """From a model and a batch size to what the worker is told, besides threads and cores."""
@@ -173,63 +172,65 @@ def _coreml(path: Path, settings: Settings, img_size: int) -> Job:
 
 
 RUNTIMES = {
-    "torch": Runtime("eager", "fp32", _torch()),
-    "torch-channels-last": Runtime("eager, channels last in memory", "fp32", _torch(channels_last=True)),
-    "torch-bf16": Runtime("eager, bfloat16, channels last", "bf16", _torch(channels_last=True, bf16=True)),
-    "torch-compiled": Runtime("torch.compile with frozen weights", "fp32", _torch(compiled=True)),
-    "torch-compiled-bf16": Runtime(
-        "the same in bfloat16, channels last", "bf16", _torch(compiled=True, channels_last=True, bf16=True)
-    ),
+    # eager
+    "torch": Runtime("fp32", _torch()),
+    # eager, channels last in memory
+    "torch-channels-last": Runtime("fp32", _torch(channels_last=True)),
+    # eager, bfloat16, channels last
+    "torch-bf16": Runtime("bf16", _torch(channels_last=True, bf16=True)),
+    # torch.compile with frozen weights
+    "torch-compiled": Runtime("fp32", _torch(compiled=True)),
+    # the same in bfloat16, channels last
+    "torch-compiled-bf16": Runtime("bf16", _torch(compiled=True, channels_last=True, bf16=True)),
+    # how others export: timm's model, fused, opset 11, ONNX Runtime's defaults
     "reference": Runtime(
-        "how others export: timm's model, fused, opset 11, ONNX Runtime's defaults",
         "fp32",
         lambda subject, batch_size: _onnx(subject.reference(batch_size)),
         package="onnxruntime",
     ),
-    "onnxruntime": Runtime(
-        "our ONNX file", "fp32", lambda subject, _: _onnx(subject.onnx), "onnxruntime", "onnxruntime"
-    ),
-    "onnxruntime-int8": Runtime(
-        "our int8 ONNX file", "int8", lambda subject, _: _onnx(subject.onnx_int8), "onnxruntime", "onnxruntime"
-    ),
+    # our ONNX file
+    "onnxruntime": Runtime("fp32", lambda subject, _: _onnx(subject.onnx), "onnxruntime", "onnxruntime"),
+    # our int8 ONNX file
+    "onnxruntime-int8": Runtime("int8", lambda subject, _: _onnx(subject.onnx_int8), "onnxruntime", "onnxruntime"),
+    # our model in OpenVINO
     "openvino": Runtime(
-        "our model in OpenVINO",
         "fp32",
         lambda subject, batch_size: _openvino(subject.onnx, batch_size),
         "openvino",
         "openvino",
         "openvino",
     ),
+    # the same in bfloat16
     "openvino-bf16": Runtime(
-        "the same in bfloat16",
         "bf16",
         lambda subject, batch_size: _openvino(subject.onnx, batch_size, bf16=True),
         "openvino",
         "openvino",
         "openvino",
     ),
+    # our int8 model in OpenVINO
     "openvino-int8": Runtime(
-        "our int8 model in OpenVINO",
         "int8",
         lambda subject, batch_size: _openvino(subject.openvino_int8, batch_size),
         "openvino",
         "openvino",
         "openvino",
     ),
+    # our float16 package in Core ML, on a Mac
     "coreml": Runtime(
-        "our float16 package in Core ML, on a Mac",
         "fp16",
         lambda subject, _: _coreml(subject.coreml, subject.settings, subject.spec.img_size),
         package="coremltools",
         extra="coreml",
     ),
-    "cuda": Runtime("PyTorch on a GPU, one CUDA graph", "fp32", _torch(device="cuda", channels_last=True)),
-    "cuda-bf16": Runtime("the same in bfloat16", "bf16", _torch(device="cuda", channels_last=True, bf16=True)),
-    "onnxruntime-cuda": Runtime(
-        "our ONNX file, CUDA provider", "fp32", lambda subject, _: _onnx(subject.onnx, "cuda"), package="onnxruntime"
-    ),
+    # PyTorch on a GPU, one CUDA graph
+    "cuda": Runtime("fp32", _torch(device="cuda", channels_last=True)),
+    # the same in bfloat16
+    "cuda-bf16": Runtime("bf16", _torch(device="cuda", channels_last=True, bf16=True)),
+    # our ONNX file, CUDA provider
+    "onnxruntime-cuda": Runtime("fp32", lambda subject, _: _onnx(subject.onnx, "cuda"), package="onnxruntime"),
+    # our ONNX file, TensorRT provider
     "onnxruntime-tensorrt": Runtime(
-        "our ONNX file, TensorRT provider",
         "fp32",
         lambda subject, _: _onnx(subject.onnx, "tensorrt"),
         package="onnxruntime",

@@ -153,35 +153,34 @@ def random(shape: list[Any], dtype: str, batch: int) -> Any:
     return generator.standard_normal(sizes, dtype=np.float32).astype(dtype)
 
 
-def time_calls(call: Call, seconds: float) -> dict[str, Any]:
-    """The wall time of each call, and the processor time of all of them."""
+def time_calls(call: Call, seconds: float, time_one: Callable[[Call], float]) -> dict[str, Any]:
+    """The time of each call, and the processor time of all of them."""
     call()  # brings back what others have driven out of the caches
     times: list[float] = []
     cpu = time.process_time()
     end = time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(time_one(call))
     return {"wall": times, "cpu": (time.process_time() - cpu) / len(times)}
 
 
-def time_on_gpu(call: Call, seconds: float) -> dict[str, Any]:
-    """The same by the device's own clock."""
+def by_the_wall(call: Call) -> float:
+    """Seconds of a call by this machine's clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def by_the_gpu(call: Call) -> float:
+    """Seconds of what a call launches, by the device's own clock."""
     import torch
 
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     call()
-    times: list[float] = []
-    cpu = time.process_time()
-    end = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < end:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return {"wall": times, "cpu": (time.process_time() - cpu) / len(times)}
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def wait_for_gpu() -> None:
@@ -213,7 +212,7 @@ def main() -> None:
         if job["cores"]:
             os.sched_setaffinity(0, job["cores"])
         on_gpu = job.get("device") == "cuda"
-        measure, wait = (time_on_gpu, wait_for_gpu) if on_gpu else (time_calls, lambda: None)
+        time_one, wait = (by_the_gpu, wait_for_gpu) if on_gpu else (by_the_wall, lambda: None)
         start = time.perf_counter()
         feed = RUNNERS[job["runner"]](job)
         answer(load=time.perf_counter() - start)
@@ -227,7 +226,7 @@ def main() -> None:
                 answer(first=time.perf_counter() - start)
                 call()
             else:
-                answer(**measure(call, command["seconds"]), peak=peak_memory())
+                answer(**time_calls(call, command["seconds"], time_one), peak=peak_memory())
     except Exception as error:
         lines = str(error).strip().splitlines()
         answer(error=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
