@@ -66,7 +66,7 @@ def open_source_model(
     Raises:
         InputError: as `open_model`, or it has no feature maps.
     """
-    model, spec = open_model(name, checkpoint, img_size, ema)
+    model, spec = open_model(name, checkpoint, img_size, ema, classifies=outputs != "features")
     if outputs == "features":
         model, names = feature_maps(name, model)
         return model, replace(spec, outputs=names)

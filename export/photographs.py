@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from shvit.errors import InputError
-from shvit.train.data import open_image
+from shvit.train.data import open_image, photograph_files
 
 from .spec import Spec
 
 MAX_IMAGES = 512  # enough to see drift; each is run twice
 MAX_CALIBRATION = 256  # S1's ranges hardly differ from those of half as many
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 BUNDLED = "scikit-image"
 
 
@@ -36,19 +34,16 @@ def find_photographs(folder: Path | None, num_classes: int = 0, most: int = MAX_
     Raises:
         InputError: the folder is not there or holds none.
     """
+    paths = photograph_files(folder)
     if folder is None:
-        import skimage
-
-        folder = Path(skimage.__file__).parent / "data"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of photographs")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(SUFFIXES))})")
+        return [Photograph(path, -1) for path in _spread(paths, most)]
     classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     known = {name: index for index, name in enumerate(classes)} if len(classes) == num_classes else {}
-    step = math.ceil(len(paths) / most)
-    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in paths[::step]]
+    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in _spread(paths, most)]
+
+
+def _spread(paths: list[Path], most: int) -> list[Path]:
+    return paths[:: math.ceil(len(paths) / most)]
 
 
 def read_pixels(photographs: Sequence[Photograph], spec: Spec) -> torch.Tensor:

@@ -146,7 +146,7 @@ class Spec:
 
 
 def open_model(
-    name: str, checkpoint: Path | None = None, img_size: int | None = None, ema: bool = False
+    name: str, checkpoint: Path | None = None, img_size: int | None = None, ema: bool = False, classifies: bool = True
 ) -> tuple[nn.Module, Spec]:
     """A timm model in eval mode and what it wants to be fed.
 
@@ -154,9 +154,10 @@ def open_model(
         checkpoint: its weights, in any layout; where None, random ones (always the same) of a trained model's scale.
         img_size: input height and width in pixels; the model's own where None.
         ema: take the checkpoint's averaged weights.
+        classifies: whether its logits are wanted.
 
     Raises:
-        InputError: as `create_model` and `Spec.of`, or the model has no classifier.
+        InputError: as `create_model` and `Spec.of`, or logits are wanted of a model without a classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -164,8 +165,8 @@ def open_model(
         if checkpoint is None:
             randomize_norms(model)
     spec = Spec.of(name, model, img_size)
-    if spec.num_classes == 0:
-        raise InputError(f"{checkpoint or name} has no classifier; a model with classes is needed here")
+    if classifies and spec.num_classes == 0:
+        raise InputError(f"{checkpoint or name} has no classifier; a model with classes is needed here (--features gives its feature maps)")
     return model, spec
 
 

@@ -6,6 +6,7 @@ them flat, or below `model`, `model_ema`, `state_dict` or `state_dict_ema`, with
 """
 
 import argparse
+import importlib
 import logging
 import os
 import pickle
@@ -357,6 +358,11 @@ def load_strictly(
     return kept
 
 
+SCHEMES = {"detector": "shvit.detection.pyramid:create_pyramid"}
+"""Prefixes of names, as in `detector:CONFIG`, and the functions of other folders that make such a model: imported only
+when one is asked for."""
+
+
 def create_model(
     name: str,
     checkpoint: str | os.PathLike | None = None,
@@ -368,7 +374,7 @@ def create_model(
     """`timm.create_model` that takes from the checkpoint what it tells: channels, classes, heads, deployment.
 
     Args:
-        name: any name that timm knows.
+        name: any name that timm knows, or `detector:CONFIG` for the backbone and neck of a config of shvit.detection.
         checkpoint: a file of any layout that `read_checkpoint` takes; of timm's layout for models other than SHViT.
         num_classes: classes of the model; the checkpoint's where None.
         ema, reset_head: as in `load_checkpoint`; with None the head begins anew where the file's classes differ.
@@ -385,6 +391,10 @@ def create_model(
 
     from . import shvit  # noqa: F401  (registers the models)
 
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in SCHEMES:
+        module, _, function = SCHEMES[scheme].partition(":")
+        return getattr(importlib.import_module(module), function)(rest, None if checkpoint is None else Path(checkpoint))
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
     if checkpoint is None:

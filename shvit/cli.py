@@ -38,6 +38,7 @@ COMMANDS = {
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
     "bench": Entry("shvit.export.main:Bench", "latency of models and runtimes, interleaved in one process"),
+    "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
     "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real photographs"),
 }
@@ -129,6 +130,10 @@ EXTRAS = {  # top-level module: the extra that brings it
     "torchvision": "train",
     "webdataset": "data",
     "datasets": "data",
+    "mmengine": "detection",
+    "mmcv": "detection",
+    "mmdet": "detection",
+    "pycocotools": "detection",
 }
 
 

@@ -50,6 +50,28 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
         raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
 
 
+COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+"""Suffixes of what is surely a photograph; a .tif may be anything."""
+
+
+def photograph_files(folder: Path | None) -> list[Path]:
+    """The photographs in a folder and below, sorted; those that scikit-image brings where None.
+
+    Raises:
+        InputError: the folder is not there or holds none.
+    """
+    if folder is None:
+        import skimage
+
+        folder = Path(skimage.__file__).parent / "data"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of photographs")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in COMMON)
+    if not paths:
+        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(COMMON))})")
+    return paths
+
+
 class Files(Reader):
     """Photographs by path, as one of timm's readers."""
 

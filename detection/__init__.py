@@ -1,0 +1,15 @@
+"""SHViT inside Mask R-CNN and RetinaNet, as a plug-in of MMDetection. Installed as `shvit.detection`.
+
+Importing it, as a config does with `custom_imports = dict(imports=["shvit.detection"])`, registers the backbones, the neck
+and the transform, and puts torchvision's operators in place of mmcv's compiled ones where these are missing.
+"""
+
+from .ops import stand_in
+
+stand_in()  # before anything that imports mmcv.ops
+
+from .backbone import SHViTBackbone, TimmBackbone  # noqa: E402
+from .neck import TransposedFPN  # noqa: E402
+from .transforms import LoadPhotograph  # noqa: E402
+
+__all__ = ["LoadPhotograph", "SHViTBackbone", "TimmBackbone", "TransposedFPN"]

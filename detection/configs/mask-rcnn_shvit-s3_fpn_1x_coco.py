@@ -1,0 +1,6 @@
+_base_ = "./_base_/mask-rcnn_shvit_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(model="shvit_s3", init_cfg=dict(type="Pretrained", checkpoint="shvit_s3.in1k")),
+    neck=dict(in_channels=[192, 352, 448]),
+)

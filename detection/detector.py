@@ -1,0 +1,245 @@
+"""A trained detector: built from a config, its weights loaded safely, and what it finds on photographs."""
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from shvit.checkpoint import read_state_dict
+from shvit.errors import InputError
+
+from .config import quiet
+
+PADDING = (124, 116, 104)
+"""RGB of the border around a photograph at a fixed size: ImageNet's mean colour, which is about 0 after normalisation."""
+
+STEP = 32
+"""Detectors pad photographs to a multiple of this many pixels."""
+
+MAX_IMG_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found on one photograph, best first, in its own pixels."""
+
+    boxes: torch.Tensor
+    """float32 (n, 4): left, top, right, bottom."""
+    scores: torch.Tensor
+    """float32 (n,), from 0 to 1."""
+    labels: torch.Tensor
+    """int64 (n,): class indices."""
+    masks: torch.Tensor | None
+    """bool (n, H, W); None of a detector of boxes alone."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> "Detections":
+        """Those with at least this score."""
+        keep = self.scores >= score
+        masks = None if self.masks is None else self.masks[keep]
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks)
+
+
+Photograph = dict[str, Any]
+"""What `prepare` makes: `inputs`, uint8 (3, H, W) in BGR, and `data_samples`, its sizes."""
+
+Detect = Callable[[Photograph], Detections]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def build_detector(config: Config) -> nn.Module:
+    """The config's detector in eval mode, with random weights.
+
+    Raises:
+        InputError: its parts do not fit together.
+    """
+    from mmdet.registry import MODELS
+
+    config = config.copy()
+    config.model.setdefault("train_cfg", None)
+    forget_initial_weights(config)
+    try:
+        with quiet():
+            return MODELS.build(config.model).eval()
+    except InputError:
+        raise
+    except Exception as error:  # of many types, from constructors of mmdet's
+        raise InputError(f"{config.filename}: no detector can be built ({_first_line(error)})") from error
+
+
+def forget_initial_weights(config: Config) -> None:
+    """Takes out what the backbone would begin with: all of its parameters come from elsewhere."""
+    config.model.backbone.init_cfg = None
+
+
+def open_detector(config: Config, checkpoint: Path) -> nn.Module:
+    """The config's detector in eval mode, with a checkpoint's weights.
+
+    Args:
+        checkpoint: of this detector, by MMDetection 2 or 3, with the reference's names of SHViT's parameters or ours; or
+            .safetensors.
+
+    Raises:
+        InputError: as `build_detector` and `read_state_dict`; or the parameters differ, which are named.
+    """
+    model = build_detector(config)
+    load_detector(model, checkpoint)
+    return model
+
+
+def load_detector(model: nn.Module, checkpoint: Path) -> None:
+    """Loads a detector's weights, strictly."""
+    with torch.serialization.safe_globals(log_types()):
+        state_dict = read_state_dict(checkpoint)
+    prefix = "module."
+    if state_dict and all(name.startswith(prefix) for name in state_dict):
+        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("data_preprocessor.")}
+    try:
+        missing, left_over = model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:  # shapes, each on a line of its own
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+        raise InputError(
+            f"{checkpoint}: does not fit the config's detector: {lines[0].rstrip('.') if lines else error}{more}; give "
+            "the config that it was trained with"
+        ) from error
+    missing = [name for name in missing if not name.startswith("data_preprocessor.")]
+    problems = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("left over", left_over))
+        if names
+    ]
+    if problems:
+        raise InputError(f"{checkpoint}: does not fit the config's detector: {'; '.join(problems)}; give the config that "
+                         "it was trained with")  # fmt: skip
+
+
+def log_types() -> list[Any]:
+    """What besides tensors mmengine writes into a checkpoint: histories of what was logged, as NumPy arrays."""
+    import numpy as np
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    core = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined]
+    arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds]
+    return [HistoryBuffer, (_statistic, "builtins.getattr"), *arrays]
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """Python's getattr as far as a history needs it, to name its own methods."""
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"getattr of {name!r} is not allowed")
+    return getattr(owner, name)
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """What the detector tells apart, in the order of its labels."""
+    from mmdet.registry import DATASETS
+
+    dataset = innermost(config.test_dataloader.dataset)
+    said = dataset.get("metainfo") or {}
+    classes = said.get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
+    return (classes,) if isinstance(classes, str) else tuple(classes)
+
+
+def innermost(dataset: Any) -> Any:
+    """The config of the dataset with the photographs, inside those that repeat or mix it."""
+    while "ann_file" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Transforms to one size: as large as fits with its aspect kept, at the top left, and a border to fill it.
+
+    Args:
+        img_size: height and width in pixels.
+    """
+    height, width = img_size
+    blue_first = tuple(reversed(PADDING))
+    return [
+        {"type": "LoadPhotograph"},
+        {"type": "Resize", "scale": (width, height), "keep_ratio": True},
+        {"type": "Pad", "size": (width, height), "pad_val": {"img": blue_first}},
+        _PACK,
+    ]
+
+
+_PACK = {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")}
+
+
+def own_pipeline(config: Config) -> list[Any]:
+    """The config's own transforms for testing, without the annotations."""
+    pipeline = innermost(config.test_dataloader.dataset).pipeline
+    return [step for step in pipeline if step["type"] != "LoadAnnotations"]
+
+
+def preparation(pipeline: Sequence[Any]) -> Callable[[Path], Photograph]:
+    """A function from a file to what a detector takes."""
+    from mmcv.transforms import Compose
+    from mmdet.registry import TRANSFORMS
+
+    compose = Compose([TRANSFORMS.build(step) for step in pipeline])
+    return lambda path: compose({"img_path": str(path), "img_id": 0})
+
+
+def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of one or two numbers.
+
+    Raises:
+        InputError: not one or two, out of range, or no multiples of `STEP`.
+    """
+    if len(sides) not in (1, 2):
+        raise InputError(f"--img-size takes one number, or height and width, not {len(sides)}")
+    height, width = sides[0], sides[-1]
+    for side in (height, width):
+        if not STEP <= side <= MAX_IMG_SIZE or side % STEP:
+            raise InputError(f"--img-size {side} cannot be; choose a multiple of {STEP} from {STEP} to {MAX_IMG_SIZE}")
+    return height, width
+
+
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+def torch_detect(model: nn.Module) -> Detect:
+    """Detection by MMDetection's own code."""
+
+    def detect(photograph: Photograph) -> Detections:
+        batch = {"inputs": [photograph["inputs"]], "data_samples": [photograph["data_samples"].clone()]}
+        with torch.inference_mode():
+            found = model.test_step(batch)[0].pred_instances.cpu()
+        order = found.scores.argsort(descending=True, stable=True)
+        masks = found.masks[order].bool() if "masks" in found else None
+        return Detections(found.bboxes[order].float(), found.scores[order], found.labels[order], masks)
+
+    return detect
+
+
+def paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
+    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of the photograph."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for index in range(len(boxes)):
+        part, place = _do_paste_mask(masks[index, None, None], boxes[index, None], height, width)
+        pasted[(index, *place)] = part[0] >= threshold
+    return pasted
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

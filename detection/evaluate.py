@@ -1,0 +1,105 @@
+"""COCO average precision of anything that detects, and how long it takes."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from shvit.errors import InputError
+
+from .config import quiet
+from .detector import Detect, Detections, innermost
+from .verify import Match, compare
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """Accuracy and latency of one detector on a config's test photographs."""
+
+    ap: dict[str, float]
+    """COCO's figures in percent: bbox_mAP, bbox_mAP_50, … and of masks segm_mAP, …; -1 where a size does not occur."""
+    latency_ms_p50: float
+    """From the prepared photograph to boxes and masks in its own pixels."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Several detectors on the same photographs."""
+
+    n: int
+    results: dict[str, DetectionResult]
+    match: Match | None
+    """Of the second detector with the first, where there are two."""
+    latency_ratio: float | None
+    """Median over the photographs of the second's time by the first's, measured in turns."""
+
+
+def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence[Any], progress: Any) -> Evaluation:
+    """Runs every test photograph of the config through every detector, in turns, and scores them with mmdet's metric.
+
+    Args:
+        detectors: one or two, by name.
+        pipeline: transforms that prepare a photograph for them.
+        progress: wraps an iterable and shows how far it is.
+
+    Raises:
+        InputError: the dataset is empty.
+    """
+    from mmdet.registry import DATASETS
+
+    dataset_config = innermost(config.test_dataloader.dataset).copy()
+    dataset_config.update(pipeline=list(pipeline), test_mode=True)
+    with quiet():
+        dataset = DATASETS.build(dataset_config)
+    if not len(dataset):
+        raise InputError(f"{dataset_config.ann_file}: has no photographs to evaluate on")
+    metrics = {name: _metric(config, dataset) for name in detectors}
+    seconds: dict[str, list[float]] = {name: [] for name in detectors}
+    found: list[list[Detections]] = []
+    for index in progress(range(len(dataset))):
+        photograph = dataset[index]
+        turn = list(detectors) if index % 2 else list(reversed(detectors))
+        by_name = {}
+        for name in turn:
+            begin = time.perf_counter()
+            by_name[name] = detectors[name](photograph)
+            seconds[name].append(time.perf_counter() - begin)
+        for name, metric in metrics.items():
+            metric.process({}, [_sample(by_name[name], photograph["data_samples"])])
+        found.append([by_name[name] for name in detectors])
+    results = {}
+    for name, metric in metrics.items():
+        with quiet():
+            scores = metric.evaluate(size=len(dataset))
+        ap = {key.removeprefix("coco/"): 100 * value if value >= 0 else -1.0 for key, value in scores.items()}
+        results[name] = DetectionResult(ap, 1000 * statistics.median(seconds[name]))
+    if len(detectors) < 2:
+        return Evaluation(len(dataset), results, None, None)
+    first, second = seconds.values()
+    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    return Evaluation(len(dataset), results, compare([(pair[0], pair[1]) for pair in found]), ratio)
+
+
+def _metric(config: Config, dataset: Any) -> Any:
+    from mmdet.registry import METRICS
+
+    metric = METRICS.build(config.test_evaluator)
+    metric.dataset_meta = dataset.metainfo
+    return metric
+
+
+def _sample(detections: Detections, sample: Any) -> dict[str, Any]:
+    """As MMDetection's metrics take what was found."""
+    instances = {"bboxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}
+    if detections.masks is not None:
+        instances["masks"] = detections.masks
+    return {"pred_instances": instances, "img_id": sample.img_id, "ori_shape": sample.ori_shape}
+
+
+def use_threads(threads: int) -> None:
+    """Of PyTorch's operators."""
+    torch.set_num_threads(threads)

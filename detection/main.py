@@ -1,0 +1,282 @@
+"""The commands `shvit detect {train,eval,export,predict,configs}`; see shvit/cli.py for how they are called."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.progress import track
+from rich.table import Table
+
+from shvit import terminal
+from shvit.errors import InputError
+
+from .config import CONFIGS, bundled, open_config
+from .detector import (
+    Detect,
+    check_img_size,
+    class_names,
+    fixed_pipeline,
+    forget_initial_weights,
+    open_detector,
+    own_pipeline,
+    preparation,
+    torch_detect,
+)
+
+console = terminal.console()
+DEFAULT_SIZE = (512, 512)
+
+
+@dataclass(frozen=True)
+class _Command:
+    config: tyro.conf.Positional[str]
+    """A config of ours (`shvit detect configs`), or a .py file."""
+    options: tuple[str, ...] = ()
+    """Fields in place of the config's: `train_cfg.max_epochs=3`, `train_dataloader.batch_size=4`, …"""
+    trust_config: bool = False
+    """Run code that the config has, and import what it names; without it, a config that is more than data is refused."""
+
+    def _config(self) -> Any:
+        return open_config(self.config, self.options, self.trust_config)
+
+
+@dataclass(frozen=True)
+class Train(_Command):
+    """Trains a detector, or goes on with the run that --output holds. On several GPUs: torchrun … -m shvit.detection …"""
+
+    output: Path | None = None
+    """The run folder; runs/CONFIG by default."""
+    pretrained: str | None = None
+    """What the backbone begins with: a checkpoint of any layout, a name of `shvit weights list`, or `none` for random
+    weights; by default what the config says, ImageNet weights from timm's hub."""
+    auto_scale_lr: bool = False
+    """Fit the learning rate to the batch: the configs' is for 16 images in all."""
+
+    def run(self) -> dict[str, Any]:
+        from .training import train
+
+        config = self._config()
+        if self.pretrained == "none":
+            forget_initial_weights(config)
+        elif self.pretrained is not None:
+            config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
+        return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
+
+
+@dataclass(frozen=True)
+class _Detects(_Command):
+    checkpoint: Path | None = None
+    """The detector's weights, of our runs, the reference's or any of MMDetection's."""
+    artefact: Path | None = None
+    """An .onnx file of `shvit detect export`."""
+    img_size: tuple[int, ...] = ()
+    """Fit photographs into this square, or height and width, in pixels; an artefact has its own, and by default a
+    checkpoint is fed as its config says."""
+
+    def _open(self, config: Any, threads: int | None = None) -> tuple[dict[str, Detect], list[Any], tuple[str, ...]]:
+        """Detectors by name, the transforms for them, and the names of classes."""
+        from .onnx import open_onnx
+
+        if self.checkpoint is None and self.artefact is None:
+            raise InputError("nothing trained to detect with; give --checkpoint, or --artefact, or both")
+        size = check_img_size(self.img_size) if self.img_size else None
+        detectors: dict[str, Detect] = {}
+        if self.checkpoint is not None:
+            detectors["pytorch"] = torch_detect(open_detector(config, self.checkpoint))
+        classes = class_names(config)
+        if self.artefact is not None:
+            artefact = open_onnx(self.artefact, threads)
+            if size not in (None, artefact.spec.img_size):
+                raise InputError(f"{self.artefact} takes {artefact.spec.img_size} px; leave out --img-size")
+            if artefact.spec.classes != classes:
+                raise InputError(f"{self.artefact} knows {len(artefact.spec.classes)} classes, not the config's "
+                                 f"{len(classes)}; give the config that it was exported with")  # fmt: skip
+            size = artefact.spec.img_size
+            detectors["onnxruntime"] = artefact.detect
+        return detectors, fixed_pipeline(size) if size else own_pipeline(config), classes
+
+
+@dataclass(frozen=True)
+class Eval(_Detects):
+    """COCO's average precision on the config's test photographs; of a checkpoint and its export also side by side."""
+
+    threads: int = 1
+    """CPU threads of PyTorch and ONNX Runtime."""
+
+    def run(self) -> dict[str, Any]:
+        from .annotations import check_datasets
+        from .evaluate import evaluate, use_threads
+        from .training import plainly
+
+        if self.threads < 1:
+            raise InputError(f"--threads {self.threads} is below 1")
+        config = self._config()
+        check_datasets(config, ("test",))
+        use_threads(self.threads)
+        detectors, pipeline, _ = self._open(config, self.threads)
+        with plainly():
+            result = evaluate(config, detectors, pipeline, _progress)
+        figures = list(next(iter(result.results.values())).ap)
+        table = Table("figure", *detectors)
+        for figure in figures:
+            table.add_row(figure, *(f"{each.ap[figure]:.1f}" for each in result.results.values()))
+        table.add_row("ms a photograph", *(f"{each.latency_ms_p50:.0f}" for each in result.results.values()))
+        console.print(table)
+        if result.match is not None:
+            _show_match(result.match)
+            console.print(f"time by PyTorch's: {result.latency_ratio:.2f}")
+        return asdict(result)
+
+
+@dataclass(frozen=True)
+class Export(_Command):
+    """A verified file: the whole detector as .onnx, or its backbone and neck as .mlpackage, which is what phones run.
+
+    The .onnx takes uint8 pixels of one size and gives any number of detections; it appears only if it finds what
+    PyTorch finds, and F.certificate.json stands beside it.
+    """
+
+    checkpoint: Path | None = None
+    """The detector's weights."""
+    output: Path | None = None
+    """F.onnx or F.mlpackage."""
+    img_size: tuple[int, ...] = DEFAULT_SIZE
+    """Height and width in pixels, or one number for both: a multiple of 32."""
+    precision: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
+    """Of an .mlpackage, as in `shvit export coreml`."""
+    images: Path | None = None
+    """A folder of photographs to verify with; scikit-image's bundled ones by default."""
+
+    def run(self) -> dict[str, Any]:
+        if self.checkpoint is None or self.output is None:
+            raise InputError("give --checkpoint, the trained detector, and --output, the file to write")
+        height, width = check_img_size(self.img_size)
+        if self.output.suffix == ".mlpackage":
+            return self._export_pyramid(self.checkpoint, self.output, height, width)
+        if self.output.suffix != ".onnx":
+            raise InputError(f"--output {self.output} must end in .onnx (the detector) or .mlpackage (its feature maps)")
+        if self.precision != "fp32":
+            raise InputError("a detector's .onnx is fp32; leave out --precision")
+        return self._export_detector(self.checkpoint, self.output, (height, width))
+
+    def _export_pyramid(self, checkpoint: Path, output: Path, height: int, width: int) -> dict[str, Any]:
+        """By `shvit export coreml`, to which backbone and neck are a model with feature maps."""
+        from shvit.cli import run
+
+        if height != width:
+            raise InputError(f"an .mlpackage takes a square, not {height}×{width}; give --img-size one number")
+        if self.options or self.trust_config:
+            raise InputError("an .mlpackage is made from the config as it is; leave out --options and --trust-config")
+        model = ["--model", f"detector:{self.config}", "--checkpoint", str(checkpoint), "--features"]
+        rest = ["--img-size", str(height), "--precision", self.precision, "--output", str(output)]
+        images = [] if self.images is None else ["--images", str(self.images)]
+        return run(["export", "coreml", *model, *rest, *images])
+
+    def _export_detector(self, checkpoint: Path, output: Path, img_size: tuple[int, int]) -> dict[str, Any]:
+        from shvit.files import write_whole
+
+        from .onnx import DetectorSpec, detector_graph, open_onnx, write_onnx
+        from .verify import certify, require, to_json
+
+        config = self._config()
+        model = open_detector(config, checkpoint)
+        graph = detector_graph(model, img_size)
+        kind = type(model).__name__
+        spec = DetectorSpec(
+            Path(self.config).stem, kind, img_size, class_names(config), graph.outputs, graph.mask_threshold
+        )
+        prepare = preparation(fixed_pipeline(img_size))
+        photographs = [prepare(path) for path in _photographs(self.images)]
+        record = output.with_name(output.name + ".certificate.json")
+        with write_whole(record) as certified, write_whole(output) as partial:
+            write_onnx(graph, partial, spec)
+            certificate = certify(
+                open_onnx(partial),
+                torch_detect(model),
+                photographs,
+                str(self.images or "scikit-image"),
+                checkpoint,
+                output.name,
+            )
+            require(certificate)
+            certified.write_text(to_json(certificate))
+        console.print(f"{output.name} finds what its model finds: {kind} at {img_size[0]}×{img_size[1]} px, "
+                      f"{certificate.artefact_bytes / 1e6:.1f} MB")  # fmt: skip
+        _show_match(certificate.match)
+        return {"artefact": str(output), "certificate": asdict(certificate)}
+
+
+@dataclass(frozen=True)
+class Predict(_Detects):
+    """Draws boxes and masks on photographs."""
+
+    images: Path | None = None
+    """A folder of photographs; scikit-image's bundled ones by default."""
+    output: Path = Path("predictions")
+    """The folder for the pictures."""
+    score: float = 0.3
+    """Draw what has at least this score."""
+
+    def run(self) -> dict[str, Any]:
+        from .pictures import draw
+        from .training import plainly
+
+        config = self._config()
+        detectors, pipeline, classes = self._open(config)
+        if len(detectors) > 1:
+            raise InputError("--checkpoint and --artefact exclude each other here; `shvit detect eval` compares them")
+        (detect,) = detectors.values()
+        prepare = preparation(pipeline)
+        folder = self.images
+        found = {}
+        with plainly():
+            for path in _progress(_photographs(folder)):
+                name = f"{path.name}.png" if folder is None else f"{path.relative_to(folder)}.png"
+                detections = detect(prepare(path)).above(self.score)
+                draw(path, detections, classes, self.output / name)
+                found[name] = [classes[label] for label in detections.labels]
+        number = sum(map(len, found.values()))
+        console.print(f"{number} objects on {len(found)} photographs, drawn in {self.output}")
+        return {"output": str(self.output), "found": found}
+
+
+@dataclass(frozen=True)
+class Configs:
+    """Names of the configs that come with the package, and the folder that they are in."""
+
+    path: bool = False
+    """Print the folder alone, as in SHVIT_CONFIGS=$(shvit detect configs --path), for MMDetection's own tools."""
+
+    def run(self) -> dict[str, Any]:
+        if self.path:
+            print(CONFIGS)
+            raise SystemExit(0)
+        for name in bundled():
+            console.print(name)
+        return {"folder": str(CONFIGS), "configs": bundled()}
+
+
+DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "configs": Configs}
+
+
+def _photographs(folder: Path | None) -> list[Path]:
+    from shvit.train.data import photograph_files
+
+    return photograph_files(folder)
+
+
+def _progress(items: Iterable[Any]) -> Iterator[Any]:
+    """A bar on a terminal."""
+    items = list(items)
+    return iter(track(items, "photographs", console=console, transient=True) if sys.stdout.isatty() else items)
+
+
+def _show_match(match: Any) -> None:
+    masks = "" if match.mask_iou_mean is None else f", masks {match.mask_iou_mean:.4f} ({match.mask_iou_lowest:.3f})"
+    console.print(
+        f"{match.detections} detections on {match.images} photographs: {match.matched_percent:.1f} % match, IoU of boxes "
+        f"{match.box_iou_mean:.4f} (lowest {match.box_iou_lowest:.3f}){masks}, scores within {match.score_error:.1e}"
+    )

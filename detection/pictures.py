@@ -1,0 +1,34 @@
+"""What a detector finds, drawn on the photograph by MMDetection's own visualizer."""
+
+from pathlib import Path
+
+from shvit.errors import InputError
+from shvit.files import write_whole
+
+from .detector import Detections
+
+
+def draw(photograph: Path, detections: Detections, classes: tuple[str, ...], output: Path) -> None:
+    """Writes the photograph with boxes, names, scores and masks as a .png.
+
+    Raises:
+        InputError: `output` cannot be written.
+    """
+    import mmcv
+    from mmdet.structures import DetDataSample
+    from mmdet.visualization import DetLocalVisualizer
+    from mmengine.structures import InstanceData
+
+    instances = InstanceData(bboxes=detections.boxes, scores=detections.scores, labels=detections.labels)
+    if detections.masks is not None:
+        instances.masks = detections.masks
+    sample = DetDataSample(pred_instances=instances)
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = {"classes": classes, "palette": "random"}
+    image = mmcv.imread(str(photograph), channel_order="rgb")
+    with write_whole(output) as partial:
+        visualizer.add_datasample(
+            photograph.name, image, sample, draw_gt=False, pred_score_thr=0.0, out_file=str(partial), show=False
+        )
+        if not partial.is_file():
+            raise InputError(f"{output}: cannot be written")

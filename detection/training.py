@@ -1,0 +1,144 @@
+"""Training by mmengine's Runner: goes on where a run stopped, says how far it is, never unpickles code."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shvit.errors import InputError
+
+from .annotations import check_datasets
+
+LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""PyTorch's switch after which no `torch.load` of this process, whoever calls it, runs pickled code."""
+
+
+def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str, Any]:
+    """Trains the config's detector, or goes on with the run that `output` holds.
+
+    Under torchrun, every process calls this; the first one writes.
+
+    Args:
+        output: the run folder: the config as it was run, checkpoints, logs, TensorBoard's events.
+        auto_scale_lr: scale the learning rate to the batch, from the one that the config was written for.
+
+    Returns:
+        The run folder, the last checkpoint, and the last evaluation's figures in percent.
+
+    Raises:
+        InputError: annotations, photographs or the config are not usable, or training diverged.
+    """
+    os.environ[WEIGHTS_ONLY] = "1"
+    check_datasets(config, ("train", "val"))
+    config = config.copy()
+    config.work_dir = str(output)
+    config.launcher = "pytorch" if "RANK" in os.environ else "none"
+    config.env_cfg.dist_cfg.backend = "nccl" if torch.cuda.is_available() else "gloo"
+    config.auto_scale_lr.enable = auto_scale_lr
+    config.resume = (output / "last_checkpoint").is_file()
+    if config.resume:
+        config.load_from = None
+    journal = Journal()
+    with plainly(), redirect_stdout(_Brief(sys.stdout)):
+        runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+        runner.register_hook(journal, priority="VERY_LOW")
+        runner.train()
+    last = output / "last_checkpoint"
+    return {
+        "output": str(output),
+        "checkpoint": last.read_text().strip() if last.is_file() else None,
+        "resumed": config.resume,
+        "iterations": runner.iter,
+        "ap": journal.ap,
+    }
+
+
+class Journal(Hook):
+    """A bar on a terminal, the last evaluation's figures, and an end where the loss is no number."""
+
+    def __init__(self) -> None:
+        self.ap: dict[str, float] | None = None
+        self.bar: Progress | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        if sys.__stdout__ is not None and sys.__stdout__.isatty() and runner.rank == 0:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, transient=True)
+            self.task = self.bar.add_task("iterations", total=runner.max_iters, completed=runner.iter)
+            self.bar.start()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        loss = (outputs or {}).get("loss")
+        if loss is not None and not torch.isfinite(torch.as_tensor(loss)):
+            raise InputError(f"the loss is {float(loss)} at iteration {runner.iter + 1}; lower optim_wrapper.optimizer.lr")
+        if self.bar is not None:
+            self.bar.update(self.task, completed=runner.iter + 1)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.ap = {key.removeprefix("coco/"): 100 * value for key, value in (metrics or {}).items() if value >= 0}
+
+    def after_train(self, runner: Runner) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class _Brief(io.TextIOBase):
+    """A stream without its longest messages, which the run's log file holds."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if text.count("\n") <= LONGEST:
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A block in which what mmengine and mmdet raise for unusable input is one line.
+
+    Raises:
+        InputError: in place of theirs. Anything else than a mistake in the input goes through.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_innermost(str(error))) from error
+    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError, AssertionError) as error:
+        if not _from_building(error):
+            raise
+        raise InputError(f"the config cannot be built: {_innermost(str(error.args[0] if error.args else error))}") from error
+
+
+def _from_building(error: BaseException) -> bool:
+    """Whether an error came up while a registry built what the config says."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name in ("build_from_cfg", "from_cfg", "build_runner_from_cfg"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _innermost(message: str) -> str:
+    """The message itself, where a loader's worker has put its own traceback around it."""
+    marked = [line for line in message.splitlines() if "InputError: " in line]
+    return marked[-1].partition("InputError: ")[2] if marked else (message.strip().splitlines() or [""])[-1]

@@ -1,0 +1,190 @@
+"""Does an exported detector find what its model finds? Matched detection by detection, written down as a certificate."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from shvit.errors import CheckFailed, InputError
+from shvit.files import sha256
+
+from .detector import Detect, Detections, Photograph
+from .onnx import DetectorSpec, OnnxDetector
+
+COUNTED = 0.1
+"""Detections of at least this score are counted; near score_thr (0.05) rounding decides what is found at all."""
+
+SAME = 0.5
+"""Boxes of one class that overlap by this IoU can be the same object."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How far the detections of two detectors are from each other, over some photographs."""
+
+    images: int
+    detections: int
+    """Of the model, with a score of at least `COUNTED`."""
+    matched_percent: float
+    """Of these, and of the artefact's, that have a counterpart of the same class in the other's."""
+    box_iou_mean: float
+    box_iou_lowest: float
+    mask_iou_mean: float | None
+    """None of a detector without masks."""
+    mask_iou_lowest: float | None
+    score_error: float
+    """Largest difference of a matched pair's scores."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an artefact must keep to. Rounding may turn one of many decisions of NMS, which moves a box by pixels."""
+
+    matched_percent: float = 99.0
+    box_iou_mean: float = 0.995
+    mask_iou_mean: float = 0.99
+    score_error: float = 0.01
+
+
+@dataclass(frozen=True)
+class DetectionCertificate:
+    """How far an exported detector is from its model, and what it is."""
+
+    artefact: str
+    artefact_sha256: str
+    artefact_bytes: int
+    operators: dict[str, int]
+    """Of the artefact, most frequent first."""
+    checkpoint_sha256: str
+    spec: DetectorSpec
+    runtime: str
+    image_source: str
+    match: Match
+    bounds: Bounds
+    passed: bool
+    versions: dict[str, str]
+
+
+def pair(reference: Detections, found: Detections) -> list[tuple[int, int, float]]:
+    """(index in `reference`, index in `found`, IoU of the boxes) of what is the same object, each used once.
+
+    The pairs of one class are those with the largest sum of overlaps.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from torchvision.ops import box_iou
+
+    if not len(reference) or not len(found):
+        return []
+    overlap = box_iou(reference.boxes, found.boxes) * (reference.labels[:, None] == found.labels)
+    rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)
+    pairs = zip(rows.tolist(), columns.tolist(), overlap[rows, columns].tolist(), strict=True)
+    return [each for each in pairs if each[2] >= SAME]
+
+
+def compare(detections: Sequence[tuple[Detections, Detections]]) -> Match:
+    """The figures of (model's, artefact's) detections, one pair for each photograph.
+
+    Raises:
+        InputError: the model finds nothing, so that there is nothing to compare.
+    """
+    counted = matched = of_model = 0
+    box_ious, mask_ious, errors = [], [], []
+    for reference, found in detections:
+        pairs = pair(reference, found)
+        sides = ((reference.scores, {i for i, _, _ in pairs}), (found.scores, {j for _, j, _ in pairs}))
+        for scores, indices in sides:
+            sure = (scores >= COUNTED).nonzero()[:, 0].tolist()
+            counted += len(sure)
+            matched += len(indices.intersection(sure))
+        of_model += int((reference.scores >= COUNTED).sum())
+        for i, j, iou in pairs:
+            if max(reference.scores[i], found.scores[j]) < COUNTED:
+                continue
+            box_ious.append(iou)
+            errors.append((reference.scores[i] - found.scores[j]).abs().item())
+            if reference.masks is not None and found.masks is not None:
+                mask_ious.append(_mask_iou(reference.masks[i], found.masks[j]))
+    if not of_model:
+        raise InputError(
+            f"the detector finds nothing with a score of {COUNTED} on {len(detections)} photographs, so that there is "
+            "nothing to compare; give trained weights, or --images with photographs of its objects"
+        )
+    return Match(
+        images=len(detections),
+        detections=of_model,
+        matched_percent=100 * matched / counted,
+        box_iou_mean=sum(box_ious) / len(box_ious) if box_ious else 0.0,
+        box_iou_lowest=min(box_ious, default=0.0),
+        mask_iou_mean=sum(mask_ious) / len(mask_ious) if mask_ious else None,
+        mask_iou_lowest=min(mask_ious, default=None),
+        score_error=max(errors, default=1.0),
+    )
+
+
+def _mask_iou(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Of two masks (H, W); 1 of two that are empty, such as those of boxes without area."""
+    union = (first | second).sum().item()
+    return (first & second).sum().item() / union if union else 1.0
+
+
+def holds(match: Match, bounds: Bounds) -> bool:
+    """Whether the figures keep to the bounds."""
+    return (
+        match.matched_percent >= bounds.matched_percent
+        and match.box_iou_mean >= bounds.box_iou_mean
+        and (match.mask_iou_mean is None or match.mask_iou_mean >= bounds.mask_iou_mean)
+        and match.score_error <= bounds.score_error
+    )
+
+
+def certify(
+    artefact: OnnxDetector,
+    model: Detect,
+    photographs: Sequence[Photograph],
+    source: str,
+    checkpoint: Path,
+    name: str,
+) -> DetectionCertificate:
+    """Runs prepared photographs through model and artefact and states how far apart they are.
+
+    Args:
+        photographs: prepared at the artefact's size.
+        source: where they are from, for the certificate.
+        checkpoint: the file with the model's weights, for its hash.
+        name: what the certificate calls the artefact.
+    """
+    match = compare([(model(photograph), artefact.detect(photograph)) for photograph in photographs])
+    bounds = Bounds()
+    return DetectionCertificate(
+        artefact=name,
+        artefact_sha256=sha256(artefact.path),
+        artefact_bytes=artefact.path.stat().st_size,
+        operators=artefact.operators,
+        checkpoint_sha256=sha256(checkpoint),
+        spec=artefact.spec,
+        runtime="onnxruntime",
+        image_source=source,
+        match=match,
+        bounds=bounds,
+        passed=holds(match, bounds),
+        versions={name: version(name) for name in ("shvit", "torch", "torchvision", "onnx", "onnxruntime")},
+    )
+
+
+def require(certificate: DetectionCertificate) -> None:
+    """Raises CheckFailed if the artefact's detections are too far from its model's."""
+    if certificate.passed:
+        return
+    match = certificate.match
+    raise CheckFailed(
+        f"{certificate.artefact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes by "
+        f"an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not written",
+        asdict(certificate),
+    )
+
+
+def to_json(certificate: DetectionCertificate) -> str:
+    return json.dumps(asdict(certificate), indent=2) + "\n"
