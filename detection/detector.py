@@ -1,5 +1,6 @@
 """A trained detector: built from a config, its weights loaded safely, and what it finds on photographs."""
 
+import copy
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,16 +65,30 @@ def build_detector(config: Config) -> nn.Module:
     """
     from mmdet.registry import MODELS
 
-    config = config.copy()
+    config = copy.deepcopy(config)
     config.model.setdefault("train_cfg", None)
     forget_initial_weights(config)
     try:
         with quiet():
-            return MODELS.build(config.model).eval()
+            model = MODELS.build(config.model).eval()
     except InputError:
         raise
     except Exception as error:  # of many types, from constructors of mmdet's
         raise InputError(f"{config.filename}: no detector can be built ({_first_line(error)})") from error
+    _check_neck(model, config)
+    return model
+
+
+@torch.no_grad()
+def _check_neck(model: nn.Module, config: Config) -> None:
+    """Raises where the neck expects other feature maps than the backbone gives."""
+    expected = list(getattr(getattr(model, "neck", None), "in_channels", []))
+    given = [each.shape[1] for each in model.backbone(torch.zeros(1, 3, 64, 64))] if expected else []
+    if given != expected:
+        raise InputError(
+            f"{config.filename}: the backbone gives feature maps of {given} channels and model.neck.in_channels is "
+            f"{expected}; give the neck the backbone's"
+        )
 
 
 def forget_initial_weights(config: Config) -> None:
@@ -175,7 +190,7 @@ def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
     return [
         {"type": "LoadPhotograph"},
         {"type": "Resize", "scale": (width, height), "keep_ratio": True},
-        {"type": "Pad", "size": (width, height), "pad_val": {"img": blue_first}},
+        {"type": "Border", "size": (width, height), "pad_val": {"img": blue_first}},
         _PACK,
     ]
 

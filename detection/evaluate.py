@@ -57,7 +57,8 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
         dataset = DATASETS.build(dataset_config)
     if not len(dataset):
         raise InputError(f"{dataset_config.ann_file}: has no photographs to evaluate on")
-    metrics = {name: _metric(config, dataset) for name in detectors}
+    with quiet():
+        metrics = {name: _metric(config, dataset) for name in detectors}
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     found: list[list[Detections]] = []
     for index in progress(range(len(dataset))):
@@ -74,8 +75,8 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     results = {}
     for name, metric in metrics.items():
         with quiet():
-            scores = metric.evaluate(size=len(dataset))
-        ap = {key.removeprefix("coco/"): 100 * value if value >= 0 else -1.0 for key, value in scores.items()}
+            scores = metric.evaluate(size=len(dataset)) or _nothing(metric)
+        ap = {key.removeprefix("coco/"): percent(value) for key, value in scores.items()}
         results[name] = DetectionResult(ap, 1000 * statistics.median(seconds[name]))
     if len(detectors) < 2:
         return Evaluation(len(dataset), results, None, None)
@@ -92,12 +93,22 @@ def _metric(config: Config, dataset: Any) -> Any:
     return metric
 
 
+def _nothing(metric: Any) -> dict[str, float]:
+    """The figures where not one object was found, which mmdet leaves out."""
+    return {f"{kind}_{name}": 0.0 for kind in metric.metrics for name in ("mAP", "mAP_50", "mAP_75")}
+
+
 def _sample(detections: Detections, sample: Any) -> dict[str, Any]:
     """As MMDetection's metrics take what was found."""
     instances = {"bboxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}
     if detections.masks is not None:
         instances["masks"] = detections.masks
     return {"pred_instances": instances, "img_id": sample.img_id, "ori_shape": sample.ori_shape}
+
+
+def percent(value: float) -> float:
+    """Of COCO's figures, which have three digits; -1 of what does not occur stays."""
+    return round(100 * value, 1) if value >= 0 else -1.0
 
 
 def use_threads(threads: int) -> None:

@@ -37,6 +37,7 @@ class TransposedFPN(BaseModule):
         init_cfg: dict | list | None = None,
     ):
         super().__init__(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
+        self.in_channels = list(in_channels)
         self.extra_levels = num_outs - num_extra_trans_convs - len(in_channels)
         if self.extra_levels < 0:
             raise ValueError(

@@ -22,7 +22,7 @@ from shvit.errors import InputError
 from .detector import PADDING, Detect, Detections, Photograph, paste
 
 OPSET = 17  # RoIAlign is aligned from 16 on
-INPUT = "pixels"
+INPUTS = ("pixels", "size")
 KEY = "shvit.detector"
 MAX_BYTES = 2 << 30  # of a file: protobuf's own limit
 
@@ -31,8 +31,8 @@ MAX_BYTES = 2 << 30  # of a file: protobuf's own limit
 class DetectorSpec:
     """What an exported detector takes and gives; written into the file.
 
-    Input: `pixels`, uint8 (1, height, width, 3), RGB: the photograph as large as fits with its aspect kept, at the top
-    left, the rest filled with `padding`. Outputs: `boxes` float32 (n, 4), left, top, right, bottom in pixels of the
+    Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the photograph as large as fits with its aspect kept, at the top
+    left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the photograph in it. Outputs: `boxes` float32 (n, 4), left, top, right, bottom in pixels of the
     input; `scores` float32 (n,), best first; `labels` int64 (n,); and of Mask R-CNN `masks` float32 (n, 28, 28),
     probabilities inside each box.
     """
@@ -66,43 +66,42 @@ class DetectorSpec:
 
 
 class _Boxes(nn.Module):
-    """The inverse of MMDetection's DeltaXYWHBBoxCoder, clipped to the image."""
+    """The inverse of MMDetection's DeltaXYWHBBoxCoder, clipped to the photograph."""
 
     means: torch.Tensor
     stds: torch.Tensor
 
-    def __init__(self, coder: nn.Module, img_size: tuple[int, int]):
+    def __init__(self, coder: nn.Module):
         super().__init__()
-        self.img_size = img_size
         self.register_buffer("means", torch.tensor(coder.means))
         self.register_buffer("stds", torch.tensor(coder.stds))
         self.largest = abs(math.log(16 / 1000))  # MMDetection's bound of a side's growth, e^4.1
 
-    def forward(self, anchors: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-        """Anchors (…, 4) and deltas (…, 4) → boxes (…, 4)."""
+    def forward(self, anchors: torch.Tensor, deltas: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """Anchors (…, 4) and deltas (…, 4) → boxes (…, 4); `size` is height and width of the photograph."""
         deltas = deltas * self.stds + self.means
         low, high = anchors[..., :2], anchors[..., 2:]
-        size = high - low
-        centre = (low + high) * 0.5 + size * deltas[..., :2]
-        half = size * deltas[..., 2:].clamp(-self.largest, self.largest).exp() * 0.5
+        sides = high - low
+        centre = (low + high) * 0.5 + sides * deltas[..., :2]
+        half = sides * deltas[..., 2:].clamp(-self.largest, self.largest).exp() * 0.5
         boxes = torch.cat([centre - half, centre + half], dim=-1)
-        height, width = self.img_size
-        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-        return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+        return torch.minimum(boxes.clamp(min=0), size.flip(0).repeat(2).to(boxes))  # x ≤ width, y ≤ height, twice
 
 
 class _Anchors(nn.Module):
     """The best-scored anchors of every level with their boxes: a dense head's outputs as candidates."""
 
-    def __init__(self, head: nn.Module, sizes: Sequence[tuple[int, int]], most: int, img_size: tuple[int, int]):
+    def __init__(self, head: nn.Module, sizes: Sequence[tuple[int, int]], most: int):
         super().__init__()
         self.most = most
         self.classes = head.cls_out_channels
-        self.decode = _Boxes(head.bbox_coder, img_size)
+        self.decode = _Boxes(head.bbox_coder)
         for level, anchors in enumerate(head.prior_generator.grid_priors(sizes, device="cpu")):
             self.register_buffer(f"level_{level}", anchors)
 
-    def forward(self, logits: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, logits: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], size: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """(1, A·C, H, W) and (1, A·4, H, W) of each level → boxes (k, 4), scores, classes and levels (k,)."""
         boxes, scores, classes, levels = [], [], [], []
         for level, (logit, delta) in enumerate(zip(logits, deltas, strict=True)):
@@ -110,7 +109,7 @@ class _Anchors(nn.Module):
             score, index = score.topk(min(self.most, score.shape[0]))
             anchor = torch.div(index, self.classes, rounding_mode="floor")
             anchors = getattr(self, f"level_{level}")[anchor]
-            boxes.append(self.decode(anchors, delta[0].permute(1, 2, 0).reshape(-1, 4)[anchor]))
+            boxes.append(self.decode(anchors, delta[0].permute(1, 2, 0).reshape(-1, 4)[anchor], size))
             scores.append(score)
             classes.append(index - anchor * self.classes)
             levels.append(torch.full_like(index, level))
@@ -127,8 +126,14 @@ def _suppress(
     return nms(apart, scores, iou)[:most]
 
 
-def _above(scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    return (scores > threshold).nonzero()[:, 0]
+def _is_large(boxes: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Whether both sides are longer than the least; what is clipped to nothing at the border is not."""
+    return (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) > cfg.get("min_bbox_size", -1)
+
+
+def _chosen(which: torch.Tensor) -> torch.Tensor:
+    """Indices of what is true."""
+    return which.nonzero()[:, 0]
 
 
 class _Rois(nn.Module):
@@ -148,7 +153,7 @@ class _Rois(nn.Module):
         level_of = self.extractor.map_roi_levels(rois, len(layers))
         found = boxes.new_zeros(boxes.shape[0], self.channels, *layers[0].output_size)
         for level, layer in enumerate(layers):
-            index = (level_of == level).nonzero()[:, 0]
+            index = _chosen(level_of == level)
             ratio = layer.sampling_ratio
             part = roi_align(features[level], rois[index], layer.output_size, layer.spatial_scale, ratio, layer.aligned)
             found = found.index_put((index,), part)
@@ -194,13 +199,13 @@ class RetinaNetGraph(_Graph):
         super().__init__(model, img_size)
         self.head = model.bbox_head
         self.test_cfg = model.test_cfg
-        self.anchors = _Anchors(self.head, self.sizes(), self.test_cfg.nms_pre, img_size)
+        self.anchors = _Anchors(self.head, self.sizes(), self.test_cfg.nms_pre)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        boxes, scores, labels, _ = self.anchors(*self.head(self.features(pixels)))
-        keep = _above(scores, self.test_cfg.score_thr)
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        boxes, scores, labels, _ = self.anchors(*self.head(self.features(pixels)), size)
         cfg = self.test_cfg
+        keep = _chosen((scores > cfg.score_thr) & _is_large(boxes, cfg))
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         keep = _suppress(boxes, scores, labels, cfg.nms.iou_threshold, cfg.max_per_img, max(self.img_size))
         return boxes[keep], scores[keep], labels[keep]
 
@@ -211,38 +216,40 @@ class MaskRCNNGraph(_Graph):
     def __init__(self, model: nn.Module, img_size: tuple[int, int]):
         super().__init__(model, img_size)
         self.rpn, self.rpn_cfg, self.rcnn_cfg = model.rpn_head, model.test_cfg.rpn, model.test_cfg.rcnn
-        self.anchors = _Anchors(self.rpn, self.sizes(), self.rpn_cfg.nms_pre, img_size)
+        self.anchors = _Anchors(self.rpn, self.sizes(), self.rpn_cfg.nms_pre)
         heads = model.roi_head
         self.bbox_rois, self.bbox_head = _Rois(heads.bbox_roi_extractor), heads.bbox_head
-        self.decode = _Boxes(self.bbox_head.bbox_coder, img_size)
+        self.decode = _Boxes(self.bbox_head.bbox_coder)
         self.mask_head = heads.mask_head if heads.with_mask else None
         self.mask_rois = _Rois(heads.mask_roi_extractor) if heads.with_mask else None
         self.outputs = ("boxes", "scores", "labels", "masks")[: 4 if heads.with_mask else 3]
         self.mask_threshold = self.rcnn_cfg.get("mask_thr_binary", 0.5)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.features(pixels)
-        boxes, scores, labels = self._classify(features, self._propose(features))
+        boxes, scores, labels = self._classify(features, self._propose(features, size), size)
         if self.mask_head is None:
             return boxes, scores, labels
         return boxes, scores, labels, self._mask(features, boxes, labels)
 
-    def _propose(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _propose(self, features: Sequence[torch.Tensor], size: torch.Tensor) -> torch.Tensor:
         """Boxes (n, 4) that may hold something, from the region proposal network."""
-        boxes, scores, _, levels = self.anchors(*self.rpn(features))
-        keep = _above((boxes[:, 2:] - boxes[:, :2]).amin(dim=1), self.rpn_cfg.min_bbox_size)
+        boxes, scores, _, levels = self.anchors(*self.rpn(features), size)
+        keep = _chosen(_is_large(boxes, self.rpn_cfg))
         boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
         iou, most = self.rpn_cfg.nms.iou_threshold, self.rpn_cfg.max_per_img
         return boxes[_suppress(boxes, scores, levels, iou, most, max(self.img_size))]
 
-    def _classify(self, features: Sequence[torch.Tensor], proposals: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _classify(
+        self, features: Sequence[torch.Tensor], proposals: torch.Tensor, size: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         logits, deltas = self.bbox_head(self.bbox_rois(features, proposals))  # (n, C+1) (n, 4·C)
         scores = logits.softmax(dim=-1)[:, :-1]  # the last one is background
         classes = scores.shape[1]
         deltas = deltas.reshape(-1, 1 if self.bbox_head.reg_class_agnostic else classes, 4)
-        boxes = self.decode(proposals[:, None], deltas).expand(-1, classes, 4).reshape(-1, 4)  # (n·C, 4)
+        boxes = self.decode(proposals[:, None], deltas, size).expand(-1, classes, 4).reshape(-1, 4)  # (n·C, 4)
         scores = scores.reshape(-1)
-        keep = _above(scores, self.rcnn_cfg.score_thr)
+        keep = _chosen(scores > self.rcnn_cfg.score_thr)
         boxes, scores, labels = boxes[keep], scores[keep], keep % classes
         iou, most = self.rcnn_cfg.nms.iou_threshold, self.rcnn_cfg.max_per_img
         keep = _suppress(boxes, scores, labels, iou, most, max(self.img_size))
@@ -311,17 +318,17 @@ def write_onnx(graph: RetinaNetGraph | MaskRCNNGraph, path: Path, spec: Detector
 
     import onnx
 
-    pixels = _example(spec)
+    example = (_noise(spec), torch.tensor(spec.img_size))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that sizes become constants, which is what is wanted
-        traced = torch.jit.trace(graph, pixels, check_trace=False)
+        traced = torch.jit.trace(graph, example, check_trace=False)
         torch.onnx.export(
             traced,
-            (pixels,),
+            example,
             str(path),
             dynamo=False,
             opset_version=OPSET,
-            input_names=[INPUT],
+            input_names=list(INPUTS),
             output_names=list(spec.outputs),
             dynamic_axes={name: {0: "detections"} for name in spec.outputs},
         )
@@ -331,8 +338,8 @@ def write_onnx(graph: RetinaNetGraph | MaskRCNNGraph, path: Path, spec: Detector
     onnx.save(proto, str(path))
 
 
-def _example(spec: DetectorSpec) -> torch.Tensor:
-    """Noise to trace with: on a blank image there may be nothing to detect."""
+def _noise(spec: DetectorSpec) -> torch.Tensor:
+    """Pixels to trace with: on a blank image there may be nothing to detect."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (1, *spec.img_size, 3), generator=generator, dtype=torch.uint8)
 
@@ -343,8 +350,8 @@ class OnnxDetector:
 
     path: Path
     spec: DetectorSpec
-    run: Callable[[np.ndarray], dict[str, np.ndarray]]
-    """uint8 (1, height, width, 3) → the outputs by name."""
+    run: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    """Pixels and size → the outputs by name."""
     operators: dict[str, int]
 
     @property
@@ -355,7 +362,8 @@ class OnnxDetector:
     def _detect(self, photograph: Photograph) -> Detections:
         sample = photograph["data_samples"]
         pixels = photograph["inputs"].flip(0).permute(1, 2, 0)[None]  # BGR (3, H, W) → RGB (1, H, W, 3)
-        found = {name: torch.from_numpy(value) for name, value in self.run(pixels.numpy()).items()}
+        size = np.array(sample.img_shape[:2], dtype=np.int64)
+        found = {name: torch.from_numpy(value) for name, value in self.run(pixels.numpy(), size).items()}
         boxes = found["boxes"] / torch.tensor(sample.scale_factor * 2)  # (w, h, w, h)
         masks = None
         if "masks" in found:
@@ -395,8 +403,9 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     if [output.name for output in session.get_outputs()] != list(spec.outputs):
         raise InputError(f"{path}: does not give {', '.join(spec.outputs)}, as it says; export it again")
 
-    def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(spec.outputs, session.run(list(spec.outputs), {INPUT: pixels}), strict=True))
+    def run(pixels: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
+        given = dict(zip(INPUTS, (pixels, size), strict=True))
+        return dict(zip(spec.outputs, session.run(list(spec.outputs), given), strict=True))
 
     counts: dict[str, int] = {}
     for node in proto.graph.node:

@@ -18,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shvit.errors import InputError
 
 from .annotations import check_datasets
+from .detector import build_detector
+from .evaluate import percent
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""PyTorch's switch after which no `torch.load` of this process, whoever calls it, runs pickled code."""
+"""PyTorch's switch: while it is set, no `torch.load`, whoever calls it, runs pickled code."""
 
 
 def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str, Any]:
@@ -39,18 +41,19 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     Raises:
         InputError: annotations, photographs or the config are not usable, or training diverged.
     """
-    os.environ[WEIGHTS_ONLY] = "1"
     check_datasets(config, ("train", "val"))
+    build_detector(config)  # which says what does not fit; the Runner builds its own
     config = config.copy()
     config.work_dir = str(output)
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
     config.env_cfg.dist_cfg.backend = "nccl" if torch.cuda.is_available() else "gloo"
+    config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
     config.auto_scale_lr.enable = auto_scale_lr
     config.resume = (output / "last_checkpoint").is_file()
     if config.resume:
         config.load_from = None
     journal = Journal()
-    with plainly(), redirect_stdout(_Brief(sys.stdout)):
+    with plainly(), weights_only(), redirect_stdout(_Brief(sys.stdout)):
         runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
         runner.register_hook(journal, priority="VERY_LOW")
         runner.train()
@@ -86,7 +89,7 @@ class Journal(Hook):
             self.bar.update(self.task, completed=runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.ap = {key.removeprefix("coco/"): 100 * value for key, value in (metrics or {}).items() if value >= 0}
+        self.ap = {key.removeprefix("coco/"): percent(value) for key, value in (metrics or {}).items()}
 
     def after_train(self, runner: Runner) -> None:
         self.stop()
@@ -109,6 +112,20 @@ class _Brief(io.TextIOBase):
 
     def flush(self) -> None:
         self.stream.flush()
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """A block in which no checkpoint's pickled code runs; mmengine would run it where there is more than tensors."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 @contextmanager

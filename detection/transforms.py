@@ -1,6 +1,7 @@
 """Reading photographs for detectors, each of which is named if it cannot be read."""
 
 from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets.transforms import Pad
 from mmdet.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
@@ -31,3 +32,12 @@ class LoadPhotograph(LoadImageFromFile):
             return super().transform(results)
         except Exception as error:  # OpenCV gives None, on which the next line of theirs fails
             raise InputError(f"{path}: not a readable photograph (damaged); remove or replace it") from error
+
+
+@TRANSFORMS.register_module()
+class Border(Pad):
+    """MMDetection's Pad that leaves `img_shape` the photograph's, inside of which boxes are kept."""
+
+    def transform(self, results: dict) -> dict:
+        shape = results["img_shape"]
+        return {**super().transform(results), "img_shape": shape}

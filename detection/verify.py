@@ -78,7 +78,9 @@ def pair(reference: Detections, found: Detections) -> list[tuple[int, int, float
 
     if not len(reference) or not len(found):
         return []
-    overlap = box_iou(reference.boxes, found.boxes) * (reference.labels[:, None] == found.labels)
+    overlap = box_iou(reference.boxes, found.boxes)  # not a number of two boxes without area
+    alike = ((reference.boxes[:, None] - found.boxes).abs().amax(dim=-1) < 0.5).float()
+    overlap = torch.where(overlap.isfinite(), overlap, alike) * (reference.labels[:, None] == found.labels)
     rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)
     pairs = zip(rows.tolist(), columns.tolist(), overlap[rows, columns].tolist(), strict=True)
     return [each for each in pairs if each[2] >= SAME]
