@@ -1,7 +1,7 @@
 """SHViT inside Mask R-CNN and RetinaNet, as a plug-in of MMDetection. Installed as `shvit.detection`.
 
-Importing it, as a config does with `custom_imports = dict(imports=["shvit.detection"])`, registers the backbones, the neck
-and the transform, and puts torchvision's operators in place of mmcv's compiled ones where these are missing.
+Importing it, as a config does with `custom_imports = dict(imports=["shvit.detection"])`, registers the backbones,
+the neck and transforms, and puts torchvision's operators in place of mmcv's compiled ones where these are missing.
 """
 
 from .ops import stand_in

@@ -1,4 +1,4 @@
-"""`torchrun … -m shvit.detection train CONFIG …`: `shvit detect` in each of several processes, of which the first prints."""
+"""`torchrun … -m shvit.detection train CONFIG …`: `shvit detect` in each of several processes."""
 
 import os
 import sys

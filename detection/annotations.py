@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +44,7 @@ def check_datasets(config: Config, splits: tuple[str, ...]) -> None:
             named = metric.get("ann_file")
             if named and Path(named).resolve() != path.resolve():
                 raise InputError(
-                    f"{split}_evaluator reads {named} and {split}_dataloader {path}; set {split}_evaluator's ann_file to "
-                    "the same file"
+                    f"{split}_evaluator reads {named} and {split}_dataloader {path}; give both one ann_file"
                 )
 
 
@@ -79,8 +77,8 @@ def _check_heads(config: Config, classes: tuple[str, ...]) -> None:
         number = head.get("num_classes") if isinstance(head, dict) else None
         if number is not None and number != len(classes):
             raise InputError(
-                f"{config.filename}: model.{name}.num_classes is {number} and metainfo.classes has {len(classes)}; give "
-                "both the same number"
+                f"{config.filename}: model.{name}.num_classes is {number} and metainfo.classes has {len(classes)}; "
+                "make both the same number"
             )
 
 
@@ -112,8 +110,8 @@ def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks:
             raise InputError(f"{path}: {count} annotations have category_id {key}, which the file does not define")
         if names[key] not in classes:
             raise InputError(
-                f"{path}: {count} annotations are of category {names[key]!r}, which the config does not know; add it to "
-                "metainfo.classes, or remove them"
+                f"{path}: {count} annotations are of category {names[key]!r}, which the config does not know; "
+                "add it to metainfo.classes, or remove them"
             )
     _check_photographs(path, folder, images)
     for annotation in annotations:
@@ -162,12 +160,14 @@ def _check_photographs(path: Path, folder: Path, images: dict[Any, dict[str, Any
             raise InputError(f"{path}: image {image['id']} is {name!r}, which is outside {folder}")
         place = folder / Path(name).parent
         if place not in listed:
-            listed[place] = set(os.listdir(place)) if place.is_dir() else set()
+            listed[place] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
         if Path(name).name not in listed[place]:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 1} more of {len(images)}" if len(missing) > 1 else ""
-        raise InputError(f"{path}: names {missing[0]}{more}, not in {folder}; set data_prefix, or remove what is missing")
+        raise InputError(
+            f"{path}: names {missing[0]}{more}, not in {folder}; set data_prefix, or remove what is missing"
+        )
 
 
 def _problems(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], masks: bool) -> Iterator[str]:

@@ -188,8 +188,8 @@ def check_is_data(path: Path) -> None:
         if problem:
             line = getattr(node, "lineno", None)
             raise InputError(
-                f"{path}{f', line {line}' if line else ''}: {problem} more than a config needs and might run code; write "
-                "values alone, or give --trust-config if you know where the file is from"
+                f"{path}{f', line {line}' if line else ''}: {problem} more than a config needs and might run code; "
+                "write values alone, or give --trust-config if you know where the file is from"
             )
 
 
@@ -209,11 +209,11 @@ def _import(config: Config, path: Path, trust: bool) -> None:
     with quiet():
         register_all_modules(init_default_scope=False)
     init_default_scope(config.get("default_scope", "mmdet"))
-    for name in ["shvit.detection", *named]:
-        try:
+    try:
+        for name in ["shvit.detection", *named]:
             import_module(name)
-        except ImportError as error:
-            raise InputError(f"{path}: custom_imports names {name}, which cannot be imported ({error})") from error
+    except ImportError as error:
+        raise InputError(f"{path}: custom_imports names what cannot be imported ({error})") from error
 
 
 def _check_fields(config: Config, path: Path) -> None:

@@ -17,7 +17,7 @@ from shvit.errors import InputError
 from .config import quiet
 
 PADDING = (124, 116, 104)
-"""RGB of the border around a photograph at a fixed size: ImageNet's mean colour, which is about 0 after normalisation."""
+"""RGB of the border around a photograph at a fixed size: ImageNet's mean, about 0 after normalisation."""
 
 STEP = 32
 """Detectors pad photographs to a multiple of this many pixels."""
@@ -100,8 +100,7 @@ def open_detector(config: Config, checkpoint: Path) -> nn.Module:
     """The config's detector in eval mode, with a checkpoint's weights.
 
     Args:
-        checkpoint: of this detector, by MMDetection 2 or 3, with the reference's names of SHViT's parameters or ours; or
-            .safetensors.
+        checkpoint: of this detector, by MMDetection 2 or 3, with the reference's names of SHViT's parameters or ours.
 
     Raises:
         InputError: as `build_detector` and `read_state_dict`; or the parameters differ, which are named.
@@ -135,8 +134,9 @@ def load_detector(model: nn.Module, checkpoint: Path) -> None:
         if names
     ]
     if problems:
-        raise InputError(f"{checkpoint}: does not fit the config's detector: {'; '.join(problems)}; give the config that "
-                         "it was trained with")  # fmt: skip
+        raise InputError(
+            f"{checkpoint}: does not fit the config's detector: {'; '.join(problems)}; give the config of its training"
+        )
 
 
 def log_types() -> list[Any]:

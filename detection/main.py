@@ -37,7 +37,7 @@ class _Command:
     options: tuple[str, ...] = ()
     """Fields in place of the config's: `train_cfg.max_epochs=3`, `train_dataloader.batch_size=4`, …"""
     trust_config: bool = False
-    """Run code that the config has, and import what it names; without it, a config that is more than data is refused."""
+    """Run code that the config has, and import what it names; a config that is more than data is refused otherwise."""
 
     def _config(self) -> Any:
         return open_config(self.config, self.options, self.trust_config)
@@ -45,7 +45,7 @@ class _Command:
 
 @dataclass(frozen=True)
 class Train(_Command):
-    """Trains a detector, or goes on with the run that --output holds. On several GPUs: torchrun … -m shvit.detection …"""
+    """Trains a detector, or goes on with the run that --output holds. On several GPUs: torchrun … -m shvit.detection"""
 
     output: Path | None = None
     """The run folder; runs/CONFIG by default."""
@@ -157,7 +157,9 @@ class Export(_Command):
         if self.output.suffix == ".mlpackage":
             return self._export_pyramid(self.checkpoint, self.output, height, width)
         if self.output.suffix != ".onnx":
-            raise InputError(f"--output {self.output} must end in .onnx (the detector) or .mlpackage (its feature maps)")
+            raise InputError(
+                f"--output {self.output} must end in .onnx (the detector) or .mlpackage (its feature maps)"
+            )
         if self.precision != "fp32":
             raise InputError("a detector's .onnx is fp32; leave out --precision")
         return self._export_detector(self.checkpoint, self.output, (height, width))
@@ -275,8 +277,10 @@ def _progress(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _show_match(match: Any) -> None:
-    masks = "" if match.mask_iou_mean is None else f", masks {match.mask_iou_mean:.4f} ({match.mask_iou_lowest:.3f})"
+    iou = f"boxes by an IoU of {match.box_iou_mean:.4f} (lowest {match.box_iou_lowest:.3f})"
+    if match.mask_iou_mean is not None:
+        iou += f", masks {match.mask_iou_mean:.4f} ({match.mask_iou_lowest:.3f})"
     console.print(
-        f"{match.detections} detections on {match.images} photographs: {match.matched_percent:.1f} % match, IoU of boxes "
-        f"{match.box_iou_mean:.4f} (lowest {match.box_iou_lowest:.3f}){masks}, scores within {match.score_error:.1e}"
+        f"{match.detections} detections on {match.images} photographs: {match.matched_percent:.1f} % match, {iou}, "
+        f"scores within {match.score_error:.1e}"
     )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 class TransposedFPN(BaseModule):
     """FPN whose finer levels are transposed convolutions (2×2, stride 2), one after the other, of the finest lateral.
 
-    Levels coarser than the backbone's are stride-2 subsamplings of the coarsest output. Parameters have the names of the
-    reference's detection checkpoints (`EfficientViTFPN` in github.com/microsoft/Cream, which SHViT's authors used), where
+    Levels coarser than the backbone's are stride-2 subsamplings of the coarsest output. Parameters have the names of
+    the reference's detection checkpoints (its neck is `EfficientViTFPN` of github.com/microsoft/Cream), where
     `extra_trans_convs` count from coarse to fine and `extra_fpn_convs` from fine to coarse.
 
     Args:
@@ -57,7 +57,7 @@ class TransposedFPN(BaseModule):
                 nn.init.zeros_(module.bias)
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Feature maps (B, in_channels[i], H_i, W_i), finest first → (B, out_channels, …) of each level, finest first."""
+        """Feature maps (B, in_channels[i], H_i, W_i) → (B, out_channels, …) of each level; both finest first."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for fine, coarse in reversed(list(zip(range(len(laterals)), range(1, len(laterals)), strict=False))):
             size = laterals[fine].shape[2:]

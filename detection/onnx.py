@@ -32,9 +32,9 @@ class DetectorSpec:
     """What an exported detector takes and gives; written into the file.
 
     Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the photograph as large as fits with its aspect kept, at the top
-    left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the photograph in it. Outputs: `boxes` float32 (n, 4), left, top, right, bottom in pixels of the
-    input; `scores` float32 (n,), best first; `labels` int64 (n,); and of Mask R-CNN `masks` float32 (n, 28, 28),
-    probabilities inside each box.
+    left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the photograph in it.
+    Outputs: `boxes` float32 (n, 4), left, top, right, bottom in pixels of the input; `scores` float32 (n,), best first;
+    `labels` int64 (n,); and of Mask R-CNN `masks` float32 (n, 28, 28), probabilities inside each box.
     """
 
     config: str
@@ -51,7 +51,9 @@ class DetectorSpec:
     def from_json(cls, text: str) -> "DetectorSpec":
         """Raises InputError for anything but what `write_onnx` wrote."""
         try:
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+            fields = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+            }
             spec = cls(**fields)
             if len(spec.img_size) != 2 or not all(isinstance(side, int) and 0 < side <= 4096 for side in spec.img_size):
                 raise ValueError(f"img_size {spec.img_size}")
@@ -298,7 +300,9 @@ def _check_parts(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name, kinds in allowed.items():
         if name in modules and type(modules[name]).__name__ not in kinds:
-            raise InputError(f"{type(modules[name]).__name__} as {name} cannot be exported; choose {' or '.join(kinds)}")
+            raise InputError(
+                f"{type(modules[name]).__name__} as {name} cannot be exported; choose {' or '.join(kinds)}"
+            )
     for name, module in modules.items():
         coder = getattr(module, "bbox_coder", None)
         if coder is not None and type(coder).__name__ != "DeltaXYWHBBoxCoder":

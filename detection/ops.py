@@ -1,7 +1,7 @@
 """Operators for an mmcv that was installed without compiled ones: torchvision's, which need no compiler.
 
-`import mmdet.models` imports all of `mmcv.ops`, and that `mmcv._ext`, the compiled module. Where there is none, a module
-of that name is put in its place: NMS and RoIAlign are all that Mask R-CNN and RetinaNet call.
+`import mmdet.models` imports all of `mmcv.ops`, and that `mmcv._ext`, the compiled module. Where there is none, a
+module of that name is put in its place: NMS and RoIAlign are all that Mask R-CNN and RetinaNet call.
 """
 
 import importlib.util

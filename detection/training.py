@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed
 
 from shvit.errors import InputError
 
@@ -46,7 +47,8 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     config = config.copy()
     config.work_dir = str(output)
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
-    config.env_cfg.dist_cfg.backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if config.launcher == "pytorch" and not torch.cuda.is_available():
+        _join_without_gpus(config)
     config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
     config.auto_scale_lr.enable = auto_scale_lr
     config.resume = (output / "last_checkpoint").is_file()
@@ -67,6 +69,12 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     }
 
 
+def _join_without_gpus(config: Config) -> None:
+    """Joins the processes that torchrun started over Gloo: mmengine itself would have each take a GPU."""
+    distributed.init_process_group("gloo")
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+
+
 class Journal(Hook):
     """A bar on a terminal, the last evaluation's figures, and an end where the loss is no number."""
 
@@ -84,7 +92,9 @@ class Journal(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         loss = (outputs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.as_tensor(loss)):
-            raise InputError(f"the loss is {float(loss)} at iteration {runner.iter + 1}; lower optim_wrapper.optimizer.lr")
+            raise InputError(
+                f"the loss is {float(loss)} at iteration {runner.iter + 1}; lower optim_wrapper.optimizer.lr"
+            )
         if self.bar is not None:
             self.bar.update(self.task, completed=runner.iter + 1)
 
@@ -142,7 +152,9 @@ def plainly() -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError, AssertionError) as error:
         if not _from_building(error):
             raise
-        raise InputError(f"the config cannot be built: {_innermost(str(error.args[0] if error.args else error))}") from error
+        raise InputError(
+            f"the config cannot be built: {_innermost(str(error.args[0] if error.args else error))}"
+        ) from error
 
 
 def _from_building(error: BaseException) -> bool:

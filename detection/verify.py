@@ -1,4 +1,4 @@
-"""Does an exported detector find what its model finds? Matched detection by detection, written down as a certificate."""
+"""Does an exported detector find what its model finds? Matched one by one, written down as a certificate."""
 
 import json
 from collections.abc import Sequence
@@ -182,8 +182,8 @@ def require(certificate: DetectionCertificate) -> None:
         return
     match = certificate.match
     raise CheckFailed(
-        f"{certificate.artefact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes by "
-        f"an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not written",
+        f"{certificate.artefact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes "
+        f"by an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not written",
         asdict(certificate),
     )
 

@@ -394,7 +394,9 @@ def create_model(
     scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:
         module, _, function = SCHEMES[scheme].partition(":")
-        return getattr(importlib.import_module(module), function)(rest, None if checkpoint is None else Path(checkpoint))
+        return getattr(importlib.import_module(module), function)(
+            rest, None if checkpoint is None else Path(checkpoint)
+        )
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
     if checkpoint is None:

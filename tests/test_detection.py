@@ -29,7 +29,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(coco, tmp_path_factory):
-    """(config, checkpoint) by kind: of a SHViT of 40 thousand parameters, trained for a few iterations by the command."""
+    """(config, checkpoint) by kind: of 40 thousand parameters' SHViT, trained a little by the command."""
     folder = tmp_path_factory.mktemp("trained")
     found = {}
     for kind in KINDS:
@@ -200,7 +200,7 @@ def test_precision_of_the_file_is_that_of_its_model(trained, weights, exported, 
 
 
 def test_precision_is_mmdetections_own(trained):
-    """Of a checkpoint that is fed as its config says, against the figures that the Runner gave at the end of training."""
+    """Of a checkpoint that is fed as its config says, against the Runner's own test."""
     config, folder = trained["retinanet"]
     result = run(["detect", "eval", str(config), "--checkpoint", str(folder / "epoch_2.pth")])
     again = run(["detect", "train", str(config), "--output", str(folder)])  # the run is at its end
