@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmengine.config import Config
 
@@ -194,7 +194,7 @@ def _problems(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], mas
             yield f"polygon {str(polygon)[:60]} has not three corners or more"
 
 
-def _are_numbers(values: Any) -> bool:
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(isinstance(each, int | float) and math.isfinite(each) for each in values)
 
 

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shvit.checkpoint import create_model, load_checkpoint
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS, SHViT, asdict
-from shvit.weights.cache import obtain
-from shvit.weights.manifest import find
+
+from .detector import find_weights
 
 PRETRAINED = "Pretrained"
 """mmengine's type of an init_cfg that names a checkpoint."""
@@ -100,12 +100,13 @@ class SHViTBackbone(_Backbone, SHViT):
     def init_weights(self) -> None:
         """Loads what `init_cfg` names, every parameter strictly; the constructor has drawn them otherwise."""
         if self.init_cfg is not None:
-            path = _find(self.init_cfg["checkpoint"])
+            path = find_weights(self.init_cfg["checkpoint"])
             load_checkpoint(self, path, reset_head=True)
             _tell(self, path)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
+        maps = self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        return tuple(maps)  # type: ignore[arg-type]
 
 
 @MODELS.register_module()
@@ -137,7 +138,7 @@ class TimmBackbone(_Backbone):
         self.init_cfg = _checked(init_cfg)
         if not timm.is_model(model):
             create_model(model)  # which says what was meant
-        levels = {} if out_indices is None else {"out_indices": tuple(out_indices)}
+        levels: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
         try:
             self.model = timm.create_model(model, features_only=True, **levels, **arguments)
         except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
@@ -150,7 +151,7 @@ class TimmBackbone(_Backbone):
         """Loads what `init_cfg` names: the classifier strictly, of which the feature maps' part is kept."""
         if self.init_cfg is None:
             return
-        path = _find(self.init_cfg["checkpoint"])
+        path = find_weights(self.init_cfg["checkpoint"])
         whole = create_model(self.name, path, **self.arguments).state_dict()
         flat = {name.replace(".", "_"): tensor for name, tensor in whole.items()}  # FeatureListNet joins names by _
         own = self.model.state_dict()
@@ -168,16 +169,6 @@ def _checked(init_cfg: dict[str, Any] | None) -> dict[str, Any] | None:
             "or None"
         )
     return init_cfg
-
-
-def _find(checkpoint: str) -> Path:
-    """A file, or that of a published checkpoint, from the cache or downloaded."""
-    path = Path(checkpoint)
-    if path.suffix in (".pt", ".pth", ".safetensors") or path.exists():
-        return path
-    entry = find(checkpoint)
-    print_log(f"{checkpoint}: from the cache, or {entry.url}", "current")
-    return obtain(entry, entry.url, lambda done, total: None).path
 
 
 def _tell(backbone: nn.Module, path: Path) -> None:

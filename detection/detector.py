@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from torch import nn
 
 from shvit.checkpoint import read_state_dict
 from shvit.errors import InputError
+from shvit.weights.cache import obtain
+from shvit.weights.manifest import find
 
 from .config import quiet
 
@@ -80,7 +83,7 @@ def build_detector(config: Config) -> nn.Module:
 
 
 @torch.no_grad()
-def _check_neck(model: nn.Module, config: Config) -> None:
+def _check_neck(model: Any, config: Config) -> None:
     """Raises where the neck expects other feature maps than the backbone gives."""
     expected = list(getattr(getattr(model, "neck", None), "in_channels", []))
     given = [each.shape[1] for each in model.backbone(torch.zeros(1, 3, 64, 64))] if expected else []
@@ -139,13 +142,27 @@ def load_detector(model: nn.Module, checkpoint: Path) -> None:
         )
 
 
+def find_weights(checkpoint: str | Path) -> Path:
+    """A file, or that of a name of `shvit weights list`: from the cache, or downloaded, checked and kept there.
+
+    Raises:
+        InputError: neither, or it cannot be downloaded.
+    """
+    path = Path(checkpoint)
+    if path.suffix in (".pt", ".pth", ".safetensors") or path.exists():
+        return path
+    entry = find(str(checkpoint))
+    print_log(f"{entry.name}: from the cache, or {entry.url}", "current")
+    return obtain(entry, entry.url, lambda done, total: None).path
+
+
 def log_types() -> list[Any]:
     """What besides tensors mmengine writes into a checkpoint: histories of what was logged, as NumPy arrays."""
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
 
     kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    core = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined]
+    core = np._core if hasattr(np, "_core") else np.core
     arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds]
     return [HistoryBuffer, (_statistic, "builtins.getattr"), *arrays]
 
@@ -231,7 +248,7 @@ def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
 # --- detection --------------------------------------------------------------------------------------------------------
 
 
-def torch_detect(model: nn.Module) -> Detect:
+def torch_detect(model: Any) -> Detect:
     """Detection by MMDetection's own code."""
 
     def detect(photograph: Photograph) -> Detections:
@@ -245,14 +262,14 @@ def torch_detect(model: nn.Module) -> Detect:
     return detect
 
 
-def paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
-    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of the photograph."""
+def paste(masks: torch.Tensor, boxes: torch.Tensor, shape: tuple[int, int], threshold: float) -> torch.Tensor:
+    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of a photograph of that shape."""
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
-    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    pasted = torch.zeros(len(boxes), *shape, dtype=torch.bool)
     for index in range(len(boxes)):
-        part, place = _do_paste_mask(masks[index, None, None], boxes[index, None], height, width)
-        pasted[(index, *place)] = part[0] >= threshold
+        part, (rows, columns) = _do_paste_mask(masks[index, None, None], boxes[index, None], *shape)
+        pasted[index, rows, columns] = part[0] >= threshold
     return pasted
 
 

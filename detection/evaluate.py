@@ -63,7 +63,7 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     found: list[list[Detections]] = []
     for index in progress(range(len(dataset))):
         photograph = dataset[index]
-        turn = list(detectors) if index % 2 else list(reversed(detectors))
+        turn = list(detectors)[:: 1 if index % 2 else -1]
         by_name = {}
         for name in turn:
             begin = time.perf_counter()

@@ -18,6 +18,7 @@ from .detector import (
     Detect,
     check_img_size,
     class_names,
+    find_weights,
     fixed_pipeline,
     forget_initial_weights,
     open_detector,
@@ -69,7 +70,8 @@ class Train(_Command):
 @dataclass(frozen=True)
 class _Detects(_Command):
     checkpoint: Path | None = None
-    """The detector's weights, of our runs, the reference's or any of MMDetection's."""
+    """The detector's weights: a file of our runs, the reference's or MMDetection's, or a name of `shvit weights
+    list`."""
     artefact: Path | None = None
     """An .onnx file of `shvit detect export`."""
     img_size: tuple[int, ...] = ()
@@ -85,7 +87,7 @@ class _Detects(_Command):
         size = check_img_size(self.img_size) if self.img_size else None
         detectors: dict[str, Detect] = {}
         if self.checkpoint is not None:
-            detectors["pytorch"] = torch_detect(open_detector(config, self.checkpoint))
+            detectors["pytorch"] = torch_detect(open_detector(config, find_weights(self.checkpoint)))
         classes = class_names(config)
         if self.artefact is not None:
             artefact = open_onnx(self.artefact, threads)
@@ -140,7 +142,7 @@ class Export(_Command):
     """
 
     checkpoint: Path | None = None
-    """The detector's weights."""
+    """The detector's weights, a file or a name of `shvit weights list`."""
     output: Path | None = None
     """F.onnx or F.mlpackage."""
     img_size: tuple[int, ...] = DEFAULT_SIZE
@@ -154,15 +156,16 @@ class Export(_Command):
         if self.checkpoint is None or self.output is None:
             raise InputError("give --checkpoint, the trained detector, and --output, the file to write")
         height, width = check_img_size(self.img_size)
+        checkpoint = find_weights(self.checkpoint)
         if self.output.suffix == ".mlpackage":
-            return self._export_pyramid(self.checkpoint, self.output, height, width)
+            return self._export_pyramid(checkpoint, self.output, height, width)
         if self.output.suffix != ".onnx":
             raise InputError(
                 f"--output {self.output} must end in .onnx (the detector) or .mlpackage (its feature maps)"
             )
         if self.precision != "fp32":
             raise InputError("a detector's .onnx is fp32; leave out --precision")
-        return self._export_detector(self.checkpoint, self.output, (height, width))
+        return self._export_detector(checkpoint, self.output, (height, width))
 
     def _export_pyramid(self, checkpoint: Path, output: Path, height: int, width: int) -> dict[str, Any]:
         """By `shvit export coreml`, to which backbone and neck are a model with feature maps."""

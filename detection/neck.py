@@ -54,7 +54,7 @@ class TransposedFPN(BaseModule):
         for module in self.modules():
             if isinstance(module, nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Feature maps (B, in_channels[i], H_i, W_i) → (B, out_channels, …) of each level; both finest first."""

@@ -51,7 +51,7 @@ class DetectorSpec:
     def from_json(cls, text: str) -> "DetectorSpec":
         """Raises InputError for anything but what `write_onnx` wrote."""
         try:
-            fields = {
+            fields: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
             }
             spec = cls(**fields)
@@ -73,7 +73,7 @@ class _Boxes(nn.Module):
     means: torch.Tensor
     stds: torch.Tensor
 
-    def __init__(self, coder: nn.Module):
+    def __init__(self, coder: Any):
         super().__init__()
         self.register_buffer("means", torch.tensor(coder.means))
         self.register_buffer("stds", torch.tensor(coder.stds))
@@ -93,7 +93,7 @@ class _Boxes(nn.Module):
 class _Anchors(nn.Module):
     """The best-scored anchors of every level with their boxes: a dense head's outputs as candidates."""
 
-    def __init__(self, head: nn.Module, sizes: Sequence[tuple[int, int]], most: int):
+    def __init__(self, head: Any, sizes: Sequence[tuple[int, int]], most: int):
         super().__init__()
         self.most = most
         self.classes = head.cls_out_channels
@@ -141,7 +141,9 @@ def _chosen(which: torch.Tensor) -> torch.Tensor:
 class _Rois(nn.Module):
     """MMDetection's SingleRoIExtractor: every box is looked up in the level of its size."""
 
-    def __init__(self, extractor: nn.Module):
+    extractor: Any
+
+    def __init__(self, extractor: Any):
         super().__init__()
         self.extractor = extractor
         self.channels = extractor.out_channels
@@ -170,8 +172,9 @@ class _Graph(nn.Module):
 
     scale: torch.Tensor
     shift: torch.Tensor
+    neck: Any
 
-    def __init__(self, model: nn.Module, img_size: tuple[int, int]):
+    def __init__(self, model: Any, img_size: tuple[int, int]):
         super().__init__()
         self.img_size = img_size
         mean, std = (getattr(model.data_preprocessor, name).flatten() for name in ("mean", "std"))
@@ -194,10 +197,11 @@ class _Graph(nn.Module):
 class RetinaNetGraph(_Graph):
     """RetinaNet on one image."""
 
-    outputs = ("boxes", "scores", "labels")
+    head: Any
+    outputs: tuple[str, ...] = ("boxes", "scores", "labels")
     mask_threshold = 0.5
 
-    def __init__(self, model: nn.Module, img_size: tuple[int, int]):
+    def __init__(self, model: Any, img_size: tuple[int, int]):
         super().__init__(model, img_size)
         self.head = model.bbox_head
         self.test_cfg = model.test_cfg
@@ -215,7 +219,12 @@ class RetinaNetGraph(_Graph):
 class MaskRCNNGraph(_Graph):
     """Mask R-CNN, or Faster R-CNN where there is no mask head, on one image."""
 
-    def __init__(self, model: nn.Module, img_size: tuple[int, int]):
+    rpn: Any
+    bbox_head: Any
+    mask_head: Any
+    mask_rois: Any
+
+    def __init__(self, model: Any, img_size: tuple[int, int]):
         super().__init__(model, img_size)
         self.rpn, self.rpn_cfg, self.rcnn_cfg = model.rpn_head, model.test_cfg.rpn, model.test_cfg.rcnn
         self.anchors = _Anchors(self.rpn, self.sizes(), self.rpn_cfg.nms_pre)
@@ -259,8 +268,6 @@ class MaskRCNNGraph(_Graph):
 
     def _mask(self, features: Sequence[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(n, 28, 28), the probabilities of each box's own class."""
-        assert self.mask_rois is not None
-        assert self.mask_head is not None
         masks = self.mask_head(self.mask_rois(features, boxes))  # (n, C, 28, 28)
         if self.mask_head.class_agnostic:
             labels = torch.zeros_like(labels)
@@ -268,7 +275,7 @@ class MaskRCNNGraph(_Graph):
         return masks.gather(1, index)[:, 0].sigmoid()
 
 
-def detector_graph(model: nn.Module, img_size: tuple[int, int]) -> RetinaNetGraph | MaskRCNNGraph:
+def detector_graph(model: Any, img_size: tuple[int, int]) -> RetinaNetGraph | MaskRCNNGraph:
     """The detector as a graph for photographs of one size.
 
     Raises:
@@ -286,7 +293,7 @@ def detector_graph(model: nn.Module, img_size: tuple[int, int]) -> RetinaNetGrap
     return graphs[kind](model, img_size).eval()
 
 
-def _check_parts(model: nn.Module) -> None:
+def _check_parts(model: Any) -> None:
     """Raises where a part does something that the graphs do not."""
     allowed = {
         "bbox_head": {"RetinaHead"},
@@ -371,7 +378,7 @@ class OnnxDetector:
         boxes = found["boxes"] / torch.tensor(sample.scale_factor * 2)  # (w, h, w, h)
         masks = None
         if "masks" in found:
-            masks = paste(found["masks"], boxes, *sample.ori_shape, self.spec.mask_threshold)
+            masks = paste(found["masks"], boxes, sample.ori_shape, self.spec.mask_threshold)
         return Detections(boxes, found["scores"], found["labels"], masks)
 
 

@@ -27,7 +27,7 @@ class Pyramid(nn.Module):
     num_classes = 0
     in_chans = 3
 
-    def __init__(self, detector: nn.Module, strides: list[int]):
+    def __init__(self, detector: Any, strides: list[int]):
         super().__init__()
         self.backbone, self.neck = detector.backbone, detector.neck
         mean, std = ((getattr(detector.data_preprocessor, name).flatten() / 255).tolist() for name in ("mean", "std"))
@@ -62,7 +62,7 @@ def create_pyramid(config: str, checkpoint: Path | None = None) -> Pyramid:
         InputError: as `open_config` and `open_detector`, or the detector has no anchors that tell the strides.
     """
     opened = open_config(config)
-    detector = build_detector(opened) if checkpoint is None else open_detector(opened, checkpoint)
+    detector: Any = build_detector(opened) if checkpoint is None else open_detector(opened, checkpoint)
     head = detector.rpn_head if hasattr(detector, "rpn_head") else getattr(detector, "bbox_head", None)
     generator = getattr(head, "prior_generator", None)
     if generator is None or not hasattr(detector, "neck"):

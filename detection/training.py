@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -149,6 +150,10 @@ def plainly() -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(_innermost(str(error))) from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError, AssertionError) as error:
         if not _from_building(error):
             raise
