@@ -11,7 +11,8 @@ from mmengine.config import Config
 
 from shvit.errors import InputError
 
-from .detector import class_names, innermost
+from .config import innermost, metrics_of
+from .detector import class_names
 
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 SHORTEST = 6  # numbers of a polygon: three corners
@@ -40,7 +41,7 @@ def check_datasets(config: Config, splits: tuple[str, ...]) -> None:
         if dataset.type == "CocoDataset" and (path, folder) not in seen:
             seen.add((path, folder))
             check_annotations(path, folder, classes, wants_masks(config))
-        for metric in _metrics(config.get(f"{split}_evaluator")):
+        for metric in metrics_of(config.get(f"{split}_evaluator")):
             named = metric.get("ann_file")
             if named and Path(named).resolve() != path.resolve():
                 raise InputError(
@@ -59,12 +60,6 @@ def photograph_folder(dataset: Any) -> Path:
 def wants_masks(config: Config) -> bool:
     """Whether the detector learns masks."""
     return bool(config.model.get("roi_head", {}).get("mask_head"))
-
-
-def _metrics(evaluator: Any) -> list[Any]:
-    if not evaluator:
-        return []
-    return list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
 
 
 def _check_heads(config: Config, classes: tuple[str, ...]) -> None:

@@ -85,6 +85,35 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     return config
 
 
+def set_data_root(config: Config, folder: Path) -> None:
+    """Has the config's datasets and metrics read below `folder` in place of its own data_root."""
+    root = f"{folder}/"
+    for split in ("train", "val", "test"):
+        loader = config.get(f"{split}_dataloader")
+        if loader is None:
+            continue
+        dataset = innermost(loader.dataset)
+        before = dataset.get("data_root") or ""
+        dataset.data_root = root
+        for metric in metrics_of(config.get(f"{split}_evaluator")):
+            if str(metric.get("ann_file", "")).startswith(before):
+                metric.ann_file = root + metric.ann_file.removeprefix(before)
+
+
+def innermost(dataset: Any) -> Any:
+    """The config of the dataset with the photographs, inside those that repeat or mix it."""
+    while "ann_file" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset
+
+
+def metrics_of(evaluator: Any) -> list[Any]:
+    """The configs of an evaluator's metrics, of which there may be one or several."""
+    if not evaluator:
+        return []
+    return list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """A block in which libraries do not tell what else could be installed, or what they do in passing."""

@@ -17,7 +17,7 @@ from shvit.errors import InputError
 from shvit.weights.cache import obtain
 from shvit.weights.manifest import find
 
-from .config import quiet
+from .config import innermost, quiet
 
 PADDING = (124, 116, 104)
 """RGB of the border around a photograph at a fixed size: ImageNet's mean, about 0 after normalisation."""
@@ -184,13 +184,6 @@ def class_names(config: Config) -> tuple[str, ...]:
     said = dataset.get("metainfo") or {}
     classes = said.get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
     return (classes,) if isinstance(classes, str) else tuple(classes)
-
-
-def innermost(dataset: Any) -> Any:
-    """The config of the dataset with the photographs, inside those that repeat or mix it."""
-    while "ann_file" not in dataset and "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return dataset
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from mmengine.config import Config
 
 from shvit.errors import InputError
 
-from .config import quiet
-from .detector import Detect, Detections, innermost
+from .config import innermost, quiet
+from .detector import Detect, Detections
 from .verify import Match, compare
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from shvit import terminal
 from shvit.errors import InputError
 
-from .config import CONFIGS, bundled, open_config
+from .config import CONFIGS, bundled, open_config, set_data_root
 from .detector import (
     Detect,
     check_img_size,
@@ -40,8 +40,14 @@ class _Command:
     trust_config: bool = False
     """Run code that the config has, and import what it names; a config that is more than data is refused otherwise."""
 
+    data: Path | None = None
+    """The folder of photographs and annotations, in place of the config's data_root."""
+
     def _config(self) -> Any:
-        return open_config(self.config, self.options, self.trust_config)
+        config = open_config(self.config, self.options, self.trust_config)
+        if self.data is not None:
+            set_data_root(config, self.data)
+        return config
 
 
 @dataclass(frozen=True)

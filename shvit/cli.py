@@ -133,7 +133,6 @@ EXTRAS = {  # top-level module: the extra that brings it
     "mmengine": "detection",
     "mmcv": "detection",
     "mmdet": "detection",
-    "pycocotools": "detection",
 }
 
 

@@ -70,6 +70,8 @@ def test_imports_point_one_way(folder):
         ("export", "from shvit.train.loop import train"),
         ("export", "from shvit.train import loop"),
         ("export", "import train"),
+        ("detection", "from shvit.export.verify import certify"),
+        ("export", "from shvit.detection.detector import Detections"),
         ("train", "from ..shvit import SHViT"),
         ("export", "from shvit.weights.main import List"),
         ("export", "from shvit.weights import main"),
@@ -87,6 +89,7 @@ def test_a_wrong_arrow_is_found(folder, source):
         ("export", "from shvit.train.data import open_image"),
         ("export", "from shvit.deploy import deploy"),
         ("train", "from .recipe import Recipe"),
+        ("detection", "from shvit.weights.cache import obtain"),
         ("weights", "import shvit.shvit"),
     ],
 )

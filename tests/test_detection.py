@@ -1,6 +1,8 @@
 """A detector's whole way on a small dataset: train, go on, evaluate, export, compare, draw."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import create_tiny
+from conftest import ROOT, create_tiny
 from detection_data import write_coco, write_config
 from PIL import Image
 
@@ -314,3 +316,53 @@ def test_any_model_of_timms_is_a_backbone_in_the_same_config(coco, photographs, 
     given = ["--checkpoint", str(tmp_path / "peer.pth"), "--images", str(photographs), "--img-size", "96"]
     result = run(["detect", "export", str(config), *given, "--output", str(tmp_path / "peer.onnx")])
     assert result["certificate"]["match"]["matched_percent"] == 100
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "detection" / "README.md").read_text()
+
+
+def block(part: str) -> str:
+    """A piece of Python on the page that is marked as tested."""
+    found = re.search(rf"<!-- {part}: tested -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert found, part
+    return found[1]
+
+
+def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_coco(tmp_path / "pets", images=2)
+    annotations = (
+        (tmp_path / "pets" / "annotations.json").read_text().replace('"red"', '"cat"').replace('"blue"', '"dog"')
+    )
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "pets" / "photographs", tmp_path / "pets" / split)
+        (tmp_path / "pets" / f"{split}.json").write_text(annotations)
+    Path("pets.py").write_text(block("own"))
+    assert len(block("own").splitlines()) <= 10
+    small = ["scale=(128,128)", "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+    options = ["train_cfg.max_epochs=1", "train_pipeline.2.scale=(64,64)", *small[1:]]
+    options += [
+        "val_dataloader=None",
+        "val_cfg=None",
+        "val_evaluator=None",
+        "train_dataloader.dataset.pipeline.2.scale=(64,64)",
+    ]
+    result = run(["detect", "train", "pets.py", "--pretrained", "none", "--options", *options])
+    assert result["output"] == "runs/pets"
+    assert result["iterations"] == 1
+
+
+def test_program_on_the_page_finds_what_the_command_finds(trained, exported, photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = trained["mask-rcnn"]
+    shutil.copy(exported["mask-rcnn"][0], "mine.onnx")
+    Image.open(photographs / "0.png").save("photograph.png")
+    found: dict = {}
+    exec(block("use").replace("photograph.jpg", "photograph.png"), found)
+    expected = open_onnx(Path("mine.onnx")).detect(preparation(fixed_pipeline((96, 128)))(Path("photograph.png")))
+    assert len(expected) > 0
+    assert np.allclose(found["boxes"], expected.boxes, atol=1e-3)  # not resized: the photograph has this size
+    assert set(found["labels"]) <= {"red", "blue"}
+    assert config.is_file()

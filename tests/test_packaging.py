@@ -38,10 +38,16 @@ def clean_python(dist, tmp_path_factory):
 def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    folders = {"shvit": "shvit", "weights": "shvit/weights", "train": "shvit/train", "export": "shvit/export"}
+    folders = {
+        "shvit": "shvit",
+        "weights": "shvit/weights",
+        "train": "shvit/train",
+        "export": "shvit/export",
+        "detection": "shvit/detection",
+    }
     for folder, installed in folders.items():
-        for path in (ROOT / folder).glob("*.py"):
-            assert f"{installed}/{path.name}" in names
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{installed}/{path.relative_to(ROOT / folder)}" in names
     assert "shvit/weights/manifest.toml" in names
     for name in ("published.toml", "web/explorer.html", "web/explorer.css", "web/explorer.js"):
         assert f"shvit/export/{name}" in names

@@ -21,7 +21,7 @@ from shvit.weights.models import names
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-FOLDERS = ("shvit", "weights", "train", "export")
+FOLDERS = ("shvit", "weights", "train", "export", "detection")
 
 
 def model_table() -> str:
