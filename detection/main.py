@@ -31,7 +31,7 @@ console = terminal.console()
 DEFAULT_SIZE = (512, 512)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Command:
     config: tyro.conf.Positional[str]
     """A config of ours (`shvit detect configs`), or a .py file."""
@@ -50,7 +50,7 @@ class _Command:
         return config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train(_Command):
     """Trains a detector, or goes on with the run that --output holds. On several GPUs: torchrun … -m shvit.detection"""
 
@@ -73,7 +73,7 @@ class Train(_Command):
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Detects(_Command):
     checkpoint: Path | None = None
     """The detector's weights: a file of our runs, the reference's or MMDetection's, or a name of `shvit weights
@@ -107,7 +107,7 @@ class _Detects(_Command):
         return detectors, fixed_pipeline(size) if size else own_pipeline(config), classes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Eval(_Detects):
     """COCO's average precision on the config's test photographs; of a checkpoint and its export also side by side."""
 
@@ -139,7 +139,7 @@ class Eval(_Detects):
         return asdict(result)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export(_Command):
     """A verified file: the whole detector as .onnx, or its backbone and neck as .mlpackage, which is what phones run.
 
@@ -147,9 +147,9 @@ class Export(_Command):
     PyTorch finds, and F.certificate.json stands beside it.
     """
 
-    checkpoint: Path | None = None
+    checkpoint: Path
     """The detector's weights, a file or a name of `shvit weights list`."""
-    output: Path | None = None
+    output: Path
     """F.onnx or F.mlpackage."""
     img_size: tuple[int, ...] = DEFAULT_SIZE
     """Height and width in pixels, or one number for both: a multiple of 32."""
@@ -159,8 +159,6 @@ class Export(_Command):
     """A folder of photographs to verify with; scikit-image's bundled ones by default."""
 
     def run(self) -> dict[str, Any]:
-        if self.checkpoint is None or self.output is None:
-            raise InputError("give --checkpoint, the trained detector, and --output, the file to write")
         height, width = check_img_size(self.img_size)
         checkpoint = find_weights(self.checkpoint)
         if self.output.suffix == ".mlpackage":
@@ -220,7 +218,7 @@ class Export(_Command):
         return {"artefact": str(output), "certificate": asdict(certificate)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Predict(_Detects):
     """Draws boxes and masks on photographs."""
 
@@ -254,7 +252,7 @@ class Predict(_Detects):
         return {"output": str(self.output), "found": found}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Configs:
     """Names of the configs that come with the package, and the folder that they are in."""
 
