@@ -30,7 +30,7 @@ def check_datasets(config: Config, splits: tuple[str, ...]) -> None:
             metric's file that differs from the dataset's.
     """
     classes = class_names(config)
-    _check_heads(config, classes)
+    check_heads(config, classes)
     seen = set()
     for split in splits:
         loader = config.get(f"{split}_dataloader")
@@ -62,7 +62,7 @@ def wants_masks(config: Config) -> bool:
     return bool(config.model.get("roi_head", {}).get("mask_head"))
 
 
-def _check_heads(config: Config, classes: tuple[str, ...]) -> None:
+def check_heads(config: Config, classes: tuple[str, ...]) -> None:
     """Raises where a head has another number of classes than the dataset."""
     model = config.model
     heads = {"bbox_head": model.get("bbox_head")}
@@ -91,17 +91,24 @@ def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks:
     content = _read(path)
     images = _by_id(content["images"], path, "image")
     categories = _by_id(content["categories"], path, "category")
-    names = {key: category.get("name") for key, category in categories.items()}
+    names = {key: str(category.get("name")) for key, category in categories.items()}
     missing = [name for name in classes if name not in names.values()]
     if missing:
         raise InputError(
             f"{path}: has no category {missing[0]!r}, which is one of the config's {len(classes)} classes; it has "
             f"{', '.join(map(str, list(names.values())[:5]))}{' …' if len(names) > 5 else ''}"
         )
+    order = [name for name in names.values() if name in classes]
+    if order != list(classes):
+        raise InputError(
+            f"{path}: numbers its categories {', '.join(order[:5])}{' …' if len(order) > 5 else ''}, and the config in "
+            "another order, which would mix them up; write metainfo.classes in the file's order"
+        )
     annotations = content["annotations"]
-    used = Counter(each.get("category_id") if isinstance(each, dict) else None for each in annotations)
+    _by_id(annotations, path, "annotation")
+    used = Counter(_key(each.get("category_id")) for each in annotations)
     for key, count in used.items():
-        if key not in names:
+        if key is None or key not in names:
             raise InputError(f"{path}: {count} annotations have category_id {key}, which the file does not define")
         if names[key] not in classes:
             raise InputError(
@@ -111,7 +118,7 @@ def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks:
     _check_photographs(path, folder, images)
     for annotation in annotations:
         for problem in _problems(annotation, images, masks):
-            raise InputError(f"{path}: annotation {annotation.get('id')}: {problem}; correct or remove it")
+            raise InputError(f"{path}: annotation {annotation['id']}: {problem}; correct or remove it")
 
 
 def _read(path: Path) -> dict[str, list[Any]]:
@@ -138,7 +145,7 @@ def _by_id(entries: list[Any], path: Path, what: str) -> dict[Any, dict[str, Any
         if key in found:
             raise InputError(f"{path}: {what} {key} is there twice")
         found[key] = entry
-    if not found:
+    if not found and what != "annotation":
         raise InputError(f"{path}: has no {what}")
     return found
 
@@ -167,19 +174,23 @@ def _check_photographs(path: Path, folder: Path, images: dict[Any, dict[str, Any
 
 def _problems(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], masks: bool) -> Iterator[str]:
     """What is wrong with one annotation, if anything."""
-    image = images.get(annotation.get("image_id"))
+    image = images.get(_key(annotation.get("image_id")))
     if image is None:
         yield f"is of image {annotation.get('image_id')}, which the file does not have"
         return
     box = annotation.get("bbox")
     if not _are_numbers(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
         yield f"bbox {box} is no [x, y, width, height]"
+    if not _are_numbers([annotation.get("area")]) or annotation.get("iscrowd", 0) not in (0, 1):
+        yield f"area {annotation.get('area')} is no number, or iscrowd {annotation.get('iscrowd')} not 0 or 1"
     if not masks:
         return
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        if segmentation.get("size") != [image["height"], image["width"]] or not segmentation.get("counts"):
+        if segmentation.get("size") != [image["height"], image["width"]]:
             yield f"its run-length mask is of size {segmentation.get('size')}, not {[image['height'], image['width']]}"
+        if not _is_run_length(segmentation.get("counts"), image["height"] * image["width"]):
+            yield "the counts of its run-length mask are none, or not of as many pixels as the photograph has"
         return
     if not isinstance(segmentation, list) or not segmentation:
         yield "has no polygon"
@@ -194,4 +205,16 @@ def _are_numbers(values: Any) -> TypeGuard[list[float]]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return isinstance(value, int) and 0 < value < 1 << 20
+
+
+def _is_run_length(counts: Any, pixels: int) -> bool:
+    """Whether counts are pycocotools' text or a list of run lengths."""
+    if isinstance(counts, str):
+        return bool(counts)
+    return isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == pixels
+
+
+def _key(value: Any) -> Any:
+    """An id that can be looked up; None of what can be none."""
+    return value if isinstance(value, int | str) else None

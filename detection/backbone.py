@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shvit.checkpoint import create_model, load_checkpoint
 from shvit.errors import InputError
-from shvit.shvit import VARIANTS, SHViT, asdict
+from shvit.shvit import VARIANTS, SHViT
 
 from .detector import find_weights
 
@@ -30,12 +31,16 @@ class _Backbone(nn.Module):
 
     norm_eval: bool
 
+    def freeze(self) -> None:
+        """Ends the learning of what is frozen: at once, before a wrapper looks which parameters learn."""
+        for module in self.frozen():
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         for module in self.frozen():
             module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
         for module in self.modules():
             if self.norm_eval and isinstance(module, _BatchNorm):
                 module.eval()
@@ -92,10 +97,12 @@ class SHViTBackbone(_Backbone, SHViT):
         self.norm_eval = norm_eval
         self.init_cfg = _checked(init_cfg)
         self.set_grad_checkpointing(with_cp)
+        self.freeze()
 
     def frozen(self) -> Sequence[nn.Module]:
         stages = list(self.stages)
-        return [self.patch_embed, *stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []
+        unused = stages[max(self.out_indices) + 1 :]
+        return [self.patch_embed, *stages[: self.frozen_stages], *unused] if self.frozen_stages >= 0 else unused
 
     def init_weights(self) -> None:
         """Loads what `init_cfg` names, every parameter strictly; the constructor has drawn them otherwise."""
@@ -118,6 +125,7 @@ class TimmBackbone(_Backbone):
         out_indices: the feature maps that are given; all where None.
         norm_eval: BatchNorms keep their statistics in training mode.
         init_cfg: None, or {"type": "Pretrained", "checkpoint": …} with a file of the whole classifier in timm's layout.
+        pretrained: begin with timm's own weights, from the hub.
         arguments: passed to `timm.create_model`.
 
     Raises:
@@ -130,6 +138,7 @@ class TimmBackbone(_Backbone):
         out_indices: Sequence[int] | None = None,
         norm_eval: bool = True,
         init_cfg: dict[str, Any] | None = None,
+        pretrained: bool = False,
         **arguments: Any,
     ):
         super().__init__()
@@ -140,7 +149,7 @@ class TimmBackbone(_Backbone):
             create_model(model)  # which says what was meant
         levels: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
         try:
-            self.model = timm.create_model(model, features_only=True, **levels, **arguments)
+            self.model = timm.create_model(model, pretrained, features_only=True, **levels, **arguments)
         except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
             raise InputError(
                 f"timm gives no feature maps {out_indices or ''} of {model!r} ({error}); choose another model or "

@@ -8,41 +8,24 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mmengine.config import Config
-from mmengine.registry import Registry, init_default_scope
+from mmengine.registry import init_default_scope
 
 from shvit.errors import InputError
+
+from .vocabulary import CALLS, FIELDS, NODES, SCOPES, TYPES, UNSAFE_FIELDS, registered
 
 CONFIGS = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "SHVIT_CONFIGS"
 """The environment variable by which a config elsewhere names the folder of ours; the commands set it."""
 
-MAX_BYTES = 1 << 20
-MAX_FILES = 50
-CALLS = {"dict", "list", "tuple", "len", "range", "int", "float", "str"}
-NODES = (
-    *(ast.Module, ast.Assign, ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.Call, ast.keyword),
-    *(ast.Attribute, ast.Subscript, ast.Slice, ast.Starred, ast.JoinedStr, ast.FormattedValue, ast.IfExp, ast.Compare),
-    *(ast.ListComp, ast.DictComp, ast.comprehension, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.cmpop, ast.boolop),
-    *(ast.unaryop, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.expr_context),
-)
-TRUSTED = ("mmdet", "mmengine", "mmcv", "shvit")
-"""Packages whose modules a config may have imported."""
-
-OPERATORS = {"RoIAlign", "RoIPool", "nms", "soft_nms"}
-"""Types that mmdet and mmcv look up, or evaluate, by themselves."""
-
-FIELDS = (  # of mmengine's Runner, and what mmdet's configs add
-    *("model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg", "val_cfg", "test_cfg"),
-    *("auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator", "test_evaluator", "default_hooks"),
-    *("custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg", "log_processor", "log_level"),
-    *("visualizer", "default_scope", "randomness", "experiment_name", "custom_imports", "train_pipeline"),
-    *("test_pipeline", "vis_backends", "data_root", "dataset_type", "backend_args", "_base_"),
-)
+MAX_BYTES = 1 << 20  # of one file
+TRUST = "give --trust-config if you know where the file is from"
 
 
 def bundled() -> list[str]:
@@ -55,11 +38,12 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
 
     Args:
         name: one of `bundled()`, or a .py file.
-        options: `key.key=value` in MMDetection's form, on top of the file.
-        trust: run what code the file has, and import what it names.
+        options: `key.key=value`, on top of the file.
+        trust: run what code the file has, import what it names, and build what it asks for.
 
     Raises:
-        InputError: no such config, it would run code, has an unknown type or a misspelt field, or does not parse.
+        InputError: no such config, it is more than data, has a type that is not known or a misspelt field, or does not
+            describe a detector.
     """
     path = CONFIGS / f"{name}.py" if name in bundled() else Path(name)
     os.environ.setdefault(FOLDER_VARIABLE, str(CONFIGS))
@@ -67,21 +51,20 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
         close = difflib.get_close_matches(path.stem, bundled(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"give a .py file, or one of {', '.join(bundled())}"
         raise InputError(f"{name}: no such config; {hint}")
-    if not trust:
-        for file in _files(path):
-            check_is_data(file)
+    if path.suffix != ".py":
+        raise InputError(f"{path}: a config is a .py file")
     try:
-        with quiet():
-            config = Config.fromfile(str(path), import_custom_modules=False)
+        with quiet(), nullcontext() if trust else _checked():
+            config = Config.fromfile(str(path), import_custom_modules=False, lazy_import=None if trust else False)
         config.merge_from_dict(parse_options(options))
     except InputError:
         raise
     except Exception as error:  # mmengine raises what Python raises for the file's mistakes, and types of its own
-        raise InputError(f"{path}: not a usable config ({_reason(error)}); correct it") from error
-    _import(config, path, trust)
+        raise InputError(f"{path}: not a usable config ({first_line(error)}); correct it") from error
     _check_fields(config, path)
+    _import(config, path, trust)
     if not trust:
-        _check_types(config, path)
+        _check_values(config, path)
     return config
 
 
@@ -96,12 +79,13 @@ def set_data_root(config: Config, folder: Path) -> None:
         before = dataset.get("data_root") or ""
         dataset.data_root = root
         for metric in metrics_of(config.get(f"{split}_evaluator")):
-            if str(metric.get("ann_file", "")).startswith(before):
-                metric.ann_file = root + metric.ann_file.removeprefix(before)
+            named = metric.get("ann_file") or ""
+            if named.startswith(before) and not (before == "" and Path(named).is_absolute()):
+                metric.ann_file = root + named.removeprefix(before)
 
 
 def innermost(dataset: Any) -> Any:
-    """The config of the dataset with the photographs, inside those that repeat or mix it."""
+    """The config of the dataset with the photographs, inside those that repeat it."""
     while "ann_file" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset
@@ -112,6 +96,27 @@ def metrics_of(evaluator: Any) -> list[Any]:
     if not evaluator:
         return []
     return list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
+
+
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def parse_options(options: Iterable[str]) -> dict[str, Any]:
+    """`key.key=value` with Python's literals as values, in any case of True, False and None; anything else is a text.
+
+    Raises:
+        InputError: an option without a `=`.
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise InputError(f"option {option!r} is not of the form key.key=value, such as train_cfg.max_epochs=3")
+        try:
+            parsed[key] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
 
 
 @contextmanager
@@ -127,168 +132,171 @@ def quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def parse_options(options: Iterable[str]) -> dict[str, Any]:
-    """`key.key=value` with Python's literals as values, or texts; what parses as none is a text.
-
-    Raises:
-        InputError: an option without a `=`.
-    """
-    parsed: dict[str, Any] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise InputError(f"option {option!r} is not of the form key.key=value, such as train_cfg.max_epochs=3")
-        try:
-            parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[key] = value
-    return parsed
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # --- data, not code ---------------------------------------------------------------------------------------------------
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The file and those that it inherits from, but for the ones that came with MMDetection or with us.
+@contextmanager
+def _checked() -> Iterator[None]:
+    """A block in which mmengine evaluates no config's text that is more than data.
 
-    Raises:
-        InputError: a base that is no text, is not there, or too many of them.
+    mmengine fills variables into a file's text, writes it beside, looks for its bases there, and then evaluates it. So
+    what is checked is that text, at that moment: whatever path led to the file, and whatever was filled in. Files that
+    came with MMDetection or with us are not looked into.
     """
-    seen: list[Path] = []
-    left = [path.resolve()]
-    while left:
-        file = left.pop()
-        if file in seen or file.is_relative_to(CONFIGS.resolve()):
-            continue
-        seen.append(file)
-        if len(seen) > MAX_FILES:
-            raise InputError(f"{path}: inherits from more than {MAX_FILES} files")
-        yield file
-        for base in _bases(file):
-            if "::" in base:
-                if not base.startswith("mmdet::") or ".." in base:
-                    raise InputError(f"{file}: inherits from {base!r}; of packages mmdet:: alone is taken")
-                continue
-            left.append((file.parent / base).resolve())
+    import mmdet
+
+    ours = (CONFIGS.resolve(), (Path(mmdet.__file__).parent / ".mim").resolve())
+    sources: dict[str, Path] = {}
+    fill_in, find_bases = Config._substitute_predefined_vars, Config._get_base_files
+
+    def recorded(filename: str, temp_config_name: str) -> None:
+        path = Path(filename)
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: more than the {MAX_BYTES:,} bytes allowed of a config")
+        sources[temp_config_name] = path
+        fill_in(filename, temp_config_name)
+
+    def checked(filename: str) -> list[str]:
+        path = sources[filename]
+        if not any(path.resolve().is_relative_to(folder) for folder in ours):
+            check_is_data(Path(filename).read_text(encoding="utf-8"), path)
+        return find_bases(filename)
+
+    with (
+        patch.object(Config, "_substitute_predefined_vars", staticmethod(recorded)),
+        patch.object(Config, "_get_base_files", staticmethod(checked)),
+    ):
+        yield
 
 
-def _parse(path: Path) -> ast.Module:
+def check_is_data(text: str, path: Path) -> None:
+    """Raises InputError at the first thing in a config that is neither a name nor a value, and so might run code."""
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such config")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed of a config")
     try:
-        return ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise InputError(f"{path}{where}: not a config ({_reason(error)}); correct it") from error
-
-
-def _bases(path: Path) -> list[str]:
-    """What the file inherits from, with the folder's variable filled in."""
-    for node in _parse(path).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "_base_":
-            try:
-                value = ast.literal_eval(node.value)
-            except ValueError as error:
-                raise InputError(f"{path}, line {node.lineno}: _base_ must be a text or a list of texts") from error
-            bases = [value] if isinstance(value, str) else list(value)
-            folder = os.environ[FOLDER_VARIABLE]
-            return [re.sub(r"\{\{\s*\$" + FOLDER_VARIABLE + r"\s*:\s*\S*?\}\}", folder, str(base)) for base in bases]
-    return []
-
-
-def check_is_data(path: Path) -> None:
-    """Raises InputError at the first thing in a config that is neither a name nor a value, and so might run code."""
-    for node in ast.walk(_parse(path)):
-        problem = None
+        raise InputError(f"{path}{where}: not a config ({first_line(error)}); correct it") from error
+    bases = {id(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if not isinstance(node, NODES):
-            problem = f"{type(node).__name__} is"
-        elif isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in CALLS):
-            problem = f"a call of {ast.unparse(node.func)[:60]} is"
-        elif isinstance(node, ast.Attribute) and not ast.unparse(node).startswith("_base_."):
-            problem = f"{ast.unparse(node)[:60]} is"
-        elif isinstance(node, ast.Name) and node.id.startswith("__"):
-            problem = f"{node.id} is"
-        if problem:
+        if problem := _problem(node, bases):
             line = getattr(node, "lineno", None)
             raise InputError(
-                f"{path}{f', line {line}' if line else ''}: {problem} more than a config needs and might run code; "
-                "write values alone, or give --trust-config if you know where the file is from"
+                f"{path}{f', line {line}' if line else ''}: {problem} is more than a config needs and might run code; "
+                f"write values alone, or {TRUST}"
             )
+
+
+def _problem(node: ast.AST, assigned: set[int]) -> str | None:
+    """What of a node is more than data, if anything.
+
+    Args:
+        assigned: ids of the names that the file's own assignments begin with; of these alone, one may be `_base_`.
+    """
+    if not isinstance(node, NODES):
+        return type(node).__name__
+    if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in CALLS):
+        return f"a call of {ast.unparse(node.func)[:60]}"
+    if isinstance(node, ast.Attribute) and (node.attr.startswith("_") or not ast.unparse(node).startswith("_base_.")):
+        return ast.unparse(node)[:60]
+    if isinstance(node, ast.Name):
+        stored = not isinstance(node.ctx, ast.Load)
+        if node.id.startswith("__") or (stored and node.id in CALLS):
+            return f"the name {node.id}"
+        if stored and node.id == "_base_" and id(node) not in assigned:
+            return "another _base_"
+    return None
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def _check_fields(config: Config, path: Path) -> None:
+    """Raises where fields are misspelt, which mmengine would ignore, or do not describe a detector."""
+    for field in config:
+        if field not in FIELDS and (close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.93)):
+            raise InputError(f"{path}: unknown field {field!r}; did you mean {close[0]!r}?")
+
+    def is_dict(value: Any, *keys: str) -> bool:
+        return isinstance(value, dict) and all(key in value for key in keys)
+
+    model = config.get("model")
+    if not is_dict(model, "type") or not is_dict(model.get("backbone"), "type"):
+        raise InputError(f"{path}: has no model with a backbone; inherit from a bundled config, such as {bundled()[0]}")
+    for split in ("train", "val", "test"):
+        loader = config.get(f"{split}_dataloader")
+        if loader is None and split != "test":
+            continue
+        dataset = innermost(loader["dataset"]) if is_dict(loader) and is_dict(loader.get("dataset")) else None
+        if not is_dict(dataset, "type", "ann_file", "pipeline"):
+            raise InputError(f"{path}: {split}_dataloader has no dataset with a type, an ann_file and a pipeline")
+    if not is_dict(config.get("custom_imports", {})):
+        raise InputError(f'{path}: custom_imports is no dict, such as dict(imports=["shvit.detection"])')
 
 
 def _import(config: Config, path: Path, trust: bool) -> None:
     """Registers ours and MMDetection's classes, and imports what the config names."""
     from importlib import import_module
 
-    from mmdet.utils import register_all_modules
-
-    named = config.get("custom_imports", {}).get("imports", [])
+    named = config.get("custom_imports", {}).get("imports") or []
     named = [named] if isinstance(named, str) else list(named)
-    other = [name for name in named if str(name).partition(".")[0] not in TRUSTED]
+    other = [name for name in named if name != "shvit.detection"]
     if other and not trust:
-        raise InputError(
-            f"{path}: wants {', '.join(map(str, other))} imported; give --trust-config if you know where it is from"
-        )
-    with quiet():
-        register_all_modules(init_default_scope=False)
-    init_default_scope(config.get("default_scope", "mmdet"))
+        raise InputError(f"{path}: wants {', '.join(map(str, other))} imported; {TRUST}")
+    scope = config.setdefault("default_scope", "mmdet")
+    if scope not in SCOPES and not trust:
+        raise InputError(f"{path}: default_scope {scope!r} is not one of {', '.join(SCOPES)}; {TRUST}")
     try:
-        for name in ["shvit.detection", *named]:
-            import_module(name)
+        with quiet():
+            from mmdet.utils import register_all_modules
+
+            register_all_modules(init_default_scope=False)
+            for name in ["shvit.detection", *named]:
+                import_module(name)
     except ImportError as error:
         raise InputError(f"{path}: custom_imports names what cannot be imported ({error})") from error
+    init_default_scope(scope)
 
 
-def _check_fields(config: Config, path: Path) -> None:
-    """Raises for a field that looks like a misspelt one: mmengine ignores what it does not know."""
-    for field in config:
-        if field not in FIELDS and (close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.85)):
-            raise InputError(f"{path}: unknown field {field!r}; did you mean {close[0]!r}?")
-    if "model" not in config:
-        raise InputError(f"{path}: has no model; inherit from a bundled config, such as {bundled()[0]}")
+def _check_values(config: Config, path: Path) -> None:
+    """Raises for what mmengine and mmdet would import, evaluate, unpickle or write to, if the config said so."""
+    for where, key, value in _items(config.to_dict()):
+        place = f"{where}.{key}" if where else key
+        if key in UNSAFE_FIELDS and value is not None:
+            raise InputError(f"{path}: {place} is not taken from a config that might be somebody else's; {TRUST}")
+        if key == "_scope_" and value not in SCOPES:
+            raise InputError(f"{path}: {place} {value!r} is not one of {', '.join(SCOPES)}; {TRUST}")
+        if key == "ann_file" and value and not str(value).endswith(".json"):
+            raise InputError(f"{path}: {place} {value!r} is no .json file")
+        if key == "type" and not isinstance(value, dict):
+            _check_type(value, where or "the config", path)
 
 
-def _check_types(config: Config, path: Path) -> None:
-    """Raises for a type that is not registered: mmengine would import it, whatever it is, and call it."""
-    known = registered() | OPERATORS
-    for where, kind in _types(config.to_dict()):
-        name = str(kind).rpartition(".")[2]
-        scope = str(kind).rpartition(".")[0]
-        if name in known and scope in ("", "mmdet", "mmengine", "mmcv"):
-            continue
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "correct it, or give --trust-config"
-        raise InputError(f"{path}: unknown type {kind!r} of {where}; {hint}")
+def _check_type(value: Any, where: str, path: Path) -> None:
+    scope, _, name = str(value).rpartition(".")
+    if name in TYPES and scope in ("", *SCOPES):
+        return
+    if name in registered() and scope in ("", *SCOPES):
+        raise InputError(f"{path}: type {value!r} of {where} is not among those that a config gets unasked; {TRUST}")
+    close = difflib.get_close_matches(name, TYPES, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"correct it, or {TRUST}"
+    raise InputError(f"{path}: unknown type {value!r} of {where}; {hint}")
 
 
-def registered() -> set[str]:
-    """The names of everything that a config can have built."""
-    import mmdet.registry
-    import mmengine.registry
-
-    registries = (each for module in (mmengine.registry, mmdet.registry) for each in vars(module).values())
-    return {name for each in registries if isinstance(each, Registry) for name in each.module_dict}
-
-
-def _types(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted place, value) of every `type` below."""
+def _items(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted place, key, value) of everything below."""
     if isinstance(value, dict):
         for key, each in value.items():
-            if key == "type" and not isinstance(each, dict):
-                yield where or "the config", each
-            else:
-                yield from _types(each, f"{where}.{key}" if where else str(key))
+            yield where, str(key), each
+            yield from _items(each, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
-            yield from _types(each, f"{where}[{index}]")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            yield from _items(each, f"{where}[{index}]")

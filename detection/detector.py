@@ -18,7 +18,7 @@ from shvit.errors import InputError
 from shvit.weights.cache import obtain
 from shvit.weights.manifest import find
 
-from .config import innermost, quiet
+from .config import first_line, innermost, quiet
 
 PADDING = (124, 116, 104)
 """RGB of the border around a photograph at a fixed size: ImageNet's mean, about 0 after normalisation."""
@@ -74,11 +74,12 @@ def build_detector(config: Config) -> nn.Module:
     forget_initial_weights(config)
     try:
         with quiet():
-            model = MODELS.build(config.model).eval()
+            model = MODELS.build(config.model)
+        model.eval()
     except InputError:
         raise
     except Exception as error:  # of many types, from constructors of mmdet's
-        raise InputError(f"{config.filename}: no detector can be built ({_first_line(error)})") from error
+        raise InputError(f"{config.filename}: no detector can be built ({first_line(error)})") from error
     _check_neck(model, config)
     return model
 
@@ -99,6 +100,8 @@ def _check_neck(model: Any, config: Config) -> None:
 def forget_initial_weights(config: Config) -> None:
     """Takes out what the backbone would begin with: all of its parameters come from elsewhere."""
     config.model.backbone.init_cfg = None
+    if config.model.backbone.get("pretrained"):
+        config.model.backbone.pretrained = False
 
 
 def open_detector(config: Config, checkpoint: Path) -> nn.Module:
@@ -266,7 +269,3 @@ def paste(masks: torch.Tensor, boxes: torch.Tensor, shape: tuple[int, int], thre
         part, (rows, columns) = _do_paste_mask(masks[index, None, None], boxes[index, None], *shape)
         pasted[index, rows, columns] = part[0] >= threshold
     return pasted
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,9 +11,12 @@ from mmengine.config import Config
 
 from shvit.errors import InputError
 
-from .config import innermost, quiet
+from .config import innermost, metrics_of, quiet
 from .detector import Detect, Detections
-from .verify import Match, compare
+from .verify import COUNTED, Match, compare
+
+FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+"""COCO's, of boxes and of masks; s, m and l are the objects' sizes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Evaluation:
     n: int
     results: dict[str, DetectionResult]
     match: Match | None
-    """Of the second detector with the first, where there are two."""
+    """Of the second detector with the first, where there are two and the first finds anything."""
     latency_ratio: float | None
     """Median over the photographs of the second's time by the first's, measured in turns."""
 
@@ -82,20 +85,25 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
         return Evaluation(len(dataset), results, None, None)
     first, second = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
-    return Evaluation(len(dataset), results, compare([(pair[0], pair[1]) for pair in found]), ratio)
+    pairs = [(each[0], each[1]) for each in found]
+    sure = any((reference.scores >= COUNTED).any() for reference, _ in pairs)
+    return Evaluation(len(dataset), results, compare(pairs) if sure else None, ratio)
 
 
 def _metric(config: Config, dataset: Any) -> Any:
     from mmdet.registry import METRICS
 
-    metric = METRICS.build(config.test_evaluator)
+    metrics = metrics_of(config.test_evaluator)
+    if len(metrics) != 1 or metrics[0].type.rpartition(".")[2] != "CocoMetric":
+        raise InputError(f"{config.filename}: test_evaluator must be one CocoMetric to evaluate with")
+    metric = METRICS.build(metrics[0])
     metric.dataset_meta = dataset.metainfo
     return metric
 
 
 def _nothing(metric: Any) -> dict[str, float]:
     """The figures where not one object was found, which mmdet leaves out."""
-    return {f"{kind}_{name}": 0.0 for kind in metric.metrics for name in ("mAP", "mAP_50", "mAP_75")}
+    return {f"{kind}_{name}": 0.0 for kind in metric.metrics for name in FIGURES}
 
 
 def _sample(detections: Detections, sample: Any) -> dict[str, Any]:

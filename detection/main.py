@@ -40,18 +40,24 @@ class _Command:
     trust_config: bool = False
     """Run code that the config has, and import what it names; a config that is more than data is refused otherwise."""
 
+    def _config(self) -> Any:
+        return open_config(self.config, self.options, self.trust_config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reads(_Command):
     data: Path | None = None
     """The folder of photographs and annotations, in place of the config's data_root."""
 
     def _config(self) -> Any:
-        config = open_config(self.config, self.options, self.trust_config)
+        config = super()._config()
         if self.data is not None:
             set_data_root(config, self.data)
         return config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(_Command):
+class Train(_Reads):
     """Trains a detector, or goes on with the run that --output holds. On several GPUs: torchrun … -m shvit.detection"""
 
     output: Path | None = None
@@ -66,9 +72,9 @@ class Train(_Command):
         from .training import train
 
         config = self._config()
-        if self.pretrained == "none":
+        if self.pretrained is not None:
             forget_initial_weights(config)
-        elif self.pretrained is not None:
+        if self.pretrained not in (None, "none"):
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
 
@@ -86,6 +92,7 @@ class _Detects(_Command):
 
     def _open(self, config: Any, threads: int | None = None) -> tuple[dict[str, Detect], list[Any], tuple[str, ...]]:
         """Detectors by name, the transforms for them, and the names of classes."""
+        from .annotations import check_heads
         from .onnx import open_onnx
 
         if self.checkpoint is None and self.artefact is None:
@@ -95,6 +102,7 @@ class _Detects(_Command):
         if self.checkpoint is not None:
             detectors["pytorch"] = torch_detect(open_detector(config, find_weights(self.checkpoint)))
         classes = class_names(config)
+        check_heads(config, classes)
         if self.artefact is not None:
             artefact = open_onnx(self.artefact, threads)
             if size not in (None, artefact.spec.img_size):
@@ -108,7 +116,7 @@ class _Detects(_Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(_Detects):
+class Eval(_Detects, _Reads):
     """COCO's average precision on the config's test photographs; of a checkpoint and its export also side by side."""
 
     threads: int = 1
@@ -135,6 +143,7 @@ class Eval(_Detects):
         console.print(table)
         if result.match is not None:
             _show_match(result.match)
+        if result.latency_ratio is not None:
             console.print(f"time by PyTorch's: {result.latency_ratio:.2f}")
         return asdict(result)
 
@@ -187,10 +196,12 @@ class Export(_Command):
     def _export_detector(self, checkpoint: Path, output: Path, img_size: tuple[int, int]) -> dict[str, Any]:
         from shvit.files import write_whole
 
+        from .annotations import check_heads
         from .onnx import DetectorSpec, detector_graph, open_onnx, write_onnx
         from .verify import certify, require, to_json
 
         config = self._config()
+        check_heads(config, class_names(config))
         model = open_detector(config, checkpoint)
         graph = detector_graph(model, img_size)
         kind = type(model).__name__
@@ -233,6 +244,8 @@ class Predict(_Detects):
         from .pictures import draw
         from .training import plainly
 
+        if not 0 <= self.score <= 1:
+            raise InputError(f"--score {self.score} is out of range; choose 0 to 1")
         config = self._config()
         detectors, pipeline, classes = self._open(config)
         if len(detectors) > 1:

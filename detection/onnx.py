@@ -55,11 +55,15 @@ class DetectorSpec:
                 key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
             }
             spec = cls(**fields)
+            if not all(isinstance(text, str) for text in (spec.config, spec.detector, *spec.classes, *spec.outputs)):
+                raise ValueError("a name is no text")
+            if not 0 <= float(spec.mask_threshold) <= 1 or len(spec.padding) != 3:
+                raise ValueError(f"mask_threshold {spec.mask_threshold}, padding {spec.padding}")
             if len(spec.img_size) != 2 or not all(isinstance(side, int) and 0 < side <= 4096 for side in spec.img_size):
                 raise ValueError(f"img_size {spec.img_size}")
             if spec.outputs[:3] != ("boxes", "scores", "labels") or not spec.classes:
                 raise ValueError(f"outputs {spec.outputs}")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"the file's description of its detector is not readable ({error})") from error
         return spec
 
@@ -108,7 +112,7 @@ class _Anchors(nn.Module):
         boxes, scores, classes, levels = [], [], [], []
         for level, (logit, delta) in enumerate(zip(logits, deltas, strict=True)):
             score = logit[0].permute(1, 2, 0).reshape(-1).sigmoid()  # (H·W·A·C,)
-            score, index = score.topk(min(self.most, score.shape[0]))
+            score, index = score.topk(min(self.most, score.shape[0]) if self.most > 0 else score.shape[0])
             anchor = torch.div(index, self.classes, rounding_mode="floor")
             anchors = getattr(self, f"level_{level}")[anchor]
             boxes.append(self.decode(anchors, delta[0].permute(1, 2, 0).reshape(-1, 4)[anchor], size))
@@ -314,7 +318,14 @@ def _check_parts(model: Any) -> None:
         coder = getattr(module, "bbox_coder", None)
         if coder is not None and type(coder).__name__ != "DeltaXYWHBBoxCoder":
             raise InputError(f"{type(coder).__name__} of {name} cannot be exported; choose DeltaXYWHBBoxCoder")
+    for name, module in modules.items():
+        if not getattr(module, "use_sigmoid_cls", True):
+            raise InputError(f"{name} with a softmax cannot be exported; choose a loss with use_sigmoid=True")
+    if not model.data_preprocessor._channel_conversion:
+        raise InputError("a detector that is fed BGR cannot be exported; set bgr_to_rgb=True of its data_preprocessor")
     cfg = model.test_cfg
+    if not cfg:
+        raise InputError("the config's model has no test_cfg, which tells what counts as found")
     for part in [cfg.rpn, cfg.rcnn] if "rpn" in cfg else [cfg]:
         if part.nms.get("type", "nms") != "nms" or part.nms.get("class_agnostic"):
             raise InputError(f"NMS {dict(part.nms)} cannot be exported; choose dict(type='nms', iou_threshold=…)")
@@ -374,12 +385,31 @@ class OnnxDetector:
         sample = photograph["data_samples"]
         pixels = photograph["inputs"].flip(0).permute(1, 2, 0)[None]  # BGR (3, H, W) → RGB (1, H, W, 3)
         size = np.array(sample.img_shape[:2], dtype=np.int64)
-        found = {name: torch.from_numpy(value) for name, value in self.run(pixels.numpy(), size).items()}
+        found = self._checked(self.run(pixels.numpy(), size))
         boxes = found["boxes"] / torch.tensor(sample.scale_factor * 2)  # (w, h, w, h)
         masks = None
         if "masks" in found:
             masks = paste(found["masks"], boxes, sample.ori_shape, self.spec.mask_threshold)
         return Detections(boxes, found["scores"], found["labels"], masks)
+
+    def _checked(self, found: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """The outputs, if they are what the description says: the file may be anyone's.
+
+        Raises:
+            InputError: other shapes or types, boxes that are no numbers, or labels without a class.
+        """
+        number = found["scores"].shape[0] if found["scores"].ndim else -1
+        shapes = {"boxes": (number, 4), "scores": (number,), "labels": (number,)}
+        fits = all(found[name].shape == shape for name, shape in shapes.items())
+        fits = fits and all(found[name].dtype == (np.int64 if name == "labels" else np.float32) for name in found)
+        if "masks" in found:
+            fits = fits and found["masks"].ndim == 3 and found["masks"].shape[0] == number
+        if not fits or not np.isfinite(found["boxes"]).all():
+            raise InputError(f"{self.path}: gives other outputs than it says; export it again")
+        if number and not 0 <= found["labels"].min() <= found["labels"].max() < len(self.spec.classes):
+            raise InputError(f"{self.path}: gives a label that none of its {len(self.spec.classes)} classes has")
+        limit = np.array([*self.spec.img_size[::-1]] * 2, dtype=np.float32)
+        return {name: torch.from_numpy(np.clip(v, 0, limit) if name == "boxes" else v) for name, v in found.items()}
 
 
 def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
@@ -413,6 +443,10 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
         raise InputError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0][:200]})") from error
     if [output.name for output in session.get_outputs()] != list(spec.outputs):
         raise InputError(f"{path}: does not give {', '.join(spec.outputs)}, as it says; export it again")
+
+    inputs = {each.name: (each.type, tuple(each.shape)) for each in session.get_inputs()}
+    if inputs != {"pixels": ("tensor(uint8)", (1, *spec.img_size, 3)), "size": ("tensor(int64)", (2,))}:
+        raise InputError(f"{path}: does not take pixels and size, as it says; export it again")
 
     def run(pixels: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         given = dict(zip(INPUTS, (pixels, size), strict=True))

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
+from unittest.mock import patch
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, checkpoint
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed
 
 from shvit.errors import InputError
 
 from .annotations import check_datasets
-from .detector import build_detector
+from .detector import build_detector, log_types
 from .evaluate import percent
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
@@ -43,6 +44,9 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     Raises:
         InputError: annotations, photographs or the config are not usable, or training diverged.
     """
+    last = output / "last_checkpoint"
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; choose another folder for --output")
     check_datasets(config, ("train", "val"))
     build_detector(config)  # which says what does not fit; the Runner builds its own
     config = config.copy()
@@ -50,17 +54,26 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
     if config.launcher == "pytorch" and not torch.cuda.is_available():
         _join_without_gpus(config)
-    config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
-    config.auto_scale_lr.enable = auto_scale_lr
-    config.resume = (output / "last_checkpoint").is_file()
+    if config.get("visualizer"):
+        config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
+    if auto_scale_lr and not config.get("auto_scale_lr"):
+        raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
+    if config.get("auto_scale_lr"):
+        config.auto_scale_lr.enable = auto_scale_lr
+    config.resume = last.is_file()
     if config.resume:
         config.load_from = None
+        named = last.read_text().strip()
+        if not Path(named).is_file():
+            raise InputError(f"{last}: names {named}, which is not there; write the newest checkpoint's path into it")
     journal = Journal()
     with plainly(), weights_only(), redirect_stdout(_Brief(sys.stdout)):
-        runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+        runner = Runner.from_cfg(config)
         runner.register_hook(journal, priority="VERY_LOW")
-        runner.train()
-    last = output / "last_checkpoint"
+        try:
+            runner.train()
+        finally:
+            journal.stop()
     return {
         "output": str(output),
         "checkpoint": last.read_text().strip() if last.is_file() else None,
@@ -86,7 +99,7 @@ class Journal(Hook):
     def before_train(self, runner: Runner) -> None:
         if sys.__stdout__ is not None and sys.__stdout__.isatty() and runner.rank == 0:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, transient=True)
+            self.bar = Progress(*columns, transient=True, console=Console(file=sys.__stdout__))
             self.task = self.bar.add_task("iterations", total=runner.max_iters, completed=runner.iter)
             self.bar.start()
 
@@ -101,9 +114,6 @@ class Journal(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self.ap = {key.removeprefix("coco/"): percent(value) for key, value in (metrics or {}).items()}
-
-    def after_train(self, runner: Runner) -> None:
-        self.stop()
 
     def stop(self) -> None:
         if self.bar is not None:
@@ -127,16 +137,13 @@ class _Brief(io.TextIOBase):
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """A block in which no checkpoint's pickled code runs; mmengine would run it where there is more than tensors."""
-    before = os.environ.get(WEIGHTS_ONLY)
-    os.environ[WEIGHTS_ONLY] = "1"
-    try:
+    """A block in which no checkpoint's pickled code runs.
+
+    mmengine would run it where there is more than tensors, and allows Python's own `getattr`, which is enough to run
+    anything; a run's history needs less.
+    """
+    with patch.dict(os.environ, {WEIGHTS_ONLY: "1"}), patch.object(checkpoint, "get_torch_safe_globals", log_types):
         yield
-    finally:
-        if before is None:
-            del os.environ[WEIGHTS_ONLY]
-        else:
-            os.environ[WEIGHTS_ONLY] = before
 
 
 @contextmanager
@@ -154,12 +161,11 @@ def plainly() -> Iterator[None]:
         raise InputError(
             "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
         ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError, AssertionError) as error:
+    except Exception as error:  # whatever a constructor raises
         if not _from_building(error):
             raise
-        raise InputError(
-            f"the config cannot be built: {_innermost(str(error.args[0] if error.args else error))}"
-        ) from error
+        message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+        raise InputError(f"the config cannot be built: {_innermost(message)}") from error
 
 
 def _from_building(error: BaseException) -> bool:

@@ -1,7 +1,6 @@
 """Reading photographs for detectors, each of which is named if it cannot be read."""
 
-from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets.transforms import Pad
+from mmcv.transforms import LoadImageFromFile, Pad
 from mmdet.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
@@ -36,7 +35,7 @@ class LoadPhotograph(LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class Border(Pad):
-    """MMDetection's Pad that leaves `img_shape` the photograph's, inside of which boxes are kept."""
+    """Pad that leaves `img_shape` the photograph's, inside of which boxes are kept."""
 
     def transform(self, results: dict) -> dict:
         shape = results["img_shape"]

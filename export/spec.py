@@ -166,7 +166,7 @@ def open_model(
             randomize_norms(model)
     spec = Spec.of(name, model, img_size)
     if classifies and spec.num_classes == 0:
-        raise InputError(f"{checkpoint or name} has no classifier; give a model with classes, or --features")
+        raise InputError(f"{checkpoint or name} has no classifier; give a model with classes")
     return model, spec
 
 

@@ -393,6 +393,10 @@ def create_model(
 
     scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:
+        if ema or num_classes is not None or kwargs:
+            raise InputError(
+                f"{name} takes a checkpoint alone; leave out averaged weights, classes and other arguments"
+            )
         module, _, function = SCHEMES[scheme].partition(":")
         return getattr(importlib.import_module(module), function)(
             rest, None if checkpoint is None else Path(checkpoint)

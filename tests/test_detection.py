@@ -120,13 +120,20 @@ def test_run_goes_on_where_it_stopped(trained, tmp_path):
 
 def test_backbone_norms_keep_their_statistics_and_all_parts_learn(trained):
     config, folder = trained["mask-rcnn"]
-    before = build_detector(open_config(str(config))).state_dict()
-    after = state_of(folder / "epoch_2.pth")
-    statistics = [name for name in after if name.startswith("backbone.") and "running_" in name]
+    first, last = (state_of(folder / f"epoch_{epoch}.pth") for epoch in (1, 2))
+    fresh = build_detector(open_config(str(config))).state_dict()
+    statistics = [name for name in last if name.startswith("backbone.") and "running_" in name]
     assert statistics
-    assert all(torch.equal(after[name], before[name]) for name in statistics)
-    for part in ("backbone.patch_embed.0.c.weight", "neck.extra_trans_convs.1.conv.weight", "roi_head.mask_head"):
-        assert any(name.startswith(part) for name in after)
+    assert all(torch.equal(last[name], fresh[name]) for name in statistics)
+    for part in (
+        "backbone.patch_embed",
+        "backbone.stages.2",
+        "neck.extra_trans_convs.1",
+        "rpn_head",
+        "roi_head.mask_head",
+    ):
+        names = [name for name in last if name.startswith(part) and name.endswith("weight")]
+        assert any(not torch.equal(last[name], first[name]) for name in names), part
 
 
 def test_pretrained_backbone_is_loaded_whole(trained, coco, tmp_path):
@@ -184,7 +191,6 @@ def test_exported_detector_finds_what_its_model_finds(exported, kind):
     assert (match["mask_iou_lowest"] is None) == (kind == "retinanet")
     assert json.loads(path.with_name(path.name + ".certificate.json").read_text()) == result["certificate"] | {
         "spec": json.loads(json.dumps(result["certificate"]["spec"])),
-        "versions": result["certificate"]["versions"],
     }
 
 
@@ -341,8 +347,7 @@ def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
         (tmp_path / "pets" / f"{split}.json").write_text(annotations)
     Path("pets.py").write_text(block("own"))
     assert len(block("own").splitlines()) <= 10
-    small = ["scale=(128,128)", "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
-    options = ["train_cfg.max_epochs=1", "train_pipeline.2.scale=(64,64)", *small[1:]]
+    options = ["train_cfg.max_epochs=1", "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=false"]
     options += [
         "val_dataloader=None",
         "val_cfg=None",
@@ -354,9 +359,8 @@ def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
     assert result["iterations"] == 1
 
 
-def test_program_on_the_page_finds_what_the_command_finds(trained, exported, photographs, tmp_path, monkeypatch):
+def test_program_on_the_page_finds_what_the_command_finds(exported, photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, _ = trained["mask-rcnn"]
     shutil.copy(exported["mask-rcnn"][0], "mine.onnx")
     Image.open(photographs / "0.png").save("photograph.png")
     found: dict = {}
@@ -365,4 +369,3 @@ def test_program_on_the_page_finds_what_the_command_finds(trained, exported, pho
     assert len(expected) > 0
     assert np.allclose(found["boxes"], expected.boxes, atol=1e-3)  # not resized: the photograph has this size
     assert set(found["labels"]) <= {"red", "blue"}
-    assert config.is_file()
