@@ -11,7 +11,9 @@ from rich.progress import track
 from rich.table import Table
 
 from shvit import terminal
+from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError
+from shvit.files import sha256, write_whole
 
 from .config import CONFIGS, bundled, open_config, set_data_root
 from .detector import (
@@ -105,6 +107,7 @@ class _Detects(_Command):
         check_heads(config, classes)
         if self.artefact is not None:
             artefact = open_onnx(self.artefact, threads)
+            check_unchanged(self.artefact, sha256(self.artefact))
             if size not in (None, artefact.spec.img_size):
                 raise InputError(f"{self.artefact} takes {artefact.spec.img_size} px; leave out --img-size")
             if artefact.spec.classes != classes:
@@ -194,8 +197,6 @@ class Export(_Command):
         return run(["export", "coreml", *model, *rest, *images])
 
     def _export_detector(self, checkpoint: Path, output: Path, img_size: tuple[int, int]) -> dict[str, Any]:
-        from shvit.files import write_whole
-
         from .annotations import check_heads
         from .onnx import DetectorSpec, detector_graph, open_onnx, write_onnx
         from .verify import certify, require, to_json
@@ -210,8 +211,7 @@ class Export(_Command):
         )
         prepare = preparation(fixed_pipeline(img_size))
         photographs = [prepare(path) for path in _photographs(self.images)]
-        record = output.with_name(output.name + ".certificate.json")
-        with write_whole(record) as certified, write_whole(output) as partial:
+        with write_whole(certificate_path(output)) as certified, write_whole(output) as partial:
             write_onnx(graph, partial, spec)
             certificate = certify(
                 open_onnx(partial),

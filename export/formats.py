@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import nn
 
+from shvit.certificate import certificate_path
 from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import remove, write_whole
@@ -19,7 +20,7 @@ from .photographs import Photograph, read_pixels
 from .runtimes import artefact_files, open_artefact
 from .spec import Precision, Spec, open_model
 from .tuning import TUNING
-from .verify import Certificate, certificate_path, certify, require
+from .verify import Certificate, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}

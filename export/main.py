@@ -11,6 +11,7 @@ import tyro
 from rich.table import Table
 
 from shvit import terminal
+from shvit.certificate import certificate_path, check_unchanged
 from shvit.checkpoint import holds_average
 from shvit.errors import InputError
 from shvit.files import write_whole
@@ -21,7 +22,7 @@ from .labels import find_labels
 from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model
-from .verify import Certificate, certificate_path, certify, check_unchanged, require
+from .verify import Certificate, artefact_sha256, certify, require
 
 console = terminal.console()
 MOST_CLASSES_PRINTED = 50
@@ -332,7 +333,7 @@ class Verify:
 
     def run(self) -> dict[str, Any]:
         artefact = open_artefact(self.artefact, native=self.runtime == "coreml")
-        check_unchanged(self.artefact)
+        check_unchanged(self.artefact, artefact_sha256(self.artefact))
         model, spec = open_source_model(
             self.model, self.checkpoint, artefact.spec.img_size, self.ema, artefact.spec.gives
         )

@@ -1,6 +1,5 @@
 """Does an artefact give its model's answers? Compared on photographs, written down as a certificate."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from shvit.deploy import deploy
-from shvit.errors import CheckFailed, InputError
+from shvit.errors import CheckFailed
 from shvit.files import sha256, size
 from shvit.train.data import open_image
 
@@ -300,44 +299,12 @@ def share_of_macs(model: nn.Module, spec: Spec, names: Sequence[str]) -> float:
 # --- certificates -----------------------------------------------------------------------------------------------------
 
 
-def certificate_path(artefact: Path) -> Path:
-    """Where an artefact's certificate stands: beside it."""
-    return artefact.with_name(artefact.name + ".certificate.json")
-
-
 def artefact_sha256(artefact: Path) -> str:
     """Of its file; of two, of their digests one after the other."""
     import hashlib
 
     digests = [sha256(file) for file in artefact_files(artefact)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def check_unchanged(artefact: Path) -> None:
-    """Compares an artefact with the hash in its certificate, where one stands beside it.
-
-    Raises:
-        InputError: the certificate is not readable, or is another file's.
-        CheckFailed: the artefact has changed since it was certified.
-    """
-    path = certificate_path(artefact)
-    if not path.exists():
-        return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        name, expected = str(record["artefact"]), str(record["artefact_sha256"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a readable certificate; export again, or remove it") from error
-    found = artefact_sha256(artefact)
-    if found == expected:
-        return
-    if name != artefact.name:
-        raise InputError(f"{path}: is the certificate of another file, {name}; export again, or remove it")
-    raise CheckFailed(
-        f"{artefact} has changed since it was certified: its SHA-256 is {found[:12]}…, and was {expected[:12]}…; "
-        "export it again",
-        {"artefact": str(artefact), "artefact_sha256": found, "certified_sha256": expected},
-    )
 
 
 def require(certificate: Certificate) -> None:

@@ -274,6 +274,19 @@ def test_backbone_and_neck_become_a_core_ml_package(trained, weights, photograph
     assert run(["verify", str(output), *checked])["passed"]
 
 
+def test_a_file_that_changed_after_it_was_certified_is_noticed(trained, exported, photographs, tmp_path):
+    config, _ = trained["mask-rcnn"]
+    for suffix in ("", ".certificate.json"):
+        name = exported["mask-rcnn"][0].name + suffix
+        shutil.copy(exported["mask-rcnn"][0].with_name(name), tmp_path / name)
+    changed = tmp_path / "mask-rcnn.onnx"
+    changed.write_bytes(changed.read_bytes() + b"\x7a\x00")  # an empty field that a reader skips
+    given = ["--artefact", str(changed), "--images", str(photographs), "--output", str(tmp_path / "drawn")]
+    with pytest.raises(CheckFailed, match="has changed since it was certified"):
+        run(["detect", "predict", str(config), *given])
+    assert not (tmp_path / "drawn").exists()
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
