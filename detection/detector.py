@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from shvit.checkpoint import read_state_dict
+from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
 from shvit.errors import InputError
 from shvit.weights.cache import obtain
 from shvit.weights.manifest import find
@@ -119,32 +119,16 @@ def open_detector(config: Config, checkpoint: Path) -> nn.Module:
 
 
 def load_detector(model: nn.Module, checkpoint: Path) -> None:
-    """Loads a detector's weights, strictly."""
+    """Loads a detector's weights, strictly; raises as `open_detector`."""
     with torch.serialization.safe_globals(log_types()):
         state_dict = read_state_dict(checkpoint)
-    prefix = "module."
-    if state_dict and all(name.startswith(prefix) for name in state_dict):
-        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("data_preprocessor.")}
-    try:
-        missing, left_over = model.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:  # shapes, each on a line of its own
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-        raise InputError(
-            f"{checkpoint}: does not fit the config's detector: {lines[0].rstrip('.') if lines else error}{more}; give "
-            "the config that it was trained with"
-        ) from error
-    missing = [name for name in missing if not name.startswith("data_preprocessor.")]
-    problems = [
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("left over", left_over))
-        if names
-    ]
-    if problems:
-        raise InputError(
-            f"{checkpoint}: does not fit the config's detector: {'; '.join(problems)}; give the config of its training"
-        )
+    if all(name.startswith("module.") for name in state_dict):
+        state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    prefix = "backbone."
+    backbone = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    others = {name: value for name, value in state_dict.items() if not name.startswith((prefix, "data_preprocessor."))}
+    renamed = {prefix + name: value for name, value in rename_reference_keys(backbone).items()}
+    load_strictly(model, {**renamed, **others}, checkpoint, heads=())
 
 
 def find_weights(checkpoint: str | Path) -> Path:

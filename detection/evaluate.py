@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from mmengine.config import Config
 
 from shvit.errors import InputError
 
 from .config import innermost, metrics_of, quiet
 from .detector import Detect, Detections
-from .verify import COUNTED, Match, compare
+from .verify import Match, Matching
 
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 """COCO's, of boxes and of masks; s, m and l are the objects' sizes."""
@@ -63,7 +62,7 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     with quiet():
         metrics = {name: _metric(config, dataset) for name in detectors}
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
-    found: list[list[Detections]] = []
+    matching = Matching() if len(detectors) == 2 else None
     for index in progress(range(len(dataset))):
         photograph = dataset[index]
         turn = list(detectors)[:: 1 if index % 2 else -1]
@@ -74,20 +73,19 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
             seconds[name].append(time.perf_counter() - begin)
         for name, metric in metrics.items():
             metric.process({}, [_sample(by_name[name], photograph["data_samples"])])
-        found.append([by_name[name] for name in detectors])
+        if matching is not None:
+            matching.add(*(by_name[name] for name in detectors))
     results = {}
     for name, metric in metrics.items():
         with quiet():
             scores = metric.evaluate(size=len(dataset)) or _nothing(metric)
         ap = {key.removeprefix("coco/"): percent(value) for key, value in scores.items()}
         results[name] = DetectionResult(ap, 1000 * statistics.median(seconds[name]))
-    if len(detectors) < 2:
+    if matching is None:
         return Evaluation(len(dataset), results, None, None)
     first, second = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
-    pairs = [(each[0], each[1]) for each in found]
-    sure = any((reference.scores >= COUNTED).any() for reference, _ in pairs)
-    return Evaluation(len(dataset), results, compare(pairs) if sure else None, ratio)
+    return Evaluation(len(dataset), results, matching.figures() if matching.of_model else None, ratio)
 
 
 def _metric(config: Config, dataset: Any) -> Any:
@@ -117,8 +115,3 @@ def _sample(detections: Detections, sample: Any) -> dict[str, Any]:
 def percent(value: float) -> float:
     """Of COCO's figures, which have three digits; -1 of what does not occur stays."""
     return round(100 * value, 1) if value >= 0 else -1.0
-
-
-def use_threads(threads: int) -> None:
-    """Of PyTorch's operators."""
-    torch.set_num_threads(threads)

@@ -94,6 +94,8 @@ class _Detects(_Command):
 
     def _open(self, config: Any, threads: int | None = None) -> tuple[dict[str, Detect], list[Any], tuple[str, ...]]:
         """Detectors by name, the transforms for them, and the names of classes."""
+        import torch
+
         from .annotations import check_heads
         from .onnx import open_onnx
 
@@ -102,7 +104,10 @@ class _Detects(_Command):
         size = check_img_size(self.img_size) if self.img_size else None
         detectors: dict[str, Detect] = {}
         if self.checkpoint is not None:
-            detectors["pytorch"] = torch_detect(open_detector(config, find_weights(self.checkpoint)))
+            model = open_detector(config, find_weights(self.checkpoint))
+            if torch.cuda.is_available() and self.artefact is None:  # an artefact is timed beside it, on the CPU
+                model.cuda()
+            detectors["pytorch"] = torch_detect(model)
         classes = class_names(config)
         check_heads(config, classes)
         if self.artefact is not None:
@@ -126,15 +131,17 @@ class Eval(_Detects, _Reads):
     """CPU threads of PyTorch and ONNX Runtime."""
 
     def run(self) -> dict[str, Any]:
+        import torch
+
         from .annotations import check_datasets
-        from .evaluate import evaluate, use_threads
+        from .evaluate import evaluate
         from .training import plainly
 
         if self.threads < 1:
             raise InputError(f"--threads {self.threads} is below 1")
         config = self._config()
         check_datasets(config, ("test",))
-        use_threads(self.threads)
+        torch.set_num_threads(self.threads)
         detectors, pipeline, _ = self._open(config, self.threads)
         with plainly():
             result = evaluate(config, detectors, pipeline, _progress)
@@ -210,7 +217,7 @@ class Export(_Command):
             Path(self.config).stem, kind, img_size, class_names(config), graph.outputs, graph.mask_threshold
         )
         prepare = preparation(fixed_pipeline(img_size))
-        photographs = [prepare(path) for path in _photographs(self.images)]
+        photographs = map(prepare, _photographs(self.images))
         with write_whole(certificate_path(output)) as certified, write_whole(output) as partial:
             write_onnx(graph, partial, spec)
             certificate = certify(

@@ -19,7 +19,7 @@ from torch import nn
 from shvit.deploy import deploy
 from shvit.errors import InputError
 
-from .detector import PADDING, Detect, Detections, Photograph, paste
+from .detector import PADDING, Detections, Photograph, paste
 
 OPSET = 17  # RoIAlign is aligned from 16 on
 INPUTS = ("pixels", "size")
@@ -376,12 +376,8 @@ class OnnxDetector:
     """Pixels and size → the outputs by name."""
     operators: dict[str, int]
 
-    @property
-    def detect(self) -> Detect:
-        """Detection on what `fixed_pipeline` of the detector's size prepares."""
-        return lambda photograph: self._detect(photograph)
-
-    def _detect(self, photograph: Photograph) -> Detections:
+    def detect(self, photograph: Photograph) -> Detections:
+        """What is found on a photograph that `fixed_pipeline` of the detector's size has prepared."""
         sample = photograph["data_samples"]
         pixels = photograph["inputs"].flip(0).permute(1, 2, 0)[None]  # BGR (3, H, W) → RGB (1, H, W, 3)
         size = np.array(sample.img_shape[:2], dtype=np.int64)

@@ -1,5 +1,6 @@
 """Training by mmengine's Runner: goes on where a run stopped, says how far it is, never unpickles code."""
 
+import copy
 import io
 import os
 import pickle
@@ -47,17 +48,14 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     last = output / "last_checkpoint"
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; choose another folder for --output")
-    check_datasets(config, ("train", "val"))
-    build_detector(config)  # which says what does not fit; the Runner builds its own
-    config = config.copy()
-    config.work_dir = str(output)
-    config.launcher = "pytorch" if "RANK" in os.environ else "none"
-    if config.launcher == "pytorch" and not torch.cuda.is_available():
-        _join_without_gpus(config)
-    if config.get("visualizer"):
-        config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
     if auto_scale_lr and not config.get("auto_scale_lr"):
         raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
+    check_datasets(config, ("train", "val"))
+    build_detector(config)  # which says what does not fit; the Runner builds its own
+    config = copy.deepcopy(config)
+    config.work_dir = str(output)
+    if config.get("visualizer"):
+        config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
     if config.get("auto_scale_lr"):
         config.auto_scale_lr.enable = auto_scale_lr
     config.resume = last.is_file()
@@ -66,6 +64,9 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         named = last.read_text().strip()
         if not Path(named).is_file():
             raise InputError(f"{last}: names {named}, which is not there; write the newest checkpoint's path into it")
+    config.launcher = "pytorch" if "RANK" in os.environ else "none"
+    if config.launcher == "pytorch" and not torch.cuda.is_available():
+        _join_without_gpus(config)
     journal = Journal()
     with plainly(), weights_only(), redirect_stdout(_Brief(sys.stdout)):
         runner = Runner.from_cfg(config)

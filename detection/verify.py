@@ -1,7 +1,7 @@
 """Does an exported detector find what its model finds? Matched one by one, written down as a certificate."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,44 +86,54 @@ def pair(reference: Detections, found: Detections) -> list[tuple[int, int, float
     return [each for each in pairs if each[2] >= SAME]
 
 
-def compare(detections: Sequence[tuple[Detections, Detections]]) -> Match:
-    """The figures of (model's, artefact's) detections, one pair for each photograph.
+class Matching:
+    """The figures of two detectors, photograph by photograph: what was found on one is not kept."""
 
-    Raises:
-        InputError: the model finds nothing, so that there is nothing to compare.
-    """
-    counted = matched = of_model = 0
-    box_ious, mask_ious, errors = [], [], []
-    for reference, found in detections:
+    def __init__(self) -> None:
+        self.images = self.of_model = self.counted = self.matched = 0
+        self.box_ious: list[float] = []
+        self.mask_ious: list[float] = []
+        self.errors: list[float] = []
+
+    def add(self, reference: Detections, found: Detections) -> None:
+        """One photograph's detections, the model's and the artefact's."""
         pairs = pair(reference, found)
+        self.images += 1
+        self.of_model += int((reference.scores >= COUNTED).sum())
         sides = ((reference.scores, {i for i, _, _ in pairs}), (found.scores, {j for _, j, _ in pairs}))
         for scores, indices in sides:
             sure = (scores >= COUNTED).nonzero()[:, 0].tolist()
-            counted += len(sure)
-            matched += len(indices.intersection(sure))
-        of_model += int((reference.scores >= COUNTED).sum())
+            self.counted += len(sure)
+            self.matched += len(indices.intersection(sure))
         for i, j, iou in pairs:
             if max(reference.scores[i], found.scores[j]) < COUNTED:
                 continue
-            box_ious.append(iou)
-            errors.append((reference.scores[i] - found.scores[j]).abs().item())
+            self.box_ious.append(iou)
+            self.errors.append((reference.scores[i] - found.scores[j]).abs().item())
             if reference.masks is not None and found.masks is not None:
-                mask_ious.append(_mask_iou(reference.masks[i], found.masks[j]))
-    if not of_model:
-        raise InputError(
-            f"the detector finds nothing with a score of {COUNTED} on {len(detections)} photographs, so that there is "
-            "nothing to compare; give trained weights, or --images with photographs of its objects"
+                self.mask_ious.append(_mask_iou(reference.masks[i], found.masks[j]))
+
+    def figures(self) -> Match:
+        """Of all photographs so far.
+
+        Raises:
+            InputError: the model finds nothing, so that there is nothing to compare.
+        """
+        if not self.of_model:
+            raise InputError(
+                f"the detector finds nothing with a score of {COUNTED} on {self.images} photographs, so that there is "
+                "nothing to compare; give trained weights, or --images with photographs of its objects"
+            )
+        return Match(
+            images=self.images,
+            detections=self.of_model,
+            matched_percent=100 * self.matched / self.counted,
+            box_iou_mean=sum(self.box_ious) / len(self.box_ious) if self.box_ious else 0.0,
+            box_iou_lowest=min(self.box_ious, default=0.0),
+            mask_iou_mean=sum(self.mask_ious) / len(self.mask_ious) if self.mask_ious else None,
+            mask_iou_lowest=min(self.mask_ious, default=None),
+            score_error=max(self.errors, default=1.0),
         )
-    return Match(
-        images=len(detections),
-        detections=of_model,
-        matched_percent=100 * matched / counted,
-        box_iou_mean=sum(box_ious) / len(box_ious) if box_ious else 0.0,
-        box_iou_lowest=min(box_ious, default=0.0),
-        mask_iou_mean=sum(mask_ious) / len(mask_ious) if mask_ious else None,
-        mask_iou_lowest=min(mask_ious, default=None),
-        score_error=max(errors, default=1.0),
-    )
 
 
 def _mask_iou(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -145,7 +155,7 @@ def holds(match: Match, bounds: Bounds) -> bool:
 def certify(
     artefact: OnnxDetector,
     model: Detect,
-    photographs: Sequence[Photograph],
+    photographs: Iterable[Photograph],
     source: str,
     checkpoint: Path,
     name: str,
@@ -158,7 +168,10 @@ def certify(
         checkpoint: the file with the model's weights, for its hash.
         name: what the certificate calls the artefact.
     """
-    match = compare([(model(photograph), artefact.detect(photograph)) for photograph in photographs])
+    matching = Matching()
+    for photograph in photographs:
+        matching.add(model(photograph), artefact.detect(photograph))
+    match = matching.figures()
     bounds = Bounds()
     return DetectionCertificate(
         artefact=name,

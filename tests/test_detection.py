@@ -247,12 +247,12 @@ def test_a_detector_of_nothing_gives_empty_outputs(trained, weights, tmp_path):
 
 def test_drift_is_refused_and_leaves_nothing(trained, weights, photographs, tmp_path, monkeypatch):
     """A file that takes blue for red."""
-    run_file = OnnxDetector._detect
+    run_file = OnnxDetector.detect
 
     def swapped(self, photograph):
         return run_file(self, {**photograph, "inputs": photograph["inputs"].flip(0)})
 
-    monkeypatch.setattr(OnnxDetector, "_detect", swapped)
+    monkeypatch.setattr(OnnxDetector, "detect", swapped)
     config, _ = trained["mask-rcnn"]
     given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(photographs), "--img-size", "96"]
     with pytest.raises(CheckFailed, match="drifts from its model"):

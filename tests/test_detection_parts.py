@@ -489,12 +489,27 @@ def test_weights_of_another_detector_are_named(coco, tmp_path):
     retina = build_detector(open_config(str(write_config(tmp_path / "r.py", "retinanet", coco))))
     mask = build_detector(open_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco))))
     torch.save({"state_dict": mask.state_dict()}, tmp_path / "mask.pth")
-    with pytest.raises(InputError, match=r"missing bbox_head\.cls_convs.*left over roi_head\.bbox_head"):
+    with pytest.raises(InputError, match=r"missing bbox_head\.cls_convs.*left over neck\.extra_trans_convs"):
         load_detector(retina, tmp_path / "mask.pth")
     wide = build_detector(open_config(str(write_config(tmp_path / "w.py", "mask-rcnn", coco, dim=24))))
-    with pytest.raises(InputError, match="size mismatch for neck"):
+    with pytest.raises(InputError, match=r"neck\.\S+ is \(.*\) and should be \("):
         load_detector(wide, tmp_path / "mask.pth")
     load_detector(mask, tmp_path / "mask.pth")
+
+
+def test_a_detector_of_the_reference_loads_whole(coco, tmp_path):
+    """Under the reference's names of the backbone's parameters, as DistributedDataParallel saves them."""
+    config = open_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco)))
+    source = randomize(build_detector(config)).state_dict()
+    backbone = {name.removeprefix("backbone."): v for name, v in source.items() if name.startswith("backbone.")}
+    theirs = {f"backbone.{name}": value for name, value in to_reference(backbone).items()}
+    theirs |= {name: value for name, value in source.items() if not name.startswith("backbone.")}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "theirs.pth")
+    model = build_detector(config)
+    load_detector(model, tmp_path / "theirs.pth")
+    assert any(name.startswith("backbone.blocks3.") for name in theirs)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source[name]), name
 
 
 def test_backbone_and_neck_are_a_model_with_feature_maps(coco, tmp_path):
