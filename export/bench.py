@@ -38,6 +38,7 @@ from .records import BenchResult, Machine
 from .roofline import measure_machine
 
 TURN_S = 0.15  # seconds that a case's turn within a round lasts at least
+LAST_S = 2.0  # seconds that its process has to end by itself
 WIDEST = 0.1  # of a ratio's confidence interval, relative; a wider one decides nothing
 Progress = Callable[[str], None]
 
@@ -87,7 +88,7 @@ class Running:
 
 @contextmanager
 def start(case: Case) -> Iterator[Running]:
-    """The case's process, ended on the way out."""
+    """The case's process, ended on the way out: by the end of its input, so that it removes its temporary files."""
     process = subprocess.Popen(
         [sys.executable, "-I", worker.__file__, json.dumps(case.job)],
         stdin=subprocess.PIPE,
@@ -99,8 +100,11 @@ def start(case: Case) -> Iterator[Running]:
     try:
         yield Running(case, process)
     finally:
-        process.kill()
-        process.communicate()
+        try:
+            process.communicate(timeout=LAST_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 def run_rounds(cases: Sequence[Case], rounds: int, progress: Progress = lambda _: None) -> list[Running]:
@@ -126,8 +130,8 @@ def summarize(running: Sequence[Running], machine: Machine) -> list[BenchResult]
 
 def _summary(running: Running, first: Sequence[float], machine: Machine) -> BenchResult:
     case = running.case
-    calls = np.concatenate([np.asarray(times) for times in running.rounds]) / case.batch_size
-    p50, p90, p99 = (1e3 * float(value) for value in np.quantile(calls, [0.5, 0.9, 0.99]))
+    calls = 1e3 * np.concatenate([np.asarray(times) for times in running.rounds]) / case.batch_size
+    p50, p90, p99 = percentiles(calls)
     medians = [median(times) for times in running.rounds]
     ratio, low, high = ratio_of([mine / other for mine, other in zip(medians, first, strict=True)])
     peak = None if "cuda" in case.runtime or "tensorrt" in case.runtime else machine.peak_gflops.get(case.precision)
@@ -155,6 +159,12 @@ def _summary(running: Running, first: Sequence[float], machine: Machine) -> Benc
         percent_of_peak=None if gflops is None or peak is None else 100 * gflops / peak,
         top1=published_top1(case.model, case.img_size),
     )
+
+
+def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """The 50th, 90th and 99th, interpolated between neighbours."""
+    p50, p90, p99 = (float(value) for value in np.quantile(values, [0.5, 0.9, 0.99]))
+    return p50, p90, p99
 
 
 def ratio_of(ratios: Sequence[float]) -> tuple[float | None, float, float]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from .spec import Spec, open_model
 from .tuning import TUNING
 
 Job = dict[str, Any]
+COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ne": "CPU_AND_NE"}
+"""What Core ML may run on (ne: Neural Engine), and the names that coremltools has for it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Settings:
     threads: int
     checkpoint: Path | None = None
     img_size: int | None = None
-    compute_units: str = "ALL"
-    """Of Core ML: ALL, CPU_ONLY, CPU_AND_GPU or CPU_AND_NE."""
+    compute_units: str = "all"
+    """Of `COMPUTE_UNITS`."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ def _openvino(path: Path, batch_size: int, bf16: bool = False) -> Job:
     return {"runner": "openvino", "path": str(path), "bf16": bf16, "batch_size": batch_size}
 
 
-def _coreml(path: Path, settings: Settings, img_size: int) -> Job:
-    return {"runner": "coreml", "path": str(path), "compute_units": settings.compute_units, "img_size": img_size}
+def _coreml(path: Path, settings: Settings) -> Job:
+    return {"runner": "coreml", "path": str(path), "compute_units": COMPUTE_UNITS[settings.compute_units]}
 
 
 RUNTIMES = {
@@ -219,7 +222,7 @@ RUNTIMES = {
     # our float16 package in Core ML, on a Mac
     "coreml": Runtime(
         "fp16",
-        lambda subject, _: _coreml(subject.coreml, subject.settings, subject.spec.img_size),
+        lambda subject, _: _coreml(subject.coreml, subject.settings),
         package="coremltools",
         extra="coreml",
     ),
@@ -254,6 +257,10 @@ class Case:
     environment: dict[str, str]
 
 
+PLANNING_MACOS = (14, 4)
+"""The first macOS with compute plans."""
+
+
 def check_runtimes(names: Sequence[str]) -> None:
     """Raises InputError for a runtime that is unknown or does not run on this machine."""
     for name in names:
@@ -264,6 +271,12 @@ def check_runtimes(names: Sequence[str]) -> None:
             raise InputError(f"runtime {name} needs {runtime.package}; pip install 'shvit[{runtime.extra}]'")
         if name == "coreml" and sys.platform != "darwin":
             raise InputError("runtime coreml needs macOS, of which Core ML is a part; leave it out here")
+        if name == "coreml" and tuple(map(int, platform.mac_ver()[0].split("."))) < PLANNING_MACOS:
+            least, this = ".".join(map(str, PLANNING_MACOS)), platform.mac_ver()[0]
+            raise InputError(
+                f"runtime coreml needs macOS {least} or newer, whose Core ML tells where it runs what, "
+                f"and this is {this}; leave it out here"
+            )
         if "cuda" in name and not name.startswith("onnx") and not torch.cuda.is_available():
             raise InputError(f"runtime {name} needs a CUDA device, and PyTorch finds none here; leave it out")
 
@@ -299,7 +312,7 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
     job = {
         ".onnx": lambda: _onnx(path.resolve()),
         ".xml": lambda: _openvino(path.resolve(), batch_size, bf16=precision == "bf16"),
-        ".mlpackage": lambda: _coreml(path.resolve(), settings, img_size),
+        ".mlpackage": lambda: _coreml(path.resolve(), settings),
     }[path.suffix]()
     job |= {"threads": settings.threads, "cores": list(cores)}
     environment = TUNING[runtime].environment if tuned and runtime in TUNING else {}

@@ -14,6 +14,8 @@ from shvit.files import write_whole
 from .records import Measurements
 
 WEB = Path(__file__).with_name("web")
+SCRIPTS = ("explorer_draw.js", "explorer_devices.js", "explorer.js")
+"""One program in three files; the last one runs."""
 
 
 def write_explorer(path: Path, measurements: Measurements) -> None:
@@ -41,8 +43,8 @@ def explorer_style() -> str:
 
 
 def explorer_script() -> str:
-    """The explorer's JavaScript."""
-    return _read("explorer.js")
+    """The explorer's JavaScript, in a function of its own: its names are no page's."""
+    return '"use strict";\n(() => {\n' + "\n".join(map(_read, SCRIPTS)) + "})();\n"
 
 
 def policy(style: str, script: str) -> str:

@@ -73,6 +73,14 @@ def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
     return list(found.values())
 
 
+def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchResult]]:
+    """Apart for each device and batch size: what is faster elsewhere says nothing."""
+    found: dict[tuple[str, int], list[BenchResult]] = {}
+    for result in results:
+        found.setdefault((result.device, result.batch_size), []).append(result)
+    return found
+
+
 def form(result: BenchResult) -> str:
     """What a model runs in, with the precision where the runtime's name does not tell."""
     told = result.runtime.endswith(result.precision)
@@ -80,15 +88,14 @@ def form(result: BenchResult) -> str:
 
 
 def pareto(measurements: Measurements) -> Figure | None:
-    """Published accuracy against latency, a panel for each batch size: every form of a model lies on one line."""
+    """Published accuracy against latency, a panel for each device and batch size; a model's forms lie on one line."""
     rated = [result for result in measurements.results if result.top1 is not None]
     if not rated:
         return None
-    sizes = _unique(result.batch_size for result in rated)
+    groups = panels(rated)
     markers = dict(zip(_unique(map(form, rated)), MARKERS * 9, strict=False))
-    figure, axes = _panels(1, len(sizes), 7.4, 6.2)
-    for axis, size in zip(axes, sizes, strict=True):
-        shown = [result for result in rated if result.batch_size == size]
+    figure, axes = _panels(1, len(groups), 7.4, 6.2)
+    for axis, ((device, size), shown) in zip(axes, groups.items(), strict=True):
         best = best_forms(shown)
         axis.set_xscale("log")
         line = front(best)
@@ -106,6 +113,7 @@ def pareto(measurements: Measurements) -> Figure | None:
             )
         axis.margins(0.09, 0.07)
         _ticks(axis.xaxis)
+        _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image (median, log), batch {size}, {_threads(shown)}")
         axis.set_ylabel("published ImageNet top-1, % (of the float32 weights)")
     handles = [_handle(marker=mark, color=MUTED, label=name, linestyle="") for name, mark in markers.items()]
@@ -115,22 +123,21 @@ def pareto(measurements: Measurements) -> Figure | None:
             _handle(marker="o", color=MUTED, markerfacecolor="white", label="hollow: " + NOISY, linestyle="")
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
-    for axis, size in zip(axes, sizes, strict=True):
-        _label(figure, axis, [result for result in rated if result.batch_size == size])
+    for axis, shown in zip(axes, groups.values(), strict=True):
+        _label(figure, axis, shown)
     return figure
 
 
 def bench(measurements: Measurements) -> Figure | None:
-    """A bar for each case, to the median, and a whisker to the 90th percentile; a panel for each batch size."""
+    """A bar to each case's median, a whisker to the 90th percentile; a panel for each device and batch size."""
     if not measurements.results:
         return None
-    sizes = _unique(result.batch_size for result in measurements.results)
-    cases = {n: [result for result in measurements.results if result.batch_size == n][:MOST_CASES] for n in sizes}
+    cases = {key: shown[:MOST_CASES] for key, shown in panels(measurements.results).items()}
     colours = dict(zip(_unique(map(form, measurements.results)), COLOURS * 9, strict=False))
     rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
-    figure, axes = _panels(1, len(sizes), 6.8, 1.3 + 0.19 * rows)
-    for axis, size in zip(axes, sizes, strict=True):
-        shown, y, ticks = cases[size], 0.0, []
+    figure, axes = _panels(1, len(cases), 6.8, 1.3 + 0.19 * rows)
+    for axis, ((device, size), shown) in zip(axes, cases.items(), strict=True):
+        y, ticks = 0.0, []
         widest = max(result.latency_ms_p90 for result in shown)
         for model in _unique(map(_model, shown)):
             forms = [result for result in shown if _model(result) == model]
@@ -147,6 +154,7 @@ def bench(measurements: Measurements) -> Figure | None:
         axis.set_ylim(y - 0.9, -0.9)
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, widest * 1.18)
+        _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}")
     handles = [_handle(marker="s", color=colour, label=name, linestyle="") for name, colour in colours.items()]
     if any(result.ratio_to_first is None for result in measurements.results):
@@ -226,6 +234,13 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
         axis.set_axisbelow(True)
         axis.tick_params(colors=INK, labelsize=9)
     return figure, axes
+
+
+def _title(axis: Axes, device: str, measurements: Measurements) -> None:
+    """The device's name, unless everything ran on this machine."""
+    if any(result.device for result in measurements.results):
+        machine = measurements.machine
+        axis.set_title(_plain(device or (machine.processor if machine else "this machine")), fontsize=11, color=INK)
 
 
 def _handle(**look: Any) -> Any:

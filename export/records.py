@@ -49,10 +49,11 @@ class BenchResult:
     latency_ms_p50: float
     latency_ms_p90: float
     latency_ms_p99: float
-    cpu_ms: float
-    """Processor time, all threads together."""
+    cpu_ms: float | None
+    """Processor time, all threads together; None where a browser ran it, which does not tell."""
     ratio_to_first: float | None
-    """Median over rounds of this case's time over that of the first case of the same batch size; None if too noisy."""
+    """Median over rounds of this case's time over that of the first case of the same device and batch size; None if too
+    noisy."""
     ratio_low: float
     ratio_high: float
     """Ends of the ratio's 95 % confidence interval."""
@@ -60,14 +61,69 @@ class BenchResult:
     """From the file, or the model's weights, to ready."""
     first_ms: float
     """The first call of all, of a whole batch."""
-    peak_memory_mb: float
-    """Of the process, with everything that the runtime loads."""
+    peak_memory_mb: float | None
+    """Of the process, with everything that the runtime loads; None where a browser ran it."""
     gmacs: float | None
     """Multiply-adds for one image, in units of 10⁹; None for a file, whose model is not at hand."""
     percent_of_peak: float | None
     """Of the machine's measured peak in this precision; None where that was not measured."""
     top1: float | None
     """Published ImageNet top-1 in percent, at `img_size`; None where there is none."""
+    device: str = ""
+    """The name of one of `Measurements.devices`; empty where it ran on `Measurements.machine`."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A phone, or whatever else a browser ran on, as the browser describes it."""
+
+    name: str
+    """That its user gave it."""
+    browser: str
+    """Its user agent."""
+    cores: int
+    """That the browser admits to."""
+    memory_gb: float | None
+    """That the browser admits to: rounded, capped, and often not told at all."""
+    gpu: str
+    """Vendor and architecture of the WebGPU adapter; empty where there is none."""
+    missing: dict[str, str]
+    """Backends that were not measured, and why."""
+    runtime: str
+    """onnxruntime-web and its version."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a file gave its answers on a device: compared before anything was timed."""
+
+    device: str
+    model: str
+    runtime: str
+    precision: str
+    images: int
+    """Photographs; 0 where it did not run."""
+    max_rel_error: float | None
+    """As in a certificate, against the same file in ONNX Runtime on the machine that exported it."""
+    snr_db: float | None
+    top1_agreement: float | None
+    """Percent."""
+    error: str
+    """Why it was not timed; empty if it was."""
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """One model, run without a pause."""
+
+    device: str
+    model: str
+    runtime: str
+    precision: str
+    latency_ms: tuple[float, ...]
+    """The median of each second."""
+    slowdown: float
+    """Median of the last fifth of the seconds over that of the first fifth: above 1 the device throttles."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +139,19 @@ class LayerTime:
     """Of one image."""
     percent: float
     """Of the whole model's time."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where Core ML means to run a package's operations: its compute plan, made before anything runs."""
+
+    model: str
+    compute_units: str
+    """That it may choose from: all, cpu, cpu-gpu or cpu-ne."""
+    operations: dict[str, int]
+    """How many it prefers to run on each device: cpu, gpu, neural engine, or unknown. Constants are left out."""
+    cost_percent: dict[str, float]
+    """Of the estimated cost of all of them, by device; empty where Core ML estimates none."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +176,15 @@ class Scaling:
 class Measurements:
     """Everything that one run of `shvit bench` found out."""
 
-    machine: Machine
+    machine: Machine | None
+    """None where everything was measured in browsers."""
     results: tuple[BenchResult, ...]
     layers: tuple[LayerTime, ...] = ()
     scaling: tuple[Scaling, ...] = ()
+    devices: tuple[Device, ...] = ()
+    checks: tuple[Check, ...] = ()
+    sustained: tuple[Sustained, ...] = ()
+    placements: tuple[Placement, ...] = ()
 
 
 def write_measurements(measurements: Measurements, path: Path) -> None:
@@ -136,10 +210,14 @@ def read_measurements(path: Path) -> Measurements:
 def measurements_from(said: dict[str, Any]) -> Measurements:
     """From what `asdict` and JSON made of them."""
     return Measurements(
-        machine=_record(Machine, said["machine"]),
+        machine=None if said["machine"] is None else _record(Machine, said["machine"]),
         results=tuple(_record(BenchResult, each) for each in said["results"]),
         layers=tuple(_record(LayerTime, each) for each in said.get("layers", ())),
         scaling=tuple(_record(Scaling, each) for each in said.get("scaling", ())),
+        devices=tuple(_record(Device, each) for each in said.get("devices", ())),
+        checks=tuple(_record(Check, each) for each in said.get("checks", ())),
+        sustained=tuple(_record(Sustained, each) for each in said.get("sustained", ())),
+        placements=tuple(_record(Placement, each) for each in said.get("placements", ())),
     )
 
 

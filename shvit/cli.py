@@ -37,7 +37,10 @@ COMMANDS = {
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
-    "bench": Entry("shvit.export.main:Bench", "latency of models and runtimes, interleaved in one process"),
+    "bench": Entry(
+        "shvit.export.bench_main:parse", "latency of models and runtimes, interleaved; `bench phone`: in a browser"
+    ),
+    "site": Entry("shvit.export.bench_main:Site", "the page that measures in browsers as a static site"),
     "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
     "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real photographs"),
@@ -120,6 +123,9 @@ EXTRAS = {  # top-level module: the extra that brings it
     "onnxruntime": "export",
     "onnxscript": "export",
     "skimage": "export",
+    "tornado": "phone",
+    "segno": "phone",
+    "cryptography": "phone",
     "coremltools": "coreml",
     "openvino": "openvino",
     "elpv_dataset": "demo",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from shvit.export.explorer import write_explorer
-from shvit.export.records import BenchResult, LayerTime, Machine, Measurements, Scaling
+from shvit.export.records import BenchResult, Check, Device, LayerTime, Machine, Measurements, Scaling, Sustained
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
 TITLE = "SHViT: accuracy against latency"
@@ -68,6 +68,45 @@ MEASUREMENTS = Measurements(
 )
 
 
+def on_phone(
+    device: str, model: str, top1: float, ms: float, runtime="wasm", precision="fp32", **kwargs
+) -> BenchResult:
+    """What a browser does not tell is None."""
+    untold = {"cpu_ms": None, "peak_memory_mb": None, "percent_of_peak": None, "device": device}
+    return result(model, top1, ms, runtime, precision, **untold, **kwargs)
+
+
+PHONE, OTHER = "Pixel 8", "<b>my phone</b>, the old one"
+PHONES = Measurements(
+    MEASUREMENTS.machine,
+    (
+        result("shvit_s1", 72.8, 4.0),
+        result("shvit_s4", 79.4, 15.0),
+        result("shvit_s1", 72.8, 3.0, batch_size=16),
+        on_phone(PHONE, "shvit_s1", 72.8, 8.0),
+        on_phone(PHONE, "shvit_s4", 79.4, 30.0, ratio_to_first=3.75),
+        on_phone(PHONE, "shvit_s1", 72.8, 5.0, "webgpu", "fp16"),
+        on_phone(PHONE, HOSTILE, 71.0, 3.5, "webgpu", "fp16"),
+        on_phone(OTHER, "shvit_s1", 72.8, 19.0, "wasm-4-threads", threads=4),
+        on_phone(OTHER, "shvit_s4", 79.4, 60.0, "wasm-4-threads", threads=4, ratio_to_first=None),
+    ),
+    devices=(
+        Device(PHONE, "Mozilla/5.0 (Android 15)", 9, 8.0, "arm valhall", {"webnn": "no navigator.ml"}, "ort 1.22"),
+        Device(OTHER, HOSTILE, 4, None, "", {"webgpu": "no adapter"}, "onnxruntime-web 1.22"),
+    ),
+    checks=(
+        Check(PHONE, "shvit_s1", "wasm", "fp32", 16, 1.25e-6, 118.25, 100.0, ""),
+        Check(PHONE, "shvit_s4", "webgpu", "fp16", 16, 0.75, 9.5, 12.5, f"SNR 9.5 dB is below 40 dB {HOSTILE}"),
+        Check(OTHER, "shvit_s1", "webnn", "fp16", 0, None, None, None, "no navigator.ml"),
+        Check(OTHER, "shvit_s1", "wasm-4-threads", "fp32", 16, 0.0, math.inf, 100.0, ""),
+    ),
+    sustained=(
+        Sustained(PHONE, "shvit_s1", "wasm", "fp32", (8.0, 8.1, 9.0, 10.5, 10.72), 1.34),
+        Sustained(OTHER, HOSTILE, "wasm-4-threads", "fp32", (19.0, 19.1, 19.0, 19.2, 19.19), 1.01),
+    ),
+)  # fmt: skip
+
+
 def most_accurate(budget: float, batch_size: int = 1) -> BenchResult | None:
     """What the page must name: highest accuracy within the budget, the faster of two that are equal."""
     fitting = [
@@ -105,9 +144,10 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, tmp_path):
-    """The page of `MEASUREMENTS`; at the end nothing was complained of and nothing was asked of a network."""
-    write_explorer(tmp_path / "report.html", MEASUREMENTS)
+def page(browser, tmp_path, request):
+    """The page of `MEASUREMENTS`, or of others; at the end nothing was complained of and nothing was asked of a
+    network."""
+    write_explorer(tmp_path / "report.html", getattr(request, "param", MEASUREMENTS))
     show(browser, 1280, 900)
     network(browser, "requestWillBeSent")  # what went before is forgotten
     yield open_page(browser, tmp_path / "report.html")
@@ -276,6 +316,162 @@ def test_growth_layers_and_machine_are_shown(page):
     assert [piece.text for piece in pieces] == ["60 %", "40 %"]  # the larger kind first
     assert pieces[0].size["width"] == pytest.approx(1.5 * pieces[1].size["width"], rel=0.01)
     assert [each.text for each in all_of(page, ".swatch + *, li:has(.swatch)")] == ["<i>", "attention"]
+
+
+phones = pytest.mark.parametrize("page", [PHONES], indirect=True, ids=["phones"])
+
+
+def forms(browser) -> list[str]:
+    """What the card lists, with the devices as heads."""
+    return [each.text.replace("\n", " ") for each in all_of(browser, ".forms h5, .forms > div")]
+
+
+@phones
+def test_device_select_changes_the_points_and_what_they_run_in(page):
+    def chosen() -> list[tuple[str, ...]]:
+        return [
+            tuple(each.get_attribute("aria-label").split(": ")[0].split(", ", 1)) for each in all_of(page, ".point")
+        ]
+
+    def offered(name: str) -> list[str]:
+        return [each.text for each in all_of(page, f"#{name} option")]
+
+    assert offered("device") == ["A & B <cpu>", PHONE, OTHER, "all devices side by side"]
+    assert page.find_element("css selector", "#device option:checked").text == PHONE  # a phone, if there is one
+    assert chosen() == [(HOSTILE, "webgpu fp16"), ("shvit_s1", "webgpu fp16"), ("shvit_s4", "wasm fp32")]
+    assert offered("form") == ["best form of each model", "wasm fp32", "webgpu fp16"]
+    assert offered("batch") == ["1"]
+    choose(page, "form", "wasm fp32")
+    assert chosen() == [("shvit_s1", "wasm fp32"), ("shvit_s4", "wasm fp32")]
+    choose(page, "device", "0")
+    assert chosen() == [("shvit_s1", "onnxruntime fp32"), ("shvit_s4", "onnxruntime fp32")]
+    assert offered("batch") == ["1", "16"]
+    choose(page, "batch", "16")
+    assert names(page) == ["shvit_s1"]
+    choose(page, "device", "2")
+    assert names(page) == ["shvit_s1", "shvit_s4"]
+    assert len(all_of(page, ".plot .front")) == 1
+    set_value(page, "budget-ms", 20)
+    assert text(page, ".verdict").startswith(
+        "Within 20 ms per image, the most accurate is shvit_s1: 72.80 % top-1 in 19.0"
+    )
+    assert "hollow" in text(page, ".key")
+
+
+@phones
+def test_all_devices_side_by_side(page):
+    choose(page, "device", "all")
+    said = [each.get_attribute("aria-label").split(":")[0] for each in all_of(page, ".point")]
+    assert said == [
+        f"{HOSTILE}, webgpu fp16 on {PHONE}",
+        "shvit_s1, onnxruntime fp32 on A & B <cpu>",
+        f"shvit_s1, webgpu fp16 on {PHONE}",
+        "shvit_s4, onnxruntime fp32 on A & B <cpu>",
+        f"shvit_s1, wasm-4-threads fp32 on {OTHER}",
+        f"shvit_s4, wasm fp32 on {PHONE}",
+        f"shvit_s4, wasm-4-threads fp32 on {OTHER}",
+    ]
+    assert len(all_of(page, ".plot .front")) == 3
+    fill = "return getComputedStyle(arguments[0]).fill"
+    colours = {page.execute_script(fill, each) for each in all_of(page, "circle + .mark")}
+    assert len(colours - {"rgb(252, 252, 251)"}) >= 2  # a colour for each device; a hollow mark is of paper
+    set_value(page, "budget-ms", 15)
+    lines = [each.text.replace("\xa0", " ") for each in all_of(page, ".verdict .line")]
+    assert lines == [
+        "on A & B <cpu>: shvit_s4, 79.40 % top-1 in 15.0 ms, onnxruntime fp32.",
+        f"on {PHONE}: shvit_s1, 72.80 % top-1 in 5.00 ms, webgpu fp16.",
+        f"on {OTHER}: none: the fastest, shvit_s1, takes 19.0 ms.",
+    ]
+    assert sorted(names(page, ".point.best")) == ["shvit_s1", "shvit_s4"]
+
+
+@phones
+def test_card_has_the_forms_of_every_device_and_a_ratio_within_one(page):
+    set_value(page, "budget-ms", 30)
+    assert text(page, ".card h3") == "shvit_s4"
+    assert f"wasm fp32 on {PHONE}, 224 px" in text(page, ".card")
+    assert "3.75× (6.75–8.25) the time of shvit_s1, wasm fp32." in text(page, ".card")
+    cost = dict(zip(*([each.text for each in all_of(page, f".card {tag}")] for tag in ("dt", "dd")), strict=True))
+    assert (cost["processor time"], cost["peak memory"]) == ("–", "–")
+    listed = [
+        "A & B <cpu>",
+        "onnxruntime fp32 15.0",
+        PHONE,
+        "wasm fp32 30.0",
+        OTHER,
+        "wasm-4-threads fp32 60.0",
+    ]
+    assert forms(page) == listed
+    assert len(all_of(page, ".ghosts path")) == 1  # the chart has this device alone
+    choose(page, "device", "all")
+    set_value(page, "budget-ms", 30)
+    assert forms(page) == listed
+    assert len(all_of(page, ".ghosts path")) == 3
+
+
+@phones
+def test_table_tells_devices_and_finds_them(page):
+    heads = [each.text.strip(" ↕") for each in all_of(page, "#results thead button")]
+    assert heads[2] == "device"
+    assert len(all_of(page, "#results tbody tr")) == len(PHONES.results)
+    set_value(page, "filter", "the old s4")
+    (row,) = all_of(page, "#results tbody tr")
+    cells = [each.text for each in row.find_elements("css selector", "th, td")]
+    assert cells[:4] == ["shvit_s4", "wasm-4-threads fp32", OTHER, "60.0"]
+    assert (cells[heads.index("CPU ms")], cells[heads.index("memory MB")]) == ("–", "–")
+
+
+@phones
+def test_checks_sustained_runs_and_devices_are_told(page):
+    rows = [[each.text for each in row.find_elements("css selector", "th, td")] for row in all_of(page, "#checks tr")]
+    assert rows[1] == ["shvit_s1", "passed", "wasm fp32", PHONE, "16", "1.3e-6", "118.3", "100.0", "–"]
+    assert rows[2][:3] == ["shvit_s4", "failed", "webgpu fp16"]
+    assert rows[2][4:] == ["16", "7.5e-1", "9.5", "12.5", f"SNR 9.5 dB is below 40 dB {HOSTILE}"]
+    assert rows[3][4:] == ["0", "–", "–", "–", "no navigator.ml"]
+    assert rows[4][5:7] == ["0", "∞"]
+    said = text(page, "main")
+    assert "2 of 4 files failed and were not timed." in said
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).color"
+    passed, failed = (page.execute_script(colour, f"{row} .outcome") for row in ("tr:not(.failed)", "tr.failed"))
+    assert passed != failed
+    assert [each.text for each in all_of(page, ".runs .words")] == [
+        "throttles: 1.34× slower at the end",
+        "holds its speed: 1.01×",
+    ]
+    assert [each.get_attribute("textContent") for each in all_of(page, ".runs .caption")] == [
+        f"shvit_s1 wasm fp32 on {PHONE}",
+        f"{HOSTILE} wasm-4-threads fp32 on {OTHER}",
+    ]
+    assert [each.get_attribute("d").count("L") for each in all_of(page, ".runs .series path")] == [4, 4]
+    for part in ("arm valhall", "no webnn\nno navigator.ml", "memory\nthe browser does not tell", "GPU\nno WebGPU"):
+        assert part in said, part
+    assert f"Measured on A & B <cpu>, {PHONE} and {OTHER}: 3 models, 9 results." in said
+
+
+@pytest.mark.parametrize(
+    "page",
+    [replace(PHONES, machine=None, results=PHONES.results[3:7], checks=PHONES.checks[:1], sustained=())],
+    indirect=True,
+    ids=["one-phone"],
+)
+def test_page_of_one_phone_and_no_machine(page):
+    said = text(page, "main")
+    assert f"Measured on {PHONE}: 3 models, 4 results." in said
+    assert all_of(page, "#device") == []
+    assert [each.text for each in all_of(page, "h2")] == ["Numerics on the device", "All results", "Devices"]
+    assert "The file gives its answers." in said
+    assert "device" not in text(page, "#results thead")
+    assert names(page) == [HOSTILE, "shvit_s1", "shvit_s4"]
+
+
+@phones
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (390, "dark")])
+def test_page_of_phones_fits_a_phone(page, width, scheme):
+    show(page, width, 740, prefers_color_scheme=scheme)
+    page.refresh()
+    choose(page, "device", "all")
+    assert page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]") == [width, width]
+    assert all(0.7 * width < each.size["width"] <= width for each in all_of(page, ".plot svg"))
 
 
 def test_hostile_names_stay_text(page):

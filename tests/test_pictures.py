@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from test_explorer import MEASUREMENTS, result
+from test_explorer import MEASUREMENTS, OTHER, PHONE, PHONES, result
 
 from shvit.export.layer_times import KINDS
 from shvit.export.pictures import FIGURES, batch, bench, best_forms, draw, front, layers, pareto, resolution
@@ -67,6 +67,20 @@ def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
     peer = next(text for text in figure.axes[0].texts if text.get_text() == "heavy")
     assert ours.get_fontweight() == "bold"
     assert peer.get_color() != ours.get_color()
+
+
+@pytest.mark.parametrize(("machine", "name"), [(PHONES.machine, "A & B <cpu>"), (None, "this machine")])
+def test_every_device_has_panels_of_its_own(machine, name, tmp_path):
+    measured = replace(PHONES, machine=machine)
+    for make in (pareto, bench):
+        axes = make(measured).axes
+        assert [axis.get_title() for axis in axes] == [name, name, PHONE, OTHER]
+        assert ["batch 16" in axis.get_xlabel() for axis in axes] == [False, True, False, False]
+    assert [len(axis.patches) for axis in axes] == [2, 1, 4, 2]
+    fronts = [line for axis in pareto(measured).axes for line in axis.lines if line.get_gid() == "front"]
+    assert [list(line.get_xdata()) for line in fronts] == [[4.0, 15.0], [3.0], [3.5, 5.0, 30.0], [19.0, 60.0]]
+    assert len(draw(measured, tmp_path)) == 2
+    assert pareto(MEASUREMENTS).axes[0].get_title() == ""
 
 
 def test_one_bar_for_each_case_with_a_whisker_and_a_mark_if_too_noisy():

@@ -1,0 +1,417 @@
+"""The commands bench, bench phone, bench import and site; see shvit/cli.py for how they are called."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.table import Column, Table
+
+from shvit import terminal
+from shvit.errors import CheckFailed, InputError
+
+PACKAGE = ".mlpackage"
+console = terminal.console()
+MOST = 3600  # of rounds, seconds and minutes; more is a slip of the finger
+
+
+def _right(name: str) -> Any:
+    return Column(name, justify="right")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Latency of models and runtimes, which take turns on pinned cores, and what the machine can do at best.
+
+    Runtimes: torch, torch-channels-last, torch-bf16, torch-compiled, torch-compiled-bf16; onnxruntime,
+    onnxruntime-int8; openvino, openvino-bf16, openvino-int8; coreml (on a Mac); cuda, cuda-bf16, onnxruntime-cuda,
+    onnxruntime-tensorrt; and reference, which is how others export: timm's model, its norms folded, opset 11.
+
+    `shvit bench phone` measures in a phone's browser, `shvit bench import` reads what such a page saved; each tells its
+    own options with --help.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
+    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format."""
+    runtimes: list[str] = field(default_factory=lambda: ["torch", "onnxruntime"])
+    """Of the models that are given by name; see above."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    """Images at a time."""
+    threads: int = 1
+    """CPU threads of each runtime, each on a core of its own."""
+    img_size: int | None = None
+    """Input height and width in pixels; each model's own by default."""
+    checkpoint: Path | None = None
+    """Weights of the models; random ones by default, which are as fast."""
+    against: list[Path] = field(default_factory=list)
+    """Files of anyone's (.onnx, .xml, .mlpackage) that all others are compared with, run with their runtime's
+    defaults."""
+    rounds: int = 15
+    """How often each case takes its turn; more of them decide what noise hides."""
+    profile: bool = False
+    """Also tell which kinds of layers take the time, from each runtime's own profiler."""
+    sweep: bool = False
+    """Also time 128 to 1024 pixels and batches of 1 to 64 (minutes for each model and runtime)."""
+    compute_units: Literal["all", "cpu", "cpu-gpu", "cpu-ne"] = "all"
+    """What Core ML may run on, on a Mac: cpu-ne is the CPU and the Neural Engine."""
+    output: Path | None = None
+    """A folder for bench.json, pictures, and report.html, a page to choose a model with."""
+
+    def run(self) -> dict[str, Any]:
+        from .bench import bench
+        from .cases import Settings
+        from .records import Measurements
+
+        if self.compute_units != "all" and not self._uses_coreml():
+            raise InputError(
+                f"--compute-units {self.compute_units} is for Core ML, in which nothing is to run here; "
+                "add --runtimes coreml or an .mlpackage, or leave it out"
+            )
+        settings = Settings(self.threads, self.checkpoint, self.img_size, self.compute_units)
+        with _status("bench") as progress:
+            machine, results = bench(
+                self.models, self.runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
+            )
+            show_results(results)
+            measured = Measurements(
+                machine,
+                tuple(results),
+                tuple(self._layers(settings, progress) if self.profile else ()),
+                tuple(self._scaling(settings, progress) if self.sweep else ()),
+                placements=tuple(self._placements(settings, progress)),
+            )
+            show_placements(measured.placements)
+        show_machine(machine)
+        if self.output is not None:
+            console.print("wrote " + ", ".join(map(str, write_report(measured, self.output))))
+        return asdict(measured)
+
+    def _uses_coreml(self) -> bool:
+        return "coreml" in self.runtimes or any(Path(name).suffix == PACKAGE for name in (*self.models, *self.against))
+
+    def _placements(self, settings: Any, progress: Any) -> Iterator[Any]:
+        """Of every package that Core ML has run."""
+        import tempfile
+
+        from .cases import FILES, Subject
+        from .compute_plan import measure_placement
+
+        for path in (*self.against, *map(Path, self.models)):
+            if path.suffix == PACKAGE:
+                progress(f"planning {path.name} in coreml")
+                yield measure_placement(path, self.compute_units, path.name)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.models if "coreml" in self.runtimes else ():
+                if Path(name).suffix not in FILES:
+                    progress(f"planning {name} in coreml")
+                    package = Subject(name, settings, Path(folder)).coreml
+                    yield measure_placement(package, self.compute_units, name)
+
+    def _layers(self, settings: Any, progress: Any) -> Iterator[Any]:
+        import tempfile
+
+        from .bench import pinned
+        from .cases import FILES, Subject, choose_cores
+        from .layer_times import has_profiler, measure_layers
+
+        with tempfile.TemporaryDirectory() as folder, pinned(choose_cores(settings.threads), settings.threads):
+            for name in self.models:
+                if Path(name).suffix in FILES:
+                    continue
+                subject = Subject(name, settings, Path(folder))
+                for runtime in filter(has_profiler, self.runtimes):
+                    for batch_size in self.batch_sizes:
+                        progress(f"profiling {name} in {runtime}")
+                        rows = measure_layers(subject, runtime, batch_size)
+                        show_layers(rows)
+                        yield from rows
+
+    def _scaling(self, settings: Any, progress: Any) -> Iterator[Any]:
+        import tempfile
+
+        from .cases import FILES
+        from .scaling import sweep
+
+        for name in self.models:
+            for runtime in self.runtimes if Path(name).suffix not in FILES else ():
+                with tempfile.TemporaryDirectory() as folder:
+                    rows = sweep(name, runtime, settings, Path(folder), progress)
+                show_scaling(rows)
+                yield from rows
+
+
+@contextmanager
+def _status(what: str) -> Iterator[Callable[[str], None]]:
+    """A line that says what is under way, on a terminal alone."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(what) as status:
+        yield status.update
+
+
+def show_results(results: Sequence[Any]) -> None:
+    """Prints latencies for people, and what noise left undecided."""
+    from .pictures import form
+
+    phones = any(each.device for each in results)
+    names = ("model", "runtime", "device") if phones else ("model", "runtime")
+    heads = ("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak")
+    table = Table(*names, *(_right(name) for name in heads))
+    costs = Table(*names, *(_right(name) for name in ("batch", "CPU ms/image", "load ms", "first ms", "MB")))
+    for each in results:
+        what = (each.model, form(each), each.device or "this machine") if phones else (each.model, each.runtime)
+        table.add_row(
+            *what,
+            str(each.img_size),
+            str(each.batch_size),
+            *(f"{value:.2f}" for value in (each.latency_ms_p50, each.latency_ms_p90, each.latency_ms_p99)),
+            "too noisy" if each.ratio_to_first is None else f"{each.ratio_to_first:.2f}",
+            f"{each.ratio_low:.2f}–{each.ratio_high:.2f}",
+            "" if each.percent_of_peak is None else f"{each.percent_of_peak:.0f}",
+        )
+        cpu = "–" if each.cpu_ms is None else f"{each.cpu_ms:.2f}"
+        memory = "–" if each.peak_memory_mb is None else f"{each.peak_memory_mb:.0f}"
+        costs.add_row(*what, str(each.batch_size), cpu, f"{each.load_ms:.0f}", f"{each.first_ms:.0f}", memory)
+    console.print(table)
+    console.print(costs)
+    if any(each.ratio_to_first is None for each in results):
+        console.print("too noisy: the interval is wider than 10 % of its ratio; try more --rounds or a quieter machine")
+
+
+def show_placements(rows: Sequence[Any]) -> None:
+    """Prints on which devices Core ML means to run how many operations, and their share of the estimated cost."""
+    if not rows:
+        return
+    devices = list(dict.fromkeys(device for row in rows for device in row.operations))
+    table = Table("Core ML's plan: operations, % of cost", "compute units", *map(_right, devices))
+    for row in rows:
+        cells = []
+        for device in devices:
+            percent = row.cost_percent.get(device)
+            cells.append(f"{row.operations.get(device, 0)}" + ("" if percent is None else f", {percent:.0f} %"))
+        table.add_row(row.model, row.compute_units, *cells)
+    console.print(table)
+
+
+def show_machine(machine: Any) -> None:
+    """Prints what the machine is and reaches."""
+    peaks = ", ".join(f"{name} {peak:,.0f}" for name, peak in machine.peak_gflops.items())
+    console.print(
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} thread(s); peak GFLOP/s: {peaks}; reads "
+        f"{machine.bandwidth_gb_per_s:.0f} GB/s; {', '.join(machine.instructions)}; frequency: {machine.frequency}"
+    )
+
+
+def show_layers(rows: Sequence[Any]) -> None:
+    """Prints where one model's time goes."""
+    table = Table(f"{rows[0].model}, {rows[0].runtime}, batch {rows[0].batch_size}", _right("ms/image"), _right("%"))
+    for row in rows:
+        table.add_row(row.kind, f"{row.ms:.3f}", f"{row.percent:.1f}")
+    console.print(table)
+
+
+def show_scaling(rows: Sequence[Any]) -> None:
+    """Prints how time and memory grow."""
+    for row in rows:
+        console.print(
+            f"{row.model} in {row.runtime} over {row.over} {row.values[0]} to {row.values[-1]}: time of an image "
+            f"{row.latency_ms[0]:.2f} to {row.latency_ms[-1]:.2f} ms, exponent {row.exponent:.2f}; memory "
+            f"{row.peak_memory_mb[0]:.0f} to {row.peak_memory_mb[-1]:.0f} MB, exponent {row.memory_exponent:.2f}"
+        )
+
+
+# --- browsers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
+    """Names that timm knows, or .onnx files of `shvit export`, which their certificates stand beside."""
+    peers: list[str] = field(default_factory=list)
+    """More of them, to compare with."""
+    precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
+    """Of the models that are given by name."""
+    checkpoint: Path | None = None
+    """Weights of those; random ones by default, which are as fast."""
+    img_size: int | None = None
+    """Their input height and width in pixels; each model's own by default."""
+    images: Path | None = None
+    """A folder of photographs to compare answers on; scikit-image's bundled ones by default."""
+    threads: list[int] = field(default_factory=lambda: [1])
+    """CPU threads of this machine's own rows."""
+    rounds: int = 7
+    """How often each case takes its turn, here and in the browser."""
+    sustained: int = 30
+    """Seconds that a browser runs one model without a pause."""
+    ort_web: str | None = None
+    """Where ONNX Runtime for browsers is: a folder, filled from npm where files are missing, by default one in the
+    cache; or `cdn`, which the browser fetches it from. Hashes are checked in every case."""
+
+    def _prepare(self, folder: Path, submit: str | None, progress: Any) -> Any:
+        """The files, everything that a browser fetches, and this machine's own measurements."""
+        from .cases import Settings
+        from .ort_web import runtime_files
+        from .phone import measure_here
+        from .trial import Pace, contents, few_photographs, prepare
+
+        for option, value in (
+            ("--rounds", self.rounds),
+            ("--sustained", self.sustained),
+            ("--threads", min(self.threads, default=0)),
+        ):
+            if not 1 <= value <= MOST:
+                raise InputError(f"{option} {value} must be 1 to {MOST}")
+        hosted = self.ort_web != "cdn"
+        runtime = runtime_files(Path(self.ort_web) if self.ort_web else None, progress) if hosted else None
+        settings = Settings(1, self.checkpoint, self.img_size)
+        tried = prepare([*self.models, *self.peers], self.precision, settings, self.images, folder, progress)
+        pace = Pace(rounds=self.rounds, sustained_s=self.sustained)
+        served = contents(tried, few_photographs(self.images), runtime, pace, submit)
+        measured = measure_here(tried, self.threads, self.rounds, progress)
+        show_results(measured.results)
+        return tried, served, measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPhone(_Tried):
+    """Latency and numerics in a phone's browser, which opens a page; this machine's processor beside it."""
+
+    lan: bool = False
+    """Let other machines of the network open the page; this one alone by default."""
+    tls: bool = False
+    """HTTPS with a certificate of our own, which the browser warns of: without it a phone has neither threads nor
+    WebGPU nor a camera for the page."""
+    port: int = 0
+    """To listen on; any that is free by default."""
+    records: int = 1
+    """Stop when so many have arrived."""
+    minutes: float = 60.0
+    """Stop after this time in any case."""
+    output: Path = Path("phone")
+    """A folder for the files, the records, bench.json, pictures, and report.html."""
+
+    def run(self) -> dict[str, Any]:
+        from .phone import Door, Visits, describe_record, failed_checks, receive_phones, save_record
+        from .server import RECORDS
+
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
+        if self.records < 1 or not 0 < self.minutes <= MOST:
+            raise InputError(
+                f"--records {self.records} or --minutes {self.minutes:g} is out of range; choose 1 or more"
+            )
+        with _status("bench phone") as progress:
+            tried, served, measured = self._prepare(self.output / "files", RECORDS, progress)
+
+        def save(number: int, record: Any, so_far: Any) -> None:
+            save_record(record, self.output / f"record-{number}.json")
+            write_report(so_far, self.output, pictures=False)
+            console.print(describe_record(record))
+
+        visits = Visits(measured, tried, self.records, save)
+        door = Door(self.lan, self.tls, self.port, 60 * self.minutes)
+        receive_phones(served, visits, door, self.ort_web != "cdn", console.print)
+        if not visits.count:
+            raise CheckFailed("no phone has sent a record", asdict(measured))
+        result = _report(visits.measured, self.output)
+        if failed := failed_checks(visits.measured):
+            first = failed[0]
+            raise CheckFailed(f"{len(failed)} cases were not timed; {first.model} {first.precision} in {first.runtime} "
+                              f"on {first.device}: {first.error}", result)  # fmt: skip
+        return result
+
+
+@dataclass(frozen=True)
+class BenchImport:
+    """Records that the page saved as JSON, as one report."""
+
+    records: tyro.conf.Positional[tuple[Path, ...]]
+    """Files that the page saved."""
+    beside: Path | None = None
+    """A bench.json of `shvit bench`, whose results they are put beside."""
+    output: Path = Path("phone")
+    """A folder for bench.json, pictures, and report.html."""
+
+    def run(self) -> dict[str, Any]:
+        from .phone import describe_record
+        from .phone_record import add_record, read_record_file
+        from .records import Measurements, read_measurements
+
+        if not self.records:
+            raise InputError("nothing to import; give at least one file that the page saved")
+        measured = Measurements(None, ()) if self.beside is None else read_measurements(self.beside)
+        for record in [read_record_file(path) for path in self.records]:
+            measured = add_record(measured, record)
+            console.print(describe_record(record))
+        return _report(measured, self.output)
+
+
+def _report(measured: Any, output: Path) -> dict[str, Any]:
+    """Prints the results and writes all of the report."""
+    show_results(measured.results)
+    show_devices(measured)
+    console.print("wrote " + ", ".join(map(str, write_report(measured, output))))
+    return asdict(measured)
+
+
+def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Path]:
+    """bench.json, report.html and, if wanted, pictures."""
+    from .explorer import write_explorer
+    from .pictures import draw
+    from .records import write_measurements
+
+    write_measurements(measured, output / "bench.json")
+    write_explorer(output / "report.html", measured)
+    return [output / "bench.json", output / "report.html", *(draw(measured, output) if pictures else ())]
+
+
+def show_devices(measured: Any) -> None:
+    """Prints what browsers answered, and how they held their speed."""
+    table = Table("device", "model", "in", _right("photographs"), _right("dB"), _right("same top-1 %"), "")
+    for each in measured.checks:
+        figures = ("", "") if each.snr_db is None else (f"{each.snr_db:.0f}", f"{each.top1_agreement:.0f}")
+        form = f"{each.runtime} {each.precision}"
+        table.add_row(each.device, each.model, form, str(each.images), *figures, each.error or "as expected")
+    console.print(table)
+    for each in measured.sustained:
+        console.print(f"{each.device}, {each.model} {each.precision} in {each.runtime}: after {len(each.latency_ms)} s "
+                      f"without a pause {each.slowdown:.2f} times the time of the beginning")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(_Tried):
+    """A static site for any web host: the page that measures, the explorer of measurements, the table of models."""
+
+    output: Path
+    """A folder for it."""
+    measured: Path | None = None
+    """A bench.json whose results the explorer shows; those of this machine and the site's files by default."""
+
+    def run(self) -> dict[str, Any]:
+        import tempfile
+
+        from .records import read_measurements
+        from .site import write_site
+        from .trial import total_bytes
+
+        given = None if self.measured is None else read_measurements(self.measured)
+        with tempfile.TemporaryDirectory() as folder, _status("site") as progress:
+            tried, served, measured = self._prepare(Path(folder), None, progress)
+            written = write_site(self.output, served, tried, given or measured, self.ort_web != "cdn")
+        console.print(f"wrote {len(written)} files, {total_bytes(served.values()) / 1e6:.0f} MB, to {self.output}; "
+                      "any web host can carry them, over HTTPS")  # fmt: skip
+        return {"site": str(self.output), "files": [str(path.relative_to(self.output)) for path in written]}
+
+
+BENCH = {"phone": BenchPhone, "import": BenchImport}
+
+
+def parse(options: list[str], prog: str) -> Any:
+    """`shvit bench phone` and `shvit bench import` are commands of their own; other options are of `shvit bench`."""
+    command = BENCH.get(options[0]) if options else None
+    if command is None:
+        return tyro.cli(Bench, prog=prog, args=options)
+    return tyro.cli(command, prog=f"{prog} {options[0]}", args=options[1:])
