@@ -1,0 +1,138 @@
+"""ONNX Runtime for browsers: which files of which version, where they come from, and that they are those."""
+
+import base64
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from shvit.errors import CheckFailed, InputError
+from shvit.files import sha256, write_whole
+from shvit.weights.cache import cache_folder
+from shvit.weights.download import download
+
+VERSION = "1.30.0"
+NPM = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
+NPM_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
+
+
+@dataclass(frozen=True)
+class RuntimeFile:
+    """A file of the npm package's folder dist, as it was published."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    @property
+    def integrity(self) -> str:
+        """As browsers check it."""
+        return integrity(self.sha256)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What one worker needs: the module that is imported, the one that it loads, and their WebAssembly."""
+
+    module: RuntimeFile
+    loader: RuntimeFile
+    binary: RuntimeFile
+
+    @property
+    def files(self) -> tuple[RuntimeFile, ...]:
+        return self.module, self.loader, self.binary
+
+
+# Sizes and hashes were read from the package that npm's own integrity value, sha512-q0y+JrrtukXS…, belongs to.
+BUILDS = {
+    "wasm": Build(
+        RuntimeFile("ort.wasm.min.mjs", 50126, "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b"),
+        RuntimeFile(
+            "ort-wasm-simd-threaded.mjs", 24381, "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b"
+        ),
+        RuntimeFile(
+            "ort-wasm-simd-threaded.wasm", 14239897, "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
+        ),
+    ),
+    "webgpu": Build(  # which has WebNN, too
+        RuntimeFile("ort.webgpu.min.mjs", 66349, "3dffff71811bc13a3a3d9591c57ca5ee5735b8f5f3eaf789510b02bb040ae3a0"),
+        RuntimeFile(
+            "ort-wasm-simd-threaded.asyncify.mjs",
+            53057,
+            "3d1c85995364bb643302fc6fd877a0c3ba5ae72401815e0f24828a53d9191e28",
+        ),
+        RuntimeFile(
+            "ort-wasm-simd-threaded.asyncify.wasm",
+            26781914,
+            "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",
+        ),
+    ),
+}
+FILES = {file.name: file for build in BUILDS.values() for file in build.files}
+
+
+def integrity(sha256_hex: str) -> str:
+    """A hash as HTML's `integrity` and `fetch` take it."""
+    return "sha256-" + base64.b64encode(bytes.fromhex(sha256_hex)).decode()
+
+
+def runtime_files(folder: Path | None, progress: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
+    """The files by name, from a folder that is filled from npm where they are missing.
+
+    Args:
+        folder: such as node_modules/onnxruntime-web/dist; where None, one in the cache of downloads.
+
+    Raises:
+        InputError: the folder cannot be filled, or holds another version.
+        CheckFailed: what npm gives is not what was published.
+    """
+    folder = folder or cache_folder() / f"onnxruntime-web-{VERSION}"
+    found = {name: folder / name for name in FILES}
+    if not all(path.is_file() for path in found.values()):
+        progress(f"fetching onnxruntime-web {VERSION} from npm")
+        _fill(folder)
+    for name, path in found.items():
+        if sha256(path) != FILES[name].sha256:
+            raise InputError(f"{path}: is not that of onnxruntime-web {VERSION}; remove it, or give --ort-web another "
+                             "folder, and it is filled from npm")  # fmt: skip
+    return found
+
+
+def _fill(folder: Path) -> None:
+    """Takes the files that are missing out of npm's package; one process at a time."""
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            missing = [name for name in FILES if not (folder / name).is_file()]
+            if missing:
+                _fetch(folder, missing)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to: {error.strerror}; give --ort-web another folder") from error
+
+
+def _fetch(folder: Path, names: list[str]) -> None:
+    package = folder / Path(NPM).name
+    try:
+        download(NPM, package, NPM_SHA256, lambda _: None)
+    except InputError as error:
+        raise InputError(f"{str(error).partition('; ')[0]}; check the network, or give --ort-web the folder dist of "
+                         f"npm package onnxruntime-web@{VERSION}, or `cdn`")  from error  # fmt: skip
+    try:
+        with tarfile.open(package) as archive:
+            for name in names:
+                _extract(archive.extractfile(f"package/dist/{name}"), folder / name)
+    except (tarfile.TarError, KeyError) as error:
+        raise CheckFailed(f"{NPM}: holds no {error}", {"url": NPM}) from error
+    finally:
+        package.unlink(missing_ok=True)
+
+
+def _extract(member: BinaryIO | None, path: Path) -> None:
+    if member is None:
+        raise KeyError(path.name)
+    with write_whole(path) as partial:
+        partial.write_bytes(member.read(FILES[path.name].size_bytes))

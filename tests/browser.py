@@ -1,0 +1,69 @@
+"""A real browser, without a display and without a network, and a server on this machine for its pages."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def open_browser(profile_folder: Path, **logs: str) -> Iterator[Any]:
+    """Selenium's driver of a headless Chromium that reaches files and 127.0.0.1 alone.
+
+    Where there is none, the test is skipped; it fails where the environment says CI.
+
+    Args:
+        profile_folder: an empty folder for what the browser keeps.
+        logs: what `get_log` can give afterwards, and from which level on: browser="ALL", performance="ALL".
+    """
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if not program or not driver:
+        missing = f"needs chromedriver and one of {', '.join(BROWSERS)} (Debian: apt-get install chromium-driver)"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={profile_folder}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", logs)
+    with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+        yield opened
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript"}  # noqa: RUF012
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serves the files of a folder; gives the address of the folder, without a slash at the end."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
