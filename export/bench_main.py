@@ -157,12 +157,15 @@ def show_results(results: Sequence[Any]) -> None:
     from .pictures import form
 
     phones = any(each.device for each in results)
+    runtimes = {each.runtime: each.precision for each in results}
+    alike = any(runtimes[each.runtime] != each.precision for each in results)  # two precisions in one runtime
     names = ("model", "runtime", "device") if phones else ("model", "runtime")
     heads = ("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak")
     table = Table(*names, *(_right(name) for name in heads))
     costs = Table(*names, *(_right(name) for name in ("batch", "CPU ms/image", "load ms", "first ms", "MB")))
     for each in results:
-        what = (each.model, form(each), each.device or "this machine") if phones else (each.model, each.runtime)
+        what = (each.model, form(each) if alike or phones else each.runtime)
+        what += (each.device or "this machine",) if phones else ()
         table.add_row(
             *what,
             str(each.img_size),
@@ -305,6 +308,7 @@ class BenchPhone(_Tried):
             )
         with _status("bench phone") as progress:
             tried, served, measured = self._prepare(self.output / "files", RECORDS, progress)
+        write_report(measured, self.output, pictures=False)  # this machine's own, whoever comes
 
         def save(number: int, record: Any, so_far: Any) -> None:
             save_record(record, self.output / f"record-{number}.json")
@@ -401,8 +405,9 @@ class Site(_Tried):
         with tempfile.TemporaryDirectory() as folder, _status("site") as progress:
             tried, served, measured = self._prepare(Path(folder), None, progress)
             written = write_site(self.output, served, tried, given or measured, self.ort_web != "cdn")
-        console.print(f"wrote {len(written)} files, {total_bytes(served.values()) / 1e6:.0f} MB, to {self.output}; "
-                      "any web host can carry them, over HTTPS")  # fmt: skip
+            megabytes = total_bytes(served.values()) / 1e6
+        console.print(f"wrote {len(written)} files, {megabytes:.0f} MB, to {self.output}; any web host can carry them, "
+                      "over HTTPS")  # fmt: skip
         return {"site": str(self.output), "files": [str(path.relative_to(self.output)) for path in written]}
 
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def measure_here(tried: Sequence[Tried], threads: Sequence[int], rounds: int, pr
                 )
                 for each in tried
             ]
-            if len(threads) > 1:
+            if count > 1:
                 cases = [replace(case, runtime=f"{case.runtime}-{count}-threads") for case in cases]
             results += summarize(run_rounds(cases, rounds, progress), machine)
     return Measurements(machine, tuple(results))
@@ -101,7 +102,8 @@ def receive_phones(served: Mapping[str, Content], visits: Visits, door: Door, ho
 
     def ready(port: int) -> None:
         url = f"{'https' if signed else 'http'}://{shown}:{port}/{address.token}/"
-        say(qr_code(url))
+        if "utf" in (sys.stdout.encoding or "").lower():
+            say(qr_code(url))
         say(f"open {url}")
         if signed:
             say(f"the browser will warn, as nobody vouches for this certificate; its SHA-256 is {signed.fingerprint}")

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OTHER_NAME = "phone.test"  # of this machine; over plain HTTP browsers do not trust it as they do 127.0.0.1
 
 
 @contextmanager
-def open_browser(profile_folder: Path, **logs: str) -> Iterator[Any]:
-    """Selenium's driver of a headless Chromium that reaches files and 127.0.0.1 alone.
+def open_browser(profile_folder: Path, *arguments: str, **logs: str) -> Iterator[Any]:
+    """Selenium's driver of a headless Chromium that reaches files and this machine alone.
 
     Where there is none, the test is skipped; it fails where the environment says CI.
 
     Args:
         profile_folder: an empty folder for what the browser keeps.
+        arguments: of its command line, besides those that all tests need.
         logs: what `get_log` can give afterwards, and from which level on: browser="ALL", performance="ALL".
     """
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -40,8 +42,9 @@ def open_browser(profile_folder: Path, **logs: str) -> Iterator[Any]:
         "--no-sandbox",
         "--disable-dev-shm-usage",
         "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--host-resolver-rules=MAP {OTHER_NAME} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={profile_folder}",
+        *arguments,
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", logs)

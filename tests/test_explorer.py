@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
+from browser import open_browser
 
 from shvit.export.explorer import write_explorer
 from shvit.export.records import BenchResult, Check, Device, LayerTime, Machine, Measurements, Scaling, Sustained
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
 TITLE = "SHViT: accuracy against latency"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def result(model: str, top1: float | None, ms: float, runtime="onnxruntime", precision="fp32", batch_size=1, **kwargs):
@@ -119,27 +117,7 @@ def most_accurate(budget: float, batch_size: int = 1) -> BenchResult | None:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which("chromedriver")
-    if not program or not driver:
-        missing = f"needs chromedriver and one of {', '.join(BROWSERS)} (Debian: apt-get install chromium-driver)"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+    with open_browser(tmp_path_factory.mktemp("profile"), browser="ALL", performance="ALL") as opened:
         yield opened
 
 

@@ -47,7 +47,8 @@ def read_to_the_end(connection):
 class Serving:
     """A server in a thread, which keeps what it received."""
 
-    def __init__(self, time_limit_s=60.0, tls=None, enough=10**6):
+    def __init__(self, served=SERVED, policy="default-src 'none'", time_limit_s=60.0, tls=None, enough=10**6):
+        self.served, self.policy = served, policy
         self.records, self.ended, self.port = [], None, 0
         self.known = threading.Event()
         self.address = Address("127.0.0.1", 0, TOKEN, tls)
@@ -65,9 +66,7 @@ class Serving:
             self.known.set()
 
         self.loop = asyncio.new_event_loop()
-        self.task = self.loop.create_task(
-            serve(SERVED, "default-src 'none'", self.address, receive, ready, time_limit_s)
-        )
+        self.task = self.loop.create_task(serve(self.served, self.policy, self.address, receive, ready, time_limit_s))
         try:
             self.ended = self.loop.run_until_complete(self.task)
         except asyncio.CancelledError:

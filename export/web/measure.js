@@ -25,7 +25,7 @@ async function download(url, integrity, name) {
   if (response === null) {
     // A browser does not tell a wrong hash from a lost connection; whether the file can be had at all tells them apart.
     response = await fetch(url, { method: "HEAD" }).catch(() => null);
-    throw new Error(response?.ok ? `${name} is damaged: its bytes are not those of its certificate`
+    throw new Error(response?.ok ? `${name} is damaged: its SHA-256 is not the one that was promised`
       : `${name} cannot be fetched; is the computer that serves it still there?`);
   }
   if (!response.ok) throw new Error(`${name} cannot be fetched: ${response.status}`);
@@ -39,9 +39,9 @@ export const labelsOf = async (model) => JSON.parse(await (await fetchFile(model
 
 // --- backends ---------------------------------------------------------------------------------------------------------
 
-/** What ONNX Runtime can run in here: {name, threads, build, options}; and of the others, why not. */
+/** What ONNX Runtime can run in here: {name, threads, build, options, lacks: precisions}; and of the others, why not. */
 export async function findBackends() {
-  const backends = [{ name: "wasm", threads: 1, build: "wasm", options: { name: "wasm" } }];
+  const backends = [{ name: "wasm", threads: 1, build: "wasm", options: { name: "wasm" }, lacks: [] }];
   const missing = {};
   let gpu = "";
   const cores = navigator.hardwareConcurrency ?? 1;
@@ -51,20 +51,22 @@ export async function findBackends() {
     missing["wasm threads"] = self.isSecureContext
       ? "the page came without the headers COOP and COEP, which allow them" : secure;
   else if (cores < 2) missing["wasm threads"] = "the browser admits to one core";
-  else backends.push({ name: "wasm", threads, build: "wasm", options: { name: "wasm" } });
+  else backends.push({ ...backends[0], threads });
 
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   if (adapter) {
     const { vendor, architecture, description } = adapter.info ?? {};
     gpu = [vendor, architecture, description].filter(Boolean).join(" ") || "unnamed";
-    backends.push({ name: "webgpu", threads: 1, build: "webgpu", options: { name: "webgpu" } });
+    const lacks = adapter.features.has("shader-f16") ? [] : ["fp16"];
+    backends.push({ name: "webgpu", threads: 1, build: "webgpu", options: { name: "webgpu" }, lacks });
+    if (lacks.length) missing["webgpu fp16"] = "this GPU computes no float16";
   } else
     missing.webgpu = !self.isSecureContext ? secure
       : navigator.gpu ? "the browser has WebGPU and no GPU for it" : "this browser has none";
 
   const deviceType = await webnnDevice();
   if (deviceType)
-    backends.push({ name: "webnn", threads: 1, build: "webgpu", options: { name: "webnn", deviceType } });
+    backends.push({ name: "webnn", threads: 1, build: "webgpu", options: { name: "webnn", deviceType }, lacks: [] });
   else
     missing.webnn = !self.isSecureContext ? secure
       : navigator.ml ? "the browser has WebNN and no device for it" : "this browser has none";

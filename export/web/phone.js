@@ -75,7 +75,8 @@ const checked = (name) =>
 function planOf(trial, { backends }) {
   const chosen = checked("backend").map((i) => backends[i]);
   const models = checked("model").map((i) => trial.models[i]);
-  const cases = models.flatMap((model) => chosen.map((backend) => ({ model, backend })));
+  const cases = models.flatMap((model) => chosen.map((backend) => ({ model, backend })))
+    .filter(({ model, backend }) => !backend.lacks.includes(model.precision));
   const length = root.querySelector("#length").value;
   const long = trial.models[root.querySelector("#sustained").value];
   const without = cases.map(({ model }, i) => (model === long ? i : -1)).filter((i) => i >= 0);
