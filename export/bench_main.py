@@ -98,7 +98,7 @@ class Bench:
         from .cases import FILES, Subject
         from .compute_plan import measure_placement
 
-        for path in (*self.against, *map(Path, self.models)):
+        for path in [*self.against, *map(Path, self.models)]:
             if path.suffix == PACKAGE:
                 progress(f"planning {path.name} in coreml")
                 yield measure_placement(path, self.compute_units, path.name)
@@ -164,8 +164,8 @@ def show_results(results: Sequence[Any]) -> None:
     table = Table(*names, *(_right(name) for name in heads))
     costs = Table(*names, *(_right(name) for name in ("batch", "CPU ms/image", "load ms", "first ms", "MB")))
     for each in results:
-        what = (each.model, form(each) if alike or phones else each.runtime)
-        what += (each.device or "this machine",) if phones else ()
+        what = [each.model, form(each) if alike or phones else each.runtime]
+        what += [each.device or "this machine"] if phones else []
         table.add_row(
             *what,
             str(each.img_size),

@@ -142,6 +142,7 @@ def _write_report(
 ) -> None:
     """report.html from what the steps returned."""
     measured = measurements_from(timed)
+    assert measured.machine is not None  # nothing was measured elsewhere
     certificate, package = onnx["certificate"], coreml["certificate"]
     source = str(data) if data else "ELPV: electroluminescence photographs of solar cells (CC BY-NC-SA 4.0)"
     figures = (

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, write_whole
@@ -131,7 +131,7 @@ def _fetch(folder: Path, names: list[str]) -> None:
         package.unlink(missing_ok=True)
 
 
-def _extract(member: BinaryIO | None, path: Path) -> None:
+def _extract(member: IO[bytes] | None, path: Path) -> None:
     if member is None:
         raise KeyError(path.name)
     with write_whole(path) as partial:

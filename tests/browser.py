@@ -59,10 +59,17 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+class _Shared(_Quiet):
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+
 @contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Serves the files of a folder; gives the address of the folder, without a slash at the end."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+def serve(folder: Path, shared: bool = False) -> Iterator[str]:
+    """Serves the files of a folder, to pages of other hosts too if `shared`; gives its address without a last slash."""
+    handler = partial(_Shared if shared else _Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         try:

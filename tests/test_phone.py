@@ -519,6 +519,21 @@ def test_a_runtime_from_the_cdn_is_pinned(tried):
     assert not any(name.startswith("ort/") for name in served)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_runtime_from_another_host_runs_if_its_hash_is_right(browser, tried, runtime, tmp_path, monkeypatch, damaged):
+    for name, path in runtime.items():
+        (tmp_path / name).write_bytes(path.read_bytes() + (b"\n" if damaged and name == "ort.wasm.min.mjs" else b""))
+    with serve_folder(tmp_path, shared=True) as cdn:
+        monkeypatch.setattr(trial, "CDN", f"{cdn}/")
+        served = contents(tried[:1], few_photographs(None), None, PACE, "records")
+        with Serving(served, policy(hosted=False)) as serving:
+            page = show(browser, at(serving))
+            assert measure(page) == "done and sent"
+            errors = {case.error for case in serving.records[-1].cases}
+            message = "ONNX Runtime (ort.wasm.min.mjs) is damaged: its SHA-256 is not the one that was promised"
+            assert errors == {message if damaged else ""}
+
+
 def test_help_tells_the_commands(capsys):
     for words in (["phone"], ["import"]):
         with pytest.raises(SystemExit):
