@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -134,7 +134,8 @@ def _summary(running: Running, first: Sequence[float], machine: Machine) -> Benc
     p50, p90, p99 = percentiles(calls)
     medians = [median(times) for times in running.rounds]
     ratio, low, high = ratio_of([mine / other for mine, other in zip(medians, first, strict=True)])
-    peak = None if "cuda" in case.runtime or "tensorrt" in case.runtime else machine.peak_gflops.get(case.precision)
+    elsewhere = "cuda" in case.runtime or "tensorrt" in case.runtime or case.job["threads"] != machine.threads
+    peak = None if elsewhere else machine.peak_gflops.get(case.precision)
     gflops = None if case.macs is None else 2e-9 * case.macs / (1e-3 * p50)
     return BenchResult(
         model=case.model,
@@ -237,6 +238,31 @@ def bench(
         for cases in plan:
             results += summarize(run_rounds(cases, rounds, progress), machine)
     return machine, results
+
+
+def bench_files(
+    files: Sequence[tuple[Path, str, float | None]], threads: Sequence[int], rounds: int, progress: Progress
+) -> tuple[Machine, list[BenchResult]]:
+    """Times exported files, one image at a time, with each number of threads.
+
+    Args:
+        files: path, what to call it, and its multiply-adds in units of 10⁹ if they are known.
+
+    Raises:
+        InputError: more threads than cores, or a file that cannot be read.
+    """
+    with pinned(choose_cores(max(threads)), max(threads)):
+        cases = []
+        for count in dict.fromkeys(threads):
+            cores = choose_cores(count)
+            for path, name, gmacs in files:
+                case = case_of_file(path, 1, Settings(count), cores, tuned=True)
+                runtime = f"{case.runtime}-{count}-threads" if count > 1 else case.runtime
+                macs = None if gmacs is None else round(1e9 * gmacs)
+                cases.append(replace(case, model=name, runtime=runtime, macs=macs))
+        progress("measuring the machine")
+        machine = measure_machine()
+        return machine, summarize(run_rounds(cases, rounds, progress), machine)
 
 
 @contextmanager

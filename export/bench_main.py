@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,10 @@ from rich.table import Column, Table
 
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError
+from shvit.files import sha256
 
 PACKAGE = ".mlpackage"
 console = terminal.console()
-MOST = 3600  # of rounds, seconds and minutes; more is a slip of the finger
 
 
 def _right(name: str) -> Any:
@@ -89,7 +89,11 @@ class Bench:
         return asdict(measured)
 
     def _uses_coreml(self) -> bool:
-        return "coreml" in self.runtimes or any(Path(name).suffix == PACKAGE for name in (*self.models, *self.against))
+        return "coreml" in self.runtimes or any(path.suffix == PACKAGE for path in self._paths())
+
+    def _paths(self) -> list[Path]:
+        """Everything that may be a file."""
+        return [*self.against, *(Path(name) for name in self.models)]
 
     def _placements(self, settings: Any, progress: Any) -> Iterator[Any]:
         """Of every package that Core ML has run."""
@@ -98,7 +102,7 @@ class Bench:
         from .cases import FILES, Subject
         from .compute_plan import measure_placement
 
-        for path in [*self.against, *map(Path, self.models)]:
+        for path in self._paths():
             if path.suffix == PACKAGE:
                 progress(f"planning {path.name} in coreml")
                 yield measure_placement(path, self.compute_units, path.name)
@@ -143,10 +147,10 @@ class Bench:
 
 
 @contextmanager
-def _status(what: str) -> Iterator[Callable[[str], None]]:
-    """A line that says what is under way, on a terminal alone."""
+def _status(what: str, lines: bool = False) -> Iterator[Callable[[str], None]]:
+    """A line that says what is under way, on a terminal; elsewhere nothing, or plain lines if asked for."""
     if not console.is_terminal:
-        yield lambda _: None
+        yield console.print if lines else lambda _: None
         return
     with console.status(what) as status:
         yield status.update
@@ -228,21 +232,26 @@ def show_scaling(rows: Sequence[Any]) -> None:
 
 # --- browsers ---------------------------------------------------------------------------------------------------------
 
+NAMED_CDN = "cdn"
+MOST_MINUTES = 1440
+MOST_RECORDS = 32
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Tried:
+class _BrowserOptions:
     models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
-    """Names that timm knows, or .onnx files of `shvit export`, which their certificates stand beside."""
+    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them."""
     peers: list[str] = field(default_factory=list)
-    """More of them, to compare with."""
+    """More names, to compare with."""
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
-    """Of the models that are given by name."""
+    """Of what is given by name."""
     checkpoint: Path | None = None
-    """Weights of those; random ones by default, which are as fast."""
+    """Weights of the named models; random ones by default, which are as fast. Peers' are random."""
     img_size: int | None = None
-    """Their input height and width in pixels; each model's own by default."""
+    """Input height and width in pixels of what is given by name; each model's own by default."""
     images: Path | None = None
-    """A folder of photographs to compare answers on; scikit-image's bundled ones by default."""
+    """A folder of photographs; some of them, cut, go to the browser, and to everyone with the site. scikit-image's
+    bundled ones by default."""
     threads: list[int] = field(default_factory=lambda: [1])
     """CPU threads of this machine's own rows."""
     rounds: int = 7
@@ -253,37 +262,55 @@ class _Tried:
     """Where ONNX Runtime for browsers is: a folder, filled from npm where files are missing, by default one in the
     cache; or `cdn`, which the browser fetches it from. Hashes are checked in every case."""
 
-    def _prepare(self, folder: Path, submit: str | None, progress: Any) -> Any:
-        """The files, everything that a browser fetches, and this machine's own measurements."""
+    @property
+    def _hosted(self) -> bool:
+        return self.ort_web != NAMED_CDN
+
+    def _check(self) -> None:
+        from .phone_record import MOST_ROUNDS, MOST_SECONDS
+
+        limits = {
+            "--rounds": (self.rounds, 1, MOST_ROUNDS),
+            "--sustained": (self.sustained, 2, MOST_SECONDS),
+            "--threads": (min(self.threads, default=0), 1, 1024),
+        }
+        for option, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise InputError(f"{option} {value} is out of range; choose {low} to {high}")
+
+    def _prepare(self, folder: Path, submit: str | None, progress: Any) -> tuple[list[Any], dict[str, Any]]:
+        """The files, and everything that a browser fetches."""
         from .cases import Settings
         from .ort_web import runtime_files
-        from .phone import measure_here
-        from .trial import Pace, contents, few_photographs, prepare
+        from .trial import Pace, check_names, contents, few_photographs, prepare
 
-        for option, value in (
-            ("--rounds", self.rounds),
-            ("--sustained", self.sustained),
-            ("--threads", min(self.threads, default=0)),
-        ):
-            if not 1 <= value <= MOST:
-                raise InputError(f"{option} {value} must be 1 to {MOST}")
-        hosted = self.ort_web != "cdn"
-        runtime = runtime_files(Path(self.ort_web) if self.ort_web else None, progress) if hosted else None
-        settings = Settings(1, self.checkpoint, self.img_size)
-        tried = prepare([*self.models, *self.peers], self.precision, settings, self.images, folder, progress)
+        named = Settings(1, self.checkpoint, self.img_size)
+        runtime = runtime_files(Path(self.ort_web) if self.ort_web else None, progress) if self._hosted else None
+        tried = prepare(self.models, self.precision, named, self.images, folder, progress)
+        tried += prepare(self.peers, self.precision, replace(named, checkpoint=None), self.images, folder, progress)
+        check_names(tried)
         pace = Pace(rounds=self.rounds, sustained_s=self.sustained)
-        served = contents(tried, few_photographs(self.images), runtime, pace, submit)
-        measured = measure_here(tried, self.threads, self.rounds, progress)
-        show_results(measured.results)
-        return tried, served, measured
+        return tried, contents(tried, few_photographs(self.images), runtime, pace, submit)
+
+    def _measure_here(self, tried: Sequence[Any], progress: Any) -> Any:
+        """This machine's own measurements of the files."""
+        from .bench import bench_files
+        from .records import Measurements
+
+        files = [(each.path, each.name, each.gmacs) for each in tried]
+        machine, results = bench_files(files, self.threads, self.rounds, progress)
+        show_results(results)
+        return Measurements(machine, tuple(results))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPhone(_Tried):
+class BenchPhone(_BrowserOptions):
     """Latency and numerics in a phone's browser, which opens a page; this machine's processor beside it."""
 
     lan: bool = False
     """Let other machines of the network open the page; this one alone by default."""
+    host: str | None = None
+    """The name or address by which phones know this machine; guessed by default."""
     tls: bool = False
     """HTTPS with a certificate of our own, which the browser warns of: without it a phone has neither threads nor
     WebGPU nor a camera for the page."""
@@ -296,52 +323,70 @@ class BenchPhone(_Tried):
     output: Path = Path("phone")
     """A folder for the files, the records, bench.json, pictures, and report.html."""
 
-    def run(self) -> dict[str, Any]:
-        from .phone import Door, Visits, describe_record, failed_checks, receive_phones, save_record
-        from .server import RECORDS
-
+    def _check(self) -> None:
+        super()._check()
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
-        if self.records < 1 or not 0 < self.minutes <= MOST:
-            raise InputError(
-                f"--records {self.records} or --minutes {self.minutes:g} is out of range; choose 1 or more"
-            )
-        with _status("bench phone") as progress:
-            tried, served, measured = self._prepare(self.output / "files", RECORDS, progress)
-        write_report(measured, self.output, pictures=False)  # this machine's own, whoever comes
+        if not 1 <= self.records <= MOST_RECORDS:
+            raise InputError(f"--records {self.records} is out of range; choose 1 to {MOST_RECORDS}")
+        if not 0 < self.minutes <= MOST_MINUTES:
+            raise InputError(f"--minutes {self.minutes:g} is out of range; choose more than 0 and up to {MOST_MINUTES}")
 
-        def save(number: int, record: Any, so_far: Any) -> None:
-            save_record(record, self.output / f"record-{number}.json")
-            write_report(so_far, self.output, pictures=False)
+    def run(self) -> dict[str, Any]:
+        from .phone import Door, open_door, receive_phones
+        from .phone_record import add_record, describe_record, require_served, save_record
+        from .server import RECORDS
+        from .trial import policy
+
+        self._check()
+        door = Door(self.lan, self.host, self.tls, self.port, 60 * self.minutes)
+        sockets = open_door(door)
+        with _status("bench phone", lines=True) as progress:
+            tried, served = self._prepare(self.output / "files", RECORDS, progress)
+            measured = self._measure_here(tried, progress)
+        write_report(measured, self.output, pictures=False)  # whoever comes
+        files = {(*each.key, sha256(each.path)) for each in tried}
+
+        def receive(record: Any) -> int:
+            nonlocal measured
+            require_served(record, files)
+            more = add_record(measured, record)
+            try:
+                save_record(record, self.output)
+                write_report(more, self.output, pictures=False)
+            except InputError as error:
+                raise OSError(str(error)) from error  # this machine's fault, not the phone's
+            measured = more
             console.print(describe_record(record))
+            return self.records - len(measured.devices)
 
-        visits = Visits(measured, tried, self.records, save)
-        door = Door(self.lan, self.tls, self.port, 60 * self.minutes)
-        receive_phones(served, visits, door, self.ort_web != "cdn", console.print)
-        if not visits.count:
-            raise CheckFailed("no phone has sent a record", asdict(measured))
-        result = _report(visits.measured, self.output)
-        if failed := failed_checks(visits.measured):
-            first = failed[0]
-            raise CheckFailed(f"{len(failed)} cases were not timed; {first.model} {first.precision} in {first.runtime} "
-                              f"on {first.device}: {first.error}", result)  # fmt: skip
+        receive_phones(served, policy(self._hosted), receive, door, sockets, console.print)
+        if not measured.devices:
+            raise CheckFailed(
+                "no phone has sent a record; open the address while the command runs, with --lan from a phone",
+                asdict(measured),
+            )
+        result = _report(measured, self.output)
+        if failed := [check for check in measured.checks if check.error]:
+            first, count = failed[0], "one case was" if len(failed) == 1 else f"{len(failed)} cases were"
+            where = f"{first.model} {first.precision} in {first.runtime} on {first.device}"
+            raise CheckFailed(f"{count} not timed; {where}: {first.error}", result)
         return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchImport:
     """Records that the page saved as JSON, as one report."""
 
     records: tyro.conf.Positional[tuple[Path, ...]]
     """Files that the page saved."""
+    output: Path
+    """A folder for bench.json, pictures, and report.html."""
     beside: Path | None = None
     """A bench.json of `shvit bench`, whose results they are put beside."""
-    output: Path = Path("phone")
-    """A folder for bench.json, pictures, and report.html."""
 
     def run(self) -> dict[str, Any]:
-        from .phone import describe_record
-        from .phone_record import add_record, read_record_file
+        from .phone_record import add_record, describe_record, read_record_file
         from .records import Measurements, read_measurements
 
         if not self.records:
@@ -374,19 +419,20 @@ def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Pat
 
 def show_devices(measured: Any) -> None:
     """Prints what browsers answered, and how they held their speed."""
-    table = Table("device", "model", "in", _right("photographs"), _right("dB"), _right("same top-1 %"), "")
+    table = Table("device", "model", "runtime", _right("photographs"), _right("dB"), _right("same top-1 %"), "outcome")
     for each in measured.checks:
-        figures = ("", "") if each.snr_db is None else (f"{each.snr_db:.0f}", f"{each.top1_agreement:.0f}")
-        form = f"{each.runtime} {each.precision}"
-        table.add_row(each.device, each.model, form, str(each.images), *figures, each.error or "as expected")
+        figures = ("–", "–") if each.snr_db is None else (f"{each.snr_db:.0f}", f"{each.top1_agreement:.0f}")
+        outcome = each.error or (f"timed, until: {each.incomplete}" if each.incomplete else "answers as expected")
+        runtime = f"{each.runtime} {each.precision}"
+        table.add_row(each.device, each.model, runtime, str(each.images), *figures, outcome)
     console.print(table)
     for each in measured.sustained:
-        console.print(f"{each.device}, {each.model} {each.precision} in {each.runtime}: after {len(each.latency_ms)} s "
-                      f"without a pause {each.slowdown:.2f} times the time of the beginning")  # fmt: skip
+        console.print(f"{each.device}, {each.model} {each.precision} in {each.runtime}: {len(each.latency_ms)} s "
+                      f"sustained, {each.slowdown:.2f}× the initial latency at the end")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site(_Tried):
+class Site(_BrowserOptions):
     """A static site for any web host: the page that measures, the explorer of measurements, the table of models."""
 
     output: Path
@@ -399,13 +445,13 @@ class Site(_Tried):
 
         from .records import read_measurements
         from .site import write_site
-        from .trial import total_bytes
 
+        self._check()
         given = None if self.measured is None else read_measurements(self.measured)
-        with tempfile.TemporaryDirectory() as folder, _status("site") as progress:
-            tried, served, measured = self._prepare(Path(folder), None, progress)
-            written = write_site(self.output, served, tried, given or measured, self.ort_web != "cdn")
-            megabytes = total_bytes(served.values()) / 1e6
+        with tempfile.TemporaryDirectory() as folder, _status("site", lines=True) as progress:
+            tried, served = self._prepare(Path(folder), None, progress)
+            written = write_site(self.output, served, tried, given or self._measure_here(tried, progress), self._hosted)
+        megabytes = sum(path.stat().st_size for path in written) / 1e6
         console.print(f"wrote {len(written)} files, {megabytes:.0f} MB, to {self.output}; any web host can carry them, "
                       "over HTTPS")  # fmt: skip
         return {"site": str(self.output), "files": [str(path.relative_to(self.output)) for path in written]}

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
@@ -11,11 +12,11 @@ from typing import Any
 
 from shvit.files import write_whole
 
+from .content import WEB
 from .records import Measurements
 
-WEB = Path(__file__).with_name("web")
-SCRIPTS = ("explorer_draw.js", "explorer_devices.js", "explorer.js")
-"""One program in three files; the last one runs."""
+SCRIPTS = ("elements.js", "explorer_draw.js", "explorer_devices.js", "explorer.js")
+"""One program in four files, of which the first is a module; the last one runs."""
 
 
 def write_explorer(path: Path, measurements: Measurements) -> None:
@@ -44,7 +45,8 @@ def explorer_style() -> str:
 
 def explorer_script() -> str:
     """The explorer's JavaScript, in a function of its own: its names are no page's."""
-    return '"use strict";\n(() => {\n' + "\n".join(map(_read, SCRIPTS)) + "})();\n"
+    joined = re.sub(r"^export .*$", "", "\n".join(map(_read, SCRIPTS)), flags=re.MULTILINE)
+    return f'"use strict";\n(() => {{\n{joined}}})();\n'
 
 
 def policy(style: str, script: str) -> str:

@@ -1,6 +1,7 @@
 """What a browser says that it measured: checked as strictly as any stranger's file, then made into results."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -9,21 +10,28 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shvit.errors import InputError
+from shvit.files import write_whole
 
 from .bench import percentiles, ratio_of
 from .published import published_top1
 from .records import BenchResult, Check, Device, Measurements, Sustained
 
-MAX_BYTES = 8 << 20  # a record of 40 cases, 10 rounds of 500 calls each, is a quarter of that
+MAX_BYTES = 16 << 20  # a record of 60 cases with as many rounds and calls as are allowed is half of that
+MOST_ROUNDS = 50
+MOST_CALLS = 300  # of a round that are told
+MOST_SECONDS = 3600
 MAX_MS = 1e7
 
 CONTROL = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
 Text = Annotated[str, Field(max_length=300, pattern=f"^[^{CONTROL}]*$")]
-Name = Annotated[str, Field(min_length=1, max_length=80, pattern=f"^[^{CONTROL}]+$")]
+NAME_CHARS = 80
+Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS, pattern=f"^[^{CONTROL}]+$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Backend = Annotated[str, Field(pattern="^(wasm|webgpu|webnn)$")]
-Precision = Annotated[str, Field(pattern="^(fp32|fp16|int8)$")]
+PRECISIONS = ("fp32", "fp16", "int8")
+Precision = Annotated[str, Field(pattern=f"^({'|'.join(PRECISIONS)})$")]
 Ms = Annotated[float, Field(ge=0, le=MAX_MS, allow_inf_nan=False)]
+Calls = Annotated[list[Ms], Field(min_length=1, max_length=MOST_CALLS)]
 Count = Annotated[int, Field(ge=0, le=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -62,13 +70,17 @@ class SaidCase(_Said):
     img_size: Annotated[int, Field(ge=1, le=4096)]
     gmacs: Annotated[float, Field(gt=0, le=1e6)] | None
     backend: Backend
-    threads: Annotated[int, Field(ge=1, le=256)]
+    threads: Annotated[int, Field(ge=1, le=64)]
+    shared: bool
+    """Whether some of its operators ran on the CPU, in a backend that is not the CPU's."""
     check: SaidCheck | None
     error: Text
     load_ms: Ms | None
     """Of the first opening."""
     first_ms: Ms | None
-    rounds: Annotated[list[Annotated[list[Ms], Field(min_length=1, max_length=20_000)]], Field(max_length=100)]
+    rounds: Annotated[
+        list[Annotated[list[Ms], Field(min_length=1, max_length=MOST_CALLS)]], Field(max_length=MOST_ROUNDS)
+    ]
     """Milliseconds of each call, in each round."""
 
 
@@ -77,7 +89,7 @@ class SaidSustained(_Said):
 
     case: Annotated[int, Field(ge=0, le=511)]
     """Its index among the cases."""
-    seconds: Annotated[list[Ms], Field(min_length=2, max_length=3600)]
+    seconds: Annotated[list[Ms], Field(min_length=2, max_length=MOST_SECONDS)]
     """The median of each second, in milliseconds."""
 
 
@@ -104,7 +116,7 @@ def read_record(content: bytes) -> PhoneRecord:
         record = PhoneRecord.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))[:100]
+        place = re.sub(f"[{CONTROL}]", "�", ".".join(map(str, first["loc"]))[:100])
         raise InputError(f"not a record of `shvit bench phone` ({place or 'whole'}: {first['msg'][:120]})") from error
     if any(each.case >= len(record.cases) for each in record.sustained):
         raise InputError("not a record of `shvit bench phone` (sustained: of a case that is not there)")
@@ -126,10 +138,16 @@ def read_record_file(path: Path) -> PhoneRecord:
         raise InputError(f"{path}: {error}") from error
 
 
+def require_served(record: PhoneRecord, files: Collection[tuple[str, str, str]]) -> None:
+    """Raises InputError for a record of other files than these: name, precision and SHA-256 of each."""
+    if any((case.model, case.precision, case.sha256) not in files for case in record.cases):
+        raise InputError("a record of files that were not served here")
+
+
 def runtime_of(case: SaidCase) -> str:
     """What a case ran in, as tables call it."""
-    threaded = case.backend == "wasm" and case.threads > 1
-    return f"{case.backend}-{case.threads}-threads" if threaded else case.backend
+    threaded = f"-{case.threads}-threads" if case.backend == "wasm" and case.threads > 1 else ""
+    return f"{case.backend}{threaded}{'+cpu' if case.shared else ''}"
 
 
 def add_record(measured: Measurements, record: PhoneRecord) -> Measurements:
@@ -149,12 +167,19 @@ def add_record(measured: Measurements, record: PhoneRecord) -> Measurements:
     )
 
 
+def timed(case: SaidCase) -> bool:
+    """Whether its times count: only those of right answers do."""
+    return bool(case.rounds and case.check and case.check.passed)
+
+
 def _results(device: str, cases: Sequence[SaidCase]) -> list[BenchResult]:
-    """Of the cases that were timed; ratios are to the first of them that ran in every round."""
-    timed = [case for case in cases if case.rounds]
-    most = max((len(case.rounds) for case in timed), default=0)
-    first = next((case for case in timed if len(case.rounds) == most), None)
-    return [_result(device, case, first) for case in timed] if first else []
+    """Of the cases that were timed; the first of them that ran in every round comes first, as all ratios are to it."""
+    counted = list(filter(timed, cases))
+    most = max((len(case.rounds) for case in counted), default=0)
+    first = next((case for case in counted if len(case.rounds) == most), None)
+    if first is None:
+        return []
+    return [_result(device, case, first) for case in (first, *(case for case in counted if case is not first))]
 
 
 def _result(device: str, case: SaidCase, first: SaidCase) -> BenchResult:
@@ -198,7 +223,8 @@ def _check(device: str, case: SaidCase) -> Check:
         max_rel_error=said.max_rel_error if said else None,
         snr_db=said.snr_db if said else None,
         top1_agreement=said.top1_agreement if said else None,
-        error=case.error or ("" if said and said.passed else "its answers were not checked"),
+        error="" if timed(case) else case.error or "it was not run",
+        incomplete=case.error if timed(case) else "",
     )
 
 
@@ -206,3 +232,25 @@ def _sustained(device: str, case: SaidCase, seconds: Sequence[float]) -> Sustain
     end = max(1, len(seconds) // 5)
     slowdown = median(seconds[-end:]) / max(median(seconds[:end]), 1e-3)
     return Sustained(device, case.model, runtime_of(case), case.precision, tuple(seconds), slowdown)
+
+
+def describe_record(record: PhoneRecord) -> str:
+    """One line for the terminal."""
+    counted = list(filter(timed, record.cases))
+    runtimes = ", ".join(dict.fromkeys(map(runtime_of, counted)))
+    missing = "; ".join(f"no {name}: {why}" for name, why in record.device.missing.items())
+    return (
+        f"{record.device.name}: {len(counted)} of {len(record.cases)} cases timed"
+        + (f" in {runtimes}" if runtimes else "")
+        + (f" ({missing})" if missing else "")
+    )
+
+
+def save_record(record: PhoneRecord, folder: Path) -> Path:
+    """Writes it as the page would save it, beside those of earlier runs."""
+    number = 1
+    while (path := folder / f"record-{number}.json").exists():
+        number += 1
+    with write_whole(path) as partial:
+        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path

@@ -6,7 +6,7 @@ The first eight colours are those that Okabe and Ito chose for the colour-blind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ OURS = "#c2410c"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5b6875", "#000000", "#b3b3b3",
            "#8c510a", "#7fcdbb")  # fmt: skip
 MARKERS = "osD^vP*X"
+MOST_PANELS = 12
 PLACES = (
     (7, 0, "left", "center"),
     (-7, 0, "right", "center"),
@@ -74,11 +75,11 @@ def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
 
 
 def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchResult]]:
-    """Apart for each device and batch size: what is faster elsewhere says nothing."""
+    """Apart for each device and batch size, the first of many: what is faster elsewhere says nothing."""
     found: dict[tuple[str, int], list[BenchResult]] = {}
     for result in results:
         found.setdefault((result.device, result.batch_size), []).append(result)
-    return found
+    return dict(islice(found.items(), MOST_PANELS))
 
 
 def form(result: BenchResult) -> str:
@@ -89,11 +90,11 @@ def form(result: BenchResult) -> str:
 
 def pareto(measurements: Measurements) -> Figure | None:
     """Published accuracy against latency, a panel for each device and batch size; a model's forms lie on one line."""
-    rated = [result for result in measurements.results if result.top1 is not None]
+    rated = [result for result in measurements.results if result.top1 is not None and result.latency_ms_p50 > 0]
     if not rated:
         return None
     groups = panels(rated)
-    markers = dict(zip(_unique(map(form, rated)), MARKERS * 9, strict=False))
+    markers = dict(zip(_unique(map(form, rated)), cycle(MARKERS), strict=False))
     figure, axes = _panels(1, len(groups), 7.4, 6.2)
     for axis, ((device, size), shown) in zip(axes, groups.items(), strict=True):
         best = best_forms(shown)
@@ -133,7 +134,7 @@ def bench(measurements: Measurements) -> Figure | None:
     if not measurements.results:
         return None
     cases = {key: shown[:MOST_CASES] for key, shown in panels(measurements.results).items()}
-    colours = dict(zip(_unique(map(form, measurements.results)), COLOURS * 9, strict=False))
+    colours = dict(zip(_unique(map(form, measurements.results)), cycle(COLOURS), strict=False))
     rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
     figure, axes = _panels(1, len(cases), 6.8, 1.3 + 0.19 * rows)
     for axis, ((device, size), shown) in zip(axes, cases.items(), strict=True):

@@ -6,7 +6,7 @@ Times are of one image: a batch's time over its size. Nothing here needs more th
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from shvit.errors import InputError
 from shvit.files import write_whole
@@ -110,6 +110,8 @@ class Check:
     """Percent."""
     error: str
     """Why it was not timed; empty if it was."""
+    incomplete: str
+    """What ended its timing early; empty if nothing did."""
 
 
 @dataclass(frozen=True)
@@ -222,4 +224,29 @@ def measurements_from(said: dict[str, Any]) -> Measurements:
 
 
 def _record(kind: Any, said: dict[str, Any]) -> Any:
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
+    """One record, every field of which is of its type.
+
+    Raises:
+        TypeError, AttributeError: it is not.
+    """
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    for name, wanted in get_type_hints(kind).items():
+        if name in fields and not _fits(fields[name], wanted):
+            raise TypeError(f"{name} is {str(fields[name])[:60]!r}")
+    return kind(**fields)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value from JSON is of a field's type; names and words hold no control characters."""
+    inner = get_args(wanted)
+    if get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    if get_origin(wanted) is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(key, inner[0]) and _fits(each, inner[1]) for key, each in pairs)
+    if inner:
+        return any(_fits(value, each) for each in inner)
+    if wanted is str:
+        return isinstance(value, str) and value.isprintable()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number if wanted is float else isinstance(value, wanted)

@@ -1,14 +1,16 @@
 """`shvit site`: the page that measures, the explorer and the table of models as files for any web host."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from shvit.files import write_whole
 
+from .content import WEB, Content
 from .explorer import write_explorer
 from .records import Measurements
-from .trial import TYPES, WEB, Content, Tried, policy
+from .trial import TrialModel, policy
 
 ISOLATION = "isolation.js"
 HEADERS = """/*
@@ -18,12 +20,13 @@ HEADERS = """/*
   Referrer-Policy: no-referrer
 """
 """The file `_headers`, as Netlify and Cloudflare Pages read it; elsewhere isolation.js stands in for the first two."""
+OURS = re.compile(r"[0-9a-f]{64}\.(onnx|bin|json)")
 
 
 def write_site(
-    folder: Path, served: Mapping[str, Content], tried: Sequence[Tried], measured: Measurements, hosted: bool
+    folder: Path, served: Mapping[str, Content], tried: Sequence[TrialModel], measured: Measurements, hosted: bool
 ) -> list[Path]:
-    """Writes the site into `folder`; each of its files whole or not at all, its front page last.
+    """Writes the site into `folder`, each of its files whole or not at all, and removes those of an earlier one.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -32,29 +35,24 @@ def write_site(
     front = front.replace("$policy", policy(hosted)).replace("$rows", "\n".join(map(_row, tried)))
     files = {
         **{"measure.html" if name == "" else name: content for name, content in served.items()},
-        ISOLATION: Content(WEB / ISOLATION, TYPES[".js"]),
-        "_headers": Content(HEADERS.encode(), "text/plain"),
-        "index.html": Content(front.encode(), TYPES[".html"]),
+        ISOLATION: Content.of(WEB / ISOLATION),
+        "_headers": Content.of(HEADERS.encode()),
+        "index.html": Content.of(front.encode()),
     }
     write_explorer(folder / "explorer.html", measured)
-    written = [folder / "explorer.html"]
     for name, content in files.items():
-        path = folder / name
-        with write_whole(path) as partial:
-            partial.write_bytes(content.source if isinstance(content.source, bytes) else content.source.read_bytes())
-        written.append(path)
-    return written
+        with write_whole(folder / name) as partial:
+            partial.write_bytes(content.read())
+    for path in (folder / "files").iterdir():
+        if OURS.fullmatch(path.name) and f"files/{path.name}" not in files:
+            path.unlink()
+    return [folder / "explorer.html", *(folder / name for name in files)]
 
 
-def _row(tried: Tried) -> str:
+def _row(model: TrialModel) -> str:
     """A line of the table of models."""
-    figures = {
-        "model": tried.model,
-        "precision": tried.spec.precision,
-        "px": tried.spec.img_size,
-        "top-1 %": "–" if tried.top1 is None else f"{tried.top1:.1f}",
-        "GMACs": "–" if tried.gmacs is None else f"{tried.gmacs:.2f}",
-        "MB": f"{tried.path.stat().st_size / 1e6:.1f}",
-    }
-    first, *cells = (escape(str(value)) for value in figures.values())
-    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    top1 = "–" if model.top1 is None else f"{model.top1:.1f}"
+    gmacs = "–" if model.gmacs is None else f"{model.gmacs:.2f}"
+    megabytes = f"{model.path.stat().st_size / 1e6:.1f}"
+    cells = (model.spec.precision, model.spec.img_size, top1, gmacs, megabytes)
+    return f'<tr><th scope="row">{escape(model.name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -1,6 +1,7 @@
 """What a model wants to be fed: written into every artefact, and read back from it."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,8 @@ from shvit.checkpoint import create_model
 from shvit.errors import InputError
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+MAX_CLASSES = 1_000_000
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 
 
@@ -134,15 +137,32 @@ class Spec:
                 raise ValueError(f"img_size {spec.sizes}")
             if spec.precision not in get_args(Precision):
                 raise ValueError(f"precision {spec.precision}")
-            if not spec.outputs or not isinstance(spec.outputs, tuple):
+            if not spec.outputs or not isinstance(spec.outputs, tuple) or not all(map(_is_name, spec.outputs)):
                 raise ValueError(f"outputs {spec.outputs!r}")
+            spec._check_preprocessing()
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"the artefact's description of its input is not readable ({error})") from error
         return spec
 
+    def _check_preprocessing(self) -> None:
+        """Raises ValueError or TypeError for what no model of timm's is fed with."""
+        if not _is_name(self.model) or self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"model {self.model!r}, in_chans {self.in_chans}, interpolation {self.interpolation!r}")
+        if self.crop_mode not in ("center", "squash", "border") or not 0.05 <= self.crop_pct <= 2:
+            raise ValueError(f"crop_mode {self.crop_mode!r}, crop_pct {self.crop_pct}")
+        constants = (*self.mean, *self.std)
+        if len(constants) != 2 * self.in_chans or not all(map(math.isfinite, constants)) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}")
+        if not 0 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes {self.num_classes}")
+
     def blank(self, batch_size: int = 1) -> torch.Tensor:
         """An input of the right shape: (batch_size, C, H, W), float32 zeros."""
         return torch.zeros(batch_size, *self.shape)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 300 and value.isprintable()
 
 
 def open_model(

@@ -22,7 +22,7 @@ class SelfSigned:
 
 
 def self_signed(hosts: Sequence[str]) -> SelfSigned:
-    """A fresh key and a certificate for these names and addresses; neither is kept on disk."""
+    """A fresh key and a certificate for these names and addresses; neither stays on disk."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -65,11 +65,11 @@ def _general_name(host: str):
         return x509.DNSName(host)
 
 
-def lan_address() -> str:
-    """This machine's address as other machines of its network see it; 127.0.0.1 where there is no network."""
+def lan_address() -> str | None:
+    """This machine's address as other machines of its network see it; None where there is no network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent
         except OSError:
-            return "127.0.0.1"
+            return None
         return str(probe.getsockname()[0])

@@ -1,8 +1,7 @@
 """What a browser is given to try: verified files, photographs cut for each of them, and the answers to be expected."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,31 @@ import torch
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.deploy import deploy
 from shvit.errors import InputError
-from shvit.files import sha256, size
+from shvit.files import sha256, write_whole
 
 from .cases import Settings, Subject
+from .content import WEB, Content
 from .formats import FEWEST_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
 from .labels import find_labels
 from .onnx import INPUT, LABELS_KEY, metadata, read_onnx
 from .ort_web import BUILDS, CDN, VERSION, integrity
-from .photographs import BUNDLED, Photograph, find_photographs, read_pixels
+from .phone_record import NAME_CHARS, PRECISIONS
+from .photographs import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs, read_pixels
 from .published import published_top1
 from .runtimes import open_artefact
 from .spec import Precision, Spec
 from .verify import TOLERANCES
 
-WEB = Path(__file__).with_name("web")
 MOST_PHOTOGRAPHS = 8
-SCRIPTS = ("phone.js", "measure.js", "phone_worker.js", "pixels.js", "phone.css")
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
-    ".json": "application/json",
-    ".wasm": "application/wasm",
-}
+SCRIPTS = ("phone.js", "measure.js", "elements.js", "phone_worker.js", "pixels.js", "phone.css")
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A file, and what is known of it."""
+class TrialModel:
+    """A file that is tried, and what is known of it."""
 
-    model: str
-    """timm's name, or the file's own."""
+    name: str
+    """timm's, or the file's own."""
     path: Path
     spec: Spec
     labels: tuple[str, ...]
@@ -55,23 +47,9 @@ class Tried:
     """Published, percent; None for files, whose weights are their owner's."""
 
     @property
-    def name(self) -> str:
-        return f"{self.model} {self.spec.precision}"
-
-
-@dataclass(frozen=True)
-class Content:
-    """Something with an address: bytes, or a file."""
-
-    source: bytes | Path
-    type: str
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else sha256(self.source)
-
-    def size(self) -> int:
-        return len(self.source) if isinstance(self.source, bytes) else size(self.source)
+    def key(self) -> tuple[str, str]:
+        """What tells it from others: its name and precision."""
+        return self.name, self.spec.precision
 
 
 @dataclass(frozen=True)
@@ -81,7 +59,7 @@ class Pace:
     rounds: int = 7
     turn_s: float = 0.5
     """Seconds that each case is timed for in a round."""
-    sustained_s: float = 30.0
+    sustained_s: int = 30
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -94,7 +72,7 @@ def prepare(
     images: Path | None,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Tried]:
+) -> list[TrialModel]:
     """Exports named models at each precision, verified, into `folder`; takes exported files as they are.
 
     Args:
@@ -115,31 +93,57 @@ def prepare(
         for precision in dict.fromkeys(precisions):
             progress(f"exporting {name} in {precision}")
             tried.append(_export(subject, precision, images))
-    if not tried:
-        raise InputError("nothing to try; give at least one model, and for named ones a precision")
-    if len({each.name for each in tried}) < len(tried):
-        raise InputError("two files are of one name and precision; a name can only be tried once")
     return tried
 
 
-def take_file(path: Path) -> Tried:
+def check_names(tried: Sequence[TrialModel]) -> None:
+    """Raises InputError if there is nothing to try, or two files would be taken for each other."""
+    if not tried:
+        raise InputError("nothing to try; give at least one model, and for named ones a precision")
+    if len({each.key for each in tried}) < len(tried):
+        raise InputError("two files are of one name and precision; a name can only be tried once")
+
+
+def take_file(path: Path) -> TrialModel:
     """A file of `shvit export onnx`, if it is the one that its certificate is of."""
     artefact = open_artefact(path, threads=1)
     if artefact.spec.gives == "features":
         raise InputError(f"{path}: gives feature maps; export it with logits to compare answers")
+    if artefact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
+        raise InputError(f"{path}: a browser is given files in {', '.join(PRECISIONS)} whose names have at most "
+                         f"{NAME_CHARS} characters; rename it, or export it again")  # fmt: skip
     if not certificate_path(path).exists():
         raise InputError(f"{path}: has no certificate beside it; export it with `shvit export onnx`, which writes one")
     check_unchanged(path, sha256(path))
-    labels = json.loads(metadata(read_onnx(path)).get(LABELS_KEY, "[]"))
-    return Tried(path.name, path, artefact.spec, tuple(map(str, labels)), True, True, None, None)
+    certificate = json.loads(certificate_path(path).read_text(encoding="utf-8"))
+    return TrialModel(
+        name=path.name,
+        path=path,
+        spec=artefact.spec,
+        labels=_labels(path, artefact.spec.num_classes),
+        certified=True,
+        trained=certificate.get("checkpoint_sha256") is not None,
+        gmacs=None,
+        top1=None,
+    )
 
 
-def _export(subject: Subject, precision: Precision, images: Path | None) -> Tried:
+def _labels(path: Path, num_classes: int) -> tuple[str, ...]:
+    """The names that a file has for its classes; none where it has none, or other than names for all of them."""
+    try:
+        labels = json.loads(metadata(read_onnx(path)).get(LABELS_KEY, "[]"))
+    except ValueError:
+        return ()
+    named = isinstance(labels, list) and len(labels) == num_classes and all(isinstance(each, str) for each in labels)
+    return tuple(labels) if named else ()
+
+
+def _export(subject: Subject, precision: Precision, images: Path | None) -> TrialModel:
     model, spec = subject.opened
     checkpoint = subject.settings.checkpoint
     path = subject.folder / f"{subject.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes)
-    calibration = find_photographs(None, most=256 if checkpoint else FEWEST_CALIBRATION)
+    calibration = find_photographs(None, most=MAX_CALIBRATION if checkpoint else FEWEST_CALIBRATION)
     spec = replace(spec, precision=precision)
     certified = precision != "int8" or checkpoint is not None
     if certified:
@@ -148,9 +152,11 @@ def _export(subject: Subject, precision: Precision, images: Path | None) -> Trie
         spec = export("onnx", path, source, Options()).spec
     else:  # speed does not depend on what int8 makes of random weights
         spec = replace(spec, kept=float_layers("onnx", deploy(model)))
-        int8_onnx_writer(deploy(model, spec.img_size), spec, calibration, False, labels)(path, spec)
-    return Tried(
-        model=subject.name,
+        certificate_path(path).unlink(missing_ok=True)  # of an earlier file
+        with write_whole(path) as partial:
+            int8_onnx_writer(deploy(model, spec.img_size), spec, calibration, False, labels)(partial, spec)
+    return TrialModel(
+        name=subject.name,
         path=path,
         spec=spec,
         labels=tuple(labels),
@@ -170,20 +176,20 @@ def few_photographs(folder: Path | None) -> list[Photograph]:
 
 
 def contents(
-    tried: Sequence[Tried],
+    tried: Sequence[TrialModel],
     photographs: Sequence[Photograph],
     runtime: dict[str, Path] | None,
     pace: Pace,
     submit: str | None,
 ) -> dict[str, Content]:
-    """The page and everything that it fetches, by address relative to it.
+    """The page and everything that it fetches, by address relative to it; "" is the page.
 
     Args:
         runtime: ONNX Runtime's files by name; None for those of the CDN, whose hashes the page checks.
         submit: where the page posts its record; None where it is kept in the page.
     """
-    served = {name: _from_file(WEB / name) for name in SCRIPTS}
-    served |= {f"ort/{name}": _from_file(path) for name, path in (runtime or {}).items()}
+    served = {name: Content.of(WEB / name) for name in SCRIPTS}
+    served |= {f"ort/{name}": Content.of(path) for name, path in (runtime or {}).items()}
     trial = {
         "runtime": _runtime(hosted=runtime is not None),
         "models": [_describe(each, photographs, served) for each in tried],
@@ -191,9 +197,9 @@ def contents(
         "pace": asdict(pace),
         "submit": submit,
     }
-    served["trial.json"] = Content(json.dumps(trial).encode(), TYPES[".json"])
+    served["trial.json"] = Content.of(json.dumps(trial, allow_nan=False).encode(), ".json")
     page = (WEB / "phone.html").read_text(encoding="utf-8").replace("$policy", policy(hosted=runtime is not None))
-    served[""] = Content(page.encode(), TYPES[".html"])
+    served[""] = Content.of(page.encode(), ".html")
     return served
 
 
@@ -211,10 +217,6 @@ def policy(hosted: bool) -> str:
     )
 
 
-def _from_file(path: Path) -> Content:
-    return Content(path, TYPES.get(path.suffix, "application/octet-stream"))
-
-
 def _runtime(hosted: bool) -> dict[str, Any]:
     """Where the runtime's builds are, with their hashes."""
     base = "ort/" if hosted else CDN
@@ -228,52 +230,52 @@ def _runtime(hosted: bool) -> dict[str, Any]:
     return {"version": VERSION, "builds": builds}
 
 
-def _describe(tried: Tried, photographs: Sequence[Photograph], served: dict[str, Content]) -> dict[str, Any]:
+def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict[str, Content]) -> dict[str, Any]:
     """A model for the page; adds its files to what is served, each of them once."""
-    pixels = read_pixels(photographs, tried.spec)
-    answers = expected(tried, pixels)
-    file = _add(served, _from_file(tried.path), ".onnx")
+    pixels = read_pixels(photographs, model.spec)
+    file = Content.of(model.path)
     return {
-        "model": tried.model,
-        "precision": tried.spec.precision,
-        "sha256": file["sha256"],
-        "file": file,
+        "model": model.name,
+        "precision": model.spec.precision,
+        "sha256": file.sha256,
+        "file": _add(served, file, ".onnx"),
         "pixels": _add(served, _binary(pixels.permute(0, 2, 3, 1)), ".bin"),
-        "expected": _add(served, _binary(answers), ".bin"),
-        "labels": _add(served, Content(json.dumps(tried.labels).encode(), TYPES[".json"]), ".json"),
-        "spec": asdict(tried.spec),
+        "expected": _add(served, _binary(expected(model, pixels)), ".bin"),
+        "labels": _add(served, Content.of(json.dumps(model.labels).encode(), ".json"), ".json"),
+        "spec": asdict(model.spec),
         "input": INPUT,
-        "tolerance": asdict(TOLERANCES[tried.spec.precision]),
-        "certified": tried.certified,
-        "trained": tried.trained,
-        "gmacs": tried.gmacs,
-        "top1": tried.top1,
+        "tolerance": asdict(TOLERANCES[model.spec.precision]),
+        "certified": model.certified,
+        "trained": model.trained,
+        "gmacs": model.gmacs,
+        "top1": model.top1,
     }
 
 
-def expected(tried: Tried, pixels: torch.Tensor) -> torch.Tensor:
+def expected(model: TrialModel, pixels: torch.Tensor) -> torch.Tensor:
     """What the file answers in ONNX Runtime on this machine, as its certificate compared it with its model.
 
     Args:
         pixels: uint8 (n, C, H, W).
     """
-    return open_artefact(tried.path)(pixels).float()
+    try:
+        answers = open_artefact(model.path)(pixels).float()
+    except Exception as error:  # onnxruntime's own exception types are not public
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"{model.path}: does not run on what it says that it takes ({reason})") from error
+    if answers.dim() != 2 or not torch.isfinite(answers).all():
+        raise InputError(f"{model.path}: gives no finite number for each class; export the model again")
+    return answers
 
 
 def _binary(tensor: torch.Tensor) -> Content:
     """A tensor's numbers, little-endian, the last dimension's beside each other."""
     array = tensor.contiguous().numpy()
-    return Content(array.astype(array.dtype.newbyteorder("<")).tobytes(), "application/octet-stream")
+    return Content.of(array.astype(array.dtype.newbyteorder("<")).tobytes())
 
 
 def _add(served: dict[str, Content], content: Content, suffix: str) -> dict[str, Any]:
     """Serves it below an address made of its hash, so that browsers may keep it."""
-    digest = content.sha256
-    url = f"files/{digest}{suffix}"
+    url = f"files/{content.sha256}{suffix}"
     served[url] = content
-    return {"url": url, "integrity": integrity(digest), "sha256": digest, "bytes": content.size()}
-
-
-def total_bytes(served: Iterable[Content]) -> int:
-    """What the browser fetches at most."""
-    return sum(content.size() for content in served)
+    return {"url": url, "integrity": integrity(content.sha256), "bytes": content.size}

@@ -149,6 +149,11 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     return f"this needs the package {module}; install it with: pip install 'shvit[{EXTRAS[module]}]'"
 
 
+def _printable(message: str) -> str:
+    """On one line, without characters by which a stranger's file could steer a terminal."""
+    return "".join(each if each.isprintable() else "�" for each in " ".join(message.split()))
+
+
 def main() -> None:
     """The `shvit` program."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
@@ -165,7 +170,7 @@ def main() -> None:
     except (InputError, CheckFailed) as error:
         if debug:
             traceback.print_exc()
-        print(f"shvit {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"shvit {argv[0]}: {_printable(str(error))}", file=sys.stderr)
         if isinstance(error, InputError):
             sys.exit(2)
         result, status = error.result, 1

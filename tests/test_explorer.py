@@ -93,10 +93,10 @@ PHONES = Measurements(
         Device(OTHER, HOSTILE, 4, None, "", {"webgpu": "no adapter"}, "onnxruntime-web 1.22"),
     ),
     checks=(
-        Check(PHONE, "shvit_s1", "wasm", "fp32", 16, 1.25e-6, 118.25, 100.0, ""),
-        Check(PHONE, "shvit_s4", "webgpu", "fp16", 16, 0.75, 9.5, 12.5, f"SNR 9.5 dB is below 40 dB {HOSTILE}"),
-        Check(OTHER, "shvit_s1", "webnn", "fp16", 0, None, None, None, "no navigator.ml"),
-        Check(OTHER, "shvit_s1", "wasm-4-threads", "fp32", 16, 0.0, math.inf, 100.0, ""),
+        Check(PHONE, "shvit_s1", "wasm", "fp32", 16, 1.25e-6, 118.25, 100.0, "", ""),
+        Check(PHONE, "shvit_s4", "webgpu", "fp16", 16, 0.75, 9.5, 12.5, f"SNR 9.5 dB is below 40 dB {HOSTILE}", ""),
+        Check(OTHER, "shvit_s1", "webnn", "fp16", 0, None, None, None, "no navigator.ml", ""),
+        Check(OTHER, "shvit_s1", "wasm-4-threads", "fp32", 16, 0.0, math.inf, 100.0, "", ""),
     ),
     sustained=(
         Sustained(PHONE, "shvit_s1", "wasm", "fp32", (8.0, 8.1, 9.0, 10.5, 10.72), 1.34),

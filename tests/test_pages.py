@@ -37,11 +37,14 @@ def test_commands_parse(page, tmp_path, monkeypatch):
             assert isinstance(parse(words, "shvit train"), Train | Plot), words
 
 
-@pytest.mark.parametrize(("name", "commands"), [("README.md", 8), ("SPEED.md", 4)])
-def test_export_commands_parse(name, commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [("export/README.md", 8), ("export/SPEED.md", 4), ("export/DEVICES.md", 6), ("README.md", 5)],
+)
+def test_commands_of_export_parse(page, commands, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "export" / name).read_text(), re.DOTALL)
-    lines = block.splitlines()
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [line.partition(" #")[0] for line in "".join(blocks).splitlines() if line.startswith("shvit ")]
     assert len(lines) >= commands
     for line in lines:
         program, name, *words = shlex.split(line)

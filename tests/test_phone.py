@@ -11,21 +11,24 @@ import pytest
 import torch
 from browser import OTHER_NAME, open_browser
 from browser import serve as serve_folder
+from conftest import create_tiny
 from rich.console import Console
-from test_server import TOKEN, Serving
+from safetensors.torch import save_file
+from serving import TOKEN, Serving
 
 from shvit import cli
 from shvit.errors import CheckFailed, InputError
 from shvit.export import bench_main, trial
 from shvit.export.bench_main import BenchPhone
 from shvit.export.cases import Settings
+from shvit.export.content import Content
 from shvit.export.ort_web import runtime_files
 from shvit.export.photographs import read_pixels
 from shvit.export.records import read_measurements
 from shvit.export.runtimes import open_artefact
 from shvit.export.site import write_site
 from shvit.export.tls import self_signed
-from shvit.export.trial import Content, Pace, contents, few_photographs, policy, prepare
+from shvit.export.trial import Pace, check_names, contents, few_photographs, policy, prepare
 from shvit.export.verify import TOLERANCES, compare
 from shvit.train.data import open_image
 
@@ -52,8 +55,10 @@ def mine(tmp_path_factory):
     """Somebody's own exported file, which takes pixels and knows its classes."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "labels.txt").write_text("\n".join(LABELS))
+    save_file(create_tiny(num_classes=3).state_dict(), folder / "mine.safetensors")
     words = ["export", "onnx", "--model", "tiny_vit", "--img-size", "64", "--raw-pixels", "--output"]
-    cli.run([*words, str(folder / "mine.onnx"), "--labels", str(folder / "labels.txt")])
+    words += [str(folder / "mine.onnx"), "--labels", str(folder / "labels.txt")]
+    cli.run([*words, "--checkpoint", str(folder / "mine.safetensors")])
     return folder / "mine.onnx"
 
 
@@ -116,9 +121,9 @@ def at(serving, host="127.0.0.1", scheme="http"):
 def measure(browser, length="quick"):
     """Presses the button; what the page says at the end."""
     browser.execute_script("document.querySelector('#length').value = arguments[0]", length)
+    browser.execute_script("document.querySelector('#status').textContent = ''")
     browser.find_element("css selector", "#start").click()
-    wait(browser, "document.querySelector('#start').disabled || document.querySelector('#status').textContent")
-    wait(browser, "!document.querySelector('#start').disabled")
+    wait(browser, "!document.querySelector('#start').disabled && document.querySelector('#status').textContent")
     return text(browser, "#status")
 
 
@@ -181,7 +186,7 @@ def test_a_gpu_gives_the_answers_too(serving, tmp_path):
         assert measure(page) == "done and sent"
     record = serving.records[-1]
     assert record.device.gpu
-    assert record.device.missing["webgpu fp16"] == "this GPU computes no float16"
+    assert record.device.missing["fp16 in WebGPU"] == "this GPU does not support float16"
     [case] = record.cases
     assert (case.backend, case.precision, case.error, case.check.passed) == ("webgpu", "fp32", "", True)
     assert case.check.max_rel_error < 1e-4
@@ -223,7 +228,7 @@ def test_figures_are_the_certificates(browser, serving):
         assert found["passed"] == (noise < 0.1)
 
 
-def test_what_went_wrong_is_refused_before_it_is_timed(browser, served, tried, runtime, monkeypatch):
+def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
     described = json.loads(served["trial.json"].source)
     url = described["models"][0]["file"]["url"]
     content = bytearray(served[url].source.read_bytes())
@@ -249,7 +254,7 @@ def test_wrong_answers_are_refused_before_they_are_timed(browser, tried, runtime
     wrong = contents(tried[:1], few_photographs(None), runtime, PACE, "records")
     with Serving(wrong, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
-        measure(page)
+        assert measure(page).startswith("done and sent; nothing could be timed: wrong answers: relative error")
         assert all(case.error.startswith("wrong answers: relative error") for case in serving.records[-1].cases)
         assert not any(case.rounds or case.check.passed for case in serving.records[-1].cases)
         assert "wrong answers" in text(page, "#chart")
@@ -308,15 +313,15 @@ def test_without_https_the_page_says_what_is_missing_and_why(browser, serving):
     page = show(browser, at(serving, OTHER_NAME))
     assert not page.execute_script("return self.isSecureContext")
     missing = text(page, "#missing")
-    for name in ("wasm threads", "webgpu", "webnn"):
-        assert f"no {name}: it needs HTTPS, or localhost: serve the page with --tls" in missing
+    for name in ("threads in wasm", "WebGPU", "WebNN"):
+        assert f"no {name}: this needs HTTPS or localhost: serve the page with --tls" in missing
     assert len(page.find_elements("css selector", "[name=backend]")) == 1
     assert measure(page) == "done and sent"
     assert {case.threads for case in serving.records[-1].cases} == {1}
-    assert "it needs HTTPS" in serving.records[-1].device.missing["wasm threads"]
+    assert "this needs HTTPS" in serving.records[-1].device.missing["threads in wasm"]
     page.find_element("css selector", "#camera").click()
     wait(page, "document.querySelector('#try-status').textContent")
-    assert text(page, "#try-status") == "the camera needs HTTPS, or localhost: serve the page with --tls"
+    assert text(page, "#try-status") == "this needs HTTPS or localhost: serve the page with --tls"
 
 
 def test_with_tls_the_page_has_threads_under_any_name(browser, served):
@@ -353,7 +358,7 @@ def test_a_chosen_photograph_gets_the_answer_that_it_gets_here(browser, serving,
 def test_the_camera_is_classified_until_it_is_stopped(browser, serving):
     page = show(browser, at(serving))
     page.find_element("css selector", "#camera").click()
-    wait(page, "/mine.onnx fp32, wasm, 1 thread: [\\d.]+ ms/.test(document.querySelector('#try-status').textContent)")
+    wait(page, "/mine.onnx fp32, wasm, 1 thread: [\\d.]+\\sms/.test(document.querySelector('#try-status').textContent)")
     assert text(page, "#camera") == "Stop the camera"
     assert len(page.find_elements("css selector", "#answer > div")) == len(LABELS)
     page.find_element("css selector", "#camera").click()
@@ -397,7 +402,7 @@ def test_the_command_from_a_name_to_a_report(browser, tmp_path, monkeypatch):
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
-    assert measure(page, "full") == "done and sent"
+    assert measure(page, "full") == "done and sent; the computer has stopped serving"
     run.join(60)
     assert run.error is None
     rows = [(row["device"], row["runtime"], row["precision"]) for row in run.result["results"]]
@@ -420,15 +425,19 @@ def test_the_command_says_when_nobody_came_and_what_it_was_given(tmp_path, monke
     run.start()
     run.join(120)
     assert isinstance(run.error, CheckFailed)
-    assert str(run.error) == "no phone has sent a record"
+    assert str(run.error).startswith("no phone has sent a record; open the address")
+    assert "stopped after 0.01 minutes" in run.console.export_text()
+    assert len(read_measurements(tmp_path / "bench.json").results) == 1
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--port", "70000"], "--port 70000 is out of range"),
-        (["--records", "0"], "--records 0 or --minutes 60 is out of range"),
-        (["--rounds", "0"], "--rounds 0 must be 1 to 3600"),
+        (["--records", "0"], "--records 0 is out of range; choose 1 to 32"),
+        (["--minutes", "0"], "--minutes 0 is out of range"),
+        (["--rounds", "51"], "--rounds 51 is out of range; choose 1 to 50"),
+        (["--sustained", "1"], "--sustained 1 is out of range; choose 2 to 3600"),
         (["--models"], "nothing to try; give at least one model"),
         (["--models", "shvit_s9"], "shvit_s9"),
         (["--models", "none.onnx"], "none.onnx"),
@@ -455,7 +464,7 @@ def test_a_file_needs_its_certificate_and_must_be_unchanged(mine, tmp_path):
 def test_a_taken_name_is_refused(mine, tmp_path):
     elsewhere = mine.parent / ".." / mine.parent.name / mine.name
     with pytest.raises(InputError, match="a name can only be tried once"):
-        prepare([str(mine), str(elsewhere)], ["fp32"], Settings(threads=1), None, tmp_path)
+        check_names(prepare([str(mine), str(elsewhere)], ["fp32"], Settings(threads=1), None, tmp_path))
 
 
 # --- the static site --------------------------------------------------------------------------------------------------
@@ -528,10 +537,9 @@ def test_a_runtime_from_another_host_runs_if_its_hash_is_right(browser, tried, r
         served = contents(tried[:1], few_photographs(None), None, PACE, "records")
         with Serving(served, policy(hosted=False)) as serving:
             page = show(browser, at(serving))
-            assert measure(page) == "done and sent"
-            errors = {case.error for case in serving.records[-1].cases}
             message = "ONNX Runtime (ort.wasm.min.mjs) is damaged: its SHA-256 is not the one that was promised"
-            assert errors == {message if damaged else ""}
+            assert measure(page) == "done and sent" + (f"; nothing could be timed: {message}" if damaged else "")
+            assert {case.error for case in serving.records[-1].cases} == {message if damaged else ""}
 
 
 def test_help_tells_the_commands(capsys):

@@ -7,13 +7,14 @@ from statistics import median
 
 import numpy as np
 import pytest
+from serving import CASE, RECORD
 from test_explorer import MEASUREMENTS
-from test_server import CASE, RECORD
 
 from shvit import cli
 from shvit.errors import InputError
-from shvit.export.phone import describe_record, qr_code
-from shvit.export.phone_record import add_record, read_record, read_record_file
+from shvit.export.bench_main import write_report
+from shvit.export.phone import qr_code
+from shvit.export.phone_record import add_record, describe_record, read_record, read_record_file, save_record
 from shvit.export.records import Measurements, read_measurements, write_measurements
 
 ROUNDS = 9
@@ -58,15 +59,64 @@ def test_a_case_that_did_not_hold_is_a_check_and_no_result():
     measured = add_record(Measurements(None, ()), record([broken, absent, CASE]))
     assert len(measured.results) == 1
     assert [check.error for check in measured.checks] == ["wrong answers", "it is damaged", ""]
+    assert not any(check.incomplete for check in measured.checks)
     assert [check.images for check in measured.checks] == [7, 0, 7]
 
 
 def test_ratios_are_to_a_case_that_ran_to_the_end():
     ended_early = {**CASE, "rounds": FAST[:2], "error": "out of memory"}
     measured = add_record(Measurements(None, ()), record([ended_early, {**CASE, "rounds": SLOW}]))
-    early, whole = measured.results
+    whole, early = measured.results  # what ratios are to comes first
     assert whole.ratio_to_first == 1.0
     assert early.ratio_to_first is None  # two rounds decide nothing
+    assert [(check.error, check.incomplete) for check in measured.checks] == [("", "out of memory"), ("", "")]
+
+
+def test_times_of_wrong_answers_do_not_count():
+    wrong = {**CASE, "check": {**CASE["check"], "passed": False}}
+    measured = add_record(Measurements(None, ()), record([wrong, {**CASE, "check": None}]))
+    assert measured.results == ()
+    assert all(check.error for check in measured.checks)
+
+
+def test_a_record_of_many_forms_can_be_drawn(tmp_path):
+    """More than there are colours, marks and panels."""
+    known = {**CASE, "model": "shvit_s1", "img_size": 224}
+    cases = [{**known, "threads": i % 64 + 1, "precision": p} for p in ("fp32", "int8") for i in range(64)]
+    measured = Measurements(None, ())
+    for _ in range(14):
+        measured = add_record(measured, record(cases[:3]))
+    measured = add_record(measured, record([*cases, {**known, "rounds": [[0.0]]}, {**known, "gmacs": None}]))
+    assert all(path.stat().st_size for path in write_report(measured, tmp_path))
+
+
+def test_what_ran_on_two_processors_is_called_so():
+    gpu = {**CASE, "backend": "webgpu"}
+    measured = add_record(Measurements(None, ()), record([gpu, {**gpu, "shared": True}]))
+    assert [each.runtime for each in measured.results] == ["webgpu", "webgpu+cpu"]
+
+
+def test_records_are_saved_beside_each_other(tmp_path):
+    paths = [save_record(record(name=name), tmp_path) for name in ("one", "two")]
+    assert [path.name for path in paths] == ["record-1.json", "record-2.json"]
+    assert [read_record_file(path).device.name for path in paths] == ["one", "two"]
+
+
+def test_measurements_of_strangers_are_checked(tmp_path):
+    write_measurements(add_record(MEASUREMENTS, record()), tmp_path / "bench.json")
+    good = json.loads((tmp_path / "bench.json").read_text())
+    for place, key, value in (
+        ("results", "device", "\x1b[2J"),
+        ("results", "latency_ms_p50", "fast"),
+        ("results", "threads", 1.5),
+        ("devices", "missing", {"webgpu": 1}),
+        ("devices", "missing", []),
+        ("checks", "images", None),
+    ):
+        bad = {**good, place: [{**good[place][0], key: value}]}
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        with pytest.raises(InputError, match=f"holds no measurements of `shvit bench` \\({key} is"):
+            read_measurements(tmp_path / "bad.json")
 
 
 def test_slowdown_is_of_the_last_fifth_over_the_first():
@@ -128,6 +178,8 @@ def test_missing_backends_are_told():
     said = {**RECORD["device"], "missing": {"webgpu": "it needs HTTPS"}}
     text = describe_record(read_record(json.dumps({**RECORD, "device": said}).encode()))
     assert text == "Fairphone: 1 of 1 cases timed in wasm (no webgpu: it needs HTTPS)"
+    failed = {**CASE, "check": None, "error": "it is damaged"}
+    assert describe_record(record([failed])) == "Fairphone: 0 of 1 cases timed"
 
 
 def test_the_qr_code_is_the_addresss():

@@ -1,105 +1,22 @@
 """The server for phones against clients that mean no good; it must refuse them, say so, and live on."""
 
-import asyncio
 import hashlib
-import http.client
 import json
 import logging
 import socket
 import ssl
-import threading
 import time
-from dataclasses import replace
+from contextlib import suppress
 
 import pytest
+from serving import CASE, RECORD, SERVED, TOKEN, Serving, read_to_the_end
 
 from shvit.errors import InputError
 from shvit.export import server
+from shvit.export.content import Content
 from shvit.export.phone_record import MAX_BYTES, read_record
-from shvit.export.server import Address, serve
+from shvit.export.server import listen
 from shvit.export.tls import self_signed
-from shvit.export.trial import Content
-
-TOKEN = "unguessable"
-SERVED = {"": Content(b"<p>page", "text/html"), "files/a.bin": Content(bytes(range(256)) * 4000, "application/binary")}
-CASE = {
-    "model": "tiny", "precision": "fp32", "sha256": "0" * 64, "img_size": 64, "gmacs": 0.1, "backend": "wasm",
-    "threads": 1, "error": "", "load_ms": 12.5, "first_ms": 3, "rounds": [[1.5, 2.0], [1.75]],
-    "check": {"images": 7, "max_rel_error": 1e-6, "snr_db": 120.5, "top1_agreement": 100, "passed": True},
-}  # fmt: skip
-RECORD = {
-    "format": "shvit-phone-1", "runtime": "onnxruntime-web 1.30.0", "cases": [CASE],
-    "device": {"name": "Fairphone", "browser": "Firefox", "cores": 8, "memory_gb": None, "gpu": "", "missing": {}},
-    "sustained": [{"case": 0, "seconds": [1.5, 1.5, 1.75, 2.0, 3.0]}],
-}  # fmt: skip
-
-
-def read_to_the_end(connection):
-    parts = []
-    try:
-        while part := connection.recv(65536):
-            parts.append(part)
-    except (TimeoutError, ConnectionError):
-        pass
-    return b"".join(parts)
-
-
-class Serving:
-    """A server in a thread, which keeps what it received."""
-
-    def __init__(self, served=SERVED, policy="default-src 'none'", time_limit_s=60.0, tls=None, enough=10**6):
-        self.served, self.policy = served, policy
-        self.records, self.ended, self.port = [], None, 0
-        self.known = threading.Event()
-        self.address = Address("127.0.0.1", 0, TOKEN, tls)
-        self.thread = threading.Thread(target=self._run, args=(time_limit_s, enough))
-
-    def _run(self, time_limit_s, enough):
-        def receive(record):
-            if record.device.name == "stranger":
-                raise InputError("a record of files that were not served here")
-            self.records.append(record)
-            return len(self.records) >= enough
-
-        def ready(port):
-            self.port = port
-            self.known.set()
-
-        self.loop = asyncio.new_event_loop()
-        self.task = self.loop.create_task(serve(self.served, self.policy, self.address, receive, ready, time_limit_s))
-        try:
-            self.ended = self.loop.run_until_complete(self.task)
-        except asyncio.CancelledError:
-            self.ended = "stopped"
-        finally:
-            self.loop.close()
-
-    def __enter__(self):
-        self.thread.start()
-        assert self.known.wait(10)
-        return self
-
-    def __exit__(self, *_):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.task.cancel)
-        self.thread.join(10)
-        assert not self.thread.is_alive()
-
-    def ask(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, answer.read(), answer.headers
-
-    def raw(self, sent, timeout=10.0):
-        """What comes back for bytes as they are."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
-            connection.sendall(sent)
-            return read_to_the_end(connection)
-
-    def post(self, record, path=f"/{TOKEN}/records", content_type="application/json"):
-        body = record if isinstance(record, bytes) else json.dumps(record).encode()
-        return self.ask("POST", path, body, Content_Type=content_type)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +67,7 @@ def test_page_and_files_are_served_with_the_headers_that_threads_need(serving):
         f"/{TOKEN}/files/a.bin%00.html",
         "/%ff%fe/",
         "//etc/passwd",
+        "http://x/../y",
         "/é/",
     ],
 )
@@ -169,7 +87,7 @@ def test_other_methods_are_refused(alive, method):
 def test_a_record_arrives(alive):
     before = len(alive.records)
     status, body, _ = alive.post(RECORD)
-    assert (status, json.loads(body)) == (201, {"received": True})
+    assert (status, json.loads(body)) == (201, {"awaited": 10**6 - before - 1})
     assert alive.records[before:] == [read_record(json.dumps(RECORD).encode())]
 
 
@@ -208,6 +126,8 @@ def of_device(**changes):
         of_case(backend="../x"),
         of_case(threads="2"),
         of_case(threads=10**9),
+        of_case(rounds=[[1.0] * 301]),
+        of_case(rounds=[[1.0]] * 51),
         of_case(load_ms=-1),
         of_case(load_ms=True),
         of_case(rounds=[[1e300]]),
@@ -219,6 +139,7 @@ def of_device(**changes):
         of_device(name=""),
         of_device(name="a\nb"),
         of_device(missing={"x" * 81: "y"}),
+        {**RECORD, "\x1b]0;title\x07": 1},
         of_device(missing={str(i): "y" for i in range(9)}),
     ],
     ids=lambda value: str(value)[:40],
@@ -282,26 +203,74 @@ def test_malformed_requests_are_refused(alive, sent):
     assert not alive.raw(sent, timeout=3).startswith(b"HTTP/1.1 2")
 
 
-def test_slow_clients_are_dropped_and_hold_nobody_up(monkeypatch):
+@pytest.fixture
+def impatient(monkeypatch, caplog):
+    """A server that waits for a second."""
     monkeypatch.setattr(server, "WAIT_S", 1.0)
-    with Serving() as slow:
-        head = f"POST /{TOKEN}/records HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
-        unread = f"GET /{TOKEN}/files/a.bin HTTP/1.1\r\nHost: x\r\n\r\n"
-        starts = [b"", b"GET /", head.encode(), head.encode() + b"\r\n{", unread.encode()]
-        clients = [socket.create_connection(("127.0.0.1", slow.port), timeout=10) for _ in range(80)]
-        try:
-            for i, client in enumerate(clients):
-                client.sendall(starts[i % len(starts)])
-            began = time.monotonic()
-            assert slow.post(RECORD)[0] == 201  # while eighty of them wait
-            assert time.monotonic() - began < 5
-            for client in clients:
-                read_to_the_end(client)
-            assert time.monotonic() - began < 10
-        finally:
-            for client in clients:
-                client.close()
-        assert slow.ask("GET", f"/{TOKEN}/")[0] == 200
+    logging.getLogger("shvit.phone").propagate = True
+    with caplog.at_level(logging.INFO), Serving({**SERVED, "files/b.bin": HUGE}) as opened:
+        yield opened
+        assert opened.ask("GET", f"/{TOKEN}/")[0] == 200
+
+
+HUGE = Content.of(bytes(40 << 20))  # more than sockets hold
+
+
+def test_slow_clients_are_dropped_and_hold_nobody_up(impatient, caplog):
+    head = f"POST /{TOKEN}/records HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    starts = [b"", b"GET /", head.encode(), head.encode() + b"\r\n{"]
+    clients = [socket.create_connection(("127.0.0.1", impatient.port), timeout=10) for _ in range(48)]
+    try:
+        for i, client in enumerate(clients):
+            client.sendall(starts[i % len(starts)])
+        began = time.monotonic()
+        assert impatient.post(RECORD)[0] == 201  # while they wait
+        assert time.monotonic() - began < 5
+        for client in clients:
+            read_to_the_end(client)
+        assert time.monotonic() - began < 10
+    finally:
+        for client in clients:
+            client.close()
+    assert "dropped 127.0.0.1: no whole request within 1 s" in caplog.text
+
+
+def test_clients_that_do_not_read_are_dropped(impatient, caplog):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as client:
+        client.sendall(f"GET /{TOKEN}/files/b.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        end = time.monotonic() + 10
+        while "took nothing within 1 s" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.1)
+        assert "dropped 127.0.0.1: took nothing within 1 s" in caplog.text
+        assert len(read_to_the_end(client)) < HUGE.size
+
+
+def test_too_many_connections_are_closed_and_the_rest_served(impatient):
+    clients = [socket.create_connection(("127.0.0.1", impatient.port), timeout=10) for _ in range(200)]
+    time.sleep(0.5)
+    closed = 0
+    for client in clients:
+        client.settimeout(0.05)
+        with suppress(TimeoutError):
+            closed += client.recv(1) == b""
+    assert closed >= 200 - server.MOST_CONNECTIONS
+    for client in clients:
+        client.close()
+
+
+def test_a_body_without_the_token_is_not_read(alive):
+    """Answered before it is sent."""
+    head = (
+        f"POST /wrong/records HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {MAX_BYTES}\r\n"
+    )
+    assert alive.raw(head.encode() + b"\r\n", timeout=3).startswith(b"HTTP/1.1 404")
+
+
+def test_this_machines_own_failures_are_told_here_and_not_there(alive, caplog):
+    status, body, _ = alive.post(of_device(name="full"))
+    assert status == 500
+    assert b"private" not in body
+    assert "failed for 127.0.0.1 POST: OSError: /private/path: no space left" in caplog.text
 
 
 def test_it_stops_by_itself(monkeypatch):
@@ -321,7 +290,7 @@ def test_it_stops_by_itself(monkeypatch):
 
 def test_a_port_that_is_taken_is_named(serving):
     with pytest.raises(InputError, match=rf"--port {serving.port}: cannot listen on 127.0.0.1: .*; choose another"):
-        asyncio.run(serve(SERVED, "", replace(serving.address, port=serving.port), lambda _: True, lambda _: None, 1.0))
+        listen("127.0.0.1", serving.port)
 
 
 def test_https_with_a_certificate_of_our_own():

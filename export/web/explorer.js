@@ -16,7 +16,7 @@ const SHAPES = [
 
 // --- what was measured ----------------------------------------------------------------------------------------
 
-const results = data.results.filter((result) => result.latency_ms_p50 > 0);
+const results = data.results.filter((result) => result.latency_ms_p50 > 1e-6);
 const rated = results.filter((result) => isNumber(result.top1));
 const formOf = ({ runtime, precision }) => (runtime.endsWith(precision) ? runtime : `${runtime} ${precision}`);
 const modelOf = (result) => `${result.model} @${result.img_size}`;
@@ -508,7 +508,8 @@ root.replaceChildren(...[
   chooser(),
   growth("batch_size", "Growth with the batch", "images in a batch", "batch", (value) => String(value)),
   growth("pixels", "Growth with resolution", "height × width", "pixels", side),
-  layers(), numerics(data.checks), sustained(data.sustained), table(), described(data.devices), machine(data.machine),
+  layers(), numerics(data.checks), sustained(data.sustained), placed(data.placements), table(), described(data.devices),
+  machine(data.machine),
 ].filter(Boolean));
 if (rated.length) {
   resized.unshift(scatter);

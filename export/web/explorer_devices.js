@@ -13,15 +13,16 @@ function numerics(checks) {
   const fixed = (digits) => (value) => (isNumber(value) ? value.toFixed(digits) : "–");
   const scientific = (value) => (value ? value.toExponential(1) : value === 0 ? "0" : "–");
   const columns = [
-    ["model", (check) => check.model], ["outcome", (check) => (check.error ? "failed" : "passed")], ["runs in", formOf],
+    ["model", (check) => check.model], ["outcome", (check) => (check.error ? "failed" : check.incomplete ? "passed, cut short" : "passed")], ["runs in", formOf],
     ...(several ? [["device", (check) => deviceName(check.device)]] : []),
     ["photographs", (check) => String(check.images)],
     ["largest relative error", (check) => scientific(check.max_rel_error)],
     ["SNR dB", (check) => (check.max_rel_error === 0 ? "∞" : fixed(1)(check.snr_db))],
     ["same top-1 %", (check) => fixed(1)(check.top1_agreement)],
-    ...(failed.length ? [["why it was not timed", (check) => check.error || "–"]] : []),
+    ...(checks.some((check) => check.error || check.incomplete)
+      ? [["what went wrong", (check) => check.error || check.incomplete || "–"]] : []),
   ];
-  const looks = { outcome: "outcome", "why it was not timed": "why" };
+  const looks = { outcome: "outcome", "what went wrong": "why" };
   return section(`Numerics on the device${several ? "s" : ""}`,
     h("p", { class: "lead" }, failed.length
       ? h("b", { class: "bad" }, `${failed.length} of ${counted(checks.length, "file")} failed and `
@@ -72,6 +73,20 @@ function sustained(runs) {
       h("div", { class: run.slowdown > THROTTLES ? "words bad" : "words" }, words), holder);
   })), h("p", { class: "note" }, "One model after the other, run without a pause: the median of each second. The "
     + "slowdown is the median of the last fifth over that of the first fifth."));
+}
+
+/** On which of its processors Core ML means to run what. */
+function placed(placements) {
+  if (!placements.length) return null;
+  const units = unique(placements.flatMap((each) => Object.keys(each.operations)));
+  const share = (each, unit) => (isNumber(each.cost_percent[unit]) ? `, ${each.cost_percent[unit].toFixed(0)} %` : "");
+  return section("Core ML's plan", scroller("Core ML's plan", h("table", { id: "placements" },
+    h("thead", {}, h("tr", {}, ...["model", "compute units", ...units].map((title) =>
+      h("th", { scope: "col" }, title)))),
+    h("tbody", {}, ...placements.map((each) => h("tr", {}, h("th", { scope: "row" }, each.model),
+      h("td", {}, each.compute_units),
+      ...units.map((unit) => h("td", { class: "figure" }, `${each.operations[unit] ?? 0}${share(each, unit)}`))))))),
+  h("p", { class: "note" }, "Operations on each processor, and their share of the cost that Core ML estimates."));
 }
 
 function described(devices) {

@@ -1,37 +1,14 @@
-// Elements, numbers and axes, of which the explorer is built. Names are only ever set as text.
+// Numbers and axes, of which the explorer is built besides elements.js.
 
-// --- elements -------------------------------------------------------------------------------------------------
+// --- numbers --------------------------------------------------------------------------------------------------
 
-const fill = (element, attributes, children) => {
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value);
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-};
-const h = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const unique = (values) => [...new Set(values)];
-const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
-
-/** Three digits, or all before the point; a dash for what was not measured. */
-const number = (value, unit = "") => {
-  if (!isNumber(value)) return "–";
-  const text = Math.abs(value) >= 99.95 ? Math.round(value).toLocaleString("en-GB") : value.toPrecision(3);
-  return unit ? `${text}\u00a0${unit}` : text;
-};
 /** Without zeros at the end: a round number that nobody measured. */
 const short = (value) => (Math.abs(value) >= 1000 ? number(value) : String(+value.toPrecision(3)));
-const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const threads = (count) => counted(count, "thread");
 const percent = (value) => (isNumber(value) ? `${value.toFixed(2)}\u00a0%` : "–");
 const signed = (value) => (isNumber(value) ? value.toFixed(2).replace("-", "−") : "–");
 const options = (pairs) => pairs.map(([value, text]) => h("option", { value }, text));
-const section = (title, ...children) => h("section", {}, h("h2", {}, title), ...children);
-const scroller = (label, table) =>
-  h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
 /** Charts, to be drawn anew at another width. */
 const resized = [];
 
@@ -45,7 +22,8 @@ const decades = (low, high) => {
   return found.filter((value) => value >= low && value <= high);
 };
 const steps = (low, high) => {
-  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20].find((each) => (high - low) / each <= 8) ?? 50;
+  const power = 10 ** Math.floor(Math.log10((high - low) / 8));
+  const step = [1, 2, 5, 10].map((lead) => lead * power).find((each) => (high - low) / each <= 8);
   const first = Math.ceil(low / step);
   return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => +((first + i) * step).toFixed(6));
 };

@@ -3,6 +3,10 @@
 import { normalize } from "./pixels.js";
 
 const PATIENCE_S = 180; // for one answer of a worker; a backend that takes longer is given up
+const OVERHEAD_S = 0.5; // of a turn, besides what is timed: opening, warming up
+const WARM_UP = 3; // calls of a turn that are not timed
+const FEWEST = 3; // calls of a turn
+const MOST_CALLS = 300; // of a turn that are told
 const MOST_ERROR = 1e6; // relative; JSON has no word for infinity
 const MOST_THREADS = 4; // more of them than fast cores slow every call down
 
@@ -11,7 +15,7 @@ const MOST_THREADS = 4; // more of them than fast cores slow every call down
 const fetched = new Map();
 
 /** A file of the trial as a Blob, if it is the one that its hash belongs to; each is fetched once. */
-export function fetchFile({ url, integrity }, name) {
+function fetchFile({ url, integrity }, name) {
   if (!fetched.has(url)) {
     const wanted = download(url, integrity, name);
     wanted.catch(() => fetched.delete(url));
@@ -21,16 +25,17 @@ export function fetchFile({ url, integrity }, name) {
 }
 
 async function download(url, integrity, name) {
-  let response = await fetch(url, { integrity, referrerPolicy: "no-referrer" }).catch(() => null);
-  if (response === null) {
-    // A browser does not tell a wrong hash from a lost connection; whether the file can be had at all tells them apart.
-    response = await fetch(url, { method: "HEAD" }).catch(() => null);
-    throw new Error(response?.ok ? `${name} is damaged: its SHA-256 is not the one that was promised`
-      : `${name} cannot be fetched; is the computer that serves it still there?`);
-  }
-  if (!response.ok) throw new Error(`${name} cannot be fetched: ${response.status}`);
-  return response.blob();
+  const once = (cache) => fetch(url, { integrity, cache, referrerPolicy: "no-referrer" }).catch(() => null);
+  const response = await once("default") ?? await once("reload"); // what a cache holds may be damaged
+  if (response?.ok) return response.blob();
+  // A browser does not tell a wrong hash from a lost connection; whether the file can be had at all tells them apart.
+  const there = response ?? await fetch(url, { method: "HEAD" }).catch(() => null);
+  throw new Error(there?.ok ? `${name} is damaged: its SHA-256 is not the one that was promised`
+    : `${name} cannot be fetched (${there?.status ?? "no answer"}); is the computer that serves it still there?`);
 }
+
+/** The worker's program, kept so that it can be started when the computer that served it has gone. */
+const program = fetch("phone_worker.js").then((response) => response.blob());
 
 const bytesOf = async (item, name) => (await fetchFile(item, name)).arrayBuffer();
 
@@ -39,18 +44,23 @@ export const labelsOf = async (model) => JSON.parse(await (await fetchFile(model
 
 // --- backends ---------------------------------------------------------------------------------------------------------
 
-/** What ONNX Runtime can run in here: {name, threads, build, options, lacks: precisions}; and of the others, why not. */
-export async function findBackends() {
+/**
+ * What ONNX Runtime can run in here: {name, threads, build, options, lacks: precisions}; and of the others, why not.
+ *
+ * @param served Whether a computer of the user's serves the page, and can serve it otherwise.
+ */
+export async function findBackends(served) {
   const backends = [{ name: "wasm", threads: 1, build: "wasm", options: { name: "wasm" }, lacks: [] }];
   const missing = {};
   let gpu = "";
   const cores = navigator.hardwareConcurrency ?? 1;
   const threads = Math.min(MOST_THREADS, Math.max(2, Math.ceil(cores / 2)));
-  const secure = "it needs HTTPS, or localhost: serve the page with --tls";
+  const secure = needsHttps(served);
   if (!self.crossOriginIsolated)
-    missing["wasm threads"] = self.isSecureContext
+    missing["threads in wasm"] = self.isSecureContext
       ? "the page came without the headers COOP and COEP, which allow them" : secure;
-  else if (cores < 2) missing["wasm threads"] = "the browser admits to one core";
+  else if (typeof SharedArrayBuffer === "undefined") missing["threads in wasm"] = "this browser shares no memory";
+  else if (cores < 2) missing["threads in wasm"] = "the browser reports one core";
   else backends.push({ ...backends[0], threads });
 
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
@@ -59,19 +69,22 @@ export async function findBackends() {
     gpu = [vendor, architecture, description].filter(Boolean).join(" ") || "unnamed";
     const lacks = adapter.features.has("shader-f16") ? [] : ["fp16"];
     backends.push({ name: "webgpu", threads: 1, build: "webgpu", options: { name: "webgpu" }, lacks });
-    if (lacks.length) missing["webgpu fp16"] = "this GPU computes no float16";
+    if (lacks.length) missing["fp16 in WebGPU"] = "this GPU does not support float16";
   } else
-    missing.webgpu = !self.isSecureContext ? secure
-      : navigator.gpu ? "the browser has WebGPU and no GPU for it" : "this browser has none";
+    missing.WebGPU = !self.isSecureContext ? secure
+      : navigator.gpu ? "the browser finds no GPU for it" : "this browser does not support it";
 
   const deviceType = await webnnDevice();
   if (deviceType)
     backends.push({ name: "webnn", threads: 1, build: "webgpu", options: { name: "webnn", deviceType }, lacks: [] });
   else
-    missing.webnn = !self.isSecureContext ? secure
-      : navigator.ml ? "the browser has WebNN and no device for it" : "this browser has none";
+    missing.WebNN = !self.isSecureContext ? secure
+      : navigator.ml ? "the browser finds no device for it" : "this browser does not support it";
   return { backends, missing, gpu };
 }
+
+export const needsHttps = (served) =>
+  (served ? "this needs HTTPS or localhost: serve the page with --tls" : "this needs HTTPS: open the https:// address");
 
 /** The kind of processor that WebNN gives, the most special one first; null where there is none. */
 async function webnnDevice() {
@@ -86,25 +99,24 @@ export const labelOf = ({ name, threads, options }) =>
 
 /** A backend in a worker of its own. */
 export class Engine {
-  constructor(backend) {
-    this.backend = backend;
+  constructor(backend, script) {
     this.waiting = new Map();
     this.last = 0;
-    this.worker = new Worker("phone_worker.js", { type: "module", name: labelOf(backend) });
+    this.worker = new Worker(URL.createObjectURL(script), { type: "module", name: labelOf(backend) });
     this.worker.onmessage = ({ data }) => this.settle(data);
     this.worker.onerror = (event) => this.fail(`its worker ended: ${event.message ?? "no reason given"}`);
   }
 
   /** Started, with its runtime checked. */
   static async start(backend, runtime) {
-    const engine = new Engine(backend);
+    const type = "text/javascript";
+    const engine = new Engine(backend, (await program).slice(0, undefined, type));
     try {
       const parts = runtime.builds[backend.build];
-      const script = { type: "text/javascript" };
       const [module, loader, binary] = await Promise.all(["module", "loader", "binary"].map((role) =>
         fetchFile(parts[role], `ONNX Runtime (${parts[role].url.split("/").pop()})`)));
       await engine.ask("start", {
-        module: module.slice(0, module.size, script.type), loader: loader.slice(0, loader.size, script.type), binary,
+        module: module.slice(0, undefined, type), loader: loader.slice(0, undefined, type), binary,
         threads: backend.threads, options: backend.options,
       });
       return engine;
@@ -118,7 +130,11 @@ export class Engine {
     if (!this.worker) return Promise.reject(new Error("it was given up before"));
     return new Promise((resolve, reject) => {
       this.last += 1;
-      const timer = setTimeout(() => this.fail(`no answer within ${PATIENCE_S} seconds`), 1000 * PATIENCE_S);
+      let waited = 0; // seconds in which the page was to be seen: a phone that sleeps answers later
+      const timer = setInterval(() => {
+        waited += document.hidden ? 0 : 1;
+        if (waited > PATIENCE_S) this.fail(`no answer within ${PATIENCE_S} seconds`);
+      }, 1000);
       this.waiting.set(this.last, { resolve, reject, timer });
       this.worker.postMessage({ id: this.last, task, ...told });
     });
@@ -126,7 +142,7 @@ export class Engine {
 
   settle({ id, error, ...answer }) {
     const { resolve, reject, timer } = this.waiting.get(id) ?? {};
-    clearTimeout(timer);
+    clearInterval(timer);
     this.waiting.delete(id);
     if (error === undefined) resolve?.(answer);
     else reject?.(new Error(error));
@@ -137,7 +153,7 @@ export class Engine {
     this.worker?.terminate();
     this.worker = null;
     for (const { reject, timer } of this.waiting.values()) {
-      clearTimeout(timer);
+      clearInterval(timer);
       reject(new Error(reason));
     }
     this.waiting.clear();
@@ -194,7 +210,7 @@ export function compare(expected, answers, tolerance) {
       error = Math.max(error, Math.abs(value - answer[j]));
     });
     const spread = wanted.reduce((a, b) => Math.max(a, b)) - wanted.reduce((a, b) => Math.min(a, b));
-    largest = Math.max(largest, Math.min(error / spread, MOST_ERROR)); // answers that are all the same have no spread
+    largest = Math.max(largest, error && Math.min(error / spread, MOST_ERROR)); // equal answers have no spread
     differ += highest(wanted) !== highest(answer);
   });
   const snr = noise ? Math.min(200, 10 * Math.log10(Math.max(signal, Number.MIN_VALUE) / noise)) : 200;
@@ -209,7 +225,7 @@ export function compare(expected, answers, tolerance) {
 const highest = (values) => values.indexOf(values.reduce((a, b) => Math.max(a, b)));
 
 /** One line for a check that did not hold. */
-export const driftOf = (found, { tolerance }) =>
+const driftOf = (found, { tolerance }) =>
   `wrong answers: relative error ${found.max_rel_error.toExponential(1)} (allowed ${tolerance.rel_error}), `
   + `${found.snr_db.toFixed(1)} dB (at least ${tolerance.snr_db}), same top-1 ${found.top1_agreement.toFixed(0)} %`;
 
@@ -222,8 +238,14 @@ export function quantile(values, q) {
   return sorted[below] + (place - below) * ((sorted[below + 1] ?? sorted[below]) - sorted[below]);
 }
 
+/** How much slower the last fifth of the seconds is than the first. */
+export const slowdownOf = (seconds) => {
+  const end = Math.max(1, Math.floor(seconds.length / 5));
+  return quantile(seconds.slice(-end), 0.5) / Math.max(quantile(seconds.slice(0, end), 0.5), 1e-3);
+};
+
 /** Waits until the page can be seen: what is in the background is slowed down. */
-export function visible() {
+function visible() {
   if (!document.hidden) return Promise.resolve();
   return new Promise((resolve) => {
     document.addEventListener("visibilitychange", function seen() {
@@ -234,97 +256,135 @@ export function visible() {
   });
 }
 
+/** Does something again if the page could not be seen all the while. */
+async function undisturbed(work) {
+  for (;;) {
+    await visible();
+    let seen = true;
+    const notice = () => { seen = false; };
+    document.addEventListener("visibilitychange", notice);
+    try {
+      const result = await work();
+      if (seen) return result;
+    } finally {
+      document.removeEventListener("visibilitychange", notice);
+    }
+  }
+}
+
 const rounded = (ms) => Math.round(1000 * ms) / 1000;
-const plain = (text) => String(text).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, " ").slice(0, 300);
+/** Some of a turn's calls, spread evenly. */
+const thinned = (calls) => {
+  const step = Math.ceil(calls.length / MOST_CALLS);
+  return calls.filter((_, i) => i % step === 0).map(rounded);
+};
+/** Words that a terminal can print as they are. */
+export const plain = (text, most = 300) => [...String(text).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, " ")].slice(0, most).join("");
+
+/** Seconds that `measure` will take, about. */
+export const secondsOf = ({ trial, cases, rounds, sustained }) =>
+  cases.length * (1 + rounds) * (trial.pace.turn_s + OVERHEAD_S) + sustained.length * trial.pace.sustained_s;
 
 /**
  * Checks every case, then lets those that hold take turns, in reversed order every other round, then runs some of them
  * without a pause.
  *
  * @param plan {trial, cases: [{model, backend}], rounds, sustained: indices of cases}
- * @param told {say(text, done 0–1), changed(cases), second(index, seconds)}; and signal, an AbortSignal
+ * @param told {say(text, done 0–1), changed(cases), second(index, seconds, case)}; and signal, an AbortSignal
  * @returns What export/phone_record.py reads, but for the device.
+ * @throws The signal's reason, if it is aborted.
  */
-export async function measure({ trial, cases: wanted, rounds, sustained }, { say, changed, second, signal }) {
+export async function measure(plan, { say, changed, second, signal }) {
+  const { trial, rounds, sustained } = plan;
   const { turn_s: turn, sustained_s: length } = trial.pace;
-  const cases = wanted.map(({ model, backend }) => ({
-    model, backend, check: null, error: "", load: null, first: null, rounds: [], input: null,
+  const cases = plan.cases.map(({ model, backend }) => ({
+    model, backend, check: null, error: "", load: null, first: null, rounds: [], input: null, shared: false,
   }));
   const engines = new Map();
-  const total = cases.length * (1 + rounds) * (turn + 0.5) + sustained.length * length;
+  const total = secondsOf(plan);
   let spent = 0;
   const progress = (text, seconds) => { say(text, spent / total); spent += seconds; };
   const titleOf = ({ model, backend }) => `${nameOf(model)} in ${labelOf(backend)}`;
+  const end = () => { for (const engine of engines.values()) engine.end(); };
+  signal.addEventListener("abort", end);
 
   /** Does one thing with a case; what goes wrong is the case's error, and it is left out from then on. */
   async function attempt(item, work) {
-    await visible();
     signal.throwIfAborted();
+    const key = labelOf(item.backend);
     try {
-      const key = labelOf(item.backend);
       if (!engines.has(key)) engines.set(key, await Engine.start(item.backend, trial.runtime));
       await work(engines.get(key));
     } catch (error) {
+      signal.throwIfAborted();
       item.error = plain(error.message) || "it failed";
-      const engine = engines.get(labelOf(item.backend));
-      if (engine && !engine.worker) engines.delete(labelOf(item.backend)); // the next case gets a new one
+      if (engines.has(key) && !engines.get(key).worker) engines.delete(key); // the next case gets a new one
     }
     changed(cases);
   }
 
   try {
     for (const item of cases) {
-      progress(`checking ${titleOf(item)}`, turn + 0.5);
+      progress(`checking ${titleOf(item)}`, turn + OVERHEAD_S);
       await attempt(item, async (engine) => {
-        item.load = rounded((await engine.open(item.model)).ms);
+        const { ms, shared } = await engine.open(item.model);
+        Object.assign(item, { load: rounded(ms), shared });
         const { found, first } = await check(engine, trial, item.model);
-        item.check = found;
-        item.first = rounded(first);
-        if (!item.check.passed) throw new Error(driftOf(item.check, item.model));
+        Object.assign(item, { check: found, first: rounded(first) });
+        if (!found.passed) throw new Error(driftOf(found, item.model));
         [item.input] = await photographsOf(trial, item.model);
         await engine.ask("close");
       });
     }
     for (let round = 0; round < rounds; round += 1) {
       for (const item of round % 2 ? [...cases].reverse() : cases) {
-        if (item.error) { spent += turn + 0.5; continue; }
-        progress(`round ${round + 1} of ${rounds}: ${titleOf(item)}`, turn + 0.5);
+        progress(`round ${round + 1} of ${rounds}: ${titleOf(item)}`, turn + OVERHEAD_S);
+        if (item.error) continue;
         await attempt(item, async (engine) => {
           await engine.open(item.model);
-          const { calls } = await engine.ask("time", { input: item.input, seconds: turn });
+          const { calls } = await undisturbed(() =>
+            engine.ask("time", { input: item.input, seconds: turn, warmUp: WARM_UP, fewest: FEWEST }));
           await engine.ask("close");
-          item.rounds.push(calls.map(rounded));
+          item.rounds.push(thinned(calls));
         });
       }
     }
     const runs = [];
     for (const index of sustained) {
       const item = cases[index];
-      const seconds = [];
       if (item.error) { spent += length; continue; }
       await attempt(item, async (engine) => {
         await engine.open(item.model);
-        for (let i = 0; i < length; i += 1) {
-          await visible();
-          signal.throwIfAborted();
-          progress(`without a pause, second ${i + 1} of ${length}: ${titleOf(item)}`, 1);
-          const { calls } = await engine.ask("time", { input: item.input, seconds: 1 });
-          seconds.push(rounded(quantile(calls, 0.5)));
-          second(index, seconds, item);
-        }
+        const seconds = await undisturbed(() => run(engine, item, index));
         await engine.ask("close");
+        if (seconds.length > 1) runs.push({ case: index, seconds });
       });
-      signal.throwIfAborted();
-      if (seconds.length > 1) runs.push({ case: index, seconds });
     }
     return { cases: cases.map(toRecord), sustained: runs };
   } finally {
-    for (const engine of engines.values()) engine.end();
+    signal.removeEventListener("abort", end);
+    end();
+  }
+
+  /** One case without a pause: the median of each second; of a call that takes longer, its time. */
+  async function run(engine, item, index) {
+    const seconds = [];
+    const start = performance.now();
+    const elapsed = () => (performance.now() - start) / 1000;
+    const before = spent;
+    while (elapsed() < length) {
+      say(`sustained run, second ${Math.ceil(elapsed()) || 1} of ${length}: ${titleOf(item)}`, spent / total);
+      const { calls } = await engine.ask("time", { input: item.input, seconds: 1, warmUp: 0, fewest: 1 });
+      seconds.push(rounded(quantile(calls, 0.5)));
+      spent = before + Math.min(elapsed(), length);
+      second(index, seconds, item);
+    }
+    return seconds;
   }
 }
 
-const toRecord = ({ model, backend, check: found, error, load, first, rounds }) => ({
+const toRecord = ({ model, backend, check: found, error, load, first, rounds, shared }) => ({
   model: model.model, precision: model.precision, sha256: model.sha256, img_size: model.spec.img_size,
-  gmacs: model.gmacs, backend: backend.name, threads: backend.threads, check: found, error,
+  gmacs: model.gmacs, backend: backend.name, threads: backend.threads, shared, check: found, error,
   load_ms: load, first_ms: first, rounds,
 });

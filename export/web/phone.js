@@ -1,38 +1,26 @@
 // The page that measures: its form, its chart and its "try it". What it measures with is measure.js.
 // Everything is built inside #shvit-phone; names are only ever set as text.
-import { Engine, feedOf, findBackends, labelOf, labelsOf, measure, nameOf, quantile } from "./measure.js";
+import { counted, h, number, scroller, section, svg } from "./elements.js";
+import {
+  Engine, feedOf, findBackends, labelOf, labelsOf, measure, nameOf, needsHttps, plain, quantile, secondsOf, slowdownOf,
+} from "./measure.js";
 import { cut, readImage } from "./pixels.js";
 
 const KEPT = "shvit-phone-record"; // where the browser keeps the last record
 const root = document.getElementById("shvit-phone");
 
-// --- elements -------------------------------------------------------------------------------------------------------
-
-const fill = (element, attributes, children) => {
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value);
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-};
-const h = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const number = (value) => (value >= 99.95 ? Math.round(value).toLocaleString("en-GB") : value.toPrecision(3));
 const mega = (bytes) => `${(bytes / 1e6).toFixed(1)}\u00a0MB`;
 const lookOf = ({ name, threads }) => (name === "wasm" && threads > 1 ? "threads" : name);
-const section = (title, ...children) => h("section", {}, h("h2", {}, title), ...children);
 const say = (element, text, kind = "") => { element.textContent = text; element.className = kind; };
 
 // --- what to measure --------------------------------------------------------------------------------------------------
 
-/** A name that the user may keep; browsers tell little more. */
-function guessName() {
+/** A name that the user may keep: the phone's model where the browser tells it. */
+async function guessName() {
+  const { model } = await navigator.userAgentData?.getHighEntropyValues(["model"]).catch(() => null) ?? {};
   const agent = navigator.userAgent;
-  const android = /Android [\d.]+; ([^;)]+)/.exec(agent)?.[1];
-  if (android && android !== "K") return android;
-  return ["iPhone", "iPad", "Android", "Macintosh", "Windows", "Linux"].find((word) => agent.includes(word)) ?? "device";
+  return model || ["iPhone", "iPad", "Android", "Macintosh", "Windows", "Linux"].find((word) => agent.includes(word))
+    || "device";
 }
 
 const choice = (name, value, text, aside, note, checked = true) => {
@@ -42,27 +30,28 @@ const choice = (name, value, text, aside, note, checked = true) => {
     h("span", { class: "aside" }, aside), note ? h("span", { class: "note" }, note) : null);
 };
 
-function form(trial, { backends, missing }) {
+function form(trial, { backends, missing }, name) {
   const why = h("ul", { class: "note", id: "missing" },
     ...Object.entries(missing).map(([name, reason]) => h("li", {}, `no ${name}: ${reason}`)));
   const heaviest = trial.models.reduce((best, each, i) => (each.gmacs > (trial.models[best].gmacs ?? 0) ? i : best), 0);
-  return h("form", { id: "form" },
+  return h("form", {},
     h("label", { class: "field" }, "What to call this device",
-      h("input", { type: "text", id: "name", maxlength: 80, required: "", value: guessName(), autocomplete: "off" })),
+      h("input", { type: "text", id: "name", maxlength: 80, required: "", value: name, autocomplete: "off" })),
     h("fieldset", {}, h("legend", {}, "Run in"),
       ...backends.map((backend, i) => choice("backend", i, labelOf(backend), "", "")),
       Object.keys(missing).length ? why : null),
     h("fieldset", {}, h("legend", {}, "Models"),
       ...trial.models.map((model, i) => choice("model", i, nameOf(model), mega(model.file.bytes),
         [model.top1 ? `${model.top1} % top-1 published` : "", model.gmacs ? `${model.gmacs.toFixed(2)} GMACs` : "",
-          model.certified ? "" : "random weights: for its speed alone"].filter(Boolean).join(", ")))),
+          model.trained ? "" : "random weights: for its speed alone"].filter(Boolean).join(", ")))),
     h("label", { class: "field" }, "How long", h("select", { id: "length" },
       h("option", { value: "full" },
-        `${trial.pace.rounds} rounds, then ${trial.pace.sustained_s} s without a pause in each backend`),
+        `${trial.pace.rounds} rounds, then ${trial.pace.sustained_s} s sustained in each backend`),
       h("option", { value: "rounds" }, `${trial.pace.rounds} rounds`),
       h("option", { value: "quick" }, "1 round"))),
-    h("label", { class: "field" }, "Without a pause", h("select", { id: "sustained" },
+    h("label", { class: "field" }, "Model of the sustained runs", h("select", { id: "sustained" },
       ...trial.models.map((model, i) => h("option", { value: i, selected: i === heaviest }, nameOf(model))))),
+    h("p", { class: "note", id: "estimate" }),
     h("div", { class: "buttons" },
       h("button", { class: "main", id: "start" }, "Measure"),
       h("button", { type: "button", id: "stop", disabled: "" }, "Stop")));
@@ -78,36 +67,44 @@ function planOf(trial, { backends }) {
   const cases = models.flatMap((model) => chosen.map((backend) => ({ model, backend })))
     .filter(({ model, backend }) => !backend.lacks.includes(model.precision));
   const length = root.querySelector("#length").value;
-  const long = trial.models[root.querySelector("#sustained").value];
+  const wanted = trial.models[root.querySelector("#sustained").value];
+  const long = models.includes(wanted) ? wanted : models.at(-1);
   const without = cases.map(({ model }, i) => (model === long ? i : -1)).filter((i) => i >= 0);
   return {
     trial, cases, rounds: length === "quick" ? 1 : trial.pace.rounds, sustained: length === "full" ? without : [],
   };
 }
 
-// --- charts -----------------------------------------------------------------------------------------------------------
+/** How long it will take, and how much is fetched. */
+function estimateOf({ trial, cases, ...plan }) {
+  const builds = new Set(cases.map(({ backend }) => backend.build));
+  const files = [...[...builds].flatMap((name) => Object.values(trial.runtime.builds[name])),
+    ...[...new Set(cases.map(({ model }) => model))].map(({ file }) => file)];
+  const minutes = Math.ceil(secondsOf({ trial, cases, ...plan }) / 60);
+  return `${counted(cases.length, "case")}, about ${counted(minutes, "minute")}; `
+    + `${mega(files.reduce((sum, { bytes }) => sum + bytes, 0))} to fetch`;
+}
 
-const allOf = (item) => item.rounds.flat();
-const stateOf = ({ check, error }) => (error ? null : check ? `${check.snr_db.toFixed(0)} dB, to be timed` : "…");
+// --- charts -----------------------------------------------------------------------------------------------------------
 
 /** Bars of the median by model and backend; what failed says why. */
 function chart(cases) {
-  const medians = cases.map((item) => (item.rounds.length ? quantile(allOf(item), 0.5) : 0));
+  const medians = cases.map((item) => (item.rounds.length ? quantile(item.rounds.flat(), 0.5) : 0));
   const longest = Math.max(...medians, 1e-9);
   const groups = new Map();
   cases.forEach((item, i) => groups.set(item.model, [...(groups.get(item.model) ?? []), i]));
   return [...groups].map(([model, indices]) => h("div", {},
     h("h3", {}, nameOf(model), h("span", { class: "note" }, ` ${model.spec.img_size} px`)),
     ...indices.map((i) => {
-      const { backend, error } = cases[i];
+      const { backend, check, error, rounds } = cases[i];
       const bar = h("i", {});
-      bar.style.width = `${(52 * medians[i]) / longest}%`;
+      bar.style.width = `${(42 * medians[i]) / longest}%`;
       return h("div", { class: `case ${lookOf(backend)}` }, h("span", {}, labelOf(backend)),
-        error ? h("span", { class: "why" }, error)
-          : medians[i] ? h("span", { class: "bar" }, bar,
-            h("span", {}, `${number(medians[i])}\u00a0ms`, h("span", { class: "note" },
-              ` p90 ${number(quantile(allOf(cases[i]), 0.9))}`)))
-            : h("span", { class: "note" }, stateOf(cases[i])));
+        medians[i] ? h("span", { class: "bar" }, bar,
+          h("span", {}, number(medians[i], "ms"), h("span", { class: "note" },
+            ` p90 ${number(quantile(rounds.flat(), 0.9))}`)))
+          : error ? null : h("span", { class: "note" }, check ? `${check.snr_db.toFixed(0)} dB, to be timed` : "…"),
+        error ? h("span", { class: "why" }, error) : null);
     })));
 }
 
@@ -117,10 +114,8 @@ function spark(seconds, item) {
   const most = 1.15 * Math.max(...seconds);
   const x = (i) => 8 + ((width - 16) * i) / Math.max(seconds.length - 1, 1);
   const y = (ms) => height - 8 - ((height - 30) * ms) / most;
-  const end = Math.max(1, Math.floor(seconds.length / 5));
-  const slowdown = quantile(seconds.slice(-end), 0.5) / quantile(seconds.slice(0, end), 0.5);
   const title = `${nameOf(item.model)}, ${labelOf(item.backend)}: ${number(quantile(seconds, 0.5))} ms, `
-    + `${slowdown.toFixed(2)} times the first seconds' time at the end`;
+    + `${slowdownOf(seconds).toFixed(2)}× the initial latency at the end`;
   return h("figure", { class: lookOf(item.backend) }, h("figcaption", { class: "note" }, title),
     svg("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title },
       svg("path", { d: seconds.map((ms, i) => `${i ? "L" : "M"}${x(i)},${y(ms)}`).join("") }),
@@ -131,19 +126,16 @@ const HEADS = ["file", "in", "p50 ms", "p90 ms", "p99 ms", "load ms", "first ms"
 
 /** A record as a table: also of one that the browser kept. */
 function table({ cases }) {
-  const cell = (value, digits = 3) => (value === null || value === undefined ? "–" : digits ? number(value) : value);
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All results" },
+  return scroller("All results",
     h("table", { id: "results" }, h("thead", {}, h("tr", {}, ...HEADS.map((head) => h("th", { scope: "col" }, head)))),
-      h("tbody", {}, ...cases.map((item) => {
-        const calls = item.rounds.flat();
+      h("tbody", {}, ...cases.map(({ backend, threads, shared, rounds, error, check, ...item }) => {
+        const calls = rounds.flat();
         const times = [0.5, 0.9, 0.99].map((q) => (calls.length ? quantile(calls, q) : null));
-        const where = `${item.backend}${item.threads > 1 ? ` ×${item.threads}` : ""}`;
+        const where = `${backend}${threads > 1 ? ` ×${threads}` : ""}${shared ? " and CPU" : ""}`;
         return h("tr", {}, h("th", { scope: "row" }, `${item.model} ${item.precision}`), h("td", {}, where),
-          ...(item.error && !calls.length
-            ? [h("td", { colspan: 5, class: "bad" }, item.error)]
-            : [...times, item.load_ms, item.first_ms].map((value) => h("td", {}, cell(value)))),
-          h("td", {}, cell(item.check?.snr_db)),
-          h("td", {}, item.check ? `${item.check.top1_agreement.toFixed(0)} %` : "–"));
+          ...(error && !calls.length ? [h("td", { colspan: 5, class: "bad" }, error)]
+            : [...times, item.load_ms, item.first_ms].map((value) => h("td", {}, number(value)))),
+          h("td", {}, number(check?.snr_db)), h("td", {}, check ? `${check.top1_agreement.toFixed(0)} %` : "–"));
       }))));
 }
 
@@ -152,44 +144,58 @@ function table({ cases }) {
 const describe = (trial, found, measured) => ({
   format: "shvit-phone-1",
   device: {
-    name: root.querySelector("#name").value.trim() || "device", browser: navigator.userAgent.slice(0, 300),
-    cores: navigator.hardwareConcurrency ?? 0, memory_gb: navigator.deviceMemory ?? null,
-    gpu: found.gpu.slice(0, 300), missing: found.missing,
+    name: plain(root.querySelector("#name").value.trim(), 80).trim() || "device",
+    browser: plain(navigator.userAgent), cores: navigator.hardwareConcurrency ?? 0,
+    memory_gb: navigator.deviceMemory ?? null, gpu: plain(found.gpu), missing: found.missing,
   },
   runtime: `onnxruntime-web ${trial.runtime.version}`,
   ...measured,
 });
 
-/** Posts the record; false if nobody takes it. */
+/** Posts the record: {awaited} says of how many more the computer waits, or {error} why it was not taken. */
 async function submit(trial, record) {
   const answer = await fetch(trial.submit, {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(record),
   }).catch(() => null);
-  return answer?.status === 201 ? "" : (await answer?.json().catch(() => null))?.error ?? "the computer does not answer";
+  const said = await answer?.json().catch(() => null);
+  return answer?.status === 201 ? said : { error: said?.error ?? "the computer does not answer" };
+}
+
+/** What the page says at the end, and how. */
+async function conclude(trial, record) {
+  const timed = record.cases.some(({ rounds }) => rounds.length);
+  const nothing = timed ? "" : `; nothing could be timed: ${record.cases[0].error}`;
+  const kind = timed ? "good" : "bad";
+  if (!trial.submit) return [`done; the results are kept in this page${nothing}`, kind];
+  const { awaited, error } = await submit(trial, record);
+  if (error) return [`done, but not sent: ${error}; save the results as JSON instead${nothing}`, "bad"];
+  return [`done and sent${awaited > 0 ? "" : "; the computer has stopped serving"}${nothing}`, kind];
 }
 
 function save(record) {
   const url = URL.createObjectURL(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }));
   h("a", { href: url, download: "shvit-phone.json" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
-function keep(record) {
-  try {
-    localStorage.setItem(KEPT, JSON.stringify(record));
-  } catch { /* private windows keep nothing */ }
-}
-
-function kept() {
-  try {
-    return JSON.parse(localStorage.getItem(KEPT));
-  } catch {
-    return null;
-  }
-}
+/** The last record, in the browser's own store; where that is closed, or holds something else, nothing. */
+const store = {
+  keep(record) {
+    try {
+      localStorage.setItem(KEPT, JSON.stringify(record));
+    } catch { /* private windows keep nothing */ }
+  },
+  show(holder) {
+    try {
+      const record = JSON.parse(localStorage.getItem(KEPT));
+      if (record) showRecord(holder, record);
+    } catch {
+      holder.replaceChildren();
+    }
+  },
+};
 
 function showRecord(holder, record) {
-  if (!record?.cases) return;
   holder.replaceChildren(h("h2", {}, `Results of ${record.device.name}`), table(record),
     h("div", { class: "buttons" }, h("button", { type: "button", id: "save", onclick: () => save(record) },
       "Save as JSON")),
@@ -205,11 +211,12 @@ const softmax = (logits) => {
   return powers.map((value) => value / sum);
 };
 
+/** A section, and how to stop what goes on in it. */
 function tryIt(trial, { backends }) {
   const usable = trial.models.filter((model) => model.trained);
   if (!usable.length)
-    return section("Try it", h("p", { class: "note" }, "The weights here are random: they have nothing to say of a "
-      + "picture. Serve a file of trained ones: shvit bench phone --models mine.onnx"));
+    return { stop() {}, element: section("Try it", h("p", { class: "note" }, "The weights here are random: they have "
+      + "nothing to say of a picture. Serve a file of trained ones: shvit bench phone --models mine.onnx")) };
   const model = h("select", { id: "try-model", "aria-label": "Model" },
     ...usable.map((each, i) => h("option", { value: i }, nameOf(each))));
   const backend = h("select", { id: "try-backend", "aria-label": "Runs in" },
@@ -222,18 +229,23 @@ function tryIt(trial, { backends }) {
   const seen = h("div", { class: "seen hidden" }, canvas, answers);
   let open = null; // {key, engine, model, labels}
   let stream = null;
+  let photograph = null; // the last one that was chosen
+  let turn = Promise.resolve(); // one picture after the other
 
   async function opened() {
     const key = `${model.value} ${backend.value}`;
-    if (open?.key === key) return open;
-    open?.engine.end();
-    open = null;
+    if (open?.key === key && open.engine.worker) return open;
+    close();
     const chosen = usable[model.value];
     say(status, `loading ${nameOf(chosen)}`, "note");
     const engine = await Engine.start(backends[backend.value], trial.runtime);
-    await engine.open(chosen);
     open = { key, engine, model: chosen, labels: await labelsOf(chosen) };
+    await engine.open(chosen);
     return open;
+  }
+  function close() {
+    open?.engine.end();
+    open = null;
   }
 
   async function classify(source) {
@@ -247,51 +259,57 @@ function tryIt(trial, { backends }) {
     answers.replaceChildren(...best.map((index) => {
       const bar = h("i", {});
       bar.style.width = `${100 * chances[index]}%`;
-      return h("div", { "data-class": index }, bar, h("span", {}, h("b", {}, labels[index] ?? `class ${index}`),
+      return h("div", {}, bar, h("span", {}, h("b", {}, labels[index] ?? `class ${index}`),
         `${(100 * chances[index]).toFixed(1)} %`));
     }));
-    say(status, `${nameOf(chosen)}, ${labelOf(backends[backend.value])}: ${number(ms)} ms`, "note");
+    say(status, `${nameOf(chosen)}, ${labelOf(backends[backend.value])}: ${number(ms, "ms")}`, "note");
   }
 
-  const guarded = (work) => async (...given) => {
-    try {
-      await work(...given);
-    } catch (error) {
-      stop();
+  const guarded = (work) => () => {
+    turn = turn.then(work).catch((error) => {
+      stopCamera();
       say(status, error.message, "bad");
-    }
+    });
   };
-  function stop() {
+  function stopCamera() {
     for (const track of stream?.getTracks() ?? []) track.stop();
     stream = null;
     camera.textContent = "Use the camera";
   }
-  file.addEventListener("change", guarded(async () => {
-    stop();
-    if (file.files[0]) await classify(file.files[0]);
-    file.value = "";
-  }));
-  camera.addEventListener("click", guarded(async () => {
-    if (stream) return stop();
-    if (!navigator.mediaDevices) throw new Error("the camera needs HTTPS, or localhost: serve the page with --tls");
-    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } })
+  async function watch() {
+    if (!navigator.mediaDevices) throw new Error(needsHttps(trial.submit));
+    const mine = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } })
       .catch((error) => { throw new Error(`no camera: ${error.message}`); });
+    stream = mine;
     camera.textContent = "Stop the camera";
-    const video = h("video", { playsinline: "", muted: "" });
+    const video = h("video", { playsinline: "" });
     video.muted = true;
-    video.srcObject = stream;
+    video.srcObject = mine;
     await video.play();
-    while (stream) {
+    while (stream === mine) {
       await classify(video);
       await new Promise(requestAnimationFrame);
     }
-    return undefined;
-  }));
-  return section("Try it",
-    h("p", { class: "note" }, "Pictures stay in this page. They are cut and resized as the model's certificate says."),
-    h("div", { class: "panel" }, model, backend, h("div", { class: "buttons" }, camera,
-      h("button", { type: "button", onclick: () => file.click() }, "Choose a photograph"), file)),
-    status, seen);
+  }
+  const again = guarded(async () => photograph && !stream && classify(photograph));
+  model.addEventListener("change", again);
+  backend.addEventListener("change", again);
+  file.addEventListener("change", () => {
+    stopCamera();
+    [photograph = null] = file.files;
+    again();
+    file.value = "";
+  });
+  const begin = guarded(watch);
+  camera.addEventListener("click", () => (stream ? stopCamera() : begin()));
+  return {
+    stop() { stopCamera(); close(); },
+    element: section("Try it",
+      h("p", { class: "note" }, "Pictures stay in this page. They are cut and resized as the model's certificate says."),
+      h("div", { class: "panel" }, model, backend, h("div", { class: "buttons" }, camera,
+        h("button", { type: "button", onclick: () => file.click() }, "Choose a photograph"), file)),
+      status, seen),
+  };
 }
 
 /** The very pixels that the model is fed. */
@@ -311,71 +329,97 @@ function draw(canvas, pixels, { img_size: px, in_chans: chans }) {
 /** Where no server of ours sends the headers that allow threads, a service worker adds them: true if it must reload. */
 async function isolate(trial) {
   if (trial.submit || self.crossOriginIsolated || !self.isSecureContext || !navigator.serviceWorker) return false;
-  const asked = sessionStorage.getItem("isolated"); // once: some browsers have no use for it
-  sessionStorage.setItem("isolated", "yes");
-  await navigator.serviceWorker.register("isolation.js").catch(() => null);
-  if (asked || !(await navigator.serviceWorker.ready)) return false;
-  location.reload();
-  return true;
+  try {
+    if (sessionStorage.getItem("isolated")) return false; // once: some browsers have no use for it
+    sessionStorage.setItem("isolated", "yes");
+    await navigator.serviceWorker.register("isolation.js");
+    await navigator.serviceWorker.ready;
+    location.reload();
+    return true;
+  } catch {
+    return false; // then without threads
+  }
+}
+
+/** Keeps the screen on, also after the page was out of sight, until it is released. */
+async function stayAwake() {
+  let lock = null;
+  const ask = async () => {
+    if (!document.hidden) lock = await navigator.wakeLock?.request("screen").catch(() => null);
+  };
+  document.addEventListener("visibilitychange", ask);
+  await ask();
+  return async () => {
+    document.removeEventListener("visibilitychange", ask);
+    await lock?.release();
+  };
 }
 
 async function start() {
   const trial = await (await fetch("trial.json")).json();
   if (await isolate(trial)) return;
-  const found = await findBackends();
-  const status = h("p", { id: "status", "aria-live": "polite" });
+  const found = await findBackends(Boolean(trial.submit));
+  const status = h("p", { id: "status" });
   const bar = h("progress", { max: 1, value: 0, "aria-label": "How much is done" });
   const bars = h("div", { class: "chart", id: "chart" });
-  const sparks = h("div", { id: "sustained-chart" });
+  const sparks = h("div", {});
   const result = h("section", { id: "record" });
-  const asked = form(trial, found);
+  const tried = tryIt(trial, found);
+  const asked = form(trial, found, await guessName());
   const [startButton, stopButton] = [asked.querySelector("#start"), asked.querySelector("#stop")];
+  const estimate = () => say(asked.querySelector("#estimate"), estimateOf(planOf(trial, found)), "note");
   let stop = null;
 
-  asked.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    const plan = planOf(trial, found);
-    if (!plan.cases.length) return say(status, "choose at least one model and one backend", "bad");
+  async function run(plan) {
     stop = new AbortController();
-    [startButton.disabled, stopButton.disabled] = [true, false];
+    tried.stop();
     sparks.replaceChildren();
-    const lock = await navigator.wakeLock?.request("screen").catch(() => null);
     const drawn = new Map();
+    const sleep = await stayAwake();
     try {
       const measured = await measure(plan, {
         say: (text, done) => { say(status, text); bar.value = done; },
         changed: (cases) => bars.replaceChildren(...chart(cases)),
         second: (index, seconds, item) => {
           drawn.set(index, spark(seconds, item));
-          sparks.replaceChildren(h("h3", {}, "Without a pause"), ...drawn.values());
+          sparks.replaceChildren(h("h3", {}, "Sustained"), ...drawn.values());
         },
         signal: stop.signal,
       });
       const record = describe(trial, found, measured);
-      keep(record);
+      store.keep(record);
       showRecord(result, record);
       bar.value = 1;
-      const refused = trial.submit ? await submit(trial, record) : null;
-      if (refused === null) say(status, "done; the results are kept in this page", "good");
-      else if (refused) say(status, `done, but not sent: ${refused}; save the results as JSON instead`, "bad");
-      else say(status, "done and sent", "good");
+      say(status, ...await conclude(trial, record));
     } catch (error) {
       say(status, stop.signal.aborted ? "stopped" : error.message, "bad");
     } finally {
-      await lock?.release();
-      [startButton.disabled, stopButton.disabled] = [false, true];
+      await sleep();
     }
+  }
+
+  asked.addEventListener("change", estimate);
+  asked.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const plan = planOf(trial, found);
+    if (!plan.cases.length) return say(status, "choose at least one model and one backend", "bad");
+    [startButton.disabled, stopButton.disabled, tried.element.inert] = [true, false, true];
+    status.setAttribute("aria-live", "off"); // of each step; the end is announced
+    await run(plan);
+    status.setAttribute("aria-live", "polite");
+    [startButton.disabled, stopButton.disabled, tried.element.inert] = [false, true, false];
     return undefined;
   });
-  stopButton.addEventListener("click", () => { stop?.abort(); say(status, "stopping"); });
+  stopButton.addEventListener("click", () => stop.abort());
 
   root.replaceChildren(
-    h("p", { class: "note" }, "Each file is first asked about photographs whose answers are known; only one that gives "
-      + "them is timed. Keep the page in front, and the phone off its charger if it shall be as in your hand."),
-    asked, section("Results", status, bar, bars, sparks), result, tryIt(trial, found),
-    h("p", { class: "note" }, `${mega(trial.models.reduce((sum, each) => sum + each.file.bytes, 0))} of models; `
-      + `ONNX Runtime ${trial.runtime.version}.`));
-  showRecord(result, kept());
+    h("p", { class: "note" }, "Each model first classifies photographs whose answers are known; only one that gives "
+      + "them is timed. Keep this page in the foreground, and unplug the phone if you want its everyday speed."),
+    asked, section("Progress", status, bar, bars, sparks), result, tried.element,
+    h("p", { class: "note" }, `onnxruntime-web ${trial.runtime.version}. `,
+      trial.submit ? null : h("a", { href: "index.html" }, "All models")));
+  estimate();
+  store.show(result);
   root.dataset.ready = "yes";
 }
 
