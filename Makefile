@@ -10,7 +10,7 @@ demo: $(INSTALLED)  ## train, export, verify and time on real photographs; write
 	$(BIN)/shvit demo --output demo
 
 test: $(INSTALLED)  ## the tests, within 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## lint, format, and types of the wheel as a user gets it
 	$(BIN)/ruff check .

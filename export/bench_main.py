@@ -333,6 +333,8 @@ class BenchPhone(_BrowserOptions):
             raise InputError(f"--minutes {self.minutes:g} is out of range; choose more than 0 and up to {MOST_MINUTES}")
 
     def run(self) -> dict[str, Any]:
+        import segno  # noqa: F401  (where the extra is missing, that is said before anything long begins)
+
         from .phone import Door, open_door, receive_phones
         from .phone_record import add_record, describe_record, require_served, save_record
         from .server import RECORDS

@@ -52,8 +52,6 @@ def open_door(door: Door) -> list[socket.socket]:
     Raises:
         InputError: the port is taken, or there is no network.
     """
-    import segno  # noqa: F401  (missing packages, too, are better said now)
-
     from .server import listen
 
     door.shown()

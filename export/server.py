@@ -21,7 +21,8 @@ from .content import Content
 from .phone_record import MAX_BYTES, PhoneRecord, read_record
 
 RECORDS = "records"
-MOST_CONNECTIONS = 64  # a browser opens six or so
+MOST_CONNECTIONS = 128
+MOST_OF_ONE = 16  # connections from one address; a browser opens six or so
 MAX_HEADER_BYTES = 16 << 10
 WAIT_S = 20.0  # for a request's head, and for its body; a record takes a phone a second
 BLOCK = 1 << 18
@@ -104,10 +105,14 @@ async def serve(
 
 
 class _Server(HTTPServer):
-    """Holds so many connections and no more, and logs each that ended without one whole request."""
+    """Holds so many connections and no more, few of them from one address; logs those without one whole request."""
 
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
-        if len(self._connections) >= MOST_CONNECTIONS:
+        contexts: list[Any] = [connection.context for connection in self._connections]
+        if (
+            sum(context.address[0] == address[0] for context in contexts) >= MOST_OF_ONE
+            or len(contexts) >= MOST_CONNECTIONS
+        ):
             stream.close()
             return
         super().handle_stream(stream, address)

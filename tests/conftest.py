@@ -10,10 +10,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
 
 import shvit  # noqa: F401  (registers the models)
+from shvit import cli
 from shvit.train.recipe import Augment, Data, Optim, Recipe
 
 torch.set_num_threads(1)
@@ -27,6 +29,14 @@ def kept_files() -> set[str]:
         return set((ROOT / "shvit.egg-info" / "SOURCES.txt").read_text().splitlines())
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
+
+SLOW = ("test_readme.py", "test_demo.py", "test_train.py", "test_phone.py", "test_bench.py", "test_formats.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
 
 
 TINY = {"embed_dim": (16, 24, 32), "depth": (1, 2, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
@@ -141,3 +151,20 @@ def assert_same_end(first: Path, second: Path) -> None:
         assert all(torch.equal(moments[name], value) for name, value in other["optimizer"]["state"][key].items())
     logged = ("epoch", "step", "train_loss", "grad_norm", "top1", "ema_top1", "lr")
     assert [[e[name] for name in logged] for e in one["log"]] == [[e[name] for name in logged] for e in other["log"]]
+
+
+# --- exported files ---------------------------------------------------------------------------------------------------
+
+LABELS = ("cat", "dog", "<b>owl</b>")
+
+
+@pytest.fixture(scope="session")
+def mine(tmp_path_factory):
+    """Somebody's own exported file, which takes pixels and knows its classes."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "labels.txt").write_text("\n".join(LABELS))
+    save_file(create_tiny(num_classes=3).state_dict(), folder / "mine.safetensors")
+    words = ["export", "onnx", "--model", "tiny_vit", "--img-size", "64", "--raw-pixels", "--output"]
+    words += [str(folder / "mine.onnx"), "--labels", str(folder / "labels.txt")]
+    cli.run([*words, "--checkpoint", str(folder / "mine.safetensors")])
+    return folder / "mine.onnx"

@@ -15,6 +15,7 @@ from shvit.errors import InputError
 from shvit.export.bench_main import write_report
 from shvit.export.phone import qr_code
 from shvit.export.phone_record import add_record, describe_record, read_record, read_record_file, save_record
+from shvit.export.pictures import MOST_PANELS
 from shvit.export.records import Measurements, read_measurements, write_measurements
 
 ROUNDS = 9
@@ -83,11 +84,13 @@ def test_a_record_of_many_forms_can_be_drawn(tmp_path):
     """More than there are colours, marks and panels."""
     known = {**CASE, "model": "shvit_s1", "img_size": 224}
     cases = [{**known, "threads": i % 64 + 1, "precision": p} for p in ("fp32", "int8") for i in range(64)]
-    measured = Measurements(None, ())
-    for _ in range(14):
-        measured = add_record(measured, record(cases[:3]))
-    measured = add_record(measured, record([*cases, {**known, "rounds": [[0.0]]}, {**known, "gmacs": None}]))
-    assert all(path.stat().st_size for path in write_report(measured, tmp_path))
+    odd = [{**known, "rounds": [[0.0]]}, {**known, "gmacs": None}]
+    forms = add_record(Measurements(None, ()), record([*cases, *odd]))
+    devices = Measurements(None, ())
+    for _ in range(MOST_PANELS + 1):
+        devices = add_record(devices, record())
+    for measured in (forms, devices):
+        assert all(path.stat().st_size for path in write_report(measured, tmp_path))
 
 
 def test_what_ran_on_two_processors_is_called_so():

@@ -219,7 +219,7 @@ HUGE = Content.of(bytes(40 << 20))  # more than sockets hold
 def test_slow_clients_are_dropped_and_hold_nobody_up(impatient, caplog):
     head = f"POST /{TOKEN}/records HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
     starts = [b"", b"GET /", head.encode(), head.encode() + b"\r\n{"]
-    clients = [socket.create_connection(("127.0.0.1", impatient.port), timeout=10) for _ in range(48)]
+    clients = [socket.create_connection(("127.0.0.1", impatient.port), timeout=10) for _ in range(12)]
     try:
         for i, client in enumerate(clients):
             client.sendall(starts[i % len(starts)])
@@ -245,7 +245,7 @@ def test_clients_that_do_not_read_are_dropped(impatient, caplog):
         assert len(read_to_the_end(client)) < HUGE.size
 
 
-def test_too_many_connections_are_closed_and_the_rest_served(impatient):
+def test_too_many_connections_are_closed_and_the_next_is_served(impatient):
     clients = [socket.create_connection(("127.0.0.1", impatient.port), timeout=10) for _ in range(200)]
     time.sleep(0.5)
     closed = 0
@@ -253,7 +253,7 @@ def test_too_many_connections_are_closed_and_the_rest_served(impatient):
         client.settimeout(0.05)
         with suppress(TimeoutError):
             closed += client.recv(1) == b""
-    assert closed >= 200 - server.MOST_CONNECTIONS
+    assert closed >= 200 - server.MOST_OF_ONE
     for client in clients:
         client.close()
 

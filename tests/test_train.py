@@ -1,6 +1,7 @@
 """A run from recipe to weights: its folder, going on, and trouble."""
 
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -107,8 +108,16 @@ def interrupt_after(steps: int, monkeypatch, number: int = signal.SIGTERM) -> No
     monkeypatch.setattr(Run, "forward_backward", stopped)
 
 
+@pytest.fixture
+def loaders_end():
+    """Ends what loaders leave behind, as the end of a program does: left to be collected they take 5 s each."""
+    yield
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_run_goes_on_and_ends_as_if_it_had_not_been(small, tmp_path, monkeypatch, workers):
+def test_stopped_run_goes_on_and_ends_as_if_it_had_not_been(small, tmp_path, monkeypatch, loaders_end, workers):
     small = replace(small, data=replace(small.data, workers=workers))
     train(small, tmp_path / "whole")
     for steps, number, status in ((5, signal.SIGTERM, 143), (10, signal.SIGINT, 130)):
