@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -88,7 +88,7 @@ class Running:
 
 @contextmanager
 def start(case: Case) -> Iterator[Running]:
-    """The case's process, ended on the way out: by the end of its input, so that it removes its temporary files."""
+    """The case's process, ended on the way out; one of Core ML may end by itself, as it has temporary files."""
     process = subprocess.Popen(
         [sys.executable, "-I", worker.__file__, json.dumps(case.job)],
         stdin=subprocess.PIPE,
@@ -100,11 +100,11 @@ def start(case: Case) -> Iterator[Running]:
     try:
         yield Running(case, process)
     finally:
-        try:
-            process.communicate(timeout=LAST_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        if case.job["runner"] == "coreml":
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=LAST_S)
+        process.kill()
+        process.communicate()
 
 
 def run_rounds(cases: Sequence[Case], rounds: int, progress: Progress = lambda _: None) -> list[Running]:

@@ -159,7 +159,8 @@ def requests(browser):
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_gpu_gives_the_answers_too(tried, runtime, tmp_path, precision):
     """WebGPU for real, on a GPU in software, which is slow and computes no float16."""
     models = [each for each in tried[:3] if each.spec.precision in (precision, "fp16")]
@@ -394,7 +395,7 @@ def test_the_command_from_a_name_to_a_report(browser, quick, tmp_path, monkeypat
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
-    assert measure(page, "full") == "done and sent; the computer has stopped serving"
+    assert measure(page, "rounds") == "done and sent; the computer has stopped serving"
     run.join(60)
     assert run.error is None
     rows = [(row["device"], row["runtime"], row["precision"]) for row in run.result["results"]]
