@@ -233,12 +233,10 @@ def _runtime(hosted: bool) -> dict[str, Any]:
 def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict[str, Content]) -> dict[str, Any]:
     """A model for the page; adds its files to what is served, each of them once."""
     pixels = read_pixels(photographs, model.spec)
-    file = Content.of(model.path)
     return {
         "model": model.name,
         "precision": model.spec.precision,
-        "sha256": file.sha256,
-        "file": _add(served, file, ".onnx"),
+        "file": _add(served, Content.of(model.path), ".onnx"),
         "pixels": _add(served, _binary(pixels.permute(0, 2, 3, 1)), ".bin"),
         "expected": _add(served, _binary(expected(model, pixels)), ".bin"),
         "labels": _add(served, Content.of(json.dumps(model.labels).encode(), ".json"), ".json"),
@@ -276,6 +274,7 @@ def _binary(tensor: torch.Tensor) -> Content:
 
 def _add(served: dict[str, Content], content: Content, suffix: str) -> dict[str, Any]:
     """Serves it below an address made of its hash, so that browsers may keep it."""
-    url = f"files/{content.sha256}{suffix}"
+    digest = content.sha256
+    url = f"files/{digest}{suffix}"
     served[url] = content
-    return {"url": url, "integrity": integrity(content.sha256), "bytes": content.size}
+    return {"url": url, "integrity": integrity(digest), "sha256": digest, "bytes": content.size}

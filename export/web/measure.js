@@ -187,12 +187,12 @@ export async function photographsOf(trial, model) {
   return Array.from({ length: trial.photographs }, (_, i) => feedOf(model, all.slice(i * size, (i + 1) * size)));
 }
 
-/** Answers of an open model to the photographs, compared with the expected ones; and the time of the first call. */
+/** Answers of an open model to the photographs, compared with the expected ones; the time and the input of the first. */
 async function check(engine, trial, model) {
   const inputs = await photographsOf(trial, model);
   const expected = new Float32Array(await bytesOf(model.expected, "the expected answers"));
   const { answers, calls } = await engine.ask("answer", { inputs });
-  return { found: compare(expected, answers, model.tolerance), first: calls[0] };
+  return { found: compare(expected, answers, model.tolerance), first: calls[0], input: inputs[0] };
 }
 
 /** Figures of answers (n of them) against the expected ones, (n, classes) one after the other. */
@@ -329,10 +329,9 @@ export async function measure(plan, { say, changed, second, signal }) {
       await attempt(item, async (engine) => {
         const { ms, shared } = await engine.open(item.model);
         Object.assign(item, { load: rounded(ms), shared });
-        const { found, first } = await check(engine, trial, item.model);
-        Object.assign(item, { check: found, first: rounded(first) });
+        const { found, first, input } = await check(engine, trial, item.model);
+        Object.assign(item, { check: found, first: rounded(first), input });
         if (!found.passed) throw new Error(driftOf(found, item.model));
-        [item.input] = await photographsOf(trial, item.model);
         await engine.ask("close");
       });
     }
@@ -384,7 +383,7 @@ export async function measure(plan, { say, changed, second, signal }) {
 }
 
 const toRecord = ({ model, backend, check: found, error, load, first, rounds, shared }) => ({
-  model: model.model, precision: model.precision, sha256: model.sha256, img_size: model.spec.img_size,
+  model: model.model, precision: model.precision, sha256: model.file.sha256, img_size: model.spec.img_size,
   gmacs: model.gmacs, backend: backend.name, threads: backend.threads, shared, check: found, error,
   load_ms: load, first_ms: first, rounds,
 });
