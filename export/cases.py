@@ -16,10 +16,11 @@ from torch import nn
 from shvit.deploy import deploy
 from shvit.errors import InputError
 
-from .formats import FEWEST_CALIBRATION, Format, float_layers, int8_onnx_writer
+from .formats import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
 from .photographs import find_photographs
 from .spec import Spec, open_model
 from .tuning import TUNING
+from .verify import Reference
 
 Job = dict[str, Any]
 COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ne": "CPU_AND_NE"}
@@ -86,7 +87,8 @@ class Subject:
     @cached_property
     def _write_int8(self) -> Callable[[Path, Spec], None]:
         calibration = find_photographs(None, most=FEWEST_CALIBRATION)  # speed does not depend on the ranges
-        return int8_onnx_writer(deploy(self.opened[0], self.spec.img_size), self.spec, calibration, dynamic_batch=True)
+        source = Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
+        return int8_onnx_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
 
     @cached_property
     def coreml(self) -> Path:

@@ -16,6 +16,7 @@ from shvit.errors import InputError
 
 from .forms import Form, Normalized, layer_name
 from .onnx import INPUT, describe, quiet
+from .ranges import Range
 from .spec import Spec
 
 LABEL = "classLabel"
@@ -63,6 +64,7 @@ def write_coreml(
     classifier: bool = False,
     calibration: Sequence[torch.Tensor] = (),
     keep: Collection[str] = (),
+    ranges: dict[str, Range] | None = None,
 ) -> None:
     """Exports `model`, already deployed, with an input `image` and float32 outputs named by `spec.outputs`.
 
@@ -82,6 +84,7 @@ def write_coreml(
         calibration: photographs as uint8 (C, H, W) of `spec.img_size`, as `spec.transform(normalize=False)` gives them;
             w8a8 takes its activations' ranges from them.
         keep: names of convolutions and linear layers that are not quantised.
+        ranges: of the inputs of w8a8's layers, by the layer's name; those that are missing are learnt and put in.
 
     Raises:
         InputError: labels, photographs or names that do not fit, or w8a8 in several sizes.
@@ -101,7 +104,9 @@ def write_coreml(
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep),
+            pass_pipeline=pipeline(
+                spec, _traced_names(model, spec), _inputs(spec, calibration), keep, {} if ranges is None else ranges
+            ),
         )
         for key, value in describe(spec, labels).items():
             package.user_defined_metadata[key] = value

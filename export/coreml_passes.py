@@ -21,26 +21,34 @@ from shvit.errors import InputError
 
 from .coreml import written
 from .mil import LAYERS, Program
-from .ranges import LEVELS, best_range, histogram
+from .ranges import LEVELS, Range, best_range, histogram
 from .spec import Spec
 
 LEAST_SCALE = 2.0**-14  # float16's smallest normal number
 
 
-def pipeline(spec: Spec, names: Mapping[str, str], calibration: Sequence[torch.Tensor], keep: Collection[str]) -> Any:
+def pipeline(
+    spec: Spec,
+    names: Mapping[str, str],
+    calibration: Sequence[torch.Tensor],
+    keep: Collection[str],
+    ranges: dict[str, Range],
+) -> Any:
     """coremltools' own passes, then ours, then its quantiser of weights, as `spec.precision` needs them.
 
     Args:
         names: of the modules that are layers, by their names in what was traced.
         calibration: inputs of the traced graph, (1, C, H, W).
         keep: names of layers that are not quantised.
+        ranges: of layers' inputs, by the layer's name; those that are missing are learnt and put in.
     """
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass("shvit::name_layers")
     passes.set_options("shvit::name_layers", {"names": names, "keep": frozenset(keep)})
     if spec.precision == "w8a8":
         passes.append_pass("shvit::quantize_activations")
-        passes.set_options("shvit::quantize_activations", {"calibration": calibration, "keep": frozenset(keep)})
+        options = {"calibration": calibration, "keep": frozenset(keep), "ranges": ranges}
+        passes.set_options("shvit::quantize_activations", options)
     if spec.precision in ("int8", "w8a8"):
         passes.append_pass("shvit::quantize_weights")
         passes.set_options("shvit::quantize_weights", {"keep": frozenset(keep)})
@@ -87,15 +95,17 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
 
     calibration: ClassVar[Sequence[torch.Tensor]] = ()
     keep: ClassVar[frozenset[str]] = frozenset()
+    ranges: ClassVar[dict[str, Range]] = {}
 
     def apply(self, prog: Any) -> None:
         function = prog.functions["main"]
         layers = [op for op in layers_of(prog) if self._is_wanted(op)]
-        if not layers:
-            return
-        tensors = list(dict.fromkeys(op.inputs["x"] for op in layers))
-        ranges = calibrate(Program(function, "the traced model"), tensors, self.calibration)
-        _insert(function, layers, [ranges[op.inputs["x"]] for op in layers])
+        if missing := [op for op in layers if op.name not in self.ranges]:
+            tensors = list(dict.fromkeys(op.inputs["x"] for op in missing))
+            learnt = calibrate(Program(function, "the traced model"), tensors, self.calibration)
+            self.ranges.update({op.name: learnt[op.inputs["x"]] for op in missing})
+        if layers:
+            _insert(function, layers, [self.ranges[op.name] for op in layers])
 
     def _is_wanted(self, op: Any) -> bool:
         if op.name in self.keep or op.inputs["x"].val is not None:

@@ -1,26 +1,32 @@
 """From a model to a verified file of any format: deploy → write → certify, with layers kept out of int8 if need be."""
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from shvit.certificate import certificate_path
 from shvit.deploy import deploy
 from shvit.errors import InputError
-from shvit.files import remove, write_whole
+from shvit.files import write_whole
 
 from .forms import Probabilities, feature_maps, layers, without_softmax
-from .photographs import Photograph, read_pixels
+from .photographs import Photograph, read_pixels, spread
+from .quantize import LayerRanges
+from .ranges import Range
 from .runtimes import artefact_files, open_artefact
 from .spec import Precision, Spec, open_model
 from .tuning import TUNING
-from .verify import Certificate, certify, require
+from .verify import Certificate, Reference, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}
@@ -45,18 +51,72 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """What an artefact is made from, and what it is held against."""
+    """What artefacts are made from, and what they are held against.
 
-    model: nn.Module
-    """In eval mode, before deployment; it gives what the artefact is to give."""
+    Images are decoded and ranges learnt once for all artefacts of a source and those that `replace` makes of it.
+    """
+
+    reference: Reference
+    """The model, before deployment, which gives what the artefact is to give; and the images to verify with."""
     spec: Spec
-    labels: Sequence[str]
-    photographs: Sequence[Photograph]
-    """To verify with."""
-    photographs_from: str
+    """Of the artefact."""
     calibration: Sequence[Photograph]
     """To learn int8's ranges from."""
-    checkpoint: Path | None
+    _shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.reference.model
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.reference.labels
+
+    @cached_property
+    def size(self) -> int | None:
+        """That the model is deployed for; None for any."""
+        return None if self.spec.other_sizes else self.spec.img_size
+
+    def deployed(self) -> nn.Module:
+        """The model in its inference form."""
+        return self._once(("deployed", self.size), lambda: deploy(self.model, self.size))
+
+    def unfolded(self) -> nn.Module:
+        """The form that ONNX and OpenVINO have in int8."""
+        from .quantize import unfold_identities
+
+        return self._once(("unfolded", self.size), lambda: unfold_identities(self.deployed()))
+
+    def calibration_pixels(self) -> torch.Tensor:
+        """uint8 (n, C, H, W)."""
+        return self._once("calibration", lambda: read_pixels(self.calibration, self.spec))
+
+    def ranges(self) -> dict[str, LayerRanges]:
+        """Those of ONNX and OpenVINO in int8."""
+        from .quantize import activation_ranges
+
+        batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
+        return self._once("ranges", lambda: activation_ranges(without_softmax(self.unfolded()), batches))
+
+    def coreml_ranges(self) -> dict[str, Range]:
+        """Those of Core ML's w8a8, by the tensor's first layer; filled by the first file that is written."""
+        return self._once(("Core ML", self.spec.takes_pixels), dict)
+
+    def noise(self, unfolded: bool) -> dict[str, float]:
+        """The layers by the noise that int8 makes of them, worst first."""
+        from .quantize import layer_noise
+
+        def measure() -> dict[str, float]:
+            model = without_softmax(self.unfolded() if unfolded else self.deployed())
+            pixels = self.calibration_pixels()
+            return layer_noise(model, self.spec.normalize(pixels[spread(range(len(pixels)), RANKED_IMAGES)]))
+
+        return self._once(("noise", unfolded), measure)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
 
 def open_source_model(
@@ -88,31 +148,24 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
     """
     spec = source.spec
     _check_calibration(kind, source)
-    always_kept = float_layers(kind, deploy(source.model)) if spec.precision == "int8" else ()
+    always_kept = float_layers(kind, source.deployed()) if spec.precision == "int8" else ()
     with ExitStack() as stack:
         record = stack.enter_context(write_whole(certificate_path(output)))
         partials = [stack.enter_context(write_whole(file)) for file in artefact_files(output)]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.")))
         write = _writer(kind, source, options)
 
-        def attempt(kept: Sequence[str] = ()) -> Certificate:
-            for partial in partials:
-                remove(partial)  # the last attempt's may still be mapped into memory
-            write(partials[0], replace(spec, kept=tuple(dict.fromkeys((*always_kept, *kept)))))
-            artefact = open_artefact(partials[0])
-            return certify(
-                artefact,
-                source.model,
-                spec,
-                source.photographs,
-                source.photographs_from,
-                source.checkpoint,
-                output.name,
-            )
+        def attempt(kept: Sequence[str] = ()) -> tuple[Certificate, Path]:
+            path = Path(tempfile.mkdtemp(dir=folder)) / output.name
+            write(path, replace(spec, kept=tuple(dict.fromkeys((*always_kept, *kept)))))
+            return certify(open_artefact(path, rounded=True), source.reference, output.name), path
 
-        certificate = attempt()
-        if not certificate.passed and spec.precision in ("int8", "w8a8"):
-            certificate = _keep_fewest(attempt, _noisiest(kind, source))
+        certificate, path = attempt()
+        if certificate.passed is False and not certificate.faults and spec.precision in ("int8", "w8a8"):
+            certificate, path = _keep_fewest(attempt, certificate, source.noise(kind != "coreml"))
         require(certificate)
+        for partial, file in zip(partials, artefact_files(path), strict=True):
+            shutil.move(file, partial)
         record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
     return certificate
 
@@ -131,72 +184,82 @@ def _check_calibration(kind: Format, source: Source) -> None:
     precision = source.spec.precision
     if precision != LEARNING[kind]:
         return
-    if source.checkpoint is None:
+    if source.reference.checkpoint is None:
         raise InputError(f"--precision {precision} needs trained weights; give --checkpoint")
     if len(source.calibration) < FEWEST_CALIBRATION:
         raise InputError(f"{len(source.calibration)} photographs are too few to learn the ranges of {precision} from; "
                          f"give --calibration a folder of {FEWEST_CALIBRATION} or more, best some hundred")  # fmt: skip
 
 
-def _keep_fewest(attempt: Callable[[Sequence[str]], Certificate], candidates: Sequence[str]) -> Certificate:
-    from .quantize import fewest
-
-    count = fewest(lambda number: attempt(candidates[:number]).passed, most=len(candidates) // 2)
-    return attempt(candidates[:count])
+Attempt = tuple[Certificate, Path]
 
 
-def _noisiest(kind: Format, source: Source) -> list[str]:
-    """The layers by the noise that int8 makes of them, worst first."""
-    from .quantize import layer_noise, unfold_identities
+def _keep_fewest(
+    attempt: Callable[[Sequence[str]], Attempt], whole: Certificate, noise: Mapping[str, float]
+) -> Attempt:
+    """The file with the fewest of the noisiest layers in higher precision that holds, and is there already.
 
-    model = without_softmax(deploy(source.model, source.spec.img_size))
-    if kind != "coreml":
-        model = unfold_identities(model)
-    pixels = read_pixels(source.calibration[:: -(-len(source.calibration) // RANKED_IMAGES)], source.spec)
-    return list(layer_noise(model, source.spec.normalize(pixels)))
+    Args:
+        whole: of the file with none of them, which does not.
+        noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
+    """
+    from .quantize import smallest_passing
+
+    names, tried = list(noise), dict[int, Attempt]()
+
+    def holds(count: int) -> bool:
+        tried[count] = attempt(names[:count])
+        passing = tried[count][0].passed is not False
+        for number, (_, path) in list(tried.items()):
+            if number > count if passing else number < count:  # is not wanted any more
+                shutil.rmtree(path.parent, ignore_errors=True)
+        return passing
+
+    allowed = 10 ** ((whole.snr_db - whole.tolerance.snr_db) / 10)  # a share of the noise of `whole`
+    left = sum(noise.values()) * min(allowed, 1.0)
+    sums = list(accumulate(reversed(noise.values())))[::-1]  # of the layers from each one on
+    guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
+    limit = len(names) // 2
+    count = smallest_passing(holds, limit, max(1, min(guess, limit)))
+    return tried[count]
 
 
 def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, Spec], None]:
     """A function that writes the artefact, given which layers are kept; what all attempts share is done once."""
-    size = None if source.spec.other_sizes else source.spec.img_size
-    model = deploy(source.model, size)
     if kind == "coreml":
-        return _coreml_writer(model, source, options)
+        return _coreml_writer(source, options)
     if source.spec.precision == "int8":
-        write = int8_onnx_writer(model, source.spec, source.calibration, options.dynamic_batch, source.labels)
+        write = int8_onnx_writer(source.unfolded(), source.spec, source.ranges(), options.dynamic_batch, source.labels)
     else:
-        write = _onnx_writer(model, source, options)
+        write = _onnx_writer(source, options)
     return write if kind == "onnx" else _openvino_writer(write, source)
 
 
-def _onnx_writer(model: nn.Module, source: Source, options: Options) -> Callable[[Path, Spec], None]:
+def _onnx_writer(source: Source, options: Options) -> Callable[[Path, Spec], None]:
     from .onnx import write_onnx
 
-    return lambda path, spec: write_onnx(model, path, spec, options.dynamic_batch, source.labels)
+    return lambda path, spec: write_onnx(source.deployed(), path, spec, options.dynamic_batch, source.labels)
 
 
 def int8_onnx_writer(
-    model: nn.Module,
+    unfolded: nn.Module,
     spec: Spec,
-    calibration: Sequence[Photograph],
+    ranges: Mapping[str, LayerRanges],
     dynamic_batch: bool,
     labels: Sequence[str] = (),
 ) -> Callable[[Path, Spec], None]:
     """A function that writes an int8 ONNX file, given its spec, whose kept layers stay in float32.
 
     Args:
-        model: deployed, in eval mode.
-        calibration: to learn the ranges from.
+        unfolded: deployed and with its identities unfolded, in eval mode.
+        ranges: of `activation_ranges`.
     """
     from .onnx import read_onnx, write_onnx
-    from .quantize import activation_ranges, quantize_onnx, unfold_identities
+    from .quantize import quantize_onnx
 
-    model = unfold_identities(model)
-    pixels = read_pixels(calibration, spec)
-    ranges = activation_ranges(without_softmax(model), map(spec.normalize, pixels.split(CALIBRATION_BATCH)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
-        write_onnx(model, path, spec, dynamic_batch)
+        write_onnx(unfolded, path, spec, dynamic_batch)
         proto = read_onnx(path)
     return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
 
@@ -213,16 +276,17 @@ def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -
     return write
 
 
-def _coreml_writer(model: nn.Module, source: Source, options: Options) -> Callable[[Path, Spec], None]:
+def _coreml_writer(source: Source, options: Options) -> Callable[[Path, Spec], None]:
     from .coreml import write_coreml
 
-    pixels = list(read_pixels(source.calibration, source.spec)) if source.spec.precision == "w8a8" else []
+    learns = source.spec.precision == "w8a8"
     return lambda path, spec: write_coreml(
-        model,
+        source.deployed(),
         path,
         spec,
         labels=source.labels,
         classifier=options.classifier,
-        calibration=pixels,
+        calibration=list(source.calibration_pixels()) if learns else [],
         keep=spec.kept,
+        ranges=source.coreml_ranges(),
     )

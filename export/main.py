@@ -20,7 +20,7 @@ from .labels import find_labels
 from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model
-from .verify import Certificate, artefact_sha256, certify, require
+from .verify import MAX_FLOAT_MACS, Certificate, Reference, artefact_sha256, certify, require
 
 console = terminal.console()
 MOST_CLASSES_PRINTED = 50
@@ -165,15 +165,15 @@ class _FromModel:
 
     def _source(self, outputs: str) -> Source:
         model, spec = open_source_model(self.model, self.checkpoint, self.img_size, self.ema, outputs)
-        return Source(
+        reference = Reference(
             model=model,
             spec=spec,
-            labels=[] if outputs == "features" else find_labels(self.labels, spec.num_classes),
             photographs=find_photographs(self.images, spec.num_classes),
-            photographs_from=str(self.images or BUNDLED),
-            calibration=find_photographs(self.calibration, most=MAX_CALIBRATION),
+            image_source=str(self.images or BUNDLED),
+            labels=[] if outputs == "features" else find_labels(self.labels, spec.num_classes),
             checkpoint=self.checkpoint,
         )
+        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,13 +330,19 @@ class Verify:
     """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
 
     def run(self) -> dict[str, Any]:
-        artefact = open_artefact(self.artefact, native=self.runtime == "coreml")
+        artefact = open_artefact(self.artefact, native=self.runtime == "coreml", rounded=True)
         check_unchanged(self.artefact, artefact_sha256(self.artefact))
         model, spec = open_source_model(
             self.model, self.checkpoint, artefact.spec.img_size, self.ema, artefact.spec.gives
         )
-        photographs = find_photographs(self.images, spec.num_classes)
-        certificate = certify(artefact, model, spec, photographs, str(self.images or BUNDLED), self.checkpoint)
+        reference = Reference(
+            model=model,
+            spec=spec,
+            photographs=find_photographs(self.images, spec.num_classes),
+            image_source=str(self.images or BUNDLED),
+            checkpoint=self.checkpoint,
+        )
+        certificate = certify(artefact, reference)
         show(certificate)
         require(certificate)
         return asdict(certificate)
@@ -344,25 +350,51 @@ class Verify:
 
 def show(certificate: Certificate) -> None:
     """Prints a certificate for people."""
-    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
-    console.print(f"{certificate.artefact} {verdict}: {certificate.images} photographs in {certificate.runtime}")
+    console.print(_headline(certificate))
     table = Table("figure", _right("value"), show_header=False)
     rows = [
-        ("largest error", f"{certificate.max_abs_error:.1e}, relative {certificate.max_rel_error:.1e}"),
-        ("signal to noise", f"{certificate.snr_db:.1f} dB"),
+        ("signal to noise", f"{certificate.snr_db:.1f} dB below the outputs' spread"),
+        (
+            "error of an image, of the spread",
+            f"median {certificate.median_rel_error:.1e}, 99 % within {certificate.p99_rel_error:.1e}, "
+            f"largest {certificate.max_rel_error:.1e} ({certificate.worst_image})",
+        ),
+        ("largest difference", f"{certificate.max_abs_error:.1e}"),
         ("top-1 / top-5 agreement", f"{certificate.top1_agreement:.1f} / {certificate.top5_agreement:.1f} %"),
     ]
+    if certificate.changed:
+        near_ties = certificate.changed - certificate.changed_decisions
+        rows.append(("other top-1", f"{certificate.changed_decisions} decisions, {near_ties} near-ties"))
     if certificate.accuracy is not None:
         rows.append(("accuracy, model → file", f"{certificate.model_accuracy:.2f} → {certificate.accuracy:.2f} %"))
     if certificate.worst_layer is not None:
         rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
+    if largest := certificate.largest_values:
+        rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
     if kept := certificate.spec.kept:
         rows.append(("not in int8", f"{', '.join(kept)}: {certificate.kept_macs:.1f} % of the multiplications"))
+    rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
     rows.append(("preprocessing", f"within {certificate.grey_levels:.2g} grey levels of timm's"))
+    rows.append(("weights' file", "none: random weights" if certificate.random_weights else "trained"))
+    rows += [("note", note) for note in certificate.notes]
     rows.append(("size", f"{certificate.artefact_bytes / 1e6:.2f} MB"))
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _headline(certificate: Certificate) -> str:
+    """The verdict in a sentence, with what must not be overlooked."""
+    random = " with random weights" if certificate.random_weights else ""
+    compared = f"{certificate.images} photographs in {certificate.runtime}"
+    if certificate.passed is None:
+        return f"{certificate.artefact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
+    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
+    floats = ""
+    if certificate.kept_macs > MAX_FLOAT_MACS:
+        floats = (f"; {certificate.kept_macs:.0f} % of its multiplications are not in int8, without which it would "
+                  "not keep to the bounds")  # fmt: skip
+    return f"{certificate.artefact}{random} {verdict}: {compared}{floats}"
 
 
 @dataclass(frozen=True)

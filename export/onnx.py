@@ -148,6 +148,16 @@ def spec_from(metadata: dict[str, str], path: Path) -> Spec:
     return Spec.from_json(metadata[SPEC_KEY])
 
 
+def labels_from(metadata: dict[str, str]) -> tuple[str, ...]:
+    """The names of the classes among what a file says of itself; none where they are not a list of names."""
+    try:
+        labels = json.loads(metadata.get(LABELS_KEY, "[]"))
+    except ValueError:
+        return ()
+    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
+    return tuple(labels) if named else ()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps exporters' progress and deprecation warnings, which a user can do nothing about, off the terminal."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +53,55 @@ def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
     return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
 
 
-def compile_openvino(model: Any, precision: str, threads: int | None = None, whole: bool = True) -> Any:
+def compile_openvino(
+    model: Any, precision: str, threads: int | None = None, whole: bool = True, exact: bool = True
+) -> Any:
     """The IR for the CPU of this machine: arithmetic in bfloat16 where `precision` says so, in float32 otherwise.
 
-    A CPU without bfloat16 instructions computes it slowly, or falls back to float32.
+    A CPU without bfloat16 instructions computes it slowly, or falls back to float32. On one whose 8-bit sums saturate
+    int8 is computed in float32 (see `saturates`), unless `exact` is False.
 
     Args:
         whole: let the plugin move 8-bit scales from layer to layer, which is what makes int8 fast; what a layer
             between gives is then out of scale.
+        exact: compute int8 in float32 where the processor's 8-bit kernels are wrong.
     """
     import openvino as ov
     from openvino import properties
 
     arithmetic = ov.Type.bf16 if precision == "bf16" else ov.Type.f32
     options: dict[Any, Any] = {properties.hint.inference_precision(): arithmetic}
-    if not whole:
+    if not whole or (precision == "int8" and exact and saturates()):
         options["LP_TRANSFORMS_MODE"] = "NO"
     if threads is not None:
         options[properties.inference_num_threads()] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+@cache
+def saturates() -> bool:
+    """Whether OpenVINO's 8-bit kernels lose what is above 32767 in a sum of two products, as without VNNI or AMX.
+
+    Found out by a convolution with the largest values: x86's older instructions add up pairs of products in 16 bits.
+    Source: OpenVINO's and oneDNN's notes on 8-bit inference, "saturation (overflow) issue".
+    """
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    chans, top = 64, 255.0
+    ends = [np.float32(0), np.float32(top)] * 2
+    image = ops.parameter([1, chans, 8, 8], ov.Type.f32)
+    levels = ops.fake_quantize(image, *map(ops.constant, ends), levels=256)
+    weight = ops.multiply(
+        ops.convert(ops.constant(np.full((chans, chans, 1, 1), 127, np.int8)), "f32"), np.float32(1 / 127)
+    )
+    sums = ops.convolution(levels, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    again = ops.fake_quantize(sums, *map(ops.constant, [np.float32(0), np.float32(top * chans)] * 2), levels=256)
+    model = ov.Model([ops.result(again)], [image], "saturation")
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled(np.full((1, chans, 8, 8), top, np.float32))[0]
+    return bool(np.abs(found / (top * chans) - 1).max() > 0.05)
 
 
 def operators(model: Any) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Photographs to verify and to calibrate with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from .spec import Spec
 MAX_IMAGES = 512  # enough to see drift; each is run twice
 MAX_CALIBRATION = 256  # S1's ranges hardly differ from those of half as many
 BUNDLED = "scikit-image"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,16 @@ def find_photographs(folder: Path | None, num_classes: int = 0, most: int = MAX_
     """
     paths = photograph_files(folder)
     if folder is None:
-        return [Photograph(path, -1) for path in _spread(paths, most)]
+        return [Photograph(path, -1) for path in spread(paths, most)]
     classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     known = {name: index for index, name in enumerate(classes)} if len(classes) == num_classes else {}
-    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in _spread(paths, most)]
+    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in spread(paths, most)]
 
 
-def _spread(paths: list[Path], most: int) -> list[Path]:
-    return paths[:: math.ceil(len(paths) / most)]
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` of the items, as many as there are up to it, at even distances from first to last."""
+    count = min(limit, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_pixels(photographs: Sequence[Photograph], spec: Spec) -> torch.Tensor:

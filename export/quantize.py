@@ -19,10 +19,8 @@ from shvit.errors import InputError
 
 from .forms import layers
 from .onnx import LAYERS, quiet, save_onnx
-from .ranges import LEVELS, best_range, histogram
+from .ranges import LEVELS, Range, best_range, histogram
 from .spec import Spec
-
-Range = tuple[float, float]
 
 
 class LayerRanges(NamedTuple):
@@ -226,19 +224,21 @@ def _rounded_weight(weight: torch.Tensor) -> torch.Tensor:
     return torch.fake_quantize_per_channel_affine(weight, step, torch.zeros_like(step, dtype=torch.int32), 0, -127, 127)
 
 
-def fewest(holds: Callable[[int], bool], most: int) -> int:
-    """The smallest number up to `most` for which `holds`, by doubling and halving; `most` where none does.
+def smallest_passing(holds: Callable[[int], bool], limit: int, guess: int = 1) -> int:
+    """The smallest number from 1 to `limit` for which `holds`; `limit`, which is then tried, where none does.
 
-    It is tried as if whatever holds for a number held for every larger one.
+    It is tried as if whatever holds for a number held for every larger one: at `guess`, then in steps that double
+    until the border lies between two numbers, then by halving. `holds` was true of the number returned when it was
+    last asked.
     """
-    failed, tried = 0, 1
-    while tried < most and not holds(tried):
-        failed, tried = tried, 2 * tried
-    found = min(tried, most)
-    while found - failed > 1:
-        middle = (failed + found) // 2
-        if holds(middle):
-            found = middle
+    passing, failing, step = limit + 1, 0, 1
+    number = guess
+    while passing - failing > 1:
+        if holds(number):
+            passing, number = number, max(number - step, failing + 1)
         else:
-            failed = middle
-    return found
+            failing, number = number, min(number + step, limit, passing - 1)
+        step *= 2
+        if passing <= limit and failing:
+            number = (passing + failing) // 2
+    return min(passing, limit)

@@ -12,7 +12,16 @@ from torch import nn
 from shvit.errors import InputError
 from shvit.train.evaluate import Predict
 
-from .onnx import INPUT, LAYERS, metadata, operators, read_onnx, spec_from
+from .onnx import INPUT, LAYERS, labels_from, metadata, operators, read_onnx, spec_from
+from .parameters import (
+    LayerParameters,
+    coreml_parameters,
+    coreml_scale_faults,
+    onnx_parameters,
+    onnx_scale_faults,
+    openvino_parameters,
+    openvino_scale_faults,
+)
 from .spec import Spec
 
 Outputs = tuple[torch.Tensor, ...]
@@ -41,18 +50,30 @@ class Artefact:
     """What `spec.feed` makes → what `spec.outputs` names."""
     run_layers: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
     """What `spec.feed` makes → what each convolution and linear layer gives, by its dotted name where it is known."""
+    parameters: Callable[[], Mapping[str, LayerParameters]]
+    """The weights that each of these layers computes with."""
+    scale_faults: Callable[[], list[str]]
+    """Scales of 8-bit tensors that do not belong together, each as a sentence."""
+    labels: Sequence[str] = ()
+    """Names of the classes that the file holds."""
+    largest_values: Callable[[], Mapping[str, float]] = dict
+    """Of a file in half precision that is judged: the largest value seen in each operation, by its name."""
+    run_as_usual: Callable[[torch.Tensor], Outputs] | None = None
+    """`run` with the runtime's own settings, where `run` has others that keep 8-bit sums from overflowing."""
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → its first output, logits (B, classes) mostly."""
         return self.run(self.spec.feed(pixels))[0]
 
 
-def open_artefact(path: Path, threads: int | None = None, native: bool = False) -> Artefact:
+def open_artefact(path: Path, threads: int | None = None, native: bool = False, rounded: bool = False) -> Artefact:
     """A file of `shvit export`, by its suffix, in the runtime for it.
 
     Args:
         threads: of ONNX Runtime and OpenVINO; their choice (all cores) where None.
         native: run a Core ML package in Core ML, which is part of macOS, in place of `mil`.
+        rounded: compute half precision in half precision, rounding after each operation, whatever the processor has:
+            on a CPU the runtimes compute it in float32. For judging; it is slow.
 
     Raises:
         InputError: a suffix that no runtime here runs, no such file, one that cannot be read, or no Core ML.
@@ -60,7 +81,17 @@ def open_artefact(path: Path, threads: int | None = None, native: bool = False) 
     if path.suffix not in OPENERS:
         raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(OPENERS)}")
     artefact = OPENERS[path.suffix](path, threads)
-    return _in_coreml(artefact) if native else artefact
+    if native:
+        return _in_coreml(artefact)
+    return _rounded(artefact, threads) if rounded and artefact.spec.precision in HALVES else artefact
+
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precisions that are narrower than what CPUs compute in."""
+
+
+def _rounded(artefact: Artefact, threads: int | None) -> Artefact:
+    return artefact
 
 
 def artefact_files(path: Path) -> list[Path]:
@@ -83,6 +114,10 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
     proto = read_onnx(path)
     spec = _checked(path, spec_from(metadata(proto), path), [output.name for output in proto.graph.output])
     session = onnx_session(path, threads)
+
+    def run_as_usual(batch: torch.Tensor) -> Outputs:
+        return _run_onnx(onnx_session(path, threads, exact=False), batch)
+
     return Artefact(
         path,
         spec,
@@ -90,15 +125,21 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
         operators(proto),
         lambda batch: _run_onnx(session, batch),
         lambda batch: _run_onnx_layers(path, threads, batch),
+        lambda: onnx_parameters(proto),
+        lambda: onnx_scale_faults(proto),
+        labels_from(metadata(proto)),
+        run_as_usual=run_as_usual if spec.precision == "int8" else None,
     )
 
 
-def onnx_session(source: Path | bytes, threads: int | None = None) -> Any:
+def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool = True) -> Any:
     """ONNX Runtime on the CPU.
 
     Args:
         source: a file, or its content.
         threads: of one operator; ONNX Runtime's choice (all cores) where None.
+        exact: have 8-bit sums right on every processor. By default x86 without VNNI adds up pairs of products in 16
+            bits, which overflow.
 
     Raises:
         InputError: the file is not there or ONNX Runtime refuses it.
@@ -110,6 +151,8 @@ def onnx_session(source: Path | bytes, threads: int | None = None) -> Any:
         raise InputError(f"{source}: no such file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -147,12 +190,16 @@ def _run_onnx_layers(path: Path, threads: int | None, batch: torch.Tensor) -> di
 
 
 def _open_openvino(path: Path, threads: int | None) -> Artefact:
-    from .openvino import compile_openvino, read_openvino
+    from .openvino import compile_openvino, read_openvino, saturates
     from .openvino import operators as operations
 
     model, said = read_openvino(path)
     spec = _checked(path, spec_from(said, path), [output.any_name for output in model.outputs])
     compiled = compile_openvino(model, spec.precision, threads)
+
+    def run_as_usual(batch: torch.Tensor) -> Outputs:
+        return _run_openvino(compile_openvino(model, spec.precision, threads, exact=False), batch)
+
     return Artefact(
         path,
         spec,
@@ -160,6 +207,10 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
         operations(model),
         lambda batch: _run_openvino(compiled, batch),
         lambda batch: _run_openvino_layers(path, spec, threads, batch),
+        lambda: openvino_parameters(read_openvino(path)[0]),
+        lambda: openvino_scale_faults(read_openvino(path)[0]),
+        labels_from(said),
+        run_as_usual=run_as_usual if spec.precision == "int8" and saturates() else None,
     )
 
 
@@ -203,7 +254,17 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
         return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
-    return Artefact(path, spec, "mil", package.operators, run, run_layers)
+    return Artefact(
+        path,
+        spec,
+        "mil",
+        package.operators,
+        run,
+        run_layers,
+        lambda: coreml_parameters(package),
+        lambda: coreml_scale_faults(package),
+        labels_from(package.metadata),
+    )
 
 
 def _in_coreml(artefact: Artefact) -> Artefact:

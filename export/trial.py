@@ -17,14 +17,15 @@ from .cases import Settings, Subject
 from .content import WEB, Content
 from .formats import FEWEST_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
 from .labels import find_labels
-from .onnx import INPUT, LABELS_KEY, metadata, read_onnx
+from .onnx import INPUT, labels_from, metadata, read_onnx
 from .ort_web import BUILDS, CDN, VERSION, integrity
 from .phone_record import NAME_CHARS, PRECISIONS
 from .photographs import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs, read_pixels
 from .published import published_top1
 from .runtimes import open_artefact
 from .spec import Precision, Spec
-from .verify import TOLERANCES
+from .verdict import TOLERANCES
+from .verify import Reference
 
 MOST_PHOTOGRAPHS = 8
 SCRIPTS = ("phone.js", "measure.js", "elements.js", "phone_worker.js", "pixels.js", "phone.css")
@@ -130,12 +131,8 @@ def take_file(path: Path) -> TrialModel:
 
 def _labels(path: Path, num_classes: int) -> tuple[str, ...]:
     """The names that a file has for its classes; none where it has none, or other than names for all of them."""
-    try:
-        labels = json.loads(metadata(read_onnx(path)).get(LABELS_KEY, "[]"))
-    except ValueError:
-        return ()
-    named = isinstance(labels, list) and len(labels) == num_classes and all(isinstance(each, str) for each in labels)
-    return tuple(labels) if named else ()
+    labels = labels_from(metadata(read_onnx(path)))
+    return labels if len(labels) == num_classes else ()
 
 
 def _export(subject: Subject, precision: Precision, images: Path | None) -> TrialModel:
@@ -148,13 +145,15 @@ def _export(subject: Subject, precision: Precision, images: Path | None) -> Tria
     certified = precision != "int8" or checkpoint is not None
     if certified:
         photographs = find_photographs(images, spec.num_classes)
-        source = Source(model, spec, labels, photographs, str(images or BUNDLED), calibration, checkpoint)
-        spec = export("onnx", path, source, Options()).spec
+        reference = Reference(model, spec, photographs, str(images or BUNDLED), labels, checkpoint)
+        spec = export("onnx", path, Source(reference, spec, calibration), Options()).spec
     else:  # speed does not depend on what int8 makes of random weights
         spec = replace(spec, kept=float_layers("onnx", deploy(model)))
         certificate_path(path).unlink(missing_ok=True)  # of an earlier file
         with write_whole(path) as partial:
-            int8_onnx_writer(deploy(model, spec.img_size), spec, calibration, False, labels)(partial, spec)
+            reference = Reference(model, spec, [], "", labels)
+            source = Source(reference, spec, calibration)
+            int8_onnx_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
     return TrialModel(
         name=subject.name,
         path=path,

@@ -20,8 +20,11 @@ from shvit.cli import run
 from shvit.deploy import deploy
 from shvit.errors import CheckFailed, InputError
 from shvit.export.onnx import operators, read_onnx
+from shvit.export.photographs import find_photographs, read_pixels
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, open_model, randomize_norms
+
+from conftest import settle
 
 CLASSES = 3
 
@@ -33,6 +36,8 @@ def made(tmp_path_factory):
     torch.manual_seed(3)
     model = timm.create_model("tiny_vit", num_classes=CLASSES)
     randomize_norms(model)
+    spec = Spec.of("tiny_vit", model, 64)
+    settle(model, spec.normalize(read_pixels(find_photographs(None), spec)))
     write_checkpoint(model.state_dict(), folder / "s1.safetensors")
     source = ["--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
     half = ["--precision", "fp16"]
@@ -108,7 +113,7 @@ def test_coreml_package_reads_back_with_image_input_and_all_weights(made):
     certificate = json.loads((folder / "s1.mlpackage.certificate.json").read_text())
     assert certificate == json.loads(json.dumps(results["coreml"]["certificate"]))
     assert certificate["runtime"] == "mil"
-    assert certificate["snr_db"] > 90
+    assert certificate["snr_db"] > 75
 
 
 @pytest.mark.parametrize("kind", ["onnx", "coreml"])
@@ -116,7 +121,7 @@ def test_half_precision_halves_the_weights_and_keeps_the_answers(made, kind):
     folder, model, results = made
     whole, half = results[kind]["certificate"], results[f"{kind} fp16"]["certificate"]
     assert half["passed"]
-    assert 40 < half["snr_db"] < 80 < whole["snr_db"]
+    assert 34 < half["snr_db"] < 70 < whole["snr_db"]
     assert whole["artefact_bytes"] - half["artefact_bytes"] > 1.7 * sum(p.numel() for p in model.parameters())
     suffix = ".onnx" if kind == "onnx" else ".mlpackage"
     assert open_artefact(folder / f"half{suffix}").spec.precision == "fp16"
@@ -315,6 +320,8 @@ def test_model_of_one_channel_sees_grey_levels(tmp_path):
 
     model = timm.create_model("shvit_s1", num_classes=2, in_chans=1).eval()
     randomize_norms(model)
+    spec = Spec.of("shvit_s1", model, 64)
+    settle(model, spec.normalize(read_pixels(find_photographs(None), spec)))
     write_checkpoint(model.state_dict(), tmp_path / "grey.pth")
     source = ["--model", "shvit_s1", "--checkpoint", f"{tmp_path}/grey.pth", "--img-size", "64"]
     assert run(["export", "onnx", *source, "--output", f"{tmp_path}/grey.onnx"])["certificate"]["passed"]

@@ -14,14 +14,14 @@ from shvit.export.onnx import LAYERS, read_onnx, write_onnx
 from shvit.export.quantize import (
     Unfolded,
     activation_ranges,
-    fewest,
+    smallest_passing,
     layer_noise,
     quantize_onnx,
     unfold_identities,
 )
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, randomize_norms
-from shvit.export.verify import snr_db
+from shvit.export.verdict import snr_db
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,15 @@ def test_unfolded_identities_leave_the_answers_and_smaller_weights():
     assert all(before[name].groups == before[name].in_channels for name in found)
 
 
-@pytest.mark.parametrize("smallest", range(1, 12))
-def test_fewest_is_the_smallest_number_that_holds(smallest):
+@pytest.mark.parametrize("smallest", range(1, 13))
+@pytest.mark.parametrize("guess", [1, 4, 11])
+def test_smallest_passing_is_found_and_was_tried(smallest, guess):
     tried = []
-    assert fewest(lambda number: tried.append(number) or number >= smallest, most=11) == smallest
-    assert len(tried) <= 8
-    assert fewest(lambda _: False, most=11) == 11
+    found = smallest_passing(lambda number: tried.append(number) or number >= smallest, limit=11, guess=guess)
+    assert found == min(smallest, 11)
+    assert found in tried
+    assert tried[0] == guess
+    assert len(set(tried)) == len(tried) <= 8
 
 
 def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny_file):

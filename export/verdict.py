@@ -1,0 +1,207 @@
+"""How far two sets of outputs are apart, and what that means: passed, refused or undecided.
+
+Every error is a share of the *spread* of the model's outputs: the root mean square, over the images, of an output's
+distance from the mean output, where an output is all numbers that one image gives (logits, probabilities, a feature
+map) and distance is Euclidean. It is one number for a whole set of images, so that no image is judged by its own
+margin, and it means the same for one output or 21 thousand classes: a file that ignores its input is off by 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from shvit.errors import CheckFailed
+
+from .spec import Precision
+
+Verdict = Literal["passed", "refused", "undecided"]
+
+TINY = torch.finfo(torch.float64).tiny
+MAX_DB = 200.0
+MIN_EVIDENCE = 0.1
+"""Least spread, as a share of the outputs' own root mean square, that lets errors be told from rounding: random
+SHViTs have 0.001 to 0.003, trained ones above 0.5 on images of their classes."""
+MIN_IMAGES = 8
+"""Fewer images are no evidence."""
+SIGMAS = 3.0
+"""A decision is one that errors of the bound's size, if normal, turn in one case of a thousand at most."""
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an artefact must keep to."""
+
+    snr_db: float
+    """Least signal to noise: power of the spread over the mean power of the errors."""
+    max_rel_error: float
+    """Largest error of one image, as a share of the spread."""
+    top1_agreement: float
+    """Percent of the model's decisions that stay; on few images a binomial interval is asked whether it can be that."""
+
+
+# The bounds lie between what sound files and files with one deliberate defect have: see the picture in README.md.
+INT8 = Tolerance(snr_db=26.0, max_rel_error=0.4, top1_agreement=98.5)
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(snr_db=60.0, max_rel_error=1e-2, top1_agreement=100.0),
+    "fp16": Tolerance(snr_db=34.0, max_rel_error=0.2, top1_agreement=99.5),
+    "bf16": Tolerance(snr_db=22.0, max_rel_error=0.4, top1_agreement=98.5),
+    "int8": INT8,
+    "w8a8": INT8,
+}
+
+
+def compare(
+    reference: torch.Tensor, output: torch.Tensor, tolerance: Tolerance, probabilities: bool = False
+) -> dict[str, float]:
+    """Figures of one output's errors over a set of images.
+
+    Args:
+        reference: the model's, (n, classes) or (n, C, H, W).
+        output: the artefact's, of the same shape.
+        probabilities: what rounding moves in them is between the highest two, not spread over all classes.
+
+    Returns:
+        spread, evidence: the scale of all errors, and its share of the outputs' root mean square.
+        max_abs_error: the largest difference of two numbers.
+        median_rel_error, p90_rel_error, p99_rel_error, max_rel_error: of the images' errors, as shares of the spread.
+        worst_image: the index of the last of these.
+        snr_db: power of the spread over the errors' mean power, at most 200.
+        size_snr_db: the same for the outputs' own power in place of the spread's.
+        cosine: the lowest of an image's two outputs.
+        top1_agreement, top5_agreement: percent of the images with the same highest class, percent of the model's five
+            highest that are among the artefact's; 100 for what has no classes.
+        changed: images with another highest class.
+        decisions: images on which the model is surer of its highest class than the tolerance lets rounding move it.
+        changed_decisions: those of them with another highest class.
+
+    Raises:
+        CheckFailed: the shapes differ, or the output is not finite.
+    """
+    if reference.shape != output.shape:
+        shapes = f"{tuple(output.shape)}, and its model {tuple(reference.shape)}"
+        raise CheckFailed(f"the artefact gives outputs of shape {shapes}", {"output_shape": list(output.shape)})
+    if not torch.isfinite(output).all():
+        raise CheckFailed("the artefact gives NaN or infinite outputs", {"finite": False})
+    classes = reference.shape[1] if reference.dim() == 2 else 0
+    reference, output = reference.double().flatten(1), output.double().flatten(1)
+    size = reference.square().sum(1).mean().sqrt().item()
+    spread = (reference - reference.mean(0)).square().sum(1).mean().sqrt().item()
+    errors = (reference - output).square().sum(1).sqrt()  # (n,)
+    power = errors.square().mean().item()
+    shares = errors / max(spread, TINY)
+    quantiles = shares.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+    movable = SIGMAS * math.sqrt(2) * 10 ** (-tolerance.snr_db / 20) * spread
+    movable /= math.sqrt(2 if probabilities else max(classes, 1))
+    return {
+        "spread": spread,
+        "evidence": spread / size if size else 0.0,
+        "max_abs_error": (reference - output).abs().max().item(),
+        **dict(zip(("median_rel_error", "p90_rel_error", "p99_rel_error"), map(_finite, quantiles), strict=True)),
+        "max_rel_error": _finite(shares.max().item()),
+        "worst_image": int(shares.argmax()),
+        "snr_db": _db(spread**2, power),
+        "size_snr_db": _db(size**2, power),
+        "cosine": torch.cosine_similarity(reference, output, eps=TINY).min().item(),
+        **(_decisions(reference, output, movable) if classes > 1 else NO_DECISIONS),
+    }
+
+
+NO_DECISIONS: dict[str, float] = {
+    "top1_agreement": 100.0,
+    "top5_agreement": 100.0,
+    "changed": 0,
+    "decisions": 0,
+    "changed_decisions": 0,
+}
+
+
+def _decisions(reference: torch.Tensor, output: torch.Tensor, movable: float) -> dict[str, float]:
+    top = min(5, reference.shape[1])
+    ranked, found = reference.topk(top), output.topk(top).indices
+    sure = ranked.values[:, 0] - ranked.values[:, 1] > movable
+    changed = output.argmax(1) != reference.argmax(1)
+    return {
+        "top1_agreement": 100 * (~changed).double().mean().item(),
+        "top5_agreement": 100 * (ranked.indices[:, :, None] == found[:, None]).any(2).double().mean().item(),
+        "changed": int(changed.sum()),
+        "decisions": int(sure.sum()),
+        "changed_decisions": int((changed & sure).sum()),
+    }
+
+
+def snr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
+    """Power of `reference` over that of the difference, in dB, at most 200."""
+    reference, output = reference.double(), output.double()
+    return _db(reference.square().sum().item(), (reference - output).square().sum().item())
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return MAX_DB
+    return max(min(10 * math.log10(max(signal, TINY) / noise), MAX_DB), -MAX_DB)
+
+
+def _finite(share: float) -> float:
+    """JSON holds no infinity: a share of no spread at all is a large number."""
+    return min(share, 1e12)
+
+
+def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple[Verdict, list[str]]:
+    """What the figures of `compare` mean, and why where that is not a pass.
+
+    Without evidence, errors are held against the outputs' own size: what is wrong even so is refused, and the rest is
+    undecided.
+    """
+    undecided = lack_of_evidence(figures, images)
+    if undecided:
+        if figures["size_snr_db"] < tolerance.snr_db:
+            return "refused", [f"{figures['size_snr_db']:.1f} dB below the outputs' own size "
+                               f"(at least {tolerance.snr_db:g})"]  # fmt: skip
+        return "undecided", [undecided]
+    reasons = []
+    if figures["snr_db"] < tolerance.snr_db:
+        reasons.append(f"signal to noise {figures['snr_db']:.1f} dB (at least {tolerance.snr_db:g})")
+    if figures["max_rel_error"] > tolerance.max_rel_error:
+        reasons.append(f"an image is off by {figures['max_rel_error']:.1e} of the outputs' spread "
+                       f"(at most {tolerance.max_rel_error:g})")  # fmt: skip
+    changed, decisions = int(figures["changed_decisions"]), int(figures["decisions"])
+    if lowest_rate(changed, decisions) > 1 - tolerance.top1_agreement / 100:
+        reasons.append(f"{changed} of {decisions} decisions changed (at most {100 - tolerance.top1_agreement:g} %)")
+    return ("refused" if reasons else "passed"), reasons
+
+
+def lack_of_evidence(figures: dict[str, float], images: int) -> str:
+    """Why a set of images can't tell a sound file from another; empty where it can."""
+    if images < MIN_IMAGES:
+        return f"{images} {'image is' if images == 1 else 'images are'} too few, {MIN_IMAGES} are needed"
+    if figures["evidence"] < MIN_EVIDENCE:
+        return (f"the model's outputs hardly differ between these images, by {100 * figures['evidence']:.2g} % of "
+                f"their size (at least {100 * MIN_EVIDENCE:g})")  # fmt: skip
+    return ""
+
+
+def lowest_rate(count: int, trials: int) -> float:
+    """The lower end of the one-sided Clopper-Pearson interval of a rate, given `count` of `trials`."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(1 - CONFIDENCE, count, trials - count + 1)) if count else 0.0
+
+
+def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """Refused if one is, else undecided if one is."""
+    order: tuple[Verdict, ...] = ("refused", "undecided", "passed")
+    return next(each for each in order if each in verdicts)
+
+
+def worst_figures(outputs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The least favourable of each figure over several outputs and sizes."""
+    lowest = ("evidence", "snr_db", "size_snr_db", "cosine", "top1_agreement", "top5_agreement", "decisions", "spread")
+    worst = max(outputs, key=lambda each: each["max_rel_error"])
+    figures: dict[str, Any] = {
+        key: (min if key in lowest else max)(each[key] for each in outputs) for key in outputs[0]
+    }
+    return {**figures, "worst_image": worst["worst_image"]}
