@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import settle
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
@@ -23,8 +24,6 @@ from shvit.export.onnx import operators, read_onnx
 from shvit.export.photographs import find_photographs, read_pixels
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, open_model, randomize_norms
-
-from conftest import settle
 
 CLASSES = 3
 

@@ -12,6 +12,7 @@ import openvino
 import pytest
 import timm
 import torch
+from conftest import settle
 from PIL import Image
 
 from shvit.checkpoint import write_checkpoint
@@ -20,8 +21,6 @@ from shvit.errors import CheckFailed, InputError
 from shvit.export import formats, table, verdict
 from shvit.export.labels import find_labels
 from shvit.export.spec import Spec, randomize_norms
-
-from conftest import settle
 
 CLASSES = 3
 LOOSE = verdict.Tolerance(snr_db=0, max_rel_error=10, top1_agreement=0)

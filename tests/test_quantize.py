@@ -14,9 +14,9 @@ from shvit.export.onnx import LAYERS, read_onnx, write_onnx
 from shvit.export.quantize import (
     Unfolded,
     activation_ranges,
-    smallest_passing,
     layer_noise,
     quantize_onnx,
+    smallest_passing,
     unfold_identities,
 )
 from shvit.export.runtimes import open_artefact

@@ -1,5 +1,6 @@
 """The figures of errors against NumPy and SciPy, and what they mean."""
 
+import itertools
 import json
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_spread_takes_as_many_as_it_may_from_first_to_last(count, limit):
     assert len(chosen) == len(set(chosen)) == min(count, limit)
     assert chosen[0] == 0
     assert chosen[-1] >= count - count / limit - 1
-    distances = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    distances = {b - a for a, b in itertools.pairwise(chosen)}
     assert not distances or max(distances) - min(distances) <= 1
 
 
