@@ -24,7 +24,7 @@ from .photographs import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs,
 from .published import published_top1
 from .runtimes import open_artefact
 from .spec import Precision, Spec
-from .verdict import TOLERANCES
+from .verdict import MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_changes
 from .verify import Reference
 
 MOST_PHOTOGRAPHS = 8
@@ -241,11 +241,22 @@ def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict
         "labels": _add(served, Content.of(json.dumps(model.labels).encode(), ".json"), ".json"),
         "spec": asdict(model.spec),
         "input": INPUT,
-        "tolerance": asdict(TOLERANCES[model.spec.precision]),
+        "tolerance": tolerance(model.spec.precision, len(photographs)),
         "certified": model.certified,
         "trained": model.trained,
         "gmacs": model.gmacs,
         "top1": model.top1,
+    }
+
+
+def tolerance(precision: Precision, images: int) -> dict[str, float]:
+    """What the page holds answers against, as `verdict.judge` does."""
+    allowed = TOLERANCES[precision]
+    return {
+        **asdict(allowed),
+        "max_changed": allowed_changes(allowed, images),
+        "min_evidence": MIN_EVIDENCE,
+        "sigmas": SIGMAS,
     }
 
 

@@ -4,7 +4,8 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from shvit.export.records import read_measurements
 from shvit.export.runtimes import open_artefact
 from shvit.export.site import write_site
 from shvit.export.tls import self_signed
-from shvit.export.trial import Pace, contents, few_photographs, policy, prepare
-from shvit.export.verify import TOLERANCES, compare
+from shvit.export.trial import Pace, contents, few_photographs, policy, prepare, tolerance
+from shvit.export.verdict import TOLERANCES, compare, judge
 from shvit.train.data import open_image
 
 PACE = Pace(rounds=2, turn_s=0.05, sustained_s=2)
@@ -196,25 +197,32 @@ def test_answers_are_those_of_onnx_runtime_on_this_machine(browser, serving, tri
         return all;"""
     for each, answers in zip(tried, call(browser, code, threads), strict=True):
         expected = open_artefact(each.path)(read_pixels(few_photographs(None), each.spec))
-        found, tolerance = compare(expected, torch.tensor(answers)), TOLERANCES[each.spec.precision]
-        assert found["max_rel_error"] < (1e-4 if each.spec.precision == "fp32" else tolerance.rel_error)
-        assert found["snr_db"] > tolerance.snr_db
+        allowed = TOLERANCES[each.spec.precision]
+        found = compare(expected, torch.tensor(answers), allowed)
+        assert found["max_rel_error"] < allowed.max_rel_error
+        assert found["size_snr_db"] > allowed.snr_db
         assert found["top1_agreement"] == 100
 
 
-def test_figures_are_the_certificates(browser, serving):
-    """measure.js against verify.compare, on answers that differ a little and a lot."""
+def test_figures_and_verdicts_are_the_certificates(browser, serving):
+    """measure.js against verdict.py, on answers that differ a little and a lot, with near-ties and without evidence."""
     show(browser, at(serving))
     generator = np.random.default_rng(0)
-    expected = generator.normal(size=(6, 10)).astype(np.float32)
-    for noise in (0.0, 1e-3, 0.5):
+    code = "return m.compare(Float32Array.from(a[0]), a[1].map((x) => Float32Array.from(x)), a[2], a[3])"
+    for classes, offset, noise in product((1, 2, 10), (0.0, 300.0), (0.0, 1e-3, 0.02, 0.5)):
+        expected = (offset + generator.normal(size=(8, classes))).astype(np.float32)
         answers = (expected + noise * generator.normal(size=expected.shape)).astype(np.float32)
-        code = "return m.compare(Float32Array.from(a[0]), a[1].map((x) => Float32Array.from(x)), a[2])"
-        found = call(browser, code, expected.ravel().tolist(), answers.tolist(), asdict(TOLERANCES["fp16"]))
-        wanted = compare(torch.tensor(expected), torch.tensor(answers))
-        for figure in ("max_rel_error", "snr_db", "top1_agreement"):
-            assert found[figure] == pytest.approx(wanted[figure], rel=1e-5, abs=1e-6)
-        assert found["passed"] == (noise < 0.1)
+        for precision, probabilities in (("fp32", False), ("int8", False), ("int8", True)):
+            served = tolerance(precision, 8)
+            found = call(browser, code, expected.ravel().tolist(), answers.tolist(), served, probabilities)
+            allowed = TOLERANCES[precision]
+            wanted = compare(torch.tensor(expected), torch.tensor(answers), allowed, probabilities)
+            scale = "size_snr_db" if offset else "snr_db"
+            assert found["snr_db"] == pytest.approx(wanted[scale], rel=1e-5, abs=1e-6)
+            assert found["top1_agreement"] == pytest.approx(wanted["top1_agreement"])
+            if not offset:
+                assert found["max_rel_error"] == pytest.approx(wanted["max_rel_error"], rel=1e-5, abs=1e-6)
+                assert found["passed"] == (judge(wanted, allowed, 8)[0] == "passed")
 
 
 def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
@@ -243,8 +251,8 @@ def test_wrong_answers_are_refused_before_they_are_timed(browser, tried, runtime
     wrong = contents(tried[:1], few_photographs(None), runtime, PACE, "records")
     with Serving(wrong, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
-        assert measure(page).startswith("done and sent; nothing could be timed: wrong answers: relative error")
-        assert all(case.error.startswith("wrong answers: relative error") for case in serving.records[-1].cases)
+        assert measure(page).startswith("done and sent; nothing could be timed: wrong answers: an error of")
+        assert all(case.error.startswith("wrong answers: an error of") for case in serving.records[-1].cases)
         assert not any(case.rounds or case.check.passed for case in serving.records[-1].cases)
         assert "wrong answers" in text(page, "#chart")
 

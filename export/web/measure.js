@@ -192,41 +192,57 @@ async function check(engine, trial, model) {
   const inputs = await photographsOf(trial, model);
   const expected = new Float32Array(await bytesOf(model.expected, "the expected answers"));
   const { answers, calls } = await engine.ask("answer", { inputs });
-  return { found: compare(expected, answers, model.tolerance), first: calls[0], input: inputs[0] };
+  const probabilities = model.spec.outputs[0] === "probabilities";
+  return { found: compare(expected, answers, model.tolerance, probabilities), first: calls[0], input: inputs[0] };
 }
 
-/** Figures of answers (n of them) against the expected ones, (n, classes) one after the other. */
-export function compare(expected, answers, tolerance) {
-  const classes = expected.length / answers.length;
-  let [signal, noise, largest, differ] = [0, 0, 0, 0];
-  answers.forEach((answer, i) => {
+/**
+ * Figures of answers (n of them) against the expected ones, (n, classes) one after the other; see verdict.py.
+ *
+ * Errors are shares of the expected answers' spread over all images; where these hardly differ, of their size.
+ */
+export function compare(expected, answers, tolerance, probabilities = false) {
+  const images = answers.length;
+  const classes = expected.length / images;
+  const wanted = answers.map((_, i) => expected.subarray(i * classes, (i + 1) * classes));
+  answers.forEach((answer) => {
     if (answer.length !== classes) throw new Error(`it gives ${answer.length} numbers, and ${classes} are expected`);
     if (!answer.every(Number.isFinite)) throw new Error("it gives NaN or infinite answers");
-    const wanted = expected.subarray(i * classes, (i + 1) * classes);
-    let error = 0;
-    wanted.forEach((value, j) => {
-      signal += value ** 2;
-      noise += (value - answer[j]) ** 2;
-      error = Math.max(error, Math.abs(value - answer[j]));
-    });
-    const spread = wanted.reduce((a, b) => Math.max(a, b)) - wanted.reduce((a, b) => Math.min(a, b));
-    largest = Math.max(largest, error && Math.min(error / spread, MOST_ERROR)); // equal answers have no spread
-    differ += highest(wanted) !== highest(answer);
   });
-  const snr = noise ? Math.min(200, 10 * Math.log10(Math.max(signal, Number.MIN_VALUE) / noise)) : 200;
-  const agreement = 100 - (100 * differ) / answers.length;
+  const mean = Float64Array.from({ length: classes }, (_, j) => wanted.reduce((sum, each) => sum + each[j] / images, 0));
+  const size = Math.sqrt(wanted.reduce((sum, each) => sum + distance(each, null) ** 2, 0) / images);
+  const spread = Math.sqrt(wanted.reduce((sum, each) => sum + distance(each, mean) ** 2, 0) / images);
+  const scale = spread >= tolerance.min_evidence * size ? spread : size;
+  const errors = wanted.map((each, i) => distance(each, answers[i]));
+  const noise = errors.reduce((sum, error) => sum + error ** 2, 0) / images;
+  const largest = Math.max(...errors);
+  const snr = noise ? Math.min(200, 10 * Math.log10(Math.max(scale ** 2, Number.MIN_VALUE) / noise)) : 200;
+  const competing = probabilities ? 2 : classes;
+  const movable = (tolerance.sigmas * Math.SQRT2 * 10 ** (-tolerance.snr_db / 20) * scale) / Math.sqrt(competing);
+  const changed = wanted.map((each, i) => highest(each) !== highest(answers[i]));
+  const decisions = changed.filter((each, i) => each && margin(wanted[i]) > movable).length;
+  const share = largest && Math.min(largest / scale, MOST_ERROR);
   return {
-    images: answers.length, max_rel_error: largest, snr_db: snr, top1_agreement: agreement,
-    passed: largest <= tolerance.rel_error && snr >= tolerance.snr_db
-      && (agreement >= tolerance.top1_agreement || differ <= tolerance.spare),
+    images, max_rel_error: share, snr_db: snr, top1_agreement: 100 - (100 * changed.filter(Boolean).length) / images,
+    passed: snr >= tolerance.snr_db && share <= tolerance.max_rel_error && decisions <= tolerance.max_changed,
   };
+}
+
+/** Euclidean, to the origin where there is no other. */
+const distance = (values, other) =>
+  Math.sqrt(values.reduce((sum, value, j) => sum + (value - (other ? other[j] : 0)) ** 2, 0));
+
+/** How far the highest value is above the second. */
+function margin(values) {
+  const top = highest(values);
+  return values[top] - values.reduce((best, value, j) => (j === top ? best : Math.max(best, value)), -Infinity);
 }
 
 const highest = (values) => values.indexOf(values.reduce((a, b) => Math.max(a, b)));
 
 /** One line for a check that did not hold. */
 const driftOf = (found, { tolerance }) =>
-  `wrong answers: relative error ${found.max_rel_error.toExponential(1)} (allowed ${tolerance.rel_error}), `
+  `wrong answers: an error of ${found.max_rel_error.toExponential(1)} of their spread (allowed ${tolerance.max_rel_error}), `
   + `${found.snr_db.toFixed(1)} dB (at least ${tolerance.snr_db}), same top-1 ${found.top1_agreement.toFixed(0)} %`;
 
 // --- time -------------------------------------------------------------------------------------------------------------
