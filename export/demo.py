@@ -24,6 +24,7 @@ MODEL = "shvit_s1"
 TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SHOWN = 18  # photographs in the page
 SHOWN_WRONG = 6
+NEAR_TIES = 0.5  # percent: on another processor a photograph whose two highest logits are equal may turn
 console = terminal.console()
 
 
@@ -46,7 +47,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
         What each step returned, and the seconds it took.
 
     Raises:
-        CheckFailed: an artefact drifts, or the ONNX file's accuracy is not PyTorch's.
+        CheckFailed: an artefact drifts, or the ONNX file's accuracy is further from PyTorch's than near-ties explain.
     """
     seconds: dict[str, float] = {}
 
@@ -62,6 +63,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs else ())]
     trained = step("train", "train", "demo", "--output", output / "train", *options)
     source = ["--model", MODEL, "--checkpoint", trained["checkpoint"], "--img-size", trained["img_size"]]
+    source += ["--images", data or _cells()]  # what the model knows: others hardly move its outputs
     onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")
     coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
     model = torch_predict(_model(trained))
@@ -82,6 +84,13 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     }
 
 
+def _cells() -> Path:
+    """The folder of elpv-dataset's photographs."""
+    import elpv_dataset
+
+    return Path(elpv_dataset.__file__).parent / "data"
+
+
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
     from shvit.checkpoint import create_model
 
@@ -92,7 +101,7 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
     """Both accuracies on the same held-out photographs.
 
     Raises:
-        CheckFailed: they differ.
+        CheckFailed: they differ by more than `NEAR_TIES`.
     """
     exported = open_artefact(artefact)
     dataset, spec = open_dataset(data, "val"), exported.spec
@@ -100,7 +109,7 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
         evaluate(model, eval_loader(dataset, spec.transform(), batch_size=32), spec.num_classes),
         evaluate(exported, eval_loader(dataset, spec.transform(normalize=False), batch_size=32), spec.num_classes),
     )
-    if accuracy.torch.top1 != accuracy.onnx.top1:
+    if abs(accuracy.torch.top1 - accuracy.onnx.top1) > NEAR_TIES:
         raise CheckFailed(
             f"{artefact} is right on {accuracy.onnx.top1:.2f} % of the held-out photographs, its model on "
             f"{accuracy.torch.top1:.2f} %",

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from shvit.cli import run
@@ -23,7 +24,7 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch
     monkeypatch.setattr("shvit.export.bench.TURN_S", 0.0)  # no time that is measured means anything
     monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
     result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
-    assert result["top1"] == result["top1_onnx"]
+    assert result["top1"] == pytest.approx(result["top1_onnx"], abs=0.5)
     assert result["certificate"]["passed"]
     assert set(result["seconds"]) == {"train", "export to ONNX", "export to Core ML", "time"}
     names = {path.name for path in out.iterdir()}
