@@ -20,6 +20,12 @@ from shvit.errors import InputError
 from .onnx import INPUT, LAYERS
 
 ROWS = 16  # of a batch at a time, which bounds memory
+MOVES = (
+    *("Broadcast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu"),
+    *("Reshape", "Select", "Slice", "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze"),
+    *("VariadicSplit", "Where"),
+)
+"""Operators, of ONNX and OpenVINO, that give what they are given, or 0: nothing is left to round."""
 
 
 class _Rounded:
@@ -62,11 +68,6 @@ def _joined(parts: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...]
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
-
-MOVES = frozenset(
-    "Concat Expand Flatten Gather Identity MaxPool Pad Relu Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split()
-)
-"""Operators that give what they are given, or 0: nothing is left to round."""
 
 
 class RoundedOnnx(_Rounded):
@@ -202,18 +203,12 @@ def _widen(tensor: Any) -> None:
     import onnx
 
     if tensor.data_type == onnx.TensorProto.FLOAT16:
-        tensor.CopyFrom(
-            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-        )
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
 
-MOVING = frozenset(
-    "Broadcast Concat Gather MaxPool Pad Relu Reshape Result Slice Split Squeeze StridedSlice Tile Transpose "
-    "Unsqueeze VariadicSplit".split()
-)
-"""Operations that give what they are given, or 0: nothing is left to round."""
 PRODUCTS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData", "MatMul")
 
 
@@ -235,19 +230,17 @@ class RoundedOpenvino(_Rounded):
 
         graph = model.clone()
         _round_weights(graph, dtype)
-        ops = [op for op in graph.get_ordered_ops() if _is_rounded(op)]
+        outputs = [output for op in graph.get_ordered_ops() for output in op.outputs() if _is_rounded(output)]
         rows = graph.inputs[0].partial_shape[0]
-        names = [_name(output) for op in ops for output in op.outputs()]
-        super().__init__(names, dtype, rows.get_length() if rows.is_static else ROWS)
-        self.layers = {op.get_friendly_name() for op in ops if op.get_type_name() in ("Add", *PRODUCTS)}
+        super().__init__([_name(output) for output in outputs], dtype, rows.get_length() if rows.is_static else ROWS)
+        self.layers = {_name(output) for output in outputs if _type(output) in ("Add", *PRODUCTS)}
         self.kept: dict[str, torch.Tensor] | None = None
         function = functools.partial(RoundedOpenvino._round, weakref.proxy(self))  # the graph is this object's own
-        for op in ops:
-            for output in op.outputs():
-                readers = output.get_target_inputs()
-                rounding = _round_op()([output], function, _name(output))
-                for reader in readers:
-                    reader.replace_source_output(rounding.output(0))
+        for output in outputs:
+            readers = output.get_target_inputs()
+            rounding = _round_op()([output], function, _name(output))
+            for reader in readers:
+                reader.replace_source_output(rounding.output(0))
         options: dict[Any, Any] = {properties.hint.inference_precision(): ov.Type.f32}
         if threads is not None:
             options[properties.inference_num_threads()] = threads
@@ -286,16 +279,19 @@ def _name(output: Any) -> str:
     return f"{name}.{index}" if index else name
 
 
-def _is_rounded(op: Any) -> bool:
-    """Computes floating point numbers, from others than constants, and is not followed by its own bias."""
+def _type(output: Any) -> str:
+    return output.get_node().get_type_name()
+
+
+def _is_rounded(output: Any) -> bool:
+    """Is computed in floating point, from others than constants, and not to be followed by its own bias."""
     import openvino as ov
 
-    if op.get_type_name() in (*MOVING, "Constant") or op.output(0).get_element_type() != ov.Type.f32:
+    if output.get_element_type() != ov.Type.f32 or _type(output) in (*MOVES, "Result"):
         return False
-    if op.get_type_name() == "Convert" and _constant(op) is not None:
-        return False
-    readers = list(op.output(0).get_target_inputs())
-    return not (op.get_type_name() in PRODUCTS and len(readers) == 1 and _is_bias(readers[0].get_node()))
+    readers = list(output.get_target_inputs())
+    before_bias = _type(output) in PRODUCTS and len(readers) == 1 and _is_bias(readers[0].get_node())
+    return _constant(output.get_node()) is None and not before_bias
 
 
 def _is_bias(op: Any) -> bool:

@@ -36,10 +36,14 @@ def in_onnx(model: nn.Module, folder, dynamic_batch: bool = True, **changes) -> 
     return RoundedOnnx(read_onnx(folder / "m.onnx"), threads=1)
 
 
-def in_openvino(model: nn.Module, folder, dtype=torch.float16, dynamic_batch: bool = True, **changes):
-    write_onnx(model.eval(), folder / "m.onnx", spec_for("fp32", **changes), dynamic_batch)
-    write_openvino(folder / "m.onnx", folder / "m.xml", spec_for("fp16" if dtype == torch.float16 else "bf16"))
-    return RoundedOpenvino(read_openvino(folder / "m.xml")[0], dtype, threads=1)
+def write_openvino_file(model: nn.Module, folder, dynamic_batch: bool = True, **changes) -> None:
+    write_onnx(model.eval(), folder / "f.onnx", spec_for("fp32", **changes), dynamic_batch)
+    write_openvino(folder / "f.onnx", folder / "m.xml", spec_for())  # the files of fp16 and bf16 are the same
+
+
+def in_openvino(model: nn.Module, folder, **changes) -> RoundedOpenvino:
+    write_openvino_file(model, folder, **changes)
+    return RoundedOpenvino(read_openvino(folder / "m.xml")[0], threads=1)
 
 
 def in_torch(model: nn.Module, batch: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -75,6 +79,14 @@ def tiny_onnx(tiny, tmp_path_factory):
     return in_onnx(tiny, tmp_path_factory.mktemp("onnx"))
 
 
+@pytest.fixture(scope="module")
+def tiny_openvino(tiny, tmp_path_factory):
+    """Its graph, as it was read."""
+    folder = tmp_path_factory.mktemp("openvino")
+    write_openvino_file(tiny, folder)
+    return read_openvino(folder / "m.xml")[0]
+
+
 def test_onnx_is_rounded_as_pytorch_rounds_bit_for_bit(tmp_path):
     rounded = in_onnx(CHAIN, tmp_path)
     x = images(2, 3, PX, PX)
@@ -84,14 +96,15 @@ def test_onnx_is_rounded_as_pytorch_rounds_bit_for_bit(tmp_path):
     assert rounded.overflow == "model.Mul.1"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_openvino_is_rounded_as_pytorch_rounds_bit_for_bit(dtype, tmp_path):
-    rounded = in_openvino(CHAIN, tmp_path, dtype)
+def test_openvino_is_rounded_as_pytorch_rounds_bit_for_bit(tmp_path):
+    write_openvino_file(CHAIN, tmp_path)
     x = images(2, 3, PX, PX)
-    expected = in_torch(CHAIN, x, dtype)
-    assert torch.equal(rounded.run(x)[0], expected)
-    assert expected.isinf().any() == (dtype == torch.float16)
-    assert rounded.overflow == ("logits" if dtype == torch.float16 else None)
+    for dtype, overflow in ((torch.float16, "logits"), (torch.bfloat16, None)):
+        rounded = RoundedOpenvino(read_openvino(tmp_path / "m.xml")[0], dtype, threads=1)
+        expected = in_torch(CHAIN, x, dtype)
+        assert torch.equal(rounded.run(x)[0], expected)
+        assert expected.isinf().any() == (overflow is not None)
+        assert rounded.overflow == overflow
 
 
 @pytest.mark.parametrize("convert", [in_onnx, in_openvino])
@@ -133,42 +146,31 @@ def test_no_rounding_is_optimized_away(tiny_onnx, tmp_path):
     assert casts[TensorProto.FLOAT] >= len(tiny_onnx.largest)
 
 
-def test_a_shvit_is_as_far_from_float32_as_in_pytorchs_float16_and_no_farther_from_that(tiny, tiny_onnx, tmp_path):
+@pytest.mark.parametrize("kind", ["onnx float16", "openvino float16", "openvino bfloat16"])
+def test_a_shvit_is_as_far_from_float32_as_in_pytorch(kind, tiny, tiny_onnx, tiny_openvino):
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float16
+    rounded = tiny_onnx if "onnx" in kind else RoundedOpenvino(tiny_openvino, dtype, threads=1)
     x = images(4, 3, PX, PX)
     with torch.no_grad():
         exact = tiny(x)
-    half = in_torch(tiny, x)
+    half, (got,) = in_torch(tiny, x, dtype), rounded.run(x)
     noise = snr_db(exact, half)
-    for rounded in (tiny_onnx, in_openvino(tiny, tmp_path)):
-        got = rounded.run(x)[0]
-        assert snr_db(exact, got) == pytest.approx(noise, abs=3)
-        assert snr_db(half, got) > noise - 3
-        assert rounded.overflow is None
-        layers, expected = rounded.run_layers(x), layer_outputs(tiny, x)
-        assert len(layers.keys() & expected.keys()) >= len(expected) - 1  # OpenVINO calls the last one after the output
-        assert all(snr_db(expected[name], layers[name]) > noise - 3 for name in layers.keys() & expected.keys())
+    assert snr_db(exact, got) == pytest.approx(noise, abs=3)
+    assert snr_db(half, got) > noise - 4
+    assert rounded.overflow is None
+    layers, expected = rounded.run_layers(x), layer_outputs(tiny, x)
+    assert len(layers.keys() & expected.keys()) >= len(expected) - 1  # OpenVINO calls the last one after the output
+    assert all(snr_db(expected[name], layers[name]) > noise - 10 for name in layers.keys() & expected.keys())
 
 
-def test_bfloat16_is_pytorchs(tiny, tmp_path):
-    x = images(4, 3, PX, PX)
-    with torch.no_grad():
-        exact = tiny(x)
-    half, got = in_torch(tiny, x, torch.bfloat16), in_openvino(tiny, tmp_path, torch.bfloat16).run(x)[0]
-    assert snr_db(exact, got) == pytest.approx(snr_db(exact, half), abs=3)
-
-
-def test_batches_of_any_size_and_single_images_give_the_same(tiny, tiny_onnx, tmp_path):
+def test_batches_of_any_size_and_single_images_give_the_same(tiny, tiny_onnx):
     x = images(ROWS + 3, 3, PX, PX)
     (whole,) = tiny_onnx.run(x)
     one_by_one = torch.cat([tiny_onnx.run(image)[0] for image in x.split(1)])
-    fixed = in_onnx(tiny, tmp_path, dynamic_batch=False)
-    assert fixed.rows == 1
+    assert whole.shape == one_by_one.shape == (ROWS + 3, 10)
     noise = snr_db(in_torch(tiny, x), whole)
-    for other in (one_by_one, fixed.run(x)[0]):  # sums in another order round otherwise here and there
-        assert whole.shape == other.shape == (ROWS + 3, 10)
-        assert snr_db(whole, other) > noise
-    layers = fixed.run_layers(x[:3])
-    assert layers["head"].shape == (3, 10)
+    assert snr_db(whole, one_by_one) > noise  # sums in another order round otherwise here and there
+    assert tiny_onnx.run_layers(x)["head"].shape == (ROWS + 3, 10)
 
 
 @pytest.mark.parametrize("convert", [in_onnx, in_openvino])
@@ -184,7 +186,9 @@ def test_pixels_are_left_alone_and_float32_stays_float32(convert, tmp_path):
     (got,) = rounded.run(spec.feed(pixels))
     assert snr_db(exact, got) == pytest.approx(snr_db(exact, half), abs=4)
     assert rounded.overflow is None
-    assert ("Mul" in rounded.largest) == (convert is in_openvino)  # ONNX normalizes in float32, as the file says
+    assert ("model.Mul" in rounded.largest) == (convert is in_openvino)  # ONNX normalizes in float32, as it says
+    assert rounded.rows == 1
+    assert rounded.run_layers(spec.feed(pixels))["patch_embed.proj"].shape[:2] == (2, 64)
 
 
 def test_what_cannot_be_computed_is_one_clear_line(tiny_onnx):
