@@ -54,9 +54,11 @@ class _Rounded:
         return next((name for name, each in fits if not each), None)
 
     def nearest(self, count: int) -> dict[str, float]:
-        """The operations that came nearest to the limit, or passed it, and their shares of it, largest first."""
-        order = sorted(self.largest, key=lambda name: self.largest[name], reverse=True)
-        return {name: self.largest[name] / self.limit for name in order[:count]}
+        """The operations with the largest values, of those before the first that overflows; the largest first."""
+        names = list(self.largest)
+        before = names[: names.index(self.overflow)] if self.overflow in self.largest else names
+        order = sorted(before, key=lambda name: self.largest[name], reverse=True)
+        return {name: self.largest[name] for name in order[:count]}
 
     def _see(self, name: str, value: float) -> None:
         self.largest[name] = max(self.largest[name], value if math.isfinite(value) else math.inf)

@@ -58,6 +58,8 @@ class Artefact:
     """Names of the classes that the file holds."""
     largest_values: Callable[[], Mapping[str, float]] = dict
     """Of a file in half precision that is judged: the largest value seen in each operation, by its name."""
+    overflow: Callable[[], str | None] = lambda: None
+    """The first operation of such a file whose result did not fit its precision, in the runs so far."""
     run_as_usual: Callable[[torch.Tensor], Outputs] | None = None
     """`run` with the runtime's own settings, where `run` has others that keep 8-bit sums from overflowing."""
 
@@ -88,10 +90,29 @@ def open_artefact(path: Path, threads: int | None = None, native: bool = False, 
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """Precisions that are narrower than what CPUs compute in."""
+SHOWN_VALUES = 3
 
 
 def _rounded(artefact: Artefact, threads: int | None) -> Artefact:
-    return artefact
+    """The same file in its own precision; `mil` rounds by itself."""
+    from .openvino import read_openvino
+    from .rounding import RoundedOnnx, RoundedOpenvino
+
+    dtype = HALVES[artefact.spec.precision]
+    if artefact.path.suffix == ".mlpackage":
+        return artefact
+    if artefact.path.suffix == ".onnx":
+        engine: Any = RoundedOnnx(read_onnx(artefact.path), threads)
+    else:
+        engine = RoundedOpenvino(read_openvino(artefact.path)[0], dtype, threads)
+    return replace(
+        artefact,
+        runtime=f"{artefact.runtime}, {str(dtype).removeprefix('torch.')} after each operation",
+        run=engine.run,
+        run_layers=engine.run_layers,
+        largest_values=lambda: engine.nearest(SHOWN_VALUES),
+        overflow=lambda: engine.overflow,
+    )
 
 
 def artefact_files(path: Path) -> list[Path]:

@@ -177,6 +177,18 @@ class Reference:
         return layer_outputs(self.deployed, self.spec.normalize(self.pixels(self.spec)[:LAYER_IMAGES]))
 
 
+def _check_overflow(artefact: Artefact) -> None:
+    """Raises CheckFailed if a value did not fit the artefact's half precision."""
+    if (name := artefact.overflow()) is None:
+        return
+    largest = ", ".join(f"{each} {value:.3g}" for each, value in artefact.largest_values().items())
+    raise CheckFailed(
+        f"{artefact.path.name} overflows {artefact.spec.precision}: {name} is the first operation whose values do not "
+        f"fit; nearest before it: {largest}; choose fp32",
+        {"passed": False, "overflow": name, "largest_values": dict(artefact.largest_values())},
+    )
+
+
 def _input_of(spec: Spec) -> Spec:
     """A spec's preprocessing alone, up to pixels."""
     kept = {name: getattr(spec, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
@@ -212,6 +224,7 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
             lambda pixels: artefact.run(artefact.spec.feed(pixels)),
             reference.pixels(replace(artefact.spec, img_size=px)),
         )
+        _check_overflow(artefact)
         first = first or (expected[0], got[0])
         for output, *pair in zip(artefact.spec.outputs, expected, got, strict=True):
             figures = compare(*pair, tolerance, probabilities)
