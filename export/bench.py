@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shvit.environment import users_environment
 from shvit.errors import InputError
 
 from . import worker
@@ -95,7 +96,7 @@ def start(case: Case) -> Iterator[Running]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **case.environment},
+        env={**users_environment(), **case.environment},
     )
     try:
         yield Running(case, process)

@@ -4,7 +4,7 @@ Times are of one image: a batch's time over its size. Nothing here needs more th
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -29,6 +29,8 @@ class Machine:
     bandwidth_gb_per_s: float
     """Reading memory that no cache holds."""
     versions: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
+    """The user's variables that change how threads wait or which instructions are used; the runtimes ran with them."""
 
 
 @dataclass(frozen=True)

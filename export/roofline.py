@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from shvit.environment import WAITING, users_environment
+
 from .records import Machine
 
 SECONDS = 0.4  # that each loop runs
@@ -17,6 +19,7 @@ SIDES = (512, 1024)  # of the matrices; the best counts
 READ_MB = 512  # more than a core's share of any cache
 X86 = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 ARM = ("asimd", "sve", "bf16", "i8mm")
+SWITCHES = ("OMP_NUM_THREADS", *WAITING, "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "coremltools")
 
 
@@ -31,6 +34,7 @@ def measure_machine() -> Machine:
         peak_gflops=measure_peaks(),
         bandwidth_gb_per_s=measure_bandwidth(),
         versions=package_versions(),
+        environment={name: value for name, value in users_environment().items() if name in SWITCHES},
     )
 
 
