@@ -164,6 +164,7 @@ def show_results(results: Sequence[Any]) -> None:
     phones = any(each.device for each in results)
     runtimes = {each.runtime: each.precision for each in results}
     alike = any(runtimes[each.runtime] != each.precision for each in results)  # two precisions in one runtime
+    alike = alike or any(name.endswith("bf16") and precision == "fp32" for name, precision in runtimes.items())
     names = ("model", "runtime", "device") if phones else ("model", "runtime")
     heads = ("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak")
     table = Table(*names, *(_right(name) for name in heads))
@@ -188,7 +189,10 @@ def show_results(results: Sequence[Any]) -> None:
     if disturbed := disturbance(results):
         console.print(f"CPU: a ratio of processor times, as {disturbed}; ms/image, p90 and p99 are wall times")
     if any(each.ratio_to_first is None for each in results):
-        console.print("too noisy: the interval is wider than 10 % of its ratio; try more --rounds or a quieter machine")
+        console.print(
+            "too noisy: the interval is wider than 10 % of its ratio, or rounds are too few for one; "
+            "try more --rounds or a quieter machine"
+        )
     if any(each.ratio_to_first is None and each.threads > 1 for each in results):
         console.print("several threads are compared by wall time alone: their processor time counts spinning, too")
 

@@ -23,6 +23,7 @@ from shvit.errors import InputError
 from shvit.export import bench as bench_module
 from shvit.export import worker
 from shvit.export.bench import Running, ratio_of, run_rounds, summarize
+from shvit.export.bench_main import show_machine, show_results
 from shvit.export.cases import Case, Settings, Subject, case_of_file, check_runtimes, choose_cores, timms_own
 from shvit.export.layer_times import kind_of, kind_of_convolution, measure_layers
 from shvit.export.records import BenchResult, Machine, Measurements, measurements_from, read_measurements
@@ -130,6 +131,15 @@ def test_wall_time_alone_counts_for_several_threads_and_other_devices(job):
         one, other = summarize(pair, MACHINE)
         assert other.ratio_basis == "wall time"
         assert {one.preempted_percent is None, other.preempted_percent is None} == {True, False}
+
+
+def test_table_says_what_the_processor_lacks(capsys):
+    lacking = [replace(measured([[0.1]] * 12), case=replace(case(), runtime="openvino-bf16"))]
+    show_results(summarize(lacking, MACHINE))
+    show_machine(MACHINE)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "openvino-bf16 fp32" in said
+    assert "peak GFLOP/s: fp32 100 (no instructions for bf16 and int8: not above fp32)" in said
 
 
 def test_one_disturbed_case_is_enough_for_processor_time():
