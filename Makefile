@@ -4,13 +4,27 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+# What runs an exported file, as on another processor: PyTorch and its oneDNN, OpenVINO's oneDNN and NumPy read these.
+# ONNX Runtime has no such switch and always uses what the processor has.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+SSE4 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem \
+        NPY_DISABLE_CPU_FEATURES="AVX2 FMA3"
+EXPORT_TESTS := $(patsubst %,tests/test_%.py,coreml deploy export formats mil parity quantize ranges reference verify)
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-avx2 test-sse4 check clean
 
 demo: $(INSTALLED)  ## train, export, verify and time on real photographs; writes demo/report.html
 	$(BIN)/shvit demo --output demo
 
 test: $(INSTALLED)  ## the tests, within 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST)
+
+test-avx2: $(INSTALLED)  ## the tests of exported files as on a processor without AVX-512, AMX and bf16
+	$(AVX2) $(BIN)/python $(PYTEST) $(EXPORT_TESTS)
+
+test-sse4: $(INSTALLED)  ## the same as on one without AVX, whose sums are rounded differently again
+	$(SSE4) $(BIN)/python $(PYTEST) $(EXPORT_TESTS)
 
 check: $(INSTALLED)  ## lint, format, and types of the wheel as a user gets it
 	$(BIN)/ruff check .

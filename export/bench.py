@@ -1,7 +1,7 @@
 """Latency of models and runtimes, interleaved: each case has a process of its own, and one at a time runs.
 
 Absolute times drift with the machine; when the cases take turns, in reversed order every other round, all of them meet
-the same drift, so that ratios hold.
+the same drift, so that ratios hold. Where other programs take the core meanwhile, ratios are of processor times.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shvit.environment import users_environment
 from shvit.errors import InputError
 
 from . import worker
@@ -34,10 +35,10 @@ from .cases import (
     choose_cores,
 )
 from .published import published_top1
-from .records import BenchResult, Machine
+from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine
 from .roofline import measure_machine
 
-TURN_S = 0.15  # seconds that a case's turn within a round lasts at least
+TURN_S = 0.15  # seconds that a case's turn within a round lasts at least; of processor time, if its case has one thread
 LAST_S = 2.0  # seconds that its process has to end by itself
 WIDEST = 0.1  # of a ratio's confidence interval, relative; a wider one decides nothing
 Progress = Callable[[str], None]
@@ -76,14 +77,30 @@ class Running:
         return answer
 
     def open(self) -> None:
-        self.load = self.ask()["load"]
+        opened = self.ask()
+        self.load = opened["load"]
+        if opened["lacks_bf16"]:
+            self.case = replace(self.case, precision="fp32")
         self.first = self.ask(batch=self.case.batch_size)["first"]
 
     def turn(self) -> None:
-        answer = self.ask(seconds=TURN_S)
+        answer = self.ask(seconds=TURN_S, processor=self.case.is_one_cpu_thread)
         self.rounds.append(answer["wall"])
         self.cpu.append(answer["cpu"])
         self.peak = answer["peak"]
+
+    @property
+    def preempted_percent(self) -> float | None:
+        """As in `BenchResult`."""
+        if not self.case.is_one_cpu_thread:
+            return None
+        wall = sum(map(sum, self.rounds))
+        cpu = sum(mean * len(times) for mean, times in zip(self.cpu, self.rounds, strict=True))
+        return 100 * max(0.0, 1 - cpu / wall)
+
+    def seconds(self, basis: str) -> list[float]:
+        """Of a batch, in each round: the median call by the wall's clock, the mean call by the processor's."""
+        return self.cpu if basis == PROCESSOR else [median(times) for times in self.rounds]
 
 
 @contextmanager
@@ -95,7 +112,7 @@ def start(case: Case) -> Iterator[Running]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **case.environment},
+        env={**users_environment(), **case.environment},
     )
     try:
         yield Running(case, process)
@@ -124,19 +141,28 @@ def run_rounds(cases: Sequence[Case], rounds: int, progress: Progress = lambda _
 
 def summarize(running: Sequence[Running], machine: Machine) -> list[BenchResult]:
     """Percentiles, spread and ratios to the first case, of cases of one batch size."""
-    first = [median(times) for times in running[0].rounds]
-    return [_summary(each, first, machine) for each in running]
+    return [_summary(each, running[0], machine) for each in running]
 
 
-def _summary(running: Running, first: Sequence[float], machine: Machine) -> BenchResult:
+def basis_of(running: Sequence[Running]) -> str:
+    """By which time these cases can be compared: `PROCESSOR` if others took a core of theirs and all allow it."""
+    shares = [each.preempted_percent for each in running]
+    known = [share for share in shares if share is not None]
+    return PROCESSOR if len(known) == len(shares) and max(known) > PREEMPTED_PERCENT else WALL
+
+
+def _summary(running: Running, first: Running, machine: Machine) -> BenchResult:
     case = running.case
     calls = 1e3 * np.concatenate([np.asarray(times) for times in running.rounds]) / case.batch_size
     p50, p90, p99 = percentiles(calls)
-    medians = [median(times) for times in running.rounds]
-    ratio, low, high = ratio_of([mine / other for mine, other in zip(medians, first, strict=True)])
+    basis = basis_of([running, first])
+    pairs = zip(running.seconds(basis), first.seconds(basis), strict=True)
+    ratio, low, high = ratio_of([mine / other for mine, other in pairs])
+    cpu = 1e3 * median(running.cpu) / case.batch_size
+    own = cpu if basis_of([running]) == PROCESSOR else p50
     elsewhere = "cuda" in case.runtime or "tensorrt" in case.runtime or case.job["threads"] != machine.threads
     peak = None if elsewhere else machine.peak_gflops.get(case.precision)
-    gflops = None if case.macs is None else 2e-9 * case.macs / (1e-3 * p50)
+    gflops = None if case.macs is None else 2e-9 * case.macs / (1e-3 * own)
     return BenchResult(
         model=case.model,
         runtime=case.runtime,
@@ -149,7 +175,7 @@ def _summary(running: Running, first: Sequence[float], machine: Machine) -> Benc
         latency_ms_p50=p50,
         latency_ms_p90=p90,
         latency_ms_p99=p99,
-        cpu_ms=1e3 * median(running.cpu) / case.batch_size,
+        cpu_ms=cpu,
         ratio_to_first=ratio,
         ratio_low=low,
         ratio_high=high,
@@ -159,6 +185,8 @@ def _summary(running: Running, first: Sequence[float], machine: Machine) -> Benc
         gmacs=None if case.macs is None else case.macs / 1e9,
         percent_of_peak=None if gflops is None or peak is None else 100 * gflops / peak,
         top1=published_top1(case.model, case.img_size),
+        ratio_basis=basis,
+        preempted_percent=running.preempted_percent,
     )
 
 

@@ -159,10 +159,12 @@ def _status(what: str, lines: bool = False) -> Iterator[Callable[[str], None]]:
 def show_results(results: Sequence[Any]) -> None:
     """Prints latencies for people, and what noise left undecided."""
     from .pictures import form
+    from .records import disturbance
 
     phones = any(each.device for each in results)
     runtimes = {each.runtime: each.precision for each in results}
     alike = any(runtimes[each.runtime] != each.precision for each in results)  # two precisions in one runtime
+    alike = alike or any(name.endswith("bf16") and precision == "fp32" for name, precision in runtimes.items())
     names = ("model", "runtime", "device") if phones else ("model", "runtime")
     heads = ("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak")
     table = Table(*names, *(_right(name) for name in heads))
@@ -175,7 +177,7 @@ def show_results(results: Sequence[Any]) -> None:
             str(each.img_size),
             str(each.batch_size),
             *(f"{value:.2f}" for value in (each.latency_ms_p50, each.latency_ms_p90, each.latency_ms_p99)),
-            "too noisy" if each.ratio_to_first is None else f"{each.ratio_to_first:.2f}",
+            _ratio(each),
             f"{each.ratio_low:.2f}–{each.ratio_high:.2f}",
             "" if each.percent_of_peak is None else f"{each.percent_of_peak:.0f}",
         )
@@ -184,8 +186,23 @@ def show_results(results: Sequence[Any]) -> None:
         costs.add_row(*what, str(each.batch_size), cpu, f"{each.load_ms:.0f}", f"{each.first_ms:.0f}", memory)
     console.print(table)
     console.print(costs)
+    if disturbed := disturbance(results):
+        console.print(f"CPU: a ratio of processor times, as {disturbed}; ms/image, p90 and p99 are wall times")
     if any(each.ratio_to_first is None for each in results):
-        console.print("too noisy: the interval is wider than 10 % of its ratio; try more --rounds or a quieter machine")
+        console.print(
+            "too noisy: the interval is wider than 10 % of its ratio, or rounds are too few for one; "
+            "try more --rounds or a quieter machine"
+        )
+    if any(each.ratio_to_first is None and each.threads > 1 for each in results):
+        console.print("several threads are compared by wall time alone: their processor time counts spinning, too")
+
+
+def _ratio(result: Any) -> str:
+    from .records import PROCESSOR
+
+    if result.ratio_to_first is None:
+        return "too noisy"
+    return f"{result.ratio_to_first:.2f}" + (" CPU" if result.ratio_basis == PROCESSOR else "")
 
 
 def show_placements(rows: Sequence[Any]) -> None:
@@ -205,9 +222,13 @@ def show_placements(rows: Sequence[Any]) -> None:
 
 def show_machine(machine: Any) -> None:
     """Prints what the machine is and reaches."""
+    from .roofline import PRECISIONS
+
     peaks = ", ".join(f"{name} {peak:,.0f}" for name, peak in machine.peak_gflops.items())
+    missing = [name for name in PRECISIONS if name not in machine.peak_gflops]
+    lacks = f" (no instructions for {' and '.join(missing)}: not above fp32)" if missing else ""
     console.print(
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} thread(s); peak GFLOP/s: {peaks}; reads "
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} thread(s); peak GFLOP/s: {peaks}{lacks}; reads "
         f"{machine.bandwidth_gb_per_s:.0f} GB/s; {', '.join(machine.instructions)}; frequency: {machine.frequency}"
     )
 
@@ -222,10 +243,13 @@ def show_layers(rows: Sequence[Any]) -> None:
 
 def show_scaling(rows: Sequence[Any]) -> None:
     """Prints how time and memory grow."""
+    from .records import PROCESSOR
+
     for row in rows:
+        by = " by processor time, as other programs had the core" if row.basis == PROCESSOR else ""
         console.print(
             f"{row.model} in {row.runtime} over {row.over} {row.values[0]} to {row.values[-1]}: time of an image "
-            f"{row.latency_ms[0]:.2f} to {row.latency_ms[-1]:.2f} ms, exponent {row.exponent:.2f}; memory "
+            f"{row.latency_ms[0]:.2f} to {row.latency_ms[-1]:.2f} ms{by}, exponent {row.exponent:.2f}; memory "
             f"{row.peak_memory_mb[0]:.0f} to {row.peak_memory_mb[-1]:.0f} MB, exponent {row.memory_exponent:.2f}"
         )
 

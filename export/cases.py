@@ -258,6 +258,15 @@ class Case:
     job: Job
     environment: dict[str, str]
 
+    @property
+    def is_one_cpu_thread(self) -> bool:
+        """Whether processor time is the time of its work alone.
+
+        Of several threads the slowest decides how long a call takes, and those that spin while they wait count too.
+        """
+        runs_on_cpu = self.job["runner"] == "openvino" or "cpu" in (self.job.get("provider"), self.job.get("device"))
+        return runs_on_cpu and self.job["threads"] == 1
+
 
 PLANNING_MACOS = (14, 4)
 """The first macOS with compute plans."""

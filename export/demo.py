@@ -17,7 +17,7 @@ from shvit.train.data import eval_loader, open_dataset
 from shvit.train.evaluate import Evaluation, evaluate
 
 from . import report
-from .records import measurements_from
+from .records import disturbance, measurements_from
 from .runtimes import Predict, open_artefact, torch_predict
 
 MODEL = "shvit_s1"
@@ -167,6 +167,7 @@ def _write_report(
         ("held-out accuracy, PyTorch", f"{accuracy.torch.top1:.2f} % of {accuracy.torch.n}", ""),
         ("held-out accuracy", f"{accuracy.onnx.top1:.2f} % of {accuracy.onnx.n}", ""),
     ]
+    disturbed = f" of wall time; {said}" if (said := disturbance(measured.results)) else ""
     sections = [
         report.Section(
             "Photographs",
@@ -188,7 +189,7 @@ def _write_report(
         report.Section(
             "Latency",
             f"{measured.machine.processor}, {measured.machine.threads} thread, {measured.results[0].rounds} "
-            "interleaved rounds: median and the 90th percentile. S1–S4 have random weights, model.onnx "
+            f"interleaved rounds: median and the 90th percentile{disturbed}. S1–S4 have random weights, model.onnx "
             "those trained above. bench/report.html has more, and lets you choose a model by its latency.",
             report.picture(output / "bench" / "bench.png", "latency of each model and runtime"),
         ),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shvit.files import write_whole
 
-from .records import BenchResult, LayerTime, Measurements, Scaling
+from .records import BenchResult, LayerTime, Measurements, Scaling, disturbance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def pareto(measurements: Measurements) -> Figure | None:
         axis.margins(0.09, 0.07)
         _ticks(axis.xaxis)
         _title(axis, device, measurements)
-        axis.set_xlabel(f"ms per image (median, log), batch {size}, {_threads(shown)}")
+        axis.set_xlabel(f"ms per image (median, log), batch {size}, {_threads(shown)}{_disturbed(shown)}")
         axis.set_ylabel("published ImageNet top-1, % (of the float32 weights)")
     handles = [_handle(marker=mark, color=MUTED, label=name, linestyle="") for name, mark in markers.items()]
     handles.append(_handle(color=INK, alpha=0.55, label="nothing is faster and more accurate"))
@@ -156,7 +156,7 @@ def bench(measurements: Measurements) -> Figure | None:
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, widest * 1.18)
         _title(axis, device, measurements)
-        axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}")
+        axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}{_disturbed(shown)}")
     handles = [_handle(marker="s", color=colour, label=name, linestyle="") for name, colour in colours.items()]
     if any(result.ratio_to_first is None for result in measurements.results):
         handles.append(_patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
@@ -242,6 +242,12 @@ def _title(axis: Axes, device: str, measurements: Measurements) -> None:
     if any(result.device for result in measurements.results):
         machine = measurements.machine
         axis.set_title(_plain(device or (machine.processor if machine else "this machine")), fontsize=11, color=INK)
+
+
+def _disturbed(results: Sequence[BenchResult]) -> str:
+    """A second line where a busy machine made wall times longer."""
+    disturbed = disturbance(results)
+    return f"\nwall time; {disturbed}" if disturbed else ""
 
 
 def _handle(**look: Any) -> Any:

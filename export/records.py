@@ -4,12 +4,17 @@ Times are of one image: a batch's time over its size. Nothing here needs more th
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from shvit.errors import InputError
 from shvit.files import write_whole
+
+WALL, PROCESSOR = "wall time", "processor time"
+PREEMPTED_PERCENT = 5.0
+"""Of a case's wall time; while more than that goes to other programs, wall time measures them too."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,13 @@ class Machine:
     threads: int
     """That the peaks below were measured with."""
     peak_gflops: dict[str, float]
-    """Two operations for each multiply-add, by precision: fp32, bf16, int8."""
+    """Two operations for each multiply-add, by precision: fp32, bf16, int8. One that is slower than float32, as the
+    processor has no instructions for it, is left out."""
     bandwidth_gb_per_s: float
     """Reading memory that no cache holds."""
     versions: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
+    """The user's variables that change how threads wait or which instructions are used; the runtimes ran with them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class BenchResult:
     """timm's name, or a file's."""
     runtime: str
     precision: str
-    """Of the arithmetic: fp32, bf16, fp16 or int8."""
+    """Of the arithmetic: fp32, bf16, fp16 or int8. What was asked for as bf16 is fp32 where the runtime found that the
+    processor has no instructions for it."""
     img_size: int
     """Height and width in pixels."""
     batch_size: int
@@ -50,13 +59,14 @@ class BenchResult:
     latency_ms_p90: float
     latency_ms_p99: float
     cpu_ms: float | None
-    """Processor time, all threads together; None where a browser ran it, which does not tell."""
+    """Processor time, all threads together, the mean of a round's calls; None where a browser ran it, which does not
+    tell."""
     ratio_to_first: float | None
-    """Median over rounds of this case's time over that of the first case of the same device and batch size; None if too
-    noisy."""
+    """Median over rounds of this case's time over that of the first case of the same device and batch size, by
+    `ratio_basis`; None if too noisy."""
     ratio_low: float
     ratio_high: float
-    """Ends of the ratio's 95 % confidence interval."""
+    """Ends of the ratio's 95 % confidence interval, from the same rounds' ratios by the same `ratio_basis`."""
     load_ms: float
     """From the file, or the model's weights, to ready."""
     first_ms: float
@@ -66,11 +76,28 @@ class BenchResult:
     gmacs: float | None
     """Multiply-adds for one image, in units of 10⁹; None for a file, whose model is not at hand."""
     percent_of_peak: float | None
-    """Of the machine's measured peak in this precision; None where that was not measured."""
+    """Of the machine's measured peak in this precision, by processor time where other programs took more of the core
+    than `PREEMPTED_PERCENT`; None where that was not measured."""
     top1: float | None
     """Published ImageNet top-1 in percent, at `img_size`; None where there is none."""
     device: str = ""
     """The name of one of `Measurements.devices`; empty where it ran on `Measurements.machine`."""
+    ratio_basis: str = WALL
+    """What the ratio and its interval compare: `WALL`, or `PROCESSOR` where other programs took more of either case's
+    core than `PREEMPTED_PERCENT` and both cases are one thread of the CPU."""
+    preempted_percent: float | None = None
+    """Of the calls' wall time, during which the processor worked for other programs; None for a case of several
+    threads, whose processor time also counts those that spin while they wait, and for one that is not the CPU's."""
+
+    @property
+    def preempted(self) -> bool:
+        return self.preempted_percent is not None and self.preempted_percent > PREEMPTED_PERCENT
+
+
+def disturbance(results: Sequence[BenchResult]) -> str:
+    """That other programs took the core while these were measured, for people; empty if they did not."""
+    worst = max((each.preempted_percent or 0.0 for each in results if each.preempted), default=None)
+    return "" if worst is None else f"other programs had the core for up to {worst:.0f} % of the time"
 
 
 @dataclass(frozen=True)
@@ -172,6 +199,8 @@ class Scaling:
     exponent: float
     """Of the time of one image: 1 is proportional to pixels, 0 does not change with the batch."""
     memory_exponent: float
+    basis: str = WALL
+    """What `latency_ms` are: `WALL`, or `PROCESSOR` as with `BenchResult.ratio_basis`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from .bench import Progress, Running, pinned, start
+from .bench import Progress, Running, basis_of, pinned, start
 from .cases import Case, Settings, Subject, case_of_model, choose_cores
 from .records import Scaling
 
@@ -49,7 +49,8 @@ def _measure(
         for number in range(ROUNDS):
             for each in running if number % 2 == 0 else reversed(running):
                 each.turn()
-    times = [1e3 * median(map(median, each.rounds)) / each.case.batch_size for each in running]
+    basis = basis_of(running)
+    times = [1e3 * median(each.seconds(basis)) / each.case.batch_size for each in running]
     memory = [each.peak / 1e6 for each in running]
     return Scaling(
         model=model,
@@ -60,6 +61,7 @@ def _measure(
         peak_memory_mb=tuple(memory),
         exponent=exponent(values, times),
         memory_exponent=exponent(values, memory),
+        basis=basis,
     )
 
 

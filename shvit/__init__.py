@@ -4,6 +4,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from .environment import let_threads_sleep
+
 __version__ = "0.1.0"
 
 
@@ -11,14 +13,21 @@ def _is_command() -> bool:
     """Whether this process is the `shvit` program: its --help must not wait for torch, its commands import it.
 
     The program is where this interpreter's are installed, links followed; any other script of that name is a user's.
+    `python -m shvit.train`, and whatever else of ours, is the program too.
     """
-    script = Path((getattr(sys, "argv", None) or [""])[0])
+    argv = getattr(sys, "argv", None) or [""]
+    if argv[0] == "-m":  # as long as Python looks for the module
+        return sys.orig_argv[-len(argv)].removeprefix("-m").startswith("shvit.")
+    script = Path(argv[0])
     if script.name not in {"shvit", "shvit.exe", "shvit-script.py"}:
         return False
-    return script.resolve().parent == Path(sysconfig.get_path("scripts")).resolve()
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))  # the latter: pip install --user
+    return script.resolve().parent in {Path(sysconfig.get_path("scripts", scheme)).resolve() for scheme in schemes}
 
 
-if not _is_command():
+if _is_command():
+    let_threads_sleep()  # before anything imports torch
+else:
     from .checkpoint import load_checkpoint
     from .deploy import deploy
     from .shvit import SHViT

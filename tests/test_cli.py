@@ -104,6 +104,66 @@ def test_program_makes_our_models(imports, model):
     assert done.stdout == "shvit.shvit\n"
 
 
+HOOK = """
+import json, os, sys
+
+class AtTorch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            told = {key: value for key, value in os.environ.items() if key.startswith(("OMP_W", "GOMP_", "KMP_"))}
+            print(json.dumps(told), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, AtTorch)
+"""
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""As GNU's, LLVM's and Intel's manuals have it."""
+
+
+def when_torch_loads(folder: Path, *command: object, **environment: str) -> dict[str, str]:
+    """What a command says to OpenMP's libraries, which read it once: when PyTorch loads them."""
+    (folder / "sitecustomize.py").write_text(HOOK)
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_W", "GOMP_", "KMP_"))}
+    environment = {**plain, "PYTHONPATH": str(folder), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (PROGRAM, "list"),
+        (sys.executable, "-m", "shvit.cli", "list"),
+        (sys.executable, "-m", "shvit.train", "demo"),
+        (sys.executable, "-m", "shvit.detection", "configs"),
+    ],
+)
+def test_threads_wait_asleep_in_every_command(tmp_path, command):
+    assert when_torch_loads(tmp_path, *command) == SLEEPING
+
+
+@pytest.mark.parametrize("users", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "200"}])
+def test_threads_wait_as_the_user_says(tmp_path, users):
+    assert when_torch_loads(tmp_path, PROGRAM, "list", **users) == users
+
+
+@pytest.mark.parametrize("code", ["import shvit", "import shvit.cli", "import shvit.train.loop"])
+def test_importing_shvit_leaves_the_threads_alone(tmp_path, code):
+    assert when_torch_loads(tmp_path, sys.executable, "-c", code + "; import torch") == {}
+
+
+def test_processes_that_measure_get_the_users_environment():
+    code = "import os; from shvit.environment import *; let_threads_sleep(); "
+    code += "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'; print('OMP_WAIT_POLICY' in users_environment())"
+    start = f"import sys; sys.argv = [{str(PROGRAM)!r}]; "
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_W", "GOMP_", "KMP_"))}
+    for theirs, kept in (({}, "False\n"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "True\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", start + code], capture_output=True, text=True, check=True, env={**plain, **theirs}
+        )
+        assert done.stdout == kept
+
+
 def test_importing_shvit_brings_no_tool_that_only_commands_need():
     loaded = modules_after("import shvit")
     assert "timm" in loaded

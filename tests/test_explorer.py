@@ -363,6 +363,26 @@ def test_all_devices_side_by_side(page):
     assert sorted(names(page, ".point.best")) == ["shvit_s1", "shvit_s4"]
 
 
+DISTURBED = replace(
+    MEASUREMENTS,
+    results=tuple(
+        replace(each, ratio_basis="processor time", preempted_percent=47.5) for each in MEASUREMENTS.results[:3]
+    ),
+)
+
+
+@pytest.mark.parametrize("page", [DISTURBED], indirect=True, ids=["busy machine"])
+def test_ratios_of_processor_times_are_called_that(page):
+    set_value(page, "budget-ms", 30)
+    assert "3.75× (3.38–4.13) the processor time of shvit_s1, onnxruntime fp32." in text(page, ".card")
+    cost = dict(zip(*([each.text for each in all_of(page, f".card {tag}")] for tag in ("dt", "dd")), strict=True))
+    assert cost["core taken by other programs"].replace("\xa0", " ") == "47.5 % of the time"
+    heads = [each.text.strip(" ↕") for each in all_of(page, "#results thead button")]
+    cells = [each.text for each in all_of(page, "#results tbody td")][: len(heads) - 1]
+    assert cells[heads.index("ratio") - 1].endswith(" CPU")
+    assert "CPU: of processor times, since other programs had the core meanwhile" in text(page, "main")
+
+
 @phones
 def test_card_has_the_forms_of_every_device_and_a_ratio_within_one(page):
     set_value(page, "budget-ms", 30)

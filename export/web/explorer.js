@@ -40,6 +40,8 @@ const ratioOf = (result) => {
   if (!isNumber(result.ratio_to_first)) return why(result) + (ends ? ` (${ends})` : "");
   return `${number(result.ratio_to_first)}×` + (ends ? ` (${ends})` : "");
 };
+/** Whether the ratio is of processor times, since other programs had the core meanwhile. */
+const byProcessor = (result) => result.ratio_basis === "processor time";
 
 /** What can be shown of a device, or of `ALL`. */
 const ratedOn = (device) => rated.filter((result) => device === ALL || result.device === device);
@@ -297,6 +299,7 @@ function card(result) {
     ["90th percentile", number(result.latency_ms_p90, "ms")],
     ["99th percentile", number(result.latency_ms_p99, "ms")],
     ["processor time", number(result.cpu_ms, "ms")],
+    ...(byProcessor(result) ? [["core taken by other programs", number(result.preempted_percent, "% of the time")]] : []),
     ["multiply-adds", number(result.gmacs, "G")],
     ["of the machine's peak", number(result.percent_of_peak, "%")],
     ["load", number(result.load_ms, "ms")],
@@ -309,7 +312,7 @@ function card(result) {
       + `${threads(result.threads)}; ${result.rounds} rounds of ${result.calls} calls`),
     h("dl", {}, ...rows.flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)])),
     first === result ? null : h("p", { class: "ratio" },
-      ...(isNumber(result.ratio_to_first) ? [h("b", {}, ratioOf(result)), " the time of "]
+      ...(isNumber(result.ratio_to_first) ? [h("b", {}, ratioOf(result)), ` the ${byProcessor(result) ? "processor " : ""}time of `]
         : [h("b", {}, ratioOf(result)), " between this and "]), `${nameOf(first)}, ${formOf(first)}.`),
     others.length > 1 ? h("div", { class: "forms" }, h("h4", {}, "Its forms, ms per image"),
       ...byDevice(others).flatMap((group) => [
@@ -455,7 +458,7 @@ const COLUMNS = [
   ["p50 ms", (r) => r.latency_ms_p50], ["batch", (r) => r.batch_size, String], ["top-1 %", (r) => r.top1, fixed],
   ["px", (r) => r.img_size, String],
   ["p90 ms", (r) => r.latency_ms_p90], ["p99 ms", (r) => r.latency_ms_p99],
-  ["ratio", (r) => r.ratio_to_first, (_, r) => ratioOf(r)], ["CPU ms", (r) => r.cpu_ms], ["GMACs", (r) => r.gmacs],
+  ["ratio", (r) => r.ratio_to_first, (_, r) => ratioOf(r) + (byProcessor(r) ? " CPU" : "")], ["CPU ms", (r) => r.cpu_ms], ["GMACs", (r) => r.gmacs],
   ["% of peak", (r) => r.percent_of_peak], ["load ms", (r) => r.load_ms], ["first call ms", (r) => r.first_ms],
   ["memory MB", (r) => r.peak_memory_mb],
 ];
@@ -497,7 +500,9 @@ function table() {
     h("label", { class: "filter" }, several ? "Model, runtime or device" : "Model or runtime", filter),
     scroller("All results", h("table", { id: "results" }, h("thead", {}, h("tr", {}, ...heads)), body)),
     h("p", { class: "note" }, "The ratio is to the first case of the same "
-      + `${several ? "device and " : ""}batch size, with its 95 % interval.`));
+      + `${several ? "device and " : ""}batch size, with its 95 % interval.`
+      + (results.some(byProcessor) ? " CPU: of processor times, since other programs had the core meanwhile; the others, "
+        + "and all latencies, are wall times." : "")));
 }
 
 // --- the page -------------------------------------------------------------------------------------------------
