@@ -133,14 +133,14 @@ class Eval(_Detects, _Reads):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from .annotations import check_datasets
+        from .annotations import check_datasets, show
         from .evaluate import evaluate
         from .training import plainly
 
         if self.threads < 1:
             raise InputError(f"--threads {self.threads} is below 1")
         config = self._config()
-        check_datasets(config, ("test",))
+        show(check_datasets(config, ("test",)), console)
         torch.set_num_threads(self.threads)
         detectors, pipeline, _ = self._open(config, self.threads)
         with plainly():
