@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -148,6 +149,14 @@ def key_of(value: Any) -> Any:
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
+def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
+    """Whether an id is a text whose number is among those that are known."""
+    try:
+        return isinstance(value, str) and int(value) in known
+    except ValueError:
+        return False
+
+
 def run_lengths(counts: Any) -> list[int] | None:
     """Return the lengths of runs, beginning with background, from a list or pycocotools' compressed text.
 
@@ -176,6 +185,11 @@ def run_lengths(counts: Any) -> list[int] | None:
     return runs if runs and not shift else None
 
 
+def is_side(value: Any) -> TypeGuard[float]:
+    """Whether a value can be the width or height of an image."""
+    return is_number(value) and float(value).is_integer() and 0 < value < 1 << 20
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
@@ -193,3 +207,9 @@ def short(value: Any, limit: int = 60) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def names_of(names: Iterable[str]) -> str:
+    """Return the first five names."""
+    names = list(names)
+    return ", ".join(short(name)[1:-1] for name in names[:5]) + (" …" if len(names) > 5 else "")

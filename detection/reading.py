@@ -1,6 +1,7 @@
 """Annotation files as MMDetection reads them: with the repairs that the check makes.
 
-Importing it, as a config does with `custom_imports`, has MMDetection's dataset and metric read through `AnnotationFile`.
+Importing it, as a config does with `custom_imports`, has MMDetection's dataset and metric read files through
+`AnnotationFile`.
 """
 
 from pathlib import Path
