@@ -177,7 +177,7 @@ def inspect(path: Path, folder: Path, use: Use, known: dict[Path, Header] | None
         InputError: it is not there, or not a COCO file. What is wrong inside is in the report.
     """
     content = load_content(path)
-    report = Report(path)
+    report = Report(path, "training" if use.learn else "evaluation")
     raw_ids = [each.get("id") if isinstance(each, dict) else None for each in content["annotations"]]
     report.notes += repair(content)
     names = _check_categories(report, content["categories"], use.classes)
@@ -298,13 +298,14 @@ def _hold_against_headers(
         if header.width * header.height > MAX_PIXELS:
             report.add("file not readable", where[key], f"has more than the {MAX_PIXELS:,} pixels allowed")
         said, loaded = (image.width, image.height), reader.loaded(header)
+        near_enough = max(abs(a - b) for a, b in zip(said, loaded, strict=True)) <= 1
         if said == (0, 0):
             continue
+        image.width, image.height = loaded if near_enough else (0, 0)  # unknown which of the two is meant
         if said == loaded:
             unseen += header.orientation > 1 and header.turned == (header.width, header.height)
-        elif max(abs(a - b) for a, b in zip(said, loaded, strict=True)) <= 1:
+        elif near_enough:
             near += 1
-            image.width, image.height = loaded
         elif said == (header.width, header.height):
             report.add(
                 "size is the one before Exif turns the image, and it is loaded turned",

@@ -133,8 +133,9 @@ class Eval(_Detects, _Reads):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from .annotations import check_datasets, show
+        from .annotations import check_datasets
         from .evaluate import evaluate
+        from .report import show
         from .training import plainly
 
         if self.threads < 1:

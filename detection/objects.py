@@ -305,7 +305,7 @@ class _BoxForms:
 
         self.total += 1
         self.drawn += drawn is not None
-        self.normalized += max(box) <= 1
+        self.normalized += max(box) <= 1 and min(c, d) > 0
         self.right += fits(a, b, a + c, b + d)
         self.fits[self.NAMES[0]] += fits(a, b, c, d)
         self.fits[self.NAMES[1]] += fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)

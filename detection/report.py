@@ -100,6 +100,8 @@ class Report:
     """What one annotation file holds: what is wrong, and what a detector is left with."""
 
     path: Path
+    purpose: str = "training"
+    """Or evaluation."""
     counts: Counter[str] = field(default_factory=Counter)
     """Problems by kind."""
     problems: list[Problem] = field(default_factory=list)
@@ -146,7 +148,7 @@ class Report:
         """Yield what to say before the images are used."""
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
         yield (
-            f"{self.path}: {count(self.images, 'image')}, {count(self.annotations, 'annotation')}"
+            f"{self.path}: {count(self.images, 'image')} and {count(self.annotations, 'annotation')} for {self.purpose}"
             f"{f' (skipped: {left_out})' if left_out else ''}"
         )
         yield from (f"{self.path}: {note}" for note in self.notes)
@@ -170,7 +172,7 @@ def show(reports: list[Report], console: Console) -> None:
     names = list(reports[0].by_class) if reports else []
     rows = [(name, *(figure for report in reports for figure in report.by_class[name])) for name in names]
     rows.sort(key=lambda row: -row[2])
-    columns = [f"{report.path.name}: {what}" for report in reports for what in ("images", "annotations")]
+    columns = [heading for report in reports for heading in (f"{report.purpose} images", "annotations")]
     table = Table("class", *columns)
     shown = rows if len(rows) <= MAX_ROWS else [*rows[: MAX_ROWS // 2], None, *rows[-MAX_ROWS // 2 :]]
     for row in shown:

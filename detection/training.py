@@ -22,9 +22,10 @@ from torch import distributed
 from shvit import terminal
 from shvit.errors import InputError
 
-from .annotations import check_datasets, show
+from .annotations import check_datasets
 from .detector import build_detector, log_types
 from .evaluate import percent
+from .report import show
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
