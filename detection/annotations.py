@@ -284,7 +284,8 @@ def _hold_against_headers(
 ) -> None:
     """Add images whose header is not what the file says, and set their size to what is loaded."""
     opens: dict[str, bool] = {}
-    unseen = near = 0
+    near = 0
+    unseen: Counter[str] = Counter()
     for key, image in images.items():
         header = headers.get(image.path) if image.path is not None else None
         if isinstance(header, str):
@@ -303,7 +304,8 @@ def _hold_against_headers(
             continue
         image.width, image.height = loaded if near_enough else (0, 0)  # unknown which of the two is meant
         if said == loaded:
-            unseen += header.orientation > 1 and header.turned == (header.width, header.height)
+            if header.orientation > 1 and header.turned == (header.width, header.height):
+                unseen["as shown" if reader.turns(header) else f"as stored, as {header.format} is loaded"] += 1
         elif near_enough:
             near += 1
         elif said == (header.width, header.height):
@@ -318,10 +320,8 @@ def _hold_against_headers(
                 where[key],
                 f"is {_by(said)} in the file and {_by(loaded)} as loaded{_factor(said, loaded)}",
             )
-    if unseen:
-        report.notes.append(
-            f"Exif turns or mirrors {count(unseen, 'image')} without a change of size: annotate them as shown"
-        )
+    for how, number in unseen.items():
+        report.notes.append(f"Exif turns or mirrors {count(number, 'image')} without a change of size: annotate {how}")
     if near:
         report.notes.append(f"the size of {count(near, 'image')} is a pixel off the image's")
 

@@ -55,9 +55,10 @@ class Reader:
 
     def loaded(self, header: Header) -> tuple[int, int]:
         """Return the width and height of the image once it is loaded."""
-        return header.turned if self._turns(header) else (header.width, header.height)
+        return header.turned if self.turns(header) else (header.width, header.height)
 
-    def _turns(self, header: Header) -> bool:
+    def turns(self, header: Header) -> bool:
+        """Whether images like this one are loaded as Exif has them shown."""
         if header.format == "TIFF":
             return True  # libtiff does it, whatever it is asked for
         if self.color_type not in ("color", "grayscale"):

@@ -312,7 +312,7 @@ def test_exif_is_what_the_reader_makes_of_it(tmp_path):
     assert "is 96×128 in the file and 128×96 as loaded" in report.refusal()
     report = turned(tmp_path / "mirrored", 3, before=False)
     assert not report.counts
-    assert report.notes == ["Exif turns or mirrors 4 images without a change of size: annotate them as shown"]
+    assert report.notes == ["Exif turns or mirrors 4 images without a change of size: annotate as shown"]
 
 
 def test_sizes_are_held_against_the_header(coco, tmp_path):
