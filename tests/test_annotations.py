@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 
 from shvit.cli import run
 from shvit.detection.annotations import check_annotations, check_datasets, inspect
-from shvit.detection.coco import load_content, repair, run_lengths
+from shvit.detection.coco import is_numbers, load_content, repair, run_lengths
 from shvit.detection.config import open_config
 from shvit.detection.headers import Reader, read_headers
 from shvit.detection.objects import Use
@@ -428,6 +428,26 @@ def test_a_repaired_file_is_evaluated_as_a_clean_one(coco, tmp_path):
         metric.process({}, [{"pred_instances": predicted, "img_id": image["id"], "ori_shape": (96, 128)}])
     result = metric.evaluate(size=len(content["images"]))
     assert result["coco/bbox_mAP"] == result["coco/segm_mAP"] == 1
+
+
+def test_numbers_are_finite_and_in_range():
+    for good in ([], [1], [1.5, -3], [0.0]):
+        assert is_numbers(good)
+    nan, inf = float("nan"), float("inf")
+    for wrong in (
+        [nan],
+        [1, nan, 2],
+        [inf, -inf],
+        [HUGE],
+        [1.0, HUGE, nan],
+        [1e8],
+        [-1e8, 1],
+        [True],
+        ["1"],
+        None,
+        (1,),
+    ):
+        assert not is_numbers(wrong), wrong
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
