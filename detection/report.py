@@ -170,8 +170,8 @@ def show(reports: list[Report], console: Console) -> None:
         for line in report.lines():
             console.print(line)
     names = list(reports[0].by_class) if reports else []
+    names.sort(key=lambda name: -reports[0].by_class[name][1])
     rows = [(name, *(figure for report in reports for figure in report.by_class[name])) for name in names]
-    rows.sort(key=lambda row: -row[2])
     columns = [heading for report in reports for heading in (f"{report.purpose} images", "annotations")]
     table = Table("class", *columns)
     shown = rows if len(rows) <= MAX_ROWS else [*rows[: MAX_ROWS // 2], None, *rows[-MAX_ROWS // 2 :]]
