@@ -1,65 +1,72 @@
-"""COCO annotation files, checked before anything is built on them: what is wrong is said in one line."""
+"""COCO annotation files, checked against the images and the config before anything is built on them.
 
-import json
+Every problem of a file is counted and the first ones are listed, in one line; what is sound but not what it seems is a
+note.
+"""
+
+import difflib
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from mmengine.config import Config
 
 from shvit.errors import InputError
+from shvit.train.data import MAX_PIXELS
 
+from .coco import count, is_side, key_of, load_content, names_of, repair, short
 from .config import innermost, metrics_of
 from .detector import class_names
+from .headers import Header, Reader, copies, read_headers
+from .objects import ListedImage, Objects, Use
+from .report import Report
 
-MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
-SHORTEST = 6  # numbers of a polygon: three corners
+# --- a config's files -------------------------------------------------------------------------------------------------
 
 
-def check_datasets(config: Config, splits: tuple[str, ...]) -> None:
-    """Checks the annotations that a config's loaders read, and that all of them fit together.
+def check_datasets(config: Config, splits: tuple[str, ...]) -> list[Report]:
+    """Check the annotations that a config's loaders read, and that all of them fit together.
 
     Args:
         splits: of train, val and test.
 
+    Returns:
+        A report for each split that is read as COCO; what is left and what to say is in it.
+
     Raises:
-        InputError: a file that is not there or not readable, a photograph that is missing, a category that the config
-            does not know or knows and the file does not, a box or polygon that is none, or a number of classes or a
-            metric's file that differs from the dataset's.
+        InputError: a file that is not there or not readable; all problems of the files, counted; a number of classes or
+            a metric's file that differs from the dataset's.
     """
     classes = class_names(config)
+    loaders = {split: config.get(f"{split}_dataloader") for split in splits}
+    for split, loader in loaders.items():
+        _check_class_names(config, split, loader, classes)
     check_heads(config, classes)
-    seen = set()
-    for split in splits:
-        loader = config.get(f"{split}_dataloader")
+    reports: dict[str, Report] = {}
+    for split, loader in loaders.items():
         if loader is None:
             continue
         dataset = innermost(loader.dataset)
-        path, folder = annotation_file(dataset), photograph_folder(dataset)
-        if dataset.type == "CocoDataset" and (path, folder) not in seen:
-            seen.add((path, folder))
-            check_annotations(path, folder, classes, wants_masks(config))
+        path = annotation_file(dataset)
         for metric in metrics_of(config.get(f"{split}_evaluator")):
-            named = metric.get("ann_file")
-            if named and Path(named).resolve() != path.resolve():
-                raise InputError(
-                    f"{split}_evaluator reads {named} and {split}_dataloader {path}; give both one ann_file"
-                )
+            _check_metric(config, split, metric, path)
+        if dataset.type.rpartition(".")[2] == "CocoDataset":
+            known = {path: header for report in reports.values() for path, header in report.headers.items()}
+            reports[split] = inspect(path, image_folder(dataset), _use(config, split, dataset, classes), known)
+    if refused := [report.refusal() for report in reports.values() if report.counts]:
+        raise InputError(" | ".join(dict.fromkeys(refused)))
+    _note_shared_images(reports)
+    return list(reports.values())
 
 
 def annotation_file(dataset: Any) -> Path:
     return Path(dataset.get("data_root") or "", dataset.ann_file)
 
 
-def photograph_folder(dataset: Any) -> Path:
+def image_folder(dataset: Any) -> Path:
     return Path(dataset.get("data_root") or "", dataset.get("data_prefix", {}).get("img") or "")
-
-
-def wants_masks(config: Config) -> bool:
-    """Whether the detector learns masks."""
-    return bool(config.model.get("roi_head", {}).get("mask_head"))
 
 
 def check_heads(config: Config, classes: tuple[str, ...]) -> None:
@@ -77,144 +84,299 @@ def check_heads(config: Config, classes: tuple[str, ...]) -> None:
             )
 
 
-def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks: bool) -> None:
-    """Checks one file.
+def _check_class_names(config: Config, split: str, loader: Any, classes: tuple[str, ...]) -> None:
+    """Raises where a loader's class names are not usable, or not the test loader's, which are the detector's."""
+    metainfo = (innermost(loader.dataset).get("metainfo") or {}) if loader is not None else {}
+    said = metainfo.get("classes")
+    where = f"{config.filename}: {split}_dataloader's metainfo.classes"
+    if isinstance(said, str):
+        raise InputError(f"{where} is the text {short(said)}; write a tuple, with a comma: ({short(said)},)")
+    if said is not None and (not said or not all(isinstance(each, str) for each in said)):
+        raise InputError(f"{where} is {short(said)}; write the names of one class or more")
+    if twice := [name for name, number in Counter(said or ()).items() if number > 1]:
+        raise InputError(f"{where} has {short(twice[0])} twice; name each class once")
+    if loader is not None and said is None and innermost(loader.dataset).type.rpartition(".")[2] == "CocoDataset":
+        from mmdet.datasets import CocoDataset
 
-    Args:
-        folder: that holds the photographs.
-        classes: the names that the config knows.
-        masks: whether polygons are used.
+        said = CocoDataset.METAINFO["classes"]
+    if said is not None and tuple(said) != classes:
+        raise InputError(
+            f"{where} has {names_of(said)}, and test_dataloader's {names_of(classes)}; give all loaders the same"
+        )
+
+
+def _check_metric(config: Config, split: str, metric: Any, path: Path) -> None:
+    named = metric.get("ann_file")
+    if named and Path(named).resolve() != path.resolve():
+        raise InputError(f"{split}_evaluator reads {named} and {split}_dataloader {path}; give both one ann_file")
+    if "segm" in _measured(metric) and config.model.get("roi_head") and not has_masks(config):
+        raise InputError(f'{split}_evaluator measures masks (segm), and the model has no mask head; set metric="bbox"')
+
+
+def has_masks(config: Config) -> bool:
+    """Whether the detector learns masks."""
+    return bool((config.model.get("roi_head") or {}).get("mask_head"))
+
+
+def _measured(metric: Any) -> list[str]:
+    measured = metric.get("metric") or "bbox"
+    return [measured] if isinstance(measured, str) else list(measured)
+
+
+def _use(config: Config, split: str, dataset: Any, classes: tuple[str, ...]) -> Use:
+    steps = {str(step.get("type")).rpartition(".")[2]: step for step in dataset.get("pipeline") or []}
+    image = steps.get("LoadPhotograph") or steps.get("LoadImageFromFile") or {}
+    measured = [kind for metric in metrics_of(config.get(f"{split}_evaluator")) for kind in _measured(metric)]
+    filters = {} if dataset.get("test_mode") or split != "train" else dataset.get("filter_cfg") or {}
+    return Use(
+        classes,
+        masks=has_masks(config) or steps.get("LoadAnnotations", {}).get("with_mask", False) or "segm" in measured,
+        learn=split == "train",
+        reader=Reader(image.get("color_type", "color"), image.get("imdecode_backend", "cv2")),
+        filter_empty=bool(filters.get("filter_empty_gt")),
+        min_size=filters.get("min_size") or 0,
+    )
+
+
+def _note_shared_images(reports: dict[str, Report]) -> None:
+    """Add a note where validation images are also trained with."""
+    if not {"train", "val"} <= reports.keys():
+        return
+    train, val = reports["train"], reports["val"]
+    if pairs := copies(train.headers, val.headers):
+        named = ", ".join(f"{one.name}" if one == other else f"{other.name} = {one.name}" for one, other in pairs[:3])
+        val.notes.append(
+            f"{len(pairs):,} of {count(len(val.headers), 'validation image')} are also training images "
+            f"({named}{', …' if len(pairs) > 3 else ''}); figures measured on them say little"
+        )
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks: bool) -> Report:
+    """Check one file that is trained with; see `inspect`.
 
     Raises:
-        InputError: as `check_datasets`.
+        InputError: it has problems, all of which are counted.
     """
-    content = _read(path)
-    images = _by_id(content["images"], path, "image")
-    categories = _by_id(content["categories"], path, "category")
-    names = {key: str(category.get("name")) for key, category in categories.items()}
-    missing = [name for name in classes if name not in names.values()]
-    if missing:
-        raise InputError(
-            f"{path}: has no category {missing[0]!r}, which is one of the config's {len(classes)} classes; it has "
-            f"{', '.join(map(str, list(names.values())[:5]))}{' …' if len(names) > 5 else ''}"
-        )
-    order = [name for name in names.values() if name in classes]
-    if order != list(classes):
-        raise InputError(
-            f"{path}: numbers its categories {', '.join(order[:5])}{' …' if len(order) > 5 else ''}, and the config in "
-            "another order, which would mix them up; write metainfo.classes in the file's order"
-        )
-    annotations = content["annotations"]
-    _by_id(annotations, path, "annotation")
-    used = Counter(_key(each.get("category_id")) for each in annotations)
-    for key, count in used.items():
-        if key is None or key not in names:
-            raise InputError(f"{path}: {count} annotations have category_id {key}, which the file does not define")
-        if names[key] not in classes:
-            raise InputError(
-                f"{path}: {count} annotations are of category {names[key]!r}, which the config does not know; "
-                "add it to metainfo.classes, or remove them"
+    report = inspect(path, folder, Use(classes, masks, learn=True))
+    if report.counts:
+        raise InputError(report.refusal())
+    return report
+
+
+def inspect(path: Path, folder: Path, use: Use, known: dict[Path, Header] | None = None) -> Report:
+    """Check one file against its images.
+
+    Args:
+        folder: that holds the images.
+        known: headers that were read before.
+
+    Raises:
+        InputError: it is not there, or not a COCO file. What is wrong inside is in the report.
+    """
+    content = load_content(path)
+    report = Report(path, "training" if use.learn else "evaluation")
+    raw_ids = [each.get("id") if isinstance(each, dict) else None for each in content["annotations"]]
+    report.notes += repair(content)
+    names = _check_categories(report, content["categories"], use.classes)
+    images = _check_images(report, content["images"], folder, use, known or {})
+    check = Objects(report, images, names, use)
+    seen: set[Any] = set()
+    for entry, raw in zip(content["annotations"], raw_ids, strict=True):
+        key = key_of(raw)
+        if key is not None and key in seen:
+            report.add("annotation id used twice", f"annotation {short(raw)}")
+        seen.add(key)
+        check.add(entry, f"annotation {short(raw)}" if key is not None else f"an annotation of id {short(raw)}")
+    check.conclude()
+    return report
+
+
+def _check_categories(report: Report, entries: list[Any], classes: tuple[str, ...]) -> dict[Any, str]:
+    """Return names by id."""
+    names: dict[Any, str] = {}
+    for category in entries:
+        key = key_of(category.get("id")) if isinstance(category, dict) else None
+        if key is None or not isinstance(category.get("name"), str):
+            report.add("no id or name", short(category))
+        elif key in names:
+            report.add("category id used twice", f"category {short(key)} ({short(category['name'])})")
+        else:
+            if isinstance(key, str) != isinstance(next(iter(names), key), str):
+                report.add("category ids that are text and others that are numbers", f"category {short(key)}")
+            names[key] = category["name"]
+    for name, number in Counter(names.values()).items():
+        if number > 1:
+            ids = [key for key, other in names.items() if other == name]
+            report.add(
+                "class name used twice", short(name), f"(categories {', '.join(map(short, ids))}, all with annotations)"
             )
-    _check_photographs(path, folder, images)
-    for annotation in annotations:
-        for problem in _problems(annotation, images, masks):
-            raise InputError(f"{path}: annotation {annotation['id']}: {problem}; correct or remove it")
+    for name in classes:
+        if name not in names.values():
+            close = difflib.get_close_matches(name, names.values(), n=1, cutoff=0.8)
+            hint = f"did you mean {short(close[0])}?" if close else f"it has {names_of(names.values())}"
+            report.add("class not in the file", short(name), f"({hint})")
+    order = [name for name in names.values() if name in classes]
+    if set(order) == set(classes) and len(order) == len(classes) and order != list(classes):
+        for here, name in zip(order, classes, strict=True):
+            if here != name:
+                report.add(
+                    "other order than metainfo.classes, which would mix classes up", short(here), f"for {short(name)}"
+                )
+    return names
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such annotation file; set data_root and ann_file")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({str(error)[:200]})") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
-    return content
-
-
-def _by_id(entries: list[Any], path: Path, what: str) -> dict[Any, dict[str, Any]]:
-    found: dict[Any, dict[str, Any]] = {}
+def _check_images(
+    report: Report, entries: list[Any], folder: Path, use: Use, known: dict[Path, Header]
+) -> dict[Any, ListedImage]:
+    """Return what the annotations refer to, by id; sizes are 0 where the file has none that can be used."""
+    images: dict[Any, ListedImage] = {}
+    where: dict[Any, str] = {}
     for entry in entries:
-        key = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(key, int | str):
-            raise InputError(f"{path}: an {what} has no id: {str(entry)[:100]}")
-        if key in found:
-            raise InputError(f"{path}: {what} {key} is there twice")
-        found[key] = entry
-    if not found and what != "annotation":
-        raise InputError(f"{path}: has no {what}")
-    return found
+        key = key_of(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None:
+            report.add("image id missing", short(entry))
+            continue
+        name = entry.get("file_name")
+        label = f"image {short(key)}" + (f" ({short(name)[1:-1]})" if isinstance(name, str) else "")
+        if key in images:
+            report.add("image id used twice", label)
+            continue
+        width, height = entry.get("width"), entry.get("height")
+        if not (is_side(width) and is_side(height)):
+            report.add(
+                "width or height missing or not a number", label, f"has width {short(width)} and height {short(height)}"
+            )
+            width = height = 0
+        path = None
+        if not isinstance(name, str) or not name or "\0" in name:
+            report.add("file_name missing", label)
+        elif Path(name).is_absolute() or ".." in Path(name).parts or name[1:3] == ":/":
+            report.add("file outside of the image folder", label, _hint_of_last_part(folder, name))
+        else:
+            path = folder / name
+        if isinstance(key, str) != isinstance(next(iter(images), key), str):
+            report.add("image ids that are text and others that are numbers", label)
+        images[key] = ListedImage(name if isinstance(name, str) else "", path, int(width), int(height))
+        where[key] = label
+    paths = dict.fromkeys(image.path for image in images.values() if image.path is not None)
+    headers: dict[Path, Header | str] = dict(known)
+    headers.update(read_headers(path for path in paths if path not in known))
+    missing = [key for key, image in images.items() if image.path is not None and image.path not in headers]
+    hints = _Hints(folder, [images[key].name for key in missing])
+    if hints.common:
+        report.hints["file not found"] = hints.common
+    for key in missing:
+        report.add("file not found", where[key], hints.of(images[key].name))
+    _hold_against_headers(report, images, where, headers, use.reader)
+    report.headers = {path: header for path in paths if isinstance(header := headers.get(path), Header)}
+    return images
 
 
-def _check_photographs(path: Path, folder: Path, images: dict[Any, dict[str, Any]]) -> None:
-    """Raises where a photograph is not in its folder, which is read once however many there are."""
-    listed: dict[Path, set[str]] = {}
-    missing = []
-    for image in images.values():
-        name = image.get("file_name")
-        if not isinstance(name, str) or not all(_is_count(image.get(side)) for side in ("width", "height")):
-            raise InputError(f"{path}: image {image['id']} has no file_name, width or height")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path}: image {image['id']} is {name!r}, which is outside {folder}")
-        place = folder / Path(name).parent
-        if place not in listed:
-            listed[place] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-        if Path(name).name not in listed[place]:
-            missing.append(name)
-    if missing:
-        more = f" and {len(missing) - 1} more of {len(images)}" if len(missing) > 1 else ""
-        raise InputError(
-            f"{path}: names {missing[0]}{more}, not in {folder}; set data_prefix, or remove what is missing"
-        )
+def _hold_against_headers(
+    report: Report,
+    images: dict[Any, ListedImage],
+    where: dict[Any, str],
+    headers: dict[Path, Header | str],
+    reader: Reader,
+) -> None:
+    """Add images whose header is not what the file says, and set their size to what is loaded."""
+    opens: dict[str, bool] = {}
+    near = 0
+    unseen: Counter[str] = Counter()
+    for key, image in images.items():
+        header = headers.get(image.path) if image.path is not None else None
+        if isinstance(header, str):
+            report.add("file not readable", where[key], f"is {header}")
+        if image.path is None or not isinstance(header, Header):
+            continue
+        if header.format not in opens:
+            opens[header.format] = reader.opens(image.path)
+        if not opens[header.format]:
+            report.add("file not readable", where[key], f"is {header.format}, which OpenCV does not read")
+        if header.width * header.height > MAX_PIXELS:
+            report.add("file not readable", where[key], f"has more than the {MAX_PIXELS:,} pixels allowed")
+        said, loaded = (image.width, image.height), reader.loaded(header)
+        near_enough = max(abs(a - b) for a, b in zip(said, loaded, strict=True)) <= 1
+        if said == (0, 0):
+            continue
+        image.width, image.height = loaded if near_enough else (0, 0)  # unknown which of the two is meant
+        if said == loaded:
+            if header.orientation > 1 and header.turned == (header.width, header.height):
+                unseen["as shown" if reader.turns(header) else f"as stored, as {header.format} is loaded"] += 1
+        elif near_enough:
+            near += 1
+        elif said == (header.width, header.height):
+            report.add(
+                "size is the one before Exif turns the image, and it is loaded turned",
+                where[key],
+                f"is {_by(said)} in the file and {_by(loaded)} as loaded",
+            )
+        else:
+            report.add(
+                "size differs from the image's",
+                where[key],
+                f"is {_by(said)} in the file and {_by(loaded)} as loaded{_factor(said, loaded)}",
+            )
+    for how, number in unseen.items():
+        report.notes.append(f"Exif turns or mirrors {count(number, 'image')} without a change of size: annotate {how}")
+    if near:
+        report.notes.append(f"the size of {count(near, 'image')} is a pixel off the image's")
 
 
-def _problems(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], masks: bool) -> Iterator[str]:
-    """What is wrong with one annotation, if anything."""
-    image = images.get(_key(annotation.get("image_id")))
-    if image is None:
-        yield f"is of image {annotation.get('image_id')}, which the file does not have"
-        return
-    box = annotation.get("bbox")
-    if not _are_numbers(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
-        yield f"bbox {box} is no [x, y, width, height]"
-    if not _are_numbers([annotation.get("area")]) or annotation.get("iscrowd", 0) not in (0, 1):
-        yield f"area {annotation.get('area')} is no number, or iscrowd {annotation.get('iscrowd')} not 0 or 1"
-    if not masks:
-        return
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        if segmentation.get("size") != [image["height"], image["width"]]:
-            yield f"its run-length mask is of size {segmentation.get('size')}, not {[image['height'], image['width']]}"
-        if not _is_run_length(segmentation.get("counts"), image["height"] * image["width"]):
-            yield "the counts of its run-length mask are none, or not of as many pixels as the photograph has"
-        return
-    if not isinstance(segmentation, list) or not segmentation:
-        yield "has no polygon"
-        return
-    for polygon in segmentation:
-        if not _are_numbers(polygon) or len(polygon) < SHORTEST or len(polygon) % 2:
-            yield f"polygon {str(polygon)[:60]} has not three corners or more"
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
 
 
-def _are_numbers(values: Any) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and all(isinstance(each, int | float) and math.isfinite(each) for each in values)
+def _factor(said: tuple[int, int], loaded: tuple[int, int]) -> str:
+    if said == loaded[::-1]:
+        return ", width and height exchanged"
+    across, down = loaded[0] / said[0], loaded[1] / said[1]
+    return f", {across:.3g} times as large" if math.isclose(across, down, rel_tol=0.02) else ""
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 1 << 20
+class _Hints:
+    """Where files that are not in the image folder might be."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self.common = self._another_prefix(names) if names else ""
+        self.present: dict[Path, dict[str, str]] = {}
+
+    def _another_prefix(self, names: list[str]) -> str:
+        """Return what is true of all that are missing."""
+        if not self.folder.is_dir():
+            return f"{self.folder} is not a folder: set data_root and data_prefix"
+        for parent in list(self.folder.parents)[:2]:
+            if all(_is_file(parent / name) for name in names):
+                return f"all are below {parent}: set data_prefix's img to that folder, not {self.folder}"
+        return ""
+
+    def of(self, name: str) -> str:
+        if self.common:
+            return ""
+        place = self.folder / Path(name).parent
+        if place not in self.present:
+            listed = place.iterdir() if place.is_dir() else ()
+            self.present[place] = {_alike(entry.name): entry.name for entry in listed}
+        found = self.present[place].get(_alike(Path(name).name))
+        return f"(there is {short(found)})" if found else _hint_of_last_part(self.folder, name)
 
 
-def _is_run_length(counts: Any, pixels: int) -> bool:
-    """Whether counts are pycocotools' text or a list of run lengths."""
-    if isinstance(counts, str):
-        return bool(counts)
-    return isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == pixels
+def _alike(name: str) -> str:
+    """Return what names have in common that differ by case, extension or the composition of letters."""
+    return unicodedata.normalize("NFC", Path(name).stem).casefold()
 
 
-def _key(value: Any) -> Any:
-    """An id that can be looked up; None of what can be none."""
-    return value if isinstance(value, int | str) else None
+def _hint_of_last_part(folder: Path, name: str) -> str:
+    last = name.rsplit("/", 1)[-1]
+    return f"(the folder has {short(last)}: leave out what stands before it)" if _is_file(folder / last) else ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

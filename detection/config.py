@@ -24,6 +24,9 @@ CONFIGS = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "SHVIT_CONFIGS"
 """The environment variable by which a config elsewhere names the folder of ours; the commands set it."""
 
+OURS = ("shvit.detection", "shvit.detection.reading")
+"""What every config has imported: our parts, and the reading of annotation files."""
+
 MAX_BYTES = 1 << 20  # of one file
 TRUST = "give --trust-config if you know where the file is from"
 
@@ -248,7 +251,7 @@ def _import(config: Config, path: Path, trust: bool) -> None:
 
     named = config.get("custom_imports", {}).get("imports") or []
     named = [named] if isinstance(named, str) else list(named)
-    other = [name for name in named if name != "shvit.detection"]
+    other = [name for name in named if name not in OURS]
     if other and not trust:
         raise InputError(f"{path}: wants {', '.join(map(str, other))} imported; {TRUST}")
     scope = config.setdefault("default_scope", "mmdet")
@@ -259,7 +262,7 @@ def _import(config: Config, path: Path, trust: bool) -> None:
             from mmdet.utils import register_all_modules
 
             register_all_modules(init_default_scope=False)
-            for name in ["shvit.detection", *named]:
+            for name in [*OURS, *named]:
                 import_module(name)
     except ImportError as error:
         raise InputError(f"{path}: custom_imports names what cannot be imported ({error})") from error

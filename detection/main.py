@@ -135,12 +135,13 @@ class Eval(_Detects, _Reads):
 
         from .annotations import check_datasets
         from .evaluate import evaluate
+        from .report import show
         from .training import plainly
 
         if self.threads < 1:
             raise InputError(f"--threads {self.threads} is below 1")
         config = self._config()
-        check_datasets(config, ("test",))
+        show(check_datasets(config, ("test",)), console)
         torch.set_num_threads(self.threads)
         detectors, pipeline, _ = self._open(config, self.threads)
         with plainly():

@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed
 
+from shvit import terminal
 from shvit.errors import InputError
 
 from .annotations import check_datasets
 from .detector import build_detector, log_types
 from .evaluate import percent
+from .report import show
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -40,7 +42,8 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         auto_scale_lr: scale the learning rate to the batch, from the one that the config was written for.
 
     Returns:
-        The run folder, the last checkpoint, and the last evaluation's figures in percent.
+        The run folder, what was left to learn from and to evaluate against, the last checkpoint, and the last
+        evaluation's figures in percent.
 
     Raises:
         InputError: annotations, photographs or the config are not usable, or training diverged.
@@ -50,7 +53,9 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         raise InputError(f"{output}: is a file; choose another folder for --output")
     if auto_scale_lr and not config.get("auto_scale_lr"):
         raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
-    check_datasets(config, ("train", "val"))
+    rank = int(os.environ.get("RANK", "0"))
+    reports = check_datasets(config, ("train", "val"))
+    show(reports, terminal.console(quiet=rank != 0))
     build_detector(config)  # which says what does not fit; the Runner builds its own
     config = copy.deepcopy(config)
     config.work_dir = str(output)
@@ -77,6 +82,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
             journal.stop()
     return {
         "output": str(output),
+        "data": [report.summary() for report in reports],
         "checkpoint": last.read_text().strip() if last.is_file() else None,
         "resumed": config.resume,
         "iterations": runner.iter,

@@ -1,0 +1,223 @@
+"""COCO annotation files as tools write them: read in any encoding of JSON, and harmless quirks repaired in memory."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from shvit.errors import InputError
+
+MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
+MAX_COORDINATE = 1e7
+LISTS = ("images", "annotations", "categories")
+
+
+def load_content(path: Path) -> dict[str, Any]:
+    """Load a file's JSON in UTF-8, with or without a byte order mark, UTF-16 or UTF-32.
+
+    Raises:
+        InputError: no such file, it is too large, or it is not JSON with the three lists of COCO.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such annotation file; set data_root and ann_file")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
+    try:
+        content = json.loads(path.read_bytes())  # of bytes, it finds the encoding
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not a COCO annotation file ({str(error)[:200]})") from error
+    for key in LISTS:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
+    return content
+
+
+def repair(content: dict[str, Any]) -> list[str]:
+    """Change what is harmless to what pycocotools needs, in place; what is wrong stays for the check to name.
+
+    Backslashes in file names become slashes; an absent area is computed and an absent iscrowd is 0; a category without
+    annotations that has the name of another is removed; annotation ids that are absent, text or below 1 are replaced
+    (pycocotools' evaluation takes id 0 for "not matched").
+
+    Returns:
+        A line for each repair that a user should know of.
+    """
+    annotations = [each for each in content["annotations"] if isinstance(each, dict)]
+    notes = [
+        *_remove_unused_doubles(content, annotations),
+        *_repair_names(content),
+        *_add_areas(annotations),
+    ]
+    for annotation in annotations:
+        crowd = annotation.get("iscrowd")
+        if crowd is None or isinstance(crowd, bool):
+            annotation["iscrowd"] = int(bool(crowd))
+    ids = [annotation.get("id") for annotation in annotations]
+    if not all(isinstance(each, int) and 0 < each < 1 << 53 for each in ids):
+        for number, annotation in enumerate(annotations, 1):
+            annotation["id"] = number
+        notes.append("annotation ids that are absent, text or below 1 were replaced by numbers from 1")
+    return notes
+
+
+def _remove_unused_doubles(content: dict[str, Any], annotations: list[dict[str, Any]]) -> list[str]:
+    """Remove categories without annotations whose name another category has, as Roboflow's category 0."""
+    used = Counter(key_of(each.get("category_id")) for each in annotations)
+    by_name = defaultdict(list)
+    for category in content["categories"]:
+        if isinstance(category, dict):
+            if isinstance(category.get("name"), int | float):
+                category["name"] = str(category["name"])
+            if isinstance(category.get("name"), str):
+                by_name[category["name"]].append(category)
+    notes = []
+    for name, same in by_name.items():
+        kept = [each for each in same if used[key_of(each.get("id"))]] or same[-1:]
+        for each in same:
+            if not any(each is other for other in kept):
+                content["categories"] = [other for other in content["categories"] if other is not each]
+                notes.append(
+                    f"category {short(each.get('id'))} is unused and is called {short(name)} like category "
+                    f"{short(kept[0].get('id'))}: it is ignored; remove it from the file"
+                )
+    return notes
+
+
+def _repair_names(content: dict[str, Any]) -> list[str]:
+    changed = 0
+    for image in content["images"]:
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if isinstance(name, str) and "\\" in name:
+            image["file_name"] = name.replace("\\", "/")
+            changed += 1
+    return [f"{count(changed, 'file name')} with backslashes read with slashes"] if changed else []
+
+
+def _add_areas(annotations: list[dict[str, Any]]) -> list[str]:
+    changed = 0
+    for annotation in annotations:
+        if annotation.get("area") is None and is_box(annotation.get("bbox")):
+            annotation["area"] = _area(annotation)
+            changed += 1
+    return [f"{count(changed, 'annotation')} without area: computed from masks, or boxes"] if changed else []
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    """Square pixels inside of the polygons or run lengths, or of the box where there are none that can be read."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation and all(is_polygon(each) for each in segmentation):
+        return sum(_polygon_area(each) for each in segmentation)
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    runs = run_lengths(counts)
+    return annotation["bbox"][2] * annotation["bbox"][3] if runs is None else sum(runs[1::2])
+
+
+def _polygon_area(polygon: list[float]) -> float:
+    x, y = polygon[::2], polygon[1::2]
+    return abs(sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))) / 2
+
+
+# --- what values are --------------------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number that can be a coordinate."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_COORDINATE < value < MAX_COORDINATE
+
+
+def is_numbers(values: Any) -> TypeGuard[list[float]]:
+    """Whether a value is a list of such numbers; as fast as a file of millions needs it."""
+    if not isinstance(values, list) or not {int, float}.issuperset(map(type, values)):
+        return False
+    try:
+        finite = math.isfinite(math.fsum(values))
+    except (OverflowError, ValueError):
+        return False
+    return finite and (not values or (min(values) > -MAX_COORDINATE and max(values) < MAX_COORDINATE))
+
+
+def is_box(value: Any) -> TypeGuard[list[float]]:
+    """Whether a value is [x, y, width, height], where sides may be 0 but not negative."""
+    return is_numbers(value) and len(value) == 4 and value[2] >= 0 and value[3] >= 0
+
+
+def is_polygon(value: Any) -> TypeGuard[list[float]]:
+    """Whether a value is [x1, y1, x2, y2, x3, y3, …] with three corners or more."""
+    return is_numbers(value) and len(value) >= 6 and len(value) % 2 == 0
+
+
+def key_of(value: Any) -> Any:
+    """Return an id that can be looked up: a whole number or a text; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
+    """Whether an id is a text whose number is among those that are known."""
+    try:
+        return isinstance(value, str) and int(value) in known
+    except ValueError:
+        return False
+
+
+def run_lengths(counts: Any) -> list[int] | None:
+    """Return the lengths of runs, beginning with background, from a list or pycocotools' compressed text.
+
+    None for anything else. pycocotools checks neither: where they cover fewer pixels than the image has, `decode` gives
+    what happens to be in memory.
+    """
+    if isinstance(counts, list):
+        whole = all(isinstance(each, int) and 0 <= each < MAX_COORDINATE**2 for each in counts)
+        return counts if whole and counts else None
+    if not isinstance(counts, str):
+        return None
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 50:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (1 << shift) if code & 16 else 0  # a negative difference
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            if runs[-1] < 0:
+                return None
+            value = shift = 0
+    return runs if runs and not shift else None
+
+
+def is_side(value: Any) -> TypeGuard[float]:
+    """Whether a value can be the width or height of an image."""
+    return is_number(value) and float(value).is_integer() and 0 < value < 1 << 20
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def count(number: int, what: str) -> str:
+    """`1 box`, `2 boxes`, `3 categories`."""
+    if number != 1:
+        what = what[:-1] + "ies" if what.endswith("y") else what + ("es" if what.endswith(("x", "s")) else "s")
+    return f"{number:,} {what}"
+
+
+def short(value: Any, limit: int = 60) -> str:
+    """Return a value from a file as text that is safe in a line: printable, quoted where it is text, cut to `limit`."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def names_of(names: Iterable[str]) -> str:
+    """Return the first five names."""
+    names = list(names)
+    return ", ".join(short(name)[1:-1] for name in names[:5]) + (" …" if len(names) > 5 else "")
