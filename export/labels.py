@@ -60,22 +60,17 @@ def contradiction(labels: Sequence[str], classes: Sequence[str]) -> str | None:
     found, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
     if found == known:
         return None
-    orders = (known, list(imagenet_ids())) if is_imagenet(tuple(classes)) else (known,)
-    for order in orders:
+    imagenet = is_imagenet(tuple(classes))
+    for order in (known, list(imagenet_ids())) if imagenet else (known,):
         if sorted(found) == sorted(order):
-            place = next(i for i, (one, other) in enumerate(zip(found, order, strict=True)) if one != other)
-            return (
-                (
-                    f"has the model's classes in another order: class {place} is {order[place]!r}, and the line says "
-                    f"{found[place]!r}"
-                )
-                if found != order
-                else None
-            )
-    if len(orders) > 1:
-        return None
-    place = next(i for i, (one, other) in enumerate(zip(found, known, strict=False)) if one != other)
-    return f"class {place} of the model is {known[place]!r}, and the line says {found[place]!r}"
+            return None if found == order else f"has the model's classes in another order: {_first(found, order)}"
+    return None if imagenet else _first(found, known)
+
+
+def _first(found: Sequence[str], known: Sequence[str]) -> str:
+    """The first difference of two lists, said."""
+    pairs = enumerate(zip(known, found, strict=True))
+    return next(f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
 
 
 # --- folders of classes -----------------------------------------------------------------------------------------------
@@ -116,8 +111,10 @@ def refuse_unknown(match: ClassMatch, classes: Sequence[str], source: object, ad
         advice: what to do besides renaming.
     """
     if match.unknown:
-        close = difflib.get_close_matches(match.unknown[0], classes, n=1)
-        hint = f" ({match.unknown[0]!r} may be {close[0]!r})" if close else ""
+        first = match.unknown[0]
+        close = [name for name in classes if name.casefold() == first.casefold()]
+        close = close or difflib.get_close_matches(first, classes, n=1)
+        hint = f" ({first!r} may be {close[0]!r})" if close else ""
         raise InputError(f"{source}: holds {len(match.unknown)} classes that the model does not know: "
                          f"{some(match.unknown)}{hint}; it knows {some(classes)}; rename the folders, or {advice}"
                          )  # fmt: skip

@@ -225,7 +225,7 @@ def open_weights(
     if classifies and spec.num_classes == 0:
         raise InputError(f"{weights.name or name} has no classifier; give a model with classes")
     if info is not None:
-        _log_differences(spec, Spec.of(name, model, spec.img_size), info, weights.name, log)
+        _log_differences(spec, Spec.of(name, model), info, weights.name, log)
     return model, spec
 
 

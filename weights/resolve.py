@@ -98,11 +98,10 @@ def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[
         return path, None
     names = [entry.name for entry in read_manifest()]
     if str(checkpoint) not in names:
-        close = [name for name in (str(checkpoint), path.stem) if name in names]
-        close = close or difflib.get_close_matches(path.name, names, n=3)
         if path.suffix in SUFFIXES or len(path.parts) > 1:
-            hint = f"; {close[0]} is the name of published weights" if close else ""
+            hint = f"; {path.stem} is the name of published weights" if path.stem in names else ""
             raise InputError(f"{path}: no such file{hint}")
+        close = difflib.get_close_matches(path.name, names, n=3)
         raise InputError(f"{checkpoint}: no such file, and no published checkpoint of that name; choose from "
                          f"{', '.join(close or names)} (`shvit weights list`)")  # fmt: skip
     entry = find(str(checkpoint))
@@ -162,9 +161,7 @@ def _pretrained(model: str, log: Log) -> Weights:
     if not timm.is_model(model):
         raise InputError(f"unknown model {model!r}; `shvit list '*'` shows all")
     entries = [entry for entry in read_manifest() if entry.task == "classification"]
-    entry = next((e for e in entries if e.name == model), None) or next(
-        (e for e in entries if e.model == model and "." in e.name), None
-    )
+    entry = next((e for e in entries if model == (e.name if "." in model else e.model)), None)
     if entry is not None:
         path, _ = find_weights(entry.name, log)
         return Weights(entry.model, path, entry.name, False, read_run_info(path) or _published_info(entry))
