@@ -51,7 +51,8 @@ class RunInfo:
     crop_pct: float | None = None
     crop_mode: str | None = None
     data: Mapping[str, Any] | None = None
-    """The identity of the images that it was trained on: plain values, as recipe.yaml has them."""
+    """The identity of the images that it was trained on, and how they were split: plain values, as recipe.yaml has
+    them."""
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -130,12 +131,12 @@ def read_recipe_file(path: Path) -> RunInfo | None:
         raise InputError(f"{path}: not readable as YAML; repair it, or move the checkpoint away from it") from error
     if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
         return None
-    recipe, classes = content["recipe"], content.get("classes", [])
-    return _checked(
-        {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "classes": classes,
-         "data": content.get("data")},
-        path,
-    )  # fmt: skip
+    recipe, data = content["recipe"], content.get("data")
+    options = recipe.get("data")
+    if isinstance(data, dict) and isinstance(options, dict) and options.get("group") is not None:
+        data = {**data, "group": options["group"]}  # by which the images were split
+    told = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
+    return _checked({**told, "classes": content.get("classes", [])}, path)
 
 
 def _from_json(text: str, path: Path) -> RunInfo:

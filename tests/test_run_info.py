@@ -24,7 +24,10 @@ from shvit.export.labels import contradiction, find_labels, match_classes
 from shvit.export.spec import open_model
 from shvit.files import sha256
 from shvit.run_info import RUN_KEY, RunInfo, read_run_info
+from shvit.train.distributed import World
 from shvit.train.loop import train
+from shvit.train.recipe import Distill
+from shvit.train.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
 
@@ -151,6 +154,21 @@ def test_recipes_that_unfold_or_run_code_are_refused(tmp_path):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(InputError, match=r"recipe\.yaml"):
             read_run_info(tmp_path / "best.safetensors")
+
+
+def test_a_head_of_other_classes_begins_anew_and_such_a_teacher_is_refused(recipe, tmp_path):
+    """Of as many classes: nothing but their names tells."""
+    source = randomize(timm.create_model("shvit_s1", num_classes=2))
+    world = World(0, 1, torch.device("cpu"))
+    for classes, kept in ((("blue", "red"), True), (("red", "blue"), False), (("cat", "dog"), False)):
+        write_checkpoint(source.state_dict(), tmp_path / "s.safetensors", RunInfo("shvit_s1", classes, 32).metadata)
+        started = replace(recipe, model="shvit_s1", checkpoint=tmp_path / "s.safetensors")
+        model = set_up(started, world, ["blue", "red"], 1, 1).model
+        assert torch.equal(model.head.l.weight, source.head.l.weight) == kept
+        assert torch.equal(model.patch_embed[0].c.weight, source.patch_embed[0].c.weight)
+    distill = Distill(teacher="shvit_s1", checkpoint=tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="the teacher was trained on other classes"):
+        set_up(replace(recipe, distill=distill), world, ["blue", "red"], 1, 1)
 
 
 # --- which weights ----------------------------------------------------------------------------------------------------
