@@ -69,8 +69,9 @@ def contradiction(labels: Sequence[str], classes: Sequence[str]) -> str | None:
 
 def _first(found: Sequence[str], known: Sequence[str]) -> str:
     """The first difference of two lists, said."""
-    pairs = enumerate(zip(known, found, strict=True))
-    return next(f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
+    pairs = enumerate(zip(known, found, strict=False))
+    differences = (f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
+    return next(differences, f"{len(found)} labels for {len(known)} classes")
 
 
 # --- folders of classes -----------------------------------------------------------------------------------------------
