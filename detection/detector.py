@@ -15,8 +15,7 @@ from torch import nn
 
 from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
 from shvit.errors import InputError
-from shvit.weights.cache import obtain
-from shvit.weights.manifest import find
+from shvit.weights.resolve import find_weights as weights_file
 
 from .config import first_line, innermost, quiet
 
@@ -137,12 +136,7 @@ def find_weights(checkpoint: str | Path) -> Path:
     Raises:
         InputError: neither, or it cannot be downloaded.
     """
-    path = Path(checkpoint)
-    if path.suffix in (".pt", ".pth", ".safetensors") or path.exists():
-        return path
-    entry = find(str(checkpoint))
-    print_log(f"{entry.name}: from the cache, or {entry.url}", "current")
-    return obtain(entry, entry.url, lambda done, total: None).path
+    return weights_file(checkpoint, lambda line: print_log(line, "current"))[0]
 
 
 def log_types() -> list[Any]:

@@ -14,6 +14,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError
 from shvit.files import sha256, write_whole
+from shvit.run_info import read_run_info
 
 from .config import CONFIGS, bundled, open_config, set_data_root
 from .detector import (
@@ -77,8 +78,29 @@ class Train(_Reads):
         if self.pretrained is not None:
             forget_initial_weights(config)
         if self.pretrained not in (None, "none"):
+            _check_backbone(config, self.pretrained)
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
+
+
+def _check_backbone(config: Any, pretrained: str) -> None:
+    """Holds what is known of a classifier's run against the config that takes its weights.
+
+    Raises:
+        InputError: the weights are of another model than the config's backbone.
+    """
+    info = read_run_info(find_weights(pretrained))
+    model = config.model.backbone.get("model")
+    if info is None or model is None:
+        return
+    if info.model.partition(".")[0] != model.partition(".")[0]:
+        raise InputError(f"{pretrained}: was trained as {info.model}, and the config's backbone is {model}; give the "
+                         f"weights of a {model}, or --options model.backbone.model={info.model}")  # fmt: skip
+    fed = config.model.get("data_preprocessor") or {}
+    for name in ("mean", "std"):
+        own, theirs = getattr(info, name), fed.get(name)
+        if own and theirs and any(abs(255 * a - b) > 1 for a, b in zip(own, theirs, strict=False)):
+            console.print(f"{pretrained}: was trained with {name} {own}; the config's data_preprocessor has another")
 
 
 @dataclass(frozen=True, kw_only=True)

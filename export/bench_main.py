@@ -10,7 +10,7 @@ import tyro
 from rich.table import Column, Table
 
 from shvit import terminal
-from shvit.errors import CheckFailed, InputError
+from shvit.errors import CheckFailed, InputError, refuse
 from shvit.files import sha256
 
 PACKAGE = ".mlpackage"
@@ -33,18 +33,21 @@ class Bench:
     own options with --help.
     """
 
-    models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
-    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format."""
-    runtimes: list[str] = field(default_factory=lambda: ["torch", "onnxruntime"])
-    """Of the models that are given by name; see above."""
+    models: list[str] = field(default_factory=list)
+    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format; by default the
+    checkpoint's model, or else shvit_s1 to shvit_s4."""
+    runtimes: list[str] = field(default_factory=list)
+    """Of the models that are given by name; see above. By default torch and onnxruntime."""
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     """Images at a time."""
     threads: int = 1
     """CPU threads of each runtime, each on a core of its own."""
     img_size: int | None = None
-    """Input height and width in pixels; each model's own by default."""
+    """Input height and width in pixels; by default those that the checkpoint was trained for, or each model's own."""
     checkpoint: Path | None = None
-    """Weights of the models; random ones by default, which are as fast."""
+    """Weights of the models, a file or a name of `shvit weights list`; random ones by default, which are as fast."""
+    pretrained: bool = False
+    """Take each model's published weights in place of a checkpoint."""
     against: list[Path] = field(default_factory=list)
     """Files of anyone's (.onnx, .xml, .mlpackage) that all others are compared with, run with their runtime's
     defaults."""
@@ -60,16 +63,24 @@ class Bench:
     """A folder for bench.json, pictures, and report.html, a page to choose a model with."""
 
     def run(self) -> dict[str, Any]:
-        from .bench import bench
-        from .cases import Settings
-        from .records import Measurements
-
         if self.compute_units != "all" and not self._uses_coreml():
             raise InputError(
                 f"--compute-units {self.compute_units} is for Core ML, in which nothing is to run here; "
                 "add --runtimes coreml or an .mlpackage, or leave it out"
             )
-        settings = Settings(self.threads, self.checkpoint, self.img_size, self.compute_units)
+        if self.models and all(map(_is_file, self.models)):
+            refuse("all --models are files, which have their weights, size and runtime", runtimes=self.runtimes,
+                   checkpoint=self.checkpoint, pretrained=self.pretrained, img_size=self.img_size)  # fmt: skip
+        models, checkpoint = choose_models(self.models, self.checkpoint, self.pretrained)
+        return replace(self, models=models, runtimes=self.runtimes or DEFAULT_RUNTIMES, checkpoint=checkpoint)._run()
+
+    def _run(self) -> dict[str, Any]:
+        """With every default filled in."""
+        from .bench import bench
+        from .cases import Settings
+        from .records import Measurements
+
+        settings = Settings(self.threads, self.checkpoint, self.img_size, self.compute_units, self.pretrained)
         with _status("bench") as progress:
             machine, results = bench(
                 self.models, self.runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
@@ -144,6 +155,34 @@ class Bench:
                     rows = sweep(name, runtime, settings, Path(folder), progress)
                 show_scaling(rows)
                 yield from rows
+
+
+OURS = ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"]
+DEFAULT_RUNTIMES = ["torch", "onnxruntime"]
+
+
+def choose_models(models: list[str], checkpoint: Path | None, pretrained: bool) -> tuple[list[str], Path | None]:
+    """The models to be timed, where none are named the checkpoint's; and the checkpoint's file.
+
+    Raises:
+        InputError: as `resolve_weights`, or a checkpoint and pretrained weights are both asked for.
+    """
+    from shvit.weights.resolve import find_weights, resolve_weights
+
+    if pretrained:
+        refuse("--pretrained takes each model's published weights", checkpoint=checkpoint)
+    if checkpoint is None:
+        return models or OURS, None
+    if models:
+        return models, find_weights(checkpoint, console.print)[0]
+    weights = resolve_weights(None, checkpoint, log=console.print)
+    return [weights.model], weights.checkpoint
+
+
+def _is_file(model: str) -> bool:
+    from .cases import FILES
+
+    return Path(model).suffix in FILES
 
 
 @contextmanager
@@ -263,16 +302,21 @@ MOST_RECORDS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
-    models: list[str] = field(default_factory=lambda: ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"])
-    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them."""
+    models: list[str] = field(default_factory=list)
+    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them; by default the
+    checkpoint's model, or else shvit_s1 to shvit_s4."""
     peers: list[str] = field(default_factory=list)
     """More names, to compare with."""
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
     """Of what is given by name."""
     checkpoint: Path | None = None
-    """Weights of the named models; random ones by default, which are as fast. Peers' are random."""
+    """Weights of the named models, a file or a name of `shvit weights list`; random ones by default, which are as fast.
+    Peers' are random."""
+    pretrained: bool = False
+    """Take each named model's published weights in place of a checkpoint."""
     img_size: int | None = None
-    """Input height and width in pixels of what is given by name; each model's own by default."""
+    """Input height and width in pixels of what is given by name; by default those that the checkpoint was trained for,
+    or each model's own."""
     images: Path | None = None
     """A folder of photographs; some of them, cut, go to the browser, and to everyone with the site. scikit-image's
     bundled ones by default."""
@@ -308,10 +352,15 @@ class _BrowserOptions:
         from .ort_web import runtime_files
         from .trial import Pace, check_names, contents, few_photographs, prepare
 
-        named = Settings(1, self.checkpoint, self.img_size)
+        models, checkpoint = choose_models(self.models, self.checkpoint, self.pretrained)
+        if not self.peers and all(map(_is_file, models)):
+            refuse("all --models are files, which have their weights and size", checkpoint=self.checkpoint,
+                   pretrained=self.pretrained, img_size=self.img_size)  # fmt: skip
+        named = Settings(1, checkpoint, self.img_size, pretrained=self.pretrained)
         runtime = runtime_files(Path(self.ort_web) if self.ort_web else None, progress) if self._hosted else None
-        tried = prepare(self.models, self.precision, named, self.images, folder, progress)
-        tried += prepare(self.peers, self.precision, replace(named, checkpoint=None), self.images, folder, progress)
+        tried = prepare(models, self.precision, named, self.images, folder, progress)
+        plain = replace(named, checkpoint=None, pretrained=False)
+        tried += prepare(self.peers, self.precision, plain, self.images, folder, progress)
         check_names(tried)
         pace = Pace(rounds=self.rounds, sustained_s=self.sustained)
         return tried, contents(tried, few_photographs(self.images), runtime, pace, submit)

@@ -15,10 +15,11 @@ from torch import nn
 
 from shvit.deploy import deploy
 from shvit.errors import InputError
+from shvit.weights.resolve import Weights, resolve_weights
 
 from .formats import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
 from .photographs import find_photographs
-from .spec import Spec, open_model
+from .spec import Spec, open_weights
 from .tuning import TUNING
 from .verify import Reference
 
@@ -36,6 +37,8 @@ class Settings:
     img_size: int | None = None
     compute_units: str = "all"
     """Of `COMPUTE_UNITS`."""
+    pretrained: bool = False
+    """Each model's published weights in place of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,11 @@ class Subject:
 
     @cached_property
     def opened(self) -> tuple[nn.Module, Spec]:
-        return open_model(self.name, self.settings.checkpoint, self.settings.img_size)
+        return open_weights(self.weights, self.settings.img_size)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return resolve_weights(self.name, self.settings.checkpoint, pretrained=self.settings.pretrained)
 
     @property
     def spec(self) -> Spec:
@@ -156,10 +163,10 @@ def _torch(**options: Any) -> Callable[[Subject, int], Job]:
     said = {"device": "cpu", "bf16": False, "channels_last": False, "compiled": False, **options}
 
     def job(subject: Subject, batch_size: int) -> Job:
-        settings = subject.settings
-        checkpoint = str(settings.checkpoint.resolve()) if settings.checkpoint else None
+        file = subject.weights.checkpoint
+        checkpoint = str(file.resolve()) if file else None
         return {"runner": "torch", "model": subject.name, "checkpoint": checkpoint,
-                "img_size": settings.img_size, **said}  # fmt: skip
+                "img_size": subject.spec.img_size, **said}  # fmt: skip
 
     return job
 

@@ -18,13 +18,14 @@ from shvit.certificate import certificate_path
 from shvit.deploy import deploy
 from shvit.errors import InputError
 from shvit.files import write_whole
+from shvit.weights.resolve import Log, Weights
 
 from .forms import Probabilities, feature_maps, layers, without_softmax
 from .photographs import Photograph, read_pixels, spread
 from .quantize import LayerRanges
 from .ranges import Range
 from .runtimes import artefact_files, open_artefact
-from .spec import Precision, Spec, open_model
+from .spec import Precision, Spec, open_weights
 from .tuning import TUNING
 from .verify import Certificate, Reference, certify, require
 
@@ -120,16 +121,16 @@ class Source:
 
 
 def open_source_model(
-    name: str, checkpoint: Path | None, img_size: int | None, ema: bool, outputs: str
+    weights: Weights, img_size: int | None, outputs: str, log: Log = lambda line: None
 ) -> tuple[nn.Module, Spec]:
     """The model with the outputs wanted (logits, probabilities or features), and its spec.
 
     Raises:
-        InputError: as `open_model`, or it has no feature maps.
+        InputError: as `open_weights`, or it has no feature maps.
     """
-    model, spec = open_model(name, checkpoint, img_size, ema, classifies=outputs != "features")
+    model, spec = open_weights(weights, img_size, outputs != "features", log)
     if outputs == "features":
-        model, names = feature_maps(name, model)
+        model, names = feature_maps(weights.model, model)
         return model, replace(spec, outputs=names)
     if outputs == "probabilities":
         return Probabilities(model).eval(), replace(spec, outputs=("probabilities",))

@@ -1,46 +1,127 @@
-"""Names of the classes."""
+"""Names of the classes: of a model, in a file, of the folders that images lie in."""
 
+import codecs
+import difflib
+import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
+from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 
 MOST_BYTES = 10 << 20
+SHOWN = 5  # names in a message
 
 
-def find_labels(path: Path | None, num_classes: int) -> list[str]:
+def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()) -> list[str]:
     """The classes' names, by index.
 
     Args:
-        path: a text file with one on each line; where None, ImageNet-1k's for 1000 classes, and none for other numbers.
+        path: a text file with one on each line, in UTF-8 or in UTF-16 with its mark; where None, `classes`.
+        classes: the names that are known of the model.
 
     Raises:
-        InputError: the file is not there, not UTF-8, has another number of lines than the model has classes, or an
-            empty or repeated one.
+        InputError: the file is not there, not text, has another number of lines than the model has classes, an empty or
+            repeated one, or says otherwise than what is known.
     """
     if path is None:
-        return _imagenet() if num_classes == 1000 else []
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: too large for a list of labels; give one on each line")
-        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read as labels: {reason}") from error
+        return list(classes) if len(classes) == num_classes else []
+    labels = _read_lines(path)
     if len(labels) != num_classes:
         raise InputError(f"{path}: has {len(labels)} lines, and the model {num_classes} classes; give one on each line")
     name, count = Counter(labels).most_common(1)[0]
     if count > 1 or "" in labels:
         raise InputError(f"{path}: {'an empty line' if '' in labels else f'{name!r} stands there twice'}; each class "
                          "needs a name of its own")  # fmt: skip
+    if classes and (problem := contradiction(labels, classes)):
+        raise InputError(f"{path}: {problem}; leave out --labels, and the model's own names are written")
     return labels
 
 
-def _imagenet() -> list[str]:
-    """ImageNet-1k's, from timm; the few names that two classes share get the class's number."""
-    from timm.data import ImageNetInfo
+def _read_lines(path: Path) -> list[str]:
+    """Lines without blanks around them, and without the empty ones at the end."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: too large for a list of labels; give one on each line")
+        content = path.read_bytes()
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text, nor UTF-16 with its mark"
+        raise InputError(f"{path}: cannot be read as labels: {reason}") from error
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
 
-    info = ImageNetInfo("imagenet-1k")
-    names = [info.index_to_description(index) for index in range(info.num_classes())]
-    counts = Counter(names)
-    return [f"{name} ({index})" if counts[name] > 1 else name for index, name in enumerate(names)]
+
+def contradiction(labels: Sequence[str], classes: Sequence[str]) -> str | None:
+    """What labels say otherwise than the model's classes, if anything; ImageNet's may have other names than timm's."""
+    found, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
+    if found == known:
+        return None
+    imagenet = is_imagenet(tuple(classes))
+    for order in (known, list(imagenet_ids())) if imagenet else (known,):
+        if sorted(found) == sorted(order):
+            return None if found == order else f"has the model's classes in another order: {_first(found, order)}"
+    return None if imagenet else _first(found, known)
+
+
+def _first(found: Sequence[str], known: Sequence[str]) -> str:
+    """The first difference of two lists, said."""
+    pairs = enumerate(zip(known, found, strict=False))
+    differences = (f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
+    return next(differences, f"{len(found)} labels for {len(known)} classes")
+
+
+# --- folders of classes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """Which of a model's classes the classes of a dataset are."""
+
+    index: tuple[int, ...]
+    """Of each class of the dataset the model's index; -1 for one that the model does not know."""
+    unknown: tuple[str, ...]
+    """The dataset's classes that the model does not know."""
+    missing: tuple[str, ...]
+    """The model's classes that the dataset does not have."""
+
+
+def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
+    """Matches a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number."""
+    known = {same_name(name): index for index, name in enumerate(classes)}
+    if is_imagenet(tuple(classes)):
+        for names in (imagenet_ids(), imagenet_names(), map(str, range(1000))):
+            for index, name in enumerate(names):
+                known.setdefault(name, index)
+    index = tuple(known.get(same_name(name), -1) for name in found)
+    return ClassMatch(
+        index=index,
+        unknown=tuple(name for name, place in zip(found, index, strict=True) if place < 0),
+        missing=tuple(name for place, name in enumerate(classes) if place not in set(index)),
+    )
+
+
+def refuse_unknown(match: ClassMatch, classes: Sequence[str], source: object, advice: str) -> None:
+    """Raises InputError if the dataset has classes that the model does not know.
+
+    Args:
+        source: what the message calls the dataset.
+        advice: what to do besides renaming.
+    """
+    if match.unknown:
+        first = match.unknown[0]
+        close = [name for name in classes if name.casefold() == first.casefold()]
+        close = close or difflib.get_close_matches(first, classes, n=1)
+        hint = f" ({first!r} may be {close[0]!r})" if close else ""
+        raise InputError(f"{source}: holds {len(match.unknown)} classes that the model does not know: "
+                         f"{some(match.unknown)}{hint}; it knows {some(classes)}; rename the folders, or {advice}"
+                         )  # fmt: skip
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

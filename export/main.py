@@ -9,17 +9,18 @@ import tyro
 from rich.table import Table
 
 from shvit import terminal
-from shvit.certificate import certificate_path, check_unchanged
+from shvit.certificate import Origin, certificate_path, check_unchanged, read_origin
 from shvit.checkpoint import holds_average
-from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.errors import CheckFailed, InputError, refuse
+from shvit.files import sha256, write_whole
 from shvit.train.evaluate import Predict
+from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from .formats import SUFFIXES, Format, Options, Source, export, open_source_model
-from .labels import find_labels
+from .formats import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
+from .labels import find_labels, match_classes, refuse_unknown, some
 from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
-from .spec import MAX_IMG_SIZE, Precision, Spec, open_model
+from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
 from .verify import MAX_FLOAT_MACS, Certificate, Reference, artefact_sha256, certify, require
 
 console = terminal.console()
@@ -52,23 +53,31 @@ def _right(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Eval:
-    """Top-1 and top-5 accuracy on a folder of class folders, of a checkpoint or of an exported file."""
+    """Top-1 and top-5 accuracy on a folder of class folders, of a checkpoint or of an exported file.
+
+    Class folders are matched by name to the classes that the checkpoint's run, or the file, knows.
+    """
 
     data: str
     """A folder of class folders, or one that holds them under val/; a tar of one; a folder of WebDataset shards; a name
     that timm knows, such as torch/cifar10; `elpv` for the demo's held-out photographs."""
-    split: str = "validation"
-    """Of shards and of a dataset with a name."""
-    model: str = "shvit_s1"
-    """A name that timm knows; not needed with an artefact."""
+    split: str | None = None
+    """Of shards and of a dataset with a name; validation by default."""
     checkpoint: Path | None = None
-    """Its weights, in any layout; of a run's last.pt both the weights and their average are evaluated."""
+    """Weights in any layout, or a name of `shvit weights list`; of a run's last.pt both the weights and their average
+    are evaluated."""
+    model: str | None = None
+    """A name that timm knows; by default the checkpoint's own model."""
+    pretrained: bool = False
+    """Take the model's published weights in place of a checkpoint."""
     ema: bool = False
     """Take the checkpoint's averaged weights alone."""
     artefact: Path | None = None
     """An .onnx file, .xml or .mlpackage of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
-    """Input height and width in pixels; the model's own by default."""
+    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
+    skip_unknown_classes: bool = False
+    """Leave out and count images of classes that the model does not know, in place of refusing them."""
     batch_size: int = 32
     """Images at a time."""
     workers: int = 0
@@ -77,38 +86,69 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import open_eval_dataset
+        from shvit.train.data import open_eval_dataset, takes_split
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
-        predict, spec, transform = self._predict()
-        dataset = open_eval_dataset(self.data, self.split)
-        classes = dataset.classes or [str(i) for i in range(spec.num_classes)]
-        if len(classes) != spec.num_classes:
-            raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
-                             "the classes that it was trained for")  # fmt: skip
-        kind = "weights" if self.artefact is None else "artefact"
-        result = {"model": spec.model, **self._evaluate(kind, predict, spec, transform, dataset, classes)}
-        if self.checkpoint is not None and not self.ema and holds_average(self.checkpoint):
-            averaged = torch_predict(open_model(self.model, self.checkpoint, self.img_size, ema=True)[0])
-            result["ema"] = self._evaluate("averaged weights", averaged, spec, transform, dataset, classes)
+        if not takes_split(self.data):
+            refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
+        predict, spec, transform, known, weights = self._predict()
+        dataset = open_eval_dataset(self.data, self.split or "validation")
+        classes, index = self._match(dataset.classes, known, spec)
+        kind = "weights" if weights is not None else "artefact"
+        found = (transform, dataset, classes, index)
+        result = {"model": spec.model, **self._evaluate(kind, predict, spec, *found)}
+        if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
+            averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
+            result["ema"] = self._evaluate("averaged weights", averaged, spec, *found)
         if self.output is not None:
             with write_whole(self.output / "accuracy.json") as partial:
                 partial.write_text(json.dumps({**result, "classes": classes}, indent=2) + "\n")
         return result
 
+    def _match(self, found: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:
+        """The model's classes, and of each of the dataset's the model's index; None where they are the same.
+
+        Raises:
+            InputError: the dataset has other classes than the model.
+        """
+        if known and found:
+            match = match_classes(found, known)
+            if not self.skip_unknown_classes or len(match.unknown) == len(found):
+                refuse_unknown(match, known, self.data, "leave their images out with --skip-unknown-classes")
+            if match.missing:
+                console.print(f"{self.data}: {len(match.missing)} of the model's {len(known)} classes are not in it "
+                              f"({some(match.missing)}); accuracy is that of the others")  # fmt: skip
+            return list(known), list(match.index)
+        refuse("nothing tells the names of the model's classes", skip_unknown_classes=self.skip_unknown_classes)
+        classes = list(known) or found or [str(i) for i in range(spec.num_classes)]
+        if len(classes) != spec.num_classes:
+            raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
+                             "the classes that it was trained for")  # fmt: skip
+        return classes, None
+
     def _evaluate(
-        self, kind: str, predict: Any, spec: Spec, transform: Any, dataset: Any, classes: list[str]
+        self,
+        kind: str,
+        predict: Any,
+        spec: Spec,
+        transform: Any,
+        dataset: Any,
+        classes: list[str],
+        index: list[int] | None,
     ) -> dict[str, Any]:
         """Prints and returns the accuracy; draws it if there is a folder to draw into."""
         from shvit.train.data import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
         loader = eval_loader(dataset, transform, self.batch_size, self.workers)
-        counts = count(predict, loader, spec.num_classes)
+        batches = loader if index is None else Renumbered(loader, index)
+        counts = count(predict, batches, spec.num_classes)
         result = counts.evaluation()
+        left_out = getattr(batches, "left_out", 0)
         top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
-        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} photographs")
+        rest = f"; {left_out} of classes that the model does not know are left out" if left_out else ""
+        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} photographs{rest}")
         if len(classes) <= MOST_CLASSES_PRINTED:
             table = Table("class", _right("photographs"), _right("top-1 %"))
             seen = counts.confusion.sum(1).tolist()
@@ -118,24 +158,59 @@ class Eval:
         if self.output is not None:
             name = "confusion_ema.png" if kind == "averaged weights" else "confusion.png"
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
-        return asdict(result)
+        return {**asdict(result), "left_out": left_out}
 
-    def _predict(self) -> tuple[Any, Spec, Any]:
-        """From what the transform makes to logits, and that transform."""
+    def _predict(self) -> tuple[Any, Spec, Any, tuple[str, ...], Weights | None]:
+        """From what the transform makes to logits; that transform; known names of classes; the weights of no file."""
         if self.artefact is None:
-            if self.checkpoint is None:
-                raise InputError("nothing trained to evaluate; give --checkpoint or --artefact")
-            model, spec = open_model(self.model, self.checkpoint, self.img_size, self.ema)
-            return torch_predict(model), spec, spec.transform()
-        if self.checkpoint is not None:
-            raise InputError("--artefact and --checkpoint exclude each other: an artefact holds its weights")
+            if self.checkpoint is None and not self.pretrained:
+                raise InputError("nothing trained to evaluate; give --checkpoint, --artefact, or --model and "
+                                 "--pretrained")  # fmt: skip
+            weights = resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
+            model, spec = open_weights(weights, self.img_size, log=console.print)
+            return torch_predict(model), spec, spec.transform(), known_classes(weights, spec), weights
+        refuse(f"{self.artefact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
+               pretrained=self.pretrained, ema=self.ema)  # fmt: skip
         artefact = open_artefact(self.artefact)
         spec = artefact.spec
         if spec.gives == "features":
             raise InputError(f"{self.artefact} gives feature maps, which have no accuracy; export it with logits")
         if self.img_size not in (None, spec.img_size):
             raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
-        return _to_logits(artefact), spec, spec.transform(normalize=False)
+        return _to_logits(artefact), spec, spec.transform(normalize=False), artefact.labels, None
+
+
+class Renumbered:
+    """Batches whose class indices are those of the model, for those of the dataset.
+
+    Args:
+        index: of each class of the dataset the model's; negative ones do not count, and are counted in `left_out`.
+    """
+
+    def __init__(self, batches: Any, index: list[int]):
+        import torch
+
+        self.batches = batches
+        self.index = torch.tensor(index)
+        self.left_out = 0
+
+    def __iter__(self) -> Any:
+        for images, targets in self.batches:
+            if targets.max() >= len(self.index):
+                raise InputError(f"a photograph of class {int(targets.max())}, and the dataset names "
+                                 f"{len(self.index)} classes, counted from 0; mend the dataset")  # fmt: skip
+            renumbered = self.index[targets.clamp_min(0)].where(targets >= 0, targets)
+            self.left_out += int(((renumbered < 0) & (targets >= 0)).sum())
+            yield images, renumbered
+
+
+def known_classes(weights: Weights, spec: Spec) -> tuple[str, ...]:
+    """The names of the classes, where they are known; says so if they are of another number than the model has."""
+    if len(weights.classes) not in (0, spec.num_classes):
+        console.print(f"{weights.name}: names {len(weights.classes)} classes, and the model has {spec.num_classes}; "
+                      "the names are not used")  # fmt: skip
+        return ()
+    return weights.classes
 
 
 def _to_logits(artefact: Artefact) -> Predict:
@@ -147,31 +222,44 @@ def _to_logits(artefact: Artefact) -> Predict:
 
 @dataclass(frozen=True, kw_only=True)
 class _FromModel:
-    model: str
-    """A name that timm knows."""
     checkpoint: Path | None = None
-    """Its weights, in any layout; random ones by default, which is of use for timing alone."""
+    """Weights in any layout, or a name of `shvit weights list`; random ones by default, which are of use for timing
+    alone."""
+    model: str | None = None
+    """A name that timm knows; by default the checkpoint's own model."""
+    pretrained: bool = False
+    """Take the model's published weights in place of a checkpoint."""
     ema: bool = False
     """Take the checkpoint's averaged weights."""
     img_size: int | None = None
-    """Input height and width in pixels; the model's own by default."""
+    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     images: Path | None = None
     """A folder of photographs to verify with, best the held-out ones in folders of their classes; scikit-image's
     bundled ones by default."""
     calibration: Path | None = None
     """A folder of training photographs from which 8-bit ranges are learnt; scikit-image's bundled ones by default."""
     labels: Path | None = None
-    """A text file with the name of a class on each line; ImageNet's by default for 1000 classes."""
+    """A text file with the name of a class on each line; those that the checkpoint's run knows by default, and
+    ImageNet's for published weights."""
 
     def _source(self, outputs: str) -> Source:
-        model, spec = open_source_model(self.model, self.checkpoint, self.img_size, self.ema, outputs)
+        weights = resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
+        model, spec = open_source_model(weights, self.img_size, outputs, console.print)
+        labels = []
+        if outputs != "features":
+            labels = find_labels(self.labels, spec.num_classes, known_classes(weights, spec))
+            if not labels and weights.checkpoint is not None:
+                console.print(f"{weights.name}: nothing tells the names of its {spec.num_classes} classes, so none are "
+                              "written; give --labels")  # fmt: skip
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(self.images, spec.num_classes),
+            photographs=find_photographs(self.images, spec.num_classes, classes=labels),
             image_source=str(self.images or BUNDLED),
-            labels=[] if outputs == "features" else find_labels(self.labels, spec.num_classes),
-            checkpoint=self.checkpoint,
+            labels=labels,
+            checkpoint=weights.checkpoint,
+            checkpoint_name=weights.name,
+            ema=weights.ema,
         )
         return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION))
 
@@ -185,11 +273,14 @@ class _Export(_FromModel):
     softmax: bool = False
     """Give probabilities in place of logits."""
 
+    precision: Precision = "fp32"
     kind: ClassVar[Format]
 
     def run(self) -> dict[str, Any]:
-        if self.features and (self.softmax or self._classifies):
-            raise InputError("--features gives no classes; leave out --softmax and --classifier")
+        if self.features:
+            refuse("--features gives no classes", softmax=self.softmax, classifier=self._classifies, labels=self.labels)
+        if self.precision != LEARNING[self.kind]:
+            refuse(f"--precision {self.precision} learns nothing from images", calibration=self.calibration)
         self._check_output()
         source = self._source(self._outputs)
         source = replace(source, spec=self._complete(source.spec))
@@ -227,7 +318,6 @@ class _Export(_FromModel):
 
 @dataclass(frozen=True, kw_only=True)
 class _ExportGraph(_Export):
-    precision: Precision = "fp32"
     raw_pixels: bool = False
     """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
     dynamic_batch: bool = False
@@ -314,38 +404,97 @@ EXPORT = {"onnx": ExportOnnx, "openvino": ExportOpenvino, "coreml": ExportCoreml
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares an exported file with its certificate and, on photographs, its model; exit status 1 if it drifts."""
+    """Compares an exported file with its certificate and, on photographs, its model; exit status 1 if it drifts.
+
+    The certificate beside the file tells its model and weights.
+    """
 
     artefact: tyro.conf.Positional[Path]
     """An .onnx file, .xml (with its .bin) or .mlpackage of `shvit export`."""
-    model: str
-    """The model it was made from."""
     checkpoint: Path | None = None
-    """The weights it was made from."""
+    """The weights it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
+    model: str | None = None
+    """The model it was made from; the certificate's by default."""
+    pretrained: bool = False
+    """It was made from the model's published weights."""
     ema: bool = False
-    """Take the checkpoint's averaged weights."""
+    """It was made from the checkpoint's averaged weights; as the certificate says by default."""
     images: Path | None = None
     """A folder of photographs; scikit-image's bundled ones by default."""
     runtime: Literal["auto", "coreml"] = "auto"
     """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
 
     def run(self) -> dict[str, Any]:
+        if all(file.exists() for file in artefact_files(self.artefact)):
+            check_unchanged(self.artefact, artefact_sha256(self.artefact))  # before anything reads what it holds
         artefact = open_artefact(self.artefact, native=self.runtime == "coreml", rounded=True)
-        check_unchanged(self.artefact, artefact_sha256(self.artefact))
-        model, spec = open_source_model(
-            self.model, self.checkpoint, artefact.spec.img_size, self.ema, artefact.spec.gives
-        )
+        weights = self._weights(read_origin(self.artefact), artefact.spec)
+        model, spec = open_source_model(weights, artefact.spec.img_size, artefact.spec.gives, console.print)
+        classes = known_classes(weights, spec) if artefact.spec.gives != "features" else ()
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(self.images, spec.num_classes),
+            photographs=find_photographs(self.images, spec.num_classes, classes=classes or artefact.labels),
             image_source=str(self.images or BUNDLED),
-            checkpoint=self.checkpoint,
+            labels=classes,
+            checkpoint=weights.checkpoint,
+            checkpoint_name=weights.name,
+            ema=weights.ema,
         )
         certificate = certify(artefact, reference)
         show(certificate)
         require(certificate)
         return asdict(certificate)
+
+    def _weights(self, origin: Origin | None, spec: Spec) -> Weights:
+        """What it was made from: what the certificate says, which options must not contradict.
+
+        Raises:
+            InputError: nothing tells the weights, or they are not there.
+            CheckFailed: it was made from another model or other weights.
+        """
+        made_from = origin.model if origin else spec.model
+        if self.model is not None and self.model.partition(".")[0] != made_from.partition(".")[0]:
+            raise self._other(f"another model: {made_from}, not {self.model}", model=made_from)
+        model = self.model or made_from
+        if origin is None:
+            if self.checkpoint is None and self.model is None and not self.pretrained:
+                raise InputError(f"{self.artefact}: no certificate beside it names its weights; give --checkpoint")
+            return resolve_weights(model, self.checkpoint, self.ema, self.pretrained, console.print)
+        if self.ema and not origin.ema and origin.checkpoint is not None:
+            raise self._other("the weights themselves, not their average", ema=False)
+        checkpoint, ema = self.checkpoint, self.ema or origin.ema
+        if checkpoint is None and not self.pretrained and origin.checkpoint_sha256 is not None:
+            checkpoint = self._certified(origin)
+        weights = resolve_weights(model, checkpoint, ema if checkpoint else self.ema, self.pretrained, console.print)
+        found = sha256(weights.checkpoint) if weights.checkpoint else None
+        if found != origin.checkpoint_sha256:
+            expected, given = (f"SHA-256 {each[:12]}…" if each else "random ones" for each in
+                               (origin.checkpoint_sha256, found))  # fmt: skip
+            named = f" ({origin.checkpoint})" if origin.checkpoint else ""
+            raise self._other(f"another checkpoint: its weights are {expected}{named}, and {weights.name or 'no file'} "
+                              f"is {given}", checkpoint_sha256=origin.checkpoint_sha256, found=found)  # fmt: skip
+        return weights
+
+    def _other(self, what: str, **certified: Any) -> CheckFailed:
+        return CheckFailed(f"{self.artefact} was made from {what}", {"artefact": str(self.artefact), **certified})
+
+    def _certified(self, origin: Origin) -> Path:
+        """The checkpoint that a certificate names: as it is named, or beside the artefact; the one of its hash."""
+        if origin.checkpoint is None:
+            raise InputError(f"{self.artefact}: its certificate does not name its weights; give --checkpoint")
+        named, folder = Path(origin.checkpoint), self.artefact.parent
+        found = [path for path in (named, folder / named, folder / named.name) if path.is_file()]
+        for path in found:
+            if sha256(path) == origin.checkpoint_sha256:
+                return path
+        if found:
+            return found[0]  # whose other hash is then said
+        try:
+            return find_weights(origin.checkpoint, console.print)[0]
+        except InputError as error:
+            raise InputError(f"{self.artefact}: its certificate names {named}, which is not there; give --checkpoint"
+                             ) from error  # fmt: skip
 
 
 def show(certificate: Certificate) -> None:

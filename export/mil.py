@@ -152,6 +152,14 @@ class Package:
         """What its maker wrote into it."""
         return dict(self.proto.description.metadata.userDefined)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's labels in its classes' order; none of any other model."""
+        for op in self.program.function.operations:
+            if op.op_type == "classify":
+                return tuple(map(str, op.inputs["classes"].val))
+        return ()
+
     def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
         """All outputs by name.
 

@@ -152,7 +152,7 @@ def labels_from(metadata: dict[str, str]) -> tuple[str, ...]:
     """The names of the classes among what a file says of itself; none where they are not a list of names."""
     try:
         labels = json.loads(metadata.get(LABELS_KEY, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
     return tuple(labels) if named else ()

@@ -9,6 +9,7 @@ import torch
 
 from shvit.train.data import open_image, photograph_files
 
+from .labels import match_classes, refuse_unknown
 from .spec import Spec
 
 MAX_IMAGES = 512  # enough to see drift; each is run twice
@@ -26,20 +27,29 @@ class Photograph:
     """Class index; -1 where it is not known."""
 
 
-def find_photographs(folder: Path | None, num_classes: int = 0, most: int = MAX_IMAGES) -> list[Photograph]:
+def find_photographs(
+    folder: Path | None, num_classes: int = 0, most: int = MAX_IMAGES, classes: Sequence[str] = ()
+) -> list[Photograph]:
     """The photographs in `folder` and below, at most `most` spread evenly; scikit-image's where None.
 
     Args:
         num_classes: of the model; a folder with so many folders of photographs in it tells their classes.
+        classes: the model's, where their names are known: folders are then matched by name, and where none of them is
+            a class, they tell nothing.
 
     Raises:
-        InputError: the folder is not there or holds none.
+        InputError: the folder is not there or holds none, or some of its folders are classes and others are not.
     """
     paths = photograph_files(folder)
     if folder is None:
         return [Photograph(path, -1) for path in spread(paths, most)]
-    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
-    known = {name: index for index, name in enumerate(classes)} if len(classes) == num_classes else {}
+    names = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
+    known = {name: index for index, name in enumerate(names)} if len(names) == num_classes else {}
+    if classes:
+        match = match_classes(names, classes)
+        if len(match.unknown) < len(names):
+            refuse_unknown(match, classes, folder, "move the others away")
+        known = dict(zip(names, match.index, strict=True))
     return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in spread(paths, most)]
 
 

@@ -133,7 +133,8 @@ def _checked(path: Path, spec: Spec, outputs: Sequence[str]) -> Spec:
 
 def _open_onnx(path: Path, threads: int | None) -> Artefact:
     proto = read_onnx(path)
-    spec = _checked(path, spec_from(metadata(proto), path), [output.name for output in proto.graph.output])
+    said = metadata(proto)
+    spec = _checked(path, spec_from(said, path), [output.name for output in proto.graph.output])
     session = onnx_session(path, threads)
 
     def run_as_usual(batch: torch.Tensor) -> Outputs:
@@ -275,6 +276,9 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
         return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
+    labels = labels_from(package.metadata)
+    if package.labels not in ((), labels):
+        raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
     return Artefact(
         path,
         spec,
@@ -284,7 +288,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         run_layers,
         lambda: coreml_parameters(package),
         lambda: coreml_scale_faults(package),
-        labels_from(package.metadata),
+        labels,
     )
 
 

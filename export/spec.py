@@ -11,6 +11,8 @@ from torch import nn
 
 from shvit.checkpoint import create_model
 from shvit.errors import InputError
+from shvit.run_info import RunInfo
+from shvit.weights.resolve import Log, Weights, resolve_weights
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -54,8 +56,12 @@ class Spec:
         return (self.img_size, *self.other_sizes)
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, img_size: int | None = None) -> "Spec":
-        """The preprocessing that timm knows for `model`, at `img_size` pixels (the model's own where None).
+    def of(cls, name: str, model: nn.Module, img_size: int | None = None, info: RunInfo | None = None) -> "Spec":
+        """The preprocessing that its run used or else timm knows for `model`, at `img_size` pixels.
+
+        Args:
+            img_size: where None, the run's, or else the model's own.
+            info: what is known of the run.
 
         Raises:
             InputError: `img_size` is out of range, or the model takes another size only, or other channels than
@@ -63,11 +69,12 @@ class Spec:
         """
         from timm.data import resolve_data_config
 
-        config = resolve_data_config(model=model)
+        config = {**resolve_data_config(model=model), **_of_run(info)}
         chans, own_size, _ = config["input_size"]
+        own_size = info.img_size if info else own_size
         in_chans = getattr(model, "in_chans", chans)
         mean, std = tuple(config["mean"]), tuple(config["std"])
-        if in_chans == 1:
+        if in_chans == 1 and len(mean) > 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # as timm's loader does
         if in_chans not in (1, 3):
             raise InputError(f"{name} takes {in_chans} channels; photographs have 3, or 1 of grey levels")
@@ -161,33 +168,82 @@ class Spec:
         return torch.zeros(batch_size, *self.shape)
 
 
+def _of_run(info: RunInfo | None) -> dict[str, Any]:
+    """The preprocessing of a run, as far as it is known, as timm's data config has it."""
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {name: value for name in names if (value := getattr(info, name, None)) is not None}
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) < 300 and value.isprintable()
 
 
 def open_model(
-    name: str, checkpoint: Path | None = None, img_size: int | None = None, ema: bool = False, classifies: bool = True
+    name: str | None,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    ema: bool = False,
+    classifies: bool = True,
 ) -> tuple[nn.Module, Spec]:
-    """A timm model in eval mode and what it wants to be fed.
+    """A timm model in eval mode and what it wants to be fed; see `open_weights`.
 
     Args:
-        checkpoint: its weights, in any layout; where None, random ones (always the same) of a trained model's scale.
-        img_size: input height and width in pixels; the model's own where None.
-        ema: take the checkpoint's averaged weights.
+        name, checkpoint, ema: as in `resolve_weights`.
+
+    Raises:
+        InputError: as `resolve_weights` and `open_weights`.
+    """
+    return open_weights(resolve_weights(name, checkpoint, ema), img_size, classifies)
+
+
+def open_weights(
+    weights: Weights, img_size: int | None = None, classifies: bool = True, log: Log = lambda line: None
+) -> tuple[nn.Module, Spec]:
+    """A timm model in eval mode and what it wants to be fed, as its run did it where that is known.
+
+    Args:
+        weights: where they have no file, random ones (always the same) of a trained model's scale.
+        img_size: input height and width in pixels; where None, the run's, or else the model's own.
         classifies: whether its logits are wanted.
+        log: is given a line for each value that is not what would be expected.
 
     Raises:
         InputError: as `create_model` and `Spec.of`, or logits are wanted of a model without a classifier.
     """
+    name, info = weights.model, weights.info
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = create_model(name, checkpoint, ema=ema)
-        if checkpoint is None:
+        try:
+            model = create_model(name, weights.checkpoint, ema=weights.ema, **_made_for(name, info))
+        except InputError as error:
+            if info is None or info.model == name:
+                raise
+            raise InputError(f"{error}; it was trained as {info.model}, so leave out --model {name}") from error
+        if weights.checkpoint is None:
             randomize_norms(model)
-    spec = Spec.of(name, model, img_size)
+    spec = Spec.of(name, model, img_size, info)
     if classifies and spec.num_classes == 0:
-        raise InputError(f"{checkpoint or name} has no classifier; give a model with classes")
+        raise InputError(f"{weights.name or name} has no classifier; give a model with classes")
+    if info is not None:
+        _log_differences(spec, Spec.of(name, model), info, weights.name, log)
     return model, spec
+
+
+def _made_for(name: str, info: RunInfo | None) -> dict[str, Any]:
+    """Arguments of a model that takes one size only."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name) if info and timm.is_model(name) else None
+    return {"img_size": info.img_size} if info and cfg and cfg.fixed_input_size else {}
+
+
+def _log_differences(spec: Spec, usual: Spec, info: RunInfo, source: str | None, log: Log) -> None:
+    if spec.img_size != info.img_size:
+        log(f"{source}: was trained for {info.img_size} px; --img-size {spec.img_size} is what you asked for")
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    unusual = [f"{name} {getattr(spec, name)}" for name in names if getattr(spec, name) != getattr(usual, name)]
+    if unusual:
+        log(f"{source}: {', '.join(unusual)}, as in its run; timm's for {spec.model} is another")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from .cases import Settings, Subject
 from .content import WEB, Content
 from .formats import FEWEST_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
 from .labels import find_labels
-from .onnx import INPUT, labels_from, metadata, read_onnx
+from .onnx import INPUT
 from .ort_web import BUILDS, CDN, VERSION, integrity
 from .phone_record import NAME_CHARS, PRECISIONS
 from .photographs import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs, read_pixels
@@ -121,7 +121,7 @@ def take_file(path: Path) -> TrialModel:
         name=path.name,
         path=path,
         spec=artefact.spec,
-        labels=_labels(path, artefact.spec.num_classes),
+        labels=artefact.labels if len(artefact.labels) == artefact.spec.num_classes else (),
         certified=True,
         trained=certificate.get("checkpoint_sha256") is not None,
         gmacs=None,
@@ -129,23 +129,20 @@ def take_file(path: Path) -> TrialModel:
     )
 
 
-def _labels(path: Path, num_classes: int) -> tuple[str, ...]:
-    """The names that a file has for its classes; none where it has none, or other than names for all of them."""
-    labels = labels_from(metadata(read_onnx(path)))
-    return labels if len(labels) == num_classes else ()
-
-
 def _export(subject: Subject, precision: Precision, images: Path | None) -> TrialModel:
     model, spec = subject.opened
-    checkpoint = subject.settings.checkpoint
+    weights = subject.weights
+    checkpoint = weights.checkpoint
     path = subject.folder / f"{subject.name.replace('/', '_')}-{precision}.onnx"
-    labels = find_labels(None, spec.num_classes)
+    labels = find_labels(None, spec.num_classes, weights.classes)
     calibration = find_photographs(None, most=MAX_CALIBRATION if checkpoint else FEWEST_CALIBRATION)
     spec = replace(spec, precision=precision)
     certified = precision != "int8" or checkpoint is not None
     if certified:
-        photographs = find_photographs(images, spec.num_classes)
-        reference = Reference(model, spec, photographs, str(images or BUNDLED), labels, checkpoint)
+        photographs = find_photographs(images, spec.num_classes, classes=labels)
+        reference = Reference(
+            model, spec, photographs, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
+        )
         spec = export("onnx", path, Source(reference, spec, calibration), Options()).spec
     else:  # speed does not depend on what int8 makes of random weights
         spec = replace(spec, kept=float_layers("onnx", deploy(model)))

@@ -15,6 +15,7 @@ from shvit.files import sha256, size
 from shvit.train.data import open_image
 
 from .forms import layers
+from .labels import contradiction
 from .parameters import compare_parameters
 from .photographs import Photograph, read_pixels, spread
 from .quantize import unfold_identities
@@ -114,6 +115,10 @@ class Certificate:
     notes: tuple[str, ...]
     """What whoever runs the file should know."""
     versions: dict[str, str]
+    checkpoint: str | None = None
+    """What the weights were called: a path, or a published name; None of random ones."""
+    ema: bool = False
+    """Whether the checkpoint's averaged weights were taken."""
 
     @property
     def verdict(self) -> Verdict:
@@ -130,6 +135,7 @@ class Reference:
         image_source: what certificates say of where the images are from.
         labels: names of the classes in the order of the model's outputs; empty where they have none.
         checkpoint: the file with the model's weights, for its hash; None for random weights.
+        checkpoint_name: what the weights were called, and `ema`, whether their average was taken, for the certificate.
     """
 
     model: nn.Module
@@ -138,6 +144,8 @@ class Reference:
     image_source: str
     labels: Sequence[str] = ()
     checkpoint: Path | None = None
+    checkpoint_name: str | None = None
+    ema: bool = False
     _pixels: dict[Spec, torch.Tensor] = field(default_factory=dict)
     _outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _grey_levels: dict[Spec, float] = field(default_factory=dict)
@@ -275,6 +283,8 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         reasons=tuple(reasons),
         notes=tuple(_saturation(artefact, reference)),
         versions=versions(),
+        checkpoint=reference.checkpoint_name,
+        ema=reference.ema,
     )
 
 
@@ -341,7 +351,7 @@ def preprocessing_faults(told: Spec, reference: Reference) -> tuple[float, list[
 
 def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
     """What is wrong with a file's labels, which must be the model's in its order; nothing where either has none."""
-    if not found or not expected or list(found) == list(expected):
+    if not found or not expected or contradiction(found, expected) is None:
         return []
     if sorted(found) == sorted(expected):
         index = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)

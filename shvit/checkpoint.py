@@ -25,7 +25,15 @@ from torch import nn
 from .errors import InputError
 from .files import write_whole
 
-__all__ = ["Checkpoint", "create_model", "load_checkpoint", "read_checkpoint", "to_reference", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "create_model",
+    "load_checkpoint",
+    "read_checkpoint",
+    "read_metadata",
+    "to_reference",
+    "write_checkpoint",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -165,6 +173,29 @@ def holds_average(path: str | os.PathLike) -> bool:
     return any(isinstance(content.get(key), Mapping) for key in AVERAGED)
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The texts that a file holds beside its tensors, by name, without reading the tensors.
+
+    Raises:
+        InputError: as `read_checkpoint`, where the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    _check_size(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return dict(file.metadata() or {})
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _not_safetensors(path, error) from error
+    if not zipfile.is_zipfile(path):
+        return {}  # a pickle from before PyTorch 1.6, older than any file of ours
+    content = _read_torch(path, mmap=True)
+    texts = content.items() if isinstance(content, Mapping) else ()
+    return {name: text for name, text in texts if isinstance(name, str) and isinstance(text, str)}
+
+
 def _read_content(path: Path) -> Mapping[Any, Any]:
     _check_size(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -229,17 +260,22 @@ def _read_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({_reason(error)}); fetch it again") from error
+        raise _not_safetensors(path, error) from error
 
 
-def _read_torch(path: Path) -> Any:
+def _not_safetensors(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not a readable safetensors file ({_reason(error)}); fetch it again")
+
+
+def _read_torch(path: Path, mmap: bool = False) -> Any:
     try:
         with path.open("rb") as file:
             if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive; before PyTorch 1.6 a pickle
                 raise ValueError("it was not written by torch.save")
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about formats that are refused, in one line
-            return torch.load(path, map_location="cpu", weights_only=True)  # Namespace: the reference's arguments
+            # Namespace: the reference's arguments
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, because {_why_unsafe(path)}; nothing of it was run") from error
     except Exception as error:  # torch.load raises many types for a damaged file
@@ -451,10 +487,16 @@ def _create_peer(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+def write_checkpoint(
+    state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors as `.safetensors`, or as a `torch.save` file `{"model": …}` for `.pth` and `.pt`.
 
     The file appears whole or not at all.
+
+    Args:
+        metadata: texts by name, which `read_metadata` reads: into the metadata of a `.safetensors` file, beside
+            `model` in others.
 
     Raises:
         InputError: another suffix, or the folder cannot be written to.
@@ -465,8 +507,8 @@ def write_checkpoint(state_dict: Mapping[str, torch.Tensor], path: str | os.Path
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with write_whole(path) as partial:
         if path.suffix == ".safetensors":
-            partial.write_bytes(save(tensors, metadata={"format": "pt"}))
+            partial.write_bytes(save(tensors, metadata={"format": "pt", **(metadata or {})}))
         elif path.suffix in (".pth", ".pt"):
-            torch.save({"model": tensors}, partial)
+            torch.save({"model": tensors, **(metadata or {})}, partial)
         else:
             raise InputError(f"{path}: unknown suffix {path.suffix!r}; choose .safetensors, .pth or .pt")

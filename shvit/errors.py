@@ -11,3 +11,22 @@ class CheckFailed(Exception):
     def __init__(self, message: str, result: dict):
         super().__init__(message)
         self.result = result
+
+
+def refuse(reason: str, **given: object) -> None:
+    """Raises InputError for options that were given and do not apply; what is None, False or empty was not given.
+
+    Args:
+        reason: why they do not apply.
+        given: options by their names in Python.
+    """
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if not _absent(value)]
+    if names:
+        one = len(names) == 1
+        raise InputError(
+            f"{' and '.join(names)} {'does' if one else 'do'} not apply: {reason}; leave {'it' if one else 'them'} out"
+        )
+
+
+def _absent(value: object) -> bool:
+    return value is None or value is False or value == () or value == [] or value == ""

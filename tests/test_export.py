@@ -253,8 +253,12 @@ def test_verify_accepts_the_right_weights_and_refuses_others(made, tmp_path):
     state = model.state_dict()
     state["stages.2.blocks.0.ffn.m.pw2.bn.bias"] = state["stages.2.blocks.0.ffn.m.pw2.bn.bias"] + 0.05
     write_checkpoint(state, tmp_path / "other.safetensors")
+    other = ["--checkpoint", f"{tmp_path}/other.safetensors"]
+    with pytest.raises(CheckFailed, match="was made from another checkpoint"):
+        run([*options, *other])
+    shutil.copy(folder / "s1.onnx", tmp_path)  # without its certificate the outputs are what tells
     with pytest.raises(CheckFailed, match="drifts") as failure:
-        run([*options, "--checkpoint", f"{tmp_path}/other.safetensors"])
+        run(["verify", f"{tmp_path}/s1.onnx", *other, "--model", "tiny_vit"])
     assert failure.value.result["passed"] is False
 
 

@@ -183,9 +183,15 @@ def open_eval_dataset(data: str | Path, split: str = "validation") -> "Photograp
             return open_stream(Data(name="wds/", root=Path(rest), val_split=split), "val")
         named = Data(name=data, root=Path() if prefix == "torch" else None, val_split=split)
         return open_stream(named, "val") if is_stream(named) else open_named(named, "val")
-    if root.is_dir() and ((root / "_info.json").exists() or (root / "info.json").exists()):
+    if takes_split(data):
         return open_stream(Data(name="wds/", root=root, val_split=split), "val")
     return _scan(_split_of(root, ("val", "validation")) or root)
+
+
+def takes_split(data: str | Path) -> bool:
+    """Whether `open_eval_dataset` looks at its `split`: the data are shards, or a dataset with a name."""
+    root = Path(data)
+    return str(data).startswith(NAMED) or (root / "_info.json").exists() or (root / "info.json").exists()
 
 
 def _split_of(root: Path, names: Sequence[str]) -> Path | None:

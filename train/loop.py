@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from timm.utils import distribute_bn
 from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
+from shvit.run_info import RunInfo, read_recipe_file
 
 from .distributed import World, join
 from .evaluate import Evaluation, count
@@ -76,6 +78,16 @@ class Training:
         self.total_steps = recipe.epochs * feed.steps_per_epoch
         self.run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
         config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
+        self.info = RunInfo(
+            model=recipe.model,
+            classes=tuple(classes),
+            img_size=recipe.img_size,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
         self.held_out, self.held_out_count = open_held_out(recipe, world, config)
         self.corrupt: set[str] = set()
 
@@ -87,6 +99,8 @@ class Training:
         start = time.perf_counter()
         if self.world.primary:
             self.folder.claim(self.recipe, self.classes)
+            claimed = read_recipe_file(self.folder.path / "recipe.yaml")
+            self.info = replace(self.info, data=claimed.data if claimed else None)
         self._resume()
         self.begin = start - self.run.seconds
         self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
@@ -240,7 +254,7 @@ class Training:
     def _keep_best(self, entry: dict[str, Any]) -> None:
         for figure, name, model in (("top1", "best", self.run.model), ("ema_top1", "best_ema", self.run.ema)):
             if entry[figure] > self.run.best(figure):
-                write_checkpoint(model.state_dict(), self.folder.path / f"{name}.safetensors")
+                write_checkpoint(model.state_dict(), self.folder.path / f"{name}.safetensors", self.info.metadata)
 
     # --- states -------------------------------------------------------------------------------------------------------
 
@@ -254,7 +268,7 @@ class Training:
             return
         self.run.seconds = time.perf_counter() - self.begin
         with self.journal.saving():
-            self.folder.save_state(self.run.state_dict())
+            self.folder.save_state({**self.run.state_dict(), **self.info.metadata})
         self.last_save = time.perf_counter()
 
     def _save_stopped(self) -> None:

@@ -1,9 +1,10 @@
 """From a recipe to everything that a step needs: model, task, optimiser, schedule and batches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
 from shvit.errors import InputError
+from shvit.run_info import read_run_info, same_name
 
 from .data import IGNORED, Photographs, Split, eval_loader, is_stream, open_dataset, open_named, open_stream
 from .distributed import World
@@ -227,7 +229,7 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     random_seed(recipe.seed)
     torch.use_deterministic_algorithms(recipe.compute.deterministic)
     torch.backends.cudnn.benchmark = not recipe.compute.deterministic
-    model = _create_model(recipe, len(classes))
+    model = _create_model(recipe, len(classes), classes)
     config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
     if recipe.compute.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]  # every model of timm has it
@@ -237,6 +239,9 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     if recipe.compute.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(recipe, model)
+    if recipe.distill.checkpoint is not None and trained_on_others(recipe.distill.checkpoint, classes):
+        raise InputError(f"{recipe.distill.checkpoint}: the teacher was trained on other classes than these images', "
+                         "or on the same in another order; give one of these classes")  # fmt: skip
     task = _create_task(recipe, model, world.device, len(classes))
     task.setup_ema(recipe.ema_decay, recipe.ema_warmup)
     if recipe.compute.compile:
@@ -256,7 +261,13 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     )
 
 
-def _create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def trained_on_others(checkpoint: Path, classes: Sequence[str]) -> bool:
+    """Whether a checkpoint's run is known to have had other classes, or these in another order."""
+    info = read_run_info(checkpoint)
+    return info is not None and bool(info.classes) and list(map(same_name, info.classes)) != [*map(same_name, classes)]
+
+
+def _create_model(recipe: Recipe, num_classes: int, classes: Sequence[str] = ()) -> nn.Module:
     options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
     if getattr(timm.get_pretrained_cfg(recipe.model), "fixed_input_size", False):
         options["img_size"] = recipe.img_size
@@ -270,7 +281,10 @@ def _create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         else:
             if recipe.model.startswith("shvit"):
                 options.setdefault("distilled", False)
-            model = create_model(recipe.model, recipe.checkpoint, num_classes, reset_head=None, in_chans=3, **options)
+            new_head = True if classes and trained_on_others(recipe.checkpoint, classes) else None
+            model = create_model(
+                recipe.model, recipe.checkpoint, num_classes, reset_head=new_head, in_chans=3, **options
+            )
     except TypeError as error:  # timm passes options on to the model's class
         raise InputError(f"{recipe.model} cannot be trained so ({error}); leave out that option") from error
     if getattr(model, "deployed", False):

@@ -241,9 +241,11 @@ class Convert:
         from shvit.checkpoint import write_checkpoint
 
         from .layouts import convert
+        from .resolve import resolve_weights
 
         identity, state_dict = convert(self.src, self.to, self.ema)
-        write_checkpoint(state_dict, self.dst)
+        info = resolve_weights(identity.model, self.src, self.ema).info
+        write_checkpoint(state_dict, self.dst, info.metadata if info else None)
         console = terminal.console()
         console.print(f"{self.src} ({identity.layout} {identity.model}, {identity.num_classes} classes) → "
                       f"{self.dst} ({self.to}, {len(state_dict)} tensors)")  # fmt: skip

@@ -1,0 +1,231 @@
+"""What a training run knows of its weights (model, classes, size, normalization), kept with the weights."""
+
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+__all__ = ["RUN_KEY", "RunInfo", "read_run_info", "same_name"]
+
+RUN_KEY = "shvit.run"
+"""The entry of a checkpoint's metadata (a top-level key of a `torch.save` file) that holds it, as JSON."""
+FORMAT = 1
+MAX_BYTES = 32 << 20
+MAX_CLASSES = 1_000_000
+MAX_NAME = 500  # characters
+MAX_IMG_SIZE = 4096  # pixels
+MAX_DATA_VALUES = 10_000  # of the data's identity, nested ones included
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+RUN_FILES = re.compile(r"last(-\d+)?\.pt|best(_ema)?\.safetensors")
+"""The files of a run folder whose recipe.yaml speaks for them."""
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""The files of timm's layout on the hub whose config.json speaks for them."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of trained weights besides their values.
+
+    Raises:
+        InputError: a value that no run has; class names that are empty, repeated, or have control characters.
+    """
+
+    model: str
+    """A name that timm knows."""
+    classes: tuple[str, ...]
+    """Names, by class index; empty where they are not known."""
+    img_size: int
+    """Height and width in pixels that accuracy was measured at."""
+    mean: tuple[float, ...] | None = None
+    """One value for each channel; None: timm's for the model, as for the four fields below."""
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    data: Mapping[str, Any] | None = None
+    """The identity of the images that it was trained on, and how they were split: plain values, as recipe.yaml has
+    them."""
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise InputError(problem)
+
+    def _problem(self) -> str | None:
+        if not _is_name(self.model) or ":" in self.model:  # a prefix would have something else opened
+            return f"model is {str(self.model)[:80]!r}; it must be a name that timm knows"
+        if not isinstance(self.classes, tuple) or len(self.classes) > MAX_CLASSES:
+            return f"classes must be at most {MAX_CLASSES:,} names"
+        wrong = next((name for name in self.classes if not _is_name(name)), None)
+        if wrong is not None:
+            return (
+                f"class name {str(wrong)[:80]!r} cannot be used; names have 1 to {MAX_NAME} characters, none of them a "
+                "control character"
+            )
+        if len(set(self.classes)) < len(self.classes):
+            return "a class name is given twice; each class needs a name of its own"
+        if type(self.img_size) is not int or not 1 <= self.img_size <= MAX_IMG_SIZE:
+            return f"img_size is {str(self.img_size)[:80]}; it must be 1 to {MAX_IMG_SIZE}"
+        constants = (self.mean, self.std)
+        if any(each is not None and not _are_constants(each) for each in constants) or (
+            self.std is not None and min(self.std) <= 0
+        ):
+            return f"mean {str(self.mean)[:80]} and std {str(self.std)[:80]} must be a number for each channel"
+        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
+            return f"interpolation is {str(self.interpolation)[:80]!r}; it must be one of {', '.join(INTERPOLATIONS)}"
+        if self.crop_mode is not None and self.crop_mode not in CROP_MODES:
+            return f"crop_mode is {str(self.crop_mode)[:80]!r}; it must be one of {', '.join(CROP_MODES)}"
+        if self.crop_pct is not None and not (_is_number(self.crop_pct) and 0.05 <= self.crop_pct <= 2):
+            return f"crop_pct is {str(self.crop_pct)[:80]}; it must be 0.05 to 2"
+        if self.data is not None and (not isinstance(self.data, Mapping) or _values(self.data) > MAX_DATA_VALUES):
+            return "data must be a mapping of few plain values"
+        return None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The entry for a checkpoint's metadata."""
+        return {RUN_KEY: json.dumps({"format": FORMAT, **asdict(self)})}
+
+
+def read_run_info(path: str | os.PathLike) -> RunInfo | None:
+    """What is known of a checkpoint's weights; None where nothing is.
+
+    It is looked for in the file itself; then, for the files of a run folder, in the recipe.yaml beside it; then, for
+    timm's layout on the hub, in the config.json beside it.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or what it says of its run is not usable.
+    """
+    from .checkpoint import read_metadata
+
+    path = Path(path)
+    text = read_metadata(path).get(RUN_KEY)
+    if text is not None:
+        return _from_json(text, path)
+    recipe, config = path.with_name("recipe.yaml"), path.with_name("config.json")
+    if RUN_FILES.fullmatch(path.name) and recipe.is_file():
+        return read_recipe_file(recipe)
+    if path.name in HUB_FILES and config.is_file():
+        return _from_hub(config)
+    return None
+
+
+def read_recipe_file(path: Path) -> RunInfo | None:
+    """What a run folder's recipe.yaml tells; None where it is no run's.
+
+    Raises:
+        InputError: it cannot be read, or says what no run does.
+    """
+    import yaml
+
+    try:
+        content = yaml.load(_read_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as YAML; repair it, or move the checkpoint away from it") from error
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        return None
+    recipe, data = content["recipe"], content.get("data")
+    options = recipe.get("data")
+    if isinstance(data, dict) and isinstance(options, dict) and options.get("group") is not None:
+        data = {**data, "group": options["group"]}  # by which the images were split
+    told = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
+    return _checked({**told, "classes": content.get("classes", [])}, path)
+
+
+def _from_json(text: str, path: Path) -> RunInfo:
+    where = f"{path}: what it says of its run ({RUN_KEY})"
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{where} has {len(text) / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} allowed")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not readable as JSON; take the file from its source again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where} is not a JSON object; take the file from its source again")
+    version = content.pop("format", None)
+    if version != FORMAT:
+        raise InputError(f"{where} has format {str(version)[:20]}, and this version reads {FORMAT}; update shvit")
+    return _checked(content, path)
+
+
+def _from_hub(path: Path) -> RunInfo | None:
+    """timm's config.json; None for another library's."""
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON; repair it, or move the checkpoint away from it") from error
+    cfg = content.get("pretrained_cfg") if isinstance(content, dict) else None
+    if not isinstance(cfg, dict) or not isinstance(content.get("architecture"), str):
+        return None
+    size, labels = cfg.get("input_size"), content.get("label_names", cfg.get("label_names"))
+    kept = {name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    side = size[1] if isinstance(size, list) and len(size) == 3 and size[1] == size[2] else None
+    return _checked({"model": content["architecture"], "img_size": side, "classes": labels or [], **kept}, path)
+
+
+def _checked(content: dict[str, Any], path: Path) -> RunInfo:
+    known = [field.name for field in fields(RunInfo)]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    try:
+        return RunInfo(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        missing = [name for name in ("model", "classes", "img_size") if name not in content]
+        raise InputError(f"{path}: what it says of its run has no {', '.join(missing)}") from error
+    except InputError as error:
+        raise InputError(f"{path}: what it says of its run is not usable: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: is larger than the {MAX_BYTES / 1e6:.0f} MB allowed")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read: {reason}") from error
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can be printed and written anywhere: text without control characters and halves of characters."""
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= MAX_NAME
+        and not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_constants(values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) in range(1, 17) and all(map(_is_number, values))
+
+
+def _values(value: Any, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
+    """How many plain values something nested has; more than `limit` where it has others, or is too deep."""
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < 10_000):
+        return 1
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else None
+    if children is None or isinstance(value, str) or depth == 0:
+        return limit + 1
+    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+        return limit + 1
+    total = 1
+    for child in children:
+        total += _values(child, limit, depth - 1)
+        if total > limit:
+            break
+    return total
+
+
+def same_name(name: str) -> str:
+    """The form in which two spellings of a name are equal: macOS writes file names' accents apart, others do not."""
+    return unicodedata.normalize("NFC", name)

@@ -1,0 +1,194 @@
+"""Weights as a command line names them: a file, a published name, or a model's pretrained ones; and what is known."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shvit.checkpoint import SCHEMES, read_checkpoint, write_checkpoint
+from shvit.errors import InputError, refuse
+from shvit.files import sha256
+from shvit.run_info import RunInfo, read_run_info
+
+from .cache import cache_folder, expected_hash, obtain
+from .imagenet import imagenet_names, is_imagenet
+from .layouts import variant_of
+from .manifest import Published, find, read_manifest
+
+__all__ = ["Weights", "find_weights", "resolve_weights"]
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, found, and what is known of them."""
+
+    model: str
+    """A name that timm knows, or `detector:CONFIG`."""
+    checkpoint: Path | None
+    """The file; None for random weights."""
+    name: str | None
+    """What it was called: the file's path, or a published name."""
+    ema: bool
+    """Take the file's averaged weights."""
+    info: RunInfo | None
+    """What is known of the file's run; of published weights what their publisher says."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, by index; empty where they are not known. Of ImageNet's ids, their names."""
+        classes = self.info.classes if self.info else ()
+        return imagenet_names() if is_imagenet(classes) else classes
+
+
+def resolve_weights(
+    model: str | None,
+    checkpoint: str | Path | None,
+    ema: bool = False,
+    pretrained: bool = False,
+    log: Log = lambda line: None,
+) -> Weights:
+    """Finds weights and tells what is known of them.
+
+    Args:
+        model: a name that timm knows; where None, the checkpoint's own.
+        checkpoint: a file of any layout, or a name of `shvit weights list`, from the cache or downloaded.
+        pretrained: take the model's published weights in place of a checkpoint.
+        log: is given a line about what was not asked for and will be done.
+
+    Raises:
+        InputError: options that exclude each other, no such file or name, weights that cannot be fetched, or nothing
+            tells the model.
+    """
+    if pretrained:
+        refuse("--pretrained takes the model's published weights", checkpoint=checkpoint, ema=ema)
+        if model is None:
+            raise InputError("--pretrained: of which model? give --model NAME, or a published name as --checkpoint")
+        return _pretrained(model, log)
+    if checkpoint is None:
+        refuse("without a checkpoint there are no averaged weights", ema=ema)
+        if model is None:
+            raise InputError("which model? give --checkpoint FILE (or a name of `shvit weights list`), or --model NAME")
+        return Weights(model, None, None, ema, None)
+    path, entry = find_weights(checkpoint, log)
+    if model is not None and model.partition(":")[0] in SCHEMES:
+        return Weights(model, path, str(checkpoint), ema, None)
+    info = read_run_info(path)
+    if info is None:
+        entry = entry or _known(path)
+        info = _published_info(entry) if entry else None
+    own = info.model if info else _variant(path, ema, model)
+    if model is None:
+        log(_summary(str(checkpoint), own, info))
+    elif info is not None and _family(model) != _family(info.model):
+        log(f"{checkpoint}: was trained as {info.model}, and is loaded as --model {model}")
+    return Weights(model or own, path, str(checkpoint), ema, info)
+
+
+def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[Path, Published | None]:
+    """A file, or that of a name of `shvit weights list`, from the cache or downloaded; and its entry in the manifest.
+
+    Raises:
+        InputError: neither, or it cannot be downloaded.
+    """
+    path = Path(checkpoint)
+    if path.exists():
+        return path, None
+    names = [entry.name for entry in read_manifest()]
+    if str(checkpoint) not in names:
+        if path.suffix in SUFFIXES or len(path.parts) > 1:
+            hint = f"; {path.stem} is the name of published weights" if path.stem in names else ""
+            raise InputError(f"{path}: no such file{hint}")
+        close = difflib.get_close_matches(path.name, names, n=3)
+        raise InputError(f"{checkpoint}: no such file, and no published checkpoint of that name; choose from "
+                         f"{', '.join(close or names)} (`shvit weights list`)")  # fmt: skip
+    entry = find(str(checkpoint))
+    log(f"{entry.name}: from the cache, or {entry.url}")
+    return obtain(entry, entry.url, lambda done, total: None).path, entry
+
+
+def _summary(name: str, model: str, info: RunInfo | None) -> str:
+    if info is None:
+        return f"{name}: {model} by its widths and depths; nothing tells its classes and size"
+    classes = f", {len(info.classes)} classes" if info.classes else ""
+    return f"{name}: {model} at {info.img_size} px{classes}, as it was trained"
+
+
+def _family(model: str) -> str:
+    """A model's name without the tag of its weights."""
+    return model.partition(".")[0]
+
+
+def _variant(path: Path, ema: bool, model: str | None) -> str:
+    """The SHViT in a file of which nothing else is known; `model` where that is given."""
+    if model is not None:
+        return model
+    try:
+        variant = variant_of(read_checkpoint(path, ema).state_dict)
+    except InputError as error:
+        if "no SHViT in this checkpoint" not in str(error):
+            raise
+        variant = None
+    if variant is None:
+        raise InputError(f"{path}: does not tell its model, and is none of the SHViTs; give --model NAME")
+    return variant
+
+
+def _known(path: Path) -> Published | None:
+    """The published checkpoint of which the file is a copy, by its hash."""
+    cache = cache_folder()
+    known = {digest: entry for entry in read_manifest() if (digest := expected_hash(entry, cache))}
+    return known.get(sha256(path)) if known else None
+
+
+def _published_info(entry: Published) -> RunInfo | None:
+    """What its publisher says of a classifier."""
+    if entry.task != "classification":
+        return None
+    return RunInfo(model=entry.model, classes=imagenet_names(), img_size=entry.img_size[0])
+
+
+def _pretrained(model: str, log: Log) -> Weights:
+    """A SHViT's entry in the manifest, or what timm publishes for any other model."""
+    import timm
+
+    import shvit.shvit  # noqa: F401  (registers ours)
+
+    if model.partition(":")[0] in SCHEMES:
+        raise InputError(f"{model}: has no published weights of its own; give --checkpoint")
+    if not timm.is_model(model):
+        raise InputError(f"unknown model {model!r}; `shvit list '*'` shows all")
+    entries = [entry for entry in read_manifest() if entry.task == "classification"]
+    entry = next((e for e in entries if model == (e.name if "." in model else e.model)), None)
+    if entry is not None:
+        path, _ = find_weights(entry.name, log)
+        return Weights(entry.model, path, entry.name, False, read_run_info(path) or _published_info(entry))
+    path = _timm_file(model, log)
+    return Weights(model, path, str(path), False, read_run_info(path))
+
+
+def _timm_file(model: str, log: Log) -> Path:
+    """timm's weights of a model as a file in the cache, which says whose they are."""
+    import timm
+    from timm.data import infer_imagenet_subset
+
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is None or not cfg.has_weights:
+        raise InputError(f"timm has no weights of {model!r}; give --checkpoint, or another model")
+    base = model.partition(".")[0]
+    path = cache_folder() / "timm" / f"{base}.{cfg.tag or 'default'}.safetensors"
+    if path.is_file():
+        return path
+    log(f"{path.stem}: timm's weights, from {cfg.hf_hub_id or cfg.url}")
+    try:
+        made = timm.create_model(model, pretrained=True)
+    except Exception as error:  # each of timm's sources has its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{model}: timm's weights cannot be fetched ({reason}); check the network, or give "
+                         "--checkpoint") from error  # fmt: skip
+    known = infer_imagenet_subset(cfg.to_dict()) == "imagenet-1k"
+    info = RunInfo(model, imagenet_names() if known else (), max(cfg.input_size[1:]))
+    write_checkpoint(made.state_dict(), path, info.metadata)
+    return path
