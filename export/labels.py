@@ -91,11 +91,11 @@ class ClassMatch:
 
 def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
     """Matches a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number."""
-    known = {same_name(name): index for index, name in enumerate(classes)}
+    known = {same_name(name): number for number, name in enumerate(classes)}
     if is_imagenet(tuple(classes)):
         for names in (imagenet_ids(), imagenet_names(), map(str, range(1000))):
-            for index, name in enumerate(names):
-                known.setdefault(name, index)
+            for number, name in enumerate(names):
+                known.setdefault(name, number)
     index = tuple(known.get(same_name(name), -1) for name in found)
     return ClassMatch(
         index=index,

@@ -177,7 +177,8 @@ class Eval:
             raise InputError(f"{self.artefact} gives feature maps, which have no accuracy; export it with logits")
         if self.img_size not in (None, spec.img_size):
             raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
-        return _to_logits(artefact), spec, spec.transform(normalize=False), artefact.labels, None
+        known = tuple(artefact.labels) if len(artefact.labels) == spec.num_classes else ()
+        return _to_logits(artefact), spec, spec.transform(normalize=False), known, None
 
 
 class Renumbered:

@@ -121,7 +121,7 @@ def take_file(path: Path) -> TrialModel:
         name=path.name,
         path=path,
         spec=artefact.spec,
-        labels=artefact.labels if len(artefact.labels) == artefact.spec.num_classes else (),
+        labels=tuple(artefact.labels) if len(artefact.labels) == artefact.spec.num_classes else (),
         certified=True,
         trained=certificate.get("checkpoint_sha256") is not None,
         gmacs=None,

@@ -172,9 +172,11 @@ def _from_hub(path: Path) -> RunInfo | None:
 
 def _checked(content: dict[str, Any], path: Path) -> RunInfo:
     known = [field.name for field in fields(RunInfo)]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
+    }
     try:
-        return RunInfo(**{name: value for name, value in values.items() if name in known})
+        return RunInfo(**values)
     except TypeError as error:
         missing = [name for name in ("model", "classes", "img_size") if name not in content]
         raise InputError(f"{path}: what it says of its run has no {', '.join(missing)}") from error
