@@ -315,7 +315,7 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("onnx", ["--features", "--softmax"], "leave out --softmax"),
+        ("onnx", ["--features", "--softmax"], "--softmax does not apply"),
         ("coreml", ["--precision", "w8a8", "--other-sizes", "96"], "takes one size"),
         ("coreml", ["--other-sizes", "64"], "give each size once"),
         ("coreml", ["--other-sizes", "0"], "out of range"),
