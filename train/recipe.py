@@ -222,6 +222,11 @@ class Recipe:
         """Whether labels become soft: mixup or cutmix is on."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
 
+    @property
+    def pairs(self) -> int:
+        """What the size of a batch on the device must be a multiple of: timm mixes photographs in pairs."""
+        return 2 if self.mixes else 1
+
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as YAML and JSON hold them."""
         plain = asdict(self)
