@@ -11,7 +11,7 @@ from conftest import SMALL
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
 from shvit.train.distributed import World
-from shvit.train.feed import micro_batch_sizes
+from shvit.train.feed import Batch, micro_batch_sizes
 from shvit.train.loop import train
 from shvit.train.recipe import Compute, Distill, Optim, Recipe
 from shvit.train.setup import check_recipe, open_training, set_up
@@ -208,3 +208,49 @@ def test_teacher_teaches_the_second_head_in_its_own_normalisation(recipe, kind, 
     assert all(p.grad is None for p in run.task.teacher.parameters() if p.requires_grad is False)
     result = train(replace(recipe, epochs=1), tmp_path / "run")
     assert timm.create_model("shvit_s1", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
+
+
+@pytest.mark.parametrize("first_img_size", [None, 16])
+def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_path):
+    """Against torchvision's resize. timm's test_vit takes 160 px alone, and has another mean and standard deviation."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
+    teacher = timm.create_model("test_vit", num_classes=2).eval()
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill("test_vit", tmp_path / "teacher.safetensors")
+    recipe = replace(recipe, distill=distill, first_img_size=first_img_size)
+    run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+    for size in {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}:
+        images = torch.randn(2, 3, size, size)
+        expected = teacher(resize(images, [160, 160], InterpolationMode.BICUBIC, antialias=True))
+        torch.testing.assert_close(run.task.teacher(images), expected)
+    run.train_mode()
+    loss = run.forward_backward([Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))])
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("test_resnet", {"num_classes": 3}, "the teacher test_resnet knows 3 classes and the photographs have 2"),
+        ("test_resnet", {"in_chans": 1}, "does not fit ResNet of this variant"),
+        ("shvit_s1", {"in_chans": 1}, "the teacher shvit_s1 takes no images of three channels"),
+        ("test_vit", {"img_size": 64}, "does not fit VisionTransformer of this variant: pos_embed is"),
+    ],
+)
+def test_teacher_that_cannot_teach_is_refused(recipe, name, options, message, tmp_path):
+    teacher = timm.create_model(name, **{"num_classes": 2, **options})
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill(name, tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=message):
+        set_up(replace(recipe, distill=distill), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+
+
+def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, tmp_path):
+    teacher = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    recipe = replace(recipe, distill=Distill("test_vit", tmp_path / "teacher.safetensors"))
+    run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(run.task.teacher(images), teacher(images))

@@ -118,7 +118,8 @@ class Distill:
     __pydantic_config__ = STRICT
 
     teacher: str | None = None
-    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalisation."""
+    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalisation,
+    resized to its own size where it takes no other (DeiT, LeViT, Swin)."""
     checkpoint: Path | None = None
     """The teacher's weights; timm's pretrained ones by default."""
     kind: Literal["hard", "soft"] = "hard"

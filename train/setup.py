@@ -427,7 +427,7 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
     return TokenDistillationTask(
         model,
-        DistillationTeacher(create_teacher(recipe, num_classes).to(device), device=device),
+        Teacher(create_teacher(recipe, num_classes).to(device), device, recipe),
         criterion_kwargs=loss,
         distill_type=distill.kind,
         task_loss_weight=1 - distill.alpha,
@@ -437,6 +437,43 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
     )
 
 
+class Teacher(DistillationTeacher):
+    """timm's, fed the student's images in its own normalisation, and resized where it does not take their size.
+
+    Args:
+        model: in eval mode.
+
+    Raises:
+        InputError: it takes neither the recipe's images nor those of its own size.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, recipe: Recipe):
+        super().__init__(model, device=device)
+        sizes = {(px, px) for px in map(recipe.img_size_at, range(recipe.epochs))}
+        own = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]  # every model of timm has it
+        fixed = model.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr,operator]
+        self.img_size = own if fixed or any(self._refuses(size, device) for size in sizes) else None
+        """Height and width in pixels of all its images; None where it takes the student's."""
+        if self.img_size and (reason := self._refuses(own, device)):
+            raise InputError(f"the teacher {recipe.distill.teacher} takes no images of three channels, neither at the "
+                             f"student's size nor at its own {own[0]} px ({reason}); choose another")  # fmt: skip
+
+    def _refuses(self, size: tuple[int, int], device: torch.device) -> str:
+        """Why it does not take images of that size, or nothing."""
+        try:
+            with torch.no_grad():
+                self.model(torch.zeros(1, 3, *size, device=device))
+        except Exception as error:  # each model of timm has its own
+            return first_line(error)
+        return ""
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:  # noqa: A002  (timm's)
+        if self.img_size in (None, tuple(input.shape[2:])):
+            return super().forward(input, return_features)
+        resized = nn.functional.interpolate(input, self.img_size, mode="bicubic", antialias=True)
+        return super().forward(resized, return_features)
+
+
 def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     """The teacher in eval mode, with weights that fit these classes."""
     distill = recipe.distill
@@ -444,12 +481,31 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     if not timm.is_model(distill.teacher):
         raise InputError(f"unknown teacher {distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     if distill.checkpoint is not None:
-        return create_model(distill.teacher, distill.checkpoint, num_classes)
-    teacher = timm.create_model(distill.teacher, pretrained=True).eval()
+        teacher = _load_teacher(distill.teacher, distill.checkpoint, recipe)
+    else:
+        try:
+            teacher = timm.create_model(distill.teacher, pretrained=True).eval()
+        except Exception as error:  # each way to fetch weights has its own
+            raise InputError(f"the teacher {distill.teacher} has no published weights that can be fetched "
+                             f"({first_line(error)}); give --distill.checkpoint") from error  # fmt: skip
     if teacher.num_classes != num_classes:
         raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the photographs have "
                          f"{num_classes}; give --distill.checkpoint with a teacher of these classes")  # fmt: skip
     return teacher
+
+
+def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
+    """With the checkpoint's classes; one whose tables are of one size may have been trained at the student's."""
+    try:
+        return create_model(name, checkpoint)
+    except InputError:
+        if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+            raise
+        with contextlib.suppress(Exception):  # each model of timm has its own; the first error is the one to tell
+            teacher = create_model(name, checkpoint, img_size=recipe.img_size)
+            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (3, recipe.img_size, recipe.img_size)}
+            return teacher
+        raise
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
