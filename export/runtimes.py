@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.train.evaluate import Predict
 
 from .onnx import INPUT, LAYERS, labels_from, metadata, operators, read_onnx, spec_from
@@ -182,8 +182,7 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
             str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's own exception types are not public
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{name}: ONNX Runtime cannot open it ({reason})") from error
+        raise InputError(f"{name}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
 def _run_onnx(session: Any, batch: torch.Tensor) -> Outputs:
