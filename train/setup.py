@@ -495,15 +495,17 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
-    """With the checkpoint's classes; one whose tables are of one size may have been trained at the student's."""
+    """With the checkpoint's classes; one whose tables are of one size has its own, its run's or the student's."""
     try:
         return create_model(name, checkpoint)
     except InputError:
         if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             raise
+        info = read_run_info(checkpoint)
+        size = info.img_size if info is not None and info.img_size else recipe.img_size
         with contextlib.suppress(Exception):  # each model of timm has its own; the first error is the one to tell
-            teacher = create_model(name, checkpoint, img_size=recipe.img_size)
-            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (3, recipe.img_size, recipe.img_size)}
+            teacher = create_model(name, checkpoint, img_size=size)
+            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (3, size, size)}
             return teacher
         raise
 
