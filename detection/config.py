@@ -16,7 +16,7 @@ from unittest.mock import patch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .vocabulary import CALLS, FIELDS, NODES, SCOPES, TYPES, UNSAFE_FIELDS, registered
 
@@ -133,11 +133,6 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message, or its type where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # --- data, not code ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from mmengine.logging import print_log
 from torch import nn
 
 from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.weights.resolve import find_weights as weights_file
 
-from .config import first_line, innermost, quiet
+from .config import innermost, quiet
 
 PADDING = (124, 116, 104)
 """RGB of the border around a photograph at a fixed size: ImageNet's mean, about 0 after normalisation."""

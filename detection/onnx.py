@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shvit.deploy import deploy
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .detector import PADDING, Detections, Photograph, paste
 
@@ -436,7 +436,7 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not public
-        raise InputError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0][:200]})") from error
+        raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
     if [output.name for output in session.get_outputs()] != list(spec.outputs):
         raise InputError(f"{path}: does not give {', '.join(spec.outputs)}, as it says; export it again")
 

@@ -171,7 +171,7 @@ def plainly() -> Iterator[None]:
     except Exception as error:  # whatever a constructor raises
         if not _from_building(error):
             raise
-        message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise InputError(f"the config cannot be built: {_innermost(message)}") from error
 
 

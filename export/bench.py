@@ -52,7 +52,7 @@ class Running:
     process: subprocess.Popen[str]
     load: float = 0.0
     first: float = 0.0
-    peak: int = 0
+    peak: int | None = None
     rounds: list[list[float]] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -181,7 +181,7 @@ def _summary(running: Running, first: Running, machine: Machine) -> BenchResult:
         ratio_high=high,
         load_ms=1e3 * running.load,
         first_ms=1e3 * running.first,
-        peak_memory_mb=running.peak / 1e6,
+        peak_memory_mb=None if running.peak is None else running.peak / 1e6,
         gmacs=None if case.macs is None else case.macs / 1e9,
         percent_of_peak=None if gflops is None or peak is None else 100 * gflops / peak,
         top1=published_top1(case.model, case.img_size),

@@ -63,6 +63,10 @@ class Bench:
     """A folder for bench.json, pictures, and report.html, a page to choose a model with."""
 
     def run(self) -> dict[str, Any]:
+        from .worker import peak_memory
+
+        if self.sweep and peak_memory() is None:
+            raise InputError("--sweep measures the memory of processes, which this system does not tell; leave it out")
         if self.compute_units != "all" and not self._uses_coreml():
             raise InputError(
                 f"--compute-units {self.compute_units} is for Core ML, in which nothing is to run here; "

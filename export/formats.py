@@ -148,7 +148,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
         InputError: it cannot be written, or int8 has nothing to learn from.
     """
     spec = source.spec
-    _check_calibration(kind, source)
+    check_calibration(kind, source)
     always_kept = float_layers(kind, source.deployed()) if spec.precision == "int8" else ()
     with ExitStack() as stack:
         record = stack.enter_context(write_whole(certificate_path(output)))
@@ -181,12 +181,13 @@ LEARNING: dict[Format, Precision] = {"onnx": "int8", "openvino": "int8", "coreml
 """The precision whose ranges are learnt from photographs."""
 
 
-def _check_calibration(kind: Format, source: Source) -> None:
+def check_calibration(kind: Format, source: Source) -> None:
+    """Raises InputError where ranges are to be learnt, and there is nothing to learn them from."""
     precision = source.spec.precision
     if precision != LEARNING[kind]:
         return
     if source.reference.checkpoint is None:
-        raise InputError(f"--precision {precision} needs trained weights; give --checkpoint")
+        raise InputError(f"{precision}, whose ranges are learnt, needs trained weights; give --checkpoint")
     if len(source.calibration) < FEWEST_CALIBRATION:
         raise InputError(f"{len(source.calibration)} photographs are too few to learn the ranges of {precision} from; "
                          f"give --calibration a folder of {FEWEST_CALIBRATION} or more, best some hundred")  # fmt: skip

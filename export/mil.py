@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .mil_ops import OPERATIONS
 from .onnx import quiet
@@ -75,8 +75,9 @@ class Program:
         try:
             results = OPERATIONS[op.op_type](**arguments)
         except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(f"{self.name}: {op.op_type} {op.name!r} cannot be computed here ({reason})") from error
+            raise InputError(
+                f"{self.name}: {op.op_type} {op.name!r} cannot be computed here ({first_line(error)})"
+            ) from error
         results = results if isinstance(results, tuple | list) else (results,)
         for var, result in zip(op.outputs, results, strict=False):
             values[var] = _rounded(result, var, half)
@@ -128,8 +129,7 @@ class Package:
         except InputError:
             raise
         except Exception as error:  # whatever a damaged file makes coremltools stumble over
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise InputError(f"{path}: not a readable Core ML package ({reason})") from error
+            raise InputError(f"{path}: not a readable Core ML package ({first_line(error)})") from error
         self.program = Program(program.functions["main"], str(path))
         self.feeds = tuple(_feed(description) for description in self.proto.description.input)
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}

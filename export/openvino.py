@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .onnx import describe, quiet
 from .spec import Spec
@@ -47,7 +47,7 @@ def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         model = ov.Core().read_model(path)
     except RuntimeError as error:
-        raise InputError(f"{path}: not a readable OpenVINO IR ({_reason(error)})") from error
+        raise InputError(f"{path}: not a readable OpenVINO IR ({first_line(error)})") from error
     if not model.has_rt_info([SECTION]):
         return model, {}
     return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
@@ -108,7 +108,3 @@ def operators(model: Any) -> dict[str, int]:
     """How many of each operation, most frequent first; constants, inputs and outputs are not counted."""
     plumbing = {"Constant", "Parameter", "Result"}
     return dict(Counter(t for op in model.get_ops() if (t := op.get_type_name()) not in plumbing).most_common())
-
-
-def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import natural_key
 from torch import nn
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.train.evaluate import Predict
 
 from .onnx import INPUT, LAYERS, labels_from, metadata, operators, read_onnx, spec_from
@@ -182,8 +183,7 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
             str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's own exception types are not public
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{name}: ONNX Runtime cannot open it ({reason})") from error
+        raise InputError(f"{name}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
 def _run_onnx(session: Any, batch: torch.Tensor) -> Outputs:
@@ -270,7 +270,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
     package.half = spec.precision != "fp32"
 
     def run(batch: torch.Tensor) -> Outputs:
-        return _by_name([package(**{INPUT: image}) for image in _images(spec, batch)], spec)
+        return _by_name([package(**{INPUT: image}) for image in _images(spec, batch)], spec, labels)
 
     def run_layers(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
@@ -304,7 +304,7 @@ def _in_coreml(artefact: Artefact) -> Artefact:
 
     def run(batch: torch.Tensor) -> Outputs:
         given = (image if spec.takes_pixels else image.numpy() for image in _images(spec, batch))
-        return _by_name([model.predict({INPUT: image}) for image in given], spec)
+        return _by_name([model.predict({INPUT: image}) for image in given], spec, artefact.labels)
 
     return replace(artefact, runtime="coreml", run=run)
 
@@ -316,14 +316,26 @@ def _images(spec: Spec, batch: torch.Tensor) -> list[Any]:
     return [Image.fromarray(item.squeeze(2).numpy()) if spec.takes_pixels else item[None] for item in batch]
 
 
-def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec) -> Outputs:
+def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec, labels: Sequence[str] = ()) -> Outputs:
     """The outputs that the spec names, of several images as a batch."""
-    return tuple(torch.cat([_tensor(result[name]) for result in results]) for name in spec.outputs)
+    return tuple(torch.cat([_tensor(result[name], labels) for result in results]) for name in spec.outputs)
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    """An output as a batch of one; a classifier's probabilities come by label, in the classes' order."""
-    return torch.tensor([list(output.values())]) if isinstance(output, dict) else torch.as_tensor(output)
+def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
+    """An output as a batch of one; a classifier's probabilities come by label and, from Core ML, in no order.
+
+    Raises:
+        InputError: there are others than `labels`. Without any the order is that in which people count.
+    """
+    if not isinstance(output, dict):
+        return torch.as_tensor(output)
+    chances = {str(label): chance for label, chance in output.items()}
+    labels = labels or sorted(chances, key=natural_key)
+    if chances.keys() != set(labels):
+        unlike = sorted(chances.keys() ^ set(labels))
+        raise InputError(f"the classifier's labels are not those that its package tells: {', '.join(unlike[:4])} "
+                         f"{'…' if len(unlike) > 4 else 'differ'}; export the model again")  # fmt: skip
+    return torch.tensor([[chances[label] for label in labels]])
 
 
 OPENERS: dict[str, Callable[[Path, int | None], Artefact]] = {

@@ -51,7 +51,7 @@ def _measure(
                 each.turn()
     basis = basis_of(running)
     times = [1e3 * median(each.seconds(basis)) / each.case.batch_size for each in running]
-    memory = [each.peak / 1e6 for each in running]
+    memory = [each.peak / 1e6 for each in running if each.peak is not None]  # all, or `peak_memory` was asked before
     return Scaling(
         model=model,
         runtime=runtime,

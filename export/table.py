@@ -1,5 +1,6 @@
 """Every format and precision of one model side by side: what each costs in accuracy and saves in size."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 from shvit.errors import CheckFailed
 from shvit.files import write_whole
 
-from .formats import SUFFIXES, Format, Options, Source, export
+from .formats import SUFFIXES, Format, Options, Source, check_calibration, export
 from .spec import Precision
 
 ROWS: tuple[tuple[Format, Precision], ...] = (
@@ -25,20 +26,34 @@ ROWS: tuple[tuple[Format, Precision], ...] = (
     ("coreml", "w8a8"),
 )
 NAMES = {"onnx": "ONNX", "openvino": "OpenVINO", "coreml": "Core ML"}
+PACKAGES: dict[Format, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "coreml": ("coremltools",),
+}
+"""What each format is written and run with."""
 HEAD = ("file", "top-1 %", "same top-1 %", "SNR dB", "MB", "not in int8", "holds")
 
 
 def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]:
-    """Exports all of `ROWS` into `folder`, with formats.md and formats.json; one that drifts gets a row and no file."""
+    """Exports all of `ROWS` into `folder`, with formats.md and formats.json; one that drifts gets a row and no file.
+
+    Raises:
+        InputError: one of them cannot be made of this source; nothing is written.
+        ModuleNotFoundError: a package that one of them needs is not installed; nothing is written.
+    """
+    for kind, precision in ROWS:
+        check_calibration(kind, with_precision(source, kind, precision))
+    for name in dict.fromkeys(name for kind, _ in ROWS for name in PACKAGES[kind]):
+        importlib.import_module(name)
     certificates = {}
     for kind, precision in ROWS:
         name = f"{source.spec.model}-{precision}{SUFFIXES[kind]}"
         console.print(f"{NAMES[kind]} {precision} …")
         options = Options(dynamic_batch=kind != "coreml")
         try:
-            certificate = export(kind, folder / name, with_precision(source, kind, precision), options)
-            certificates[name] = json.loads((folder / f"{name}.certificate.json").read_text())
-            assert certificate.passed
+            export(kind, folder / name, with_precision(source, kind, precision), options)
+            certificates[name] = json.loads((folder / f"{name}.certificate.json").read_text(encoding="utf-8"))
         except CheckFailed as error:
             certificates[name] = error.result
     text = markdown(certificates)
@@ -57,23 +72,29 @@ def with_precision(source: Source, kind: Format, precision: Precision) -> Source
 
 def markdown(certificates: dict[str, dict[str, Any]]) -> str:
     """A table with a row for each certificate, the model itself first."""
-    first = next(iter(certificates.values()))
-    rows = [("PyTorch fp32", _percent(first["model_accuracy"]), "", "", "", "", "")]
-    for (kind, precision), certificate in zip(ROWS, certificates.values(), strict=True):
-        kept = len(certificate["spec"]["kept"])
-        rows.append(
-            (
-                f"{NAMES[kind]} {precision}",
-                _percent(certificate["accuracy"]),
-                f"{certificate['top1_agreement']:.1f}",
-                f"{certificate['snr_db']:.1f}",
-                f"{certificate['artefact_bytes'] / 1e6:.2f}",
-                f"{kept} layers, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
-                "yes" if certificate["passed"] else "no",
-            )
-        )
+    accuracy = next((each["model_accuracy"] for each in certificates.values() if "model_accuracy" in each), None)
+    rows = [("PyTorch fp32", _percent(accuracy), "", "", "", "", "")]
+    rows += [_row(f"{NAMES[kind]} {precision}", certificate)
+             for (kind, precision), certificate in zip(ROWS, certificates.values(), strict=True)]  # fmt: skip
     rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")
     return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, *rows))
+
+
+def _row(name: str, certificate: dict[str, Any]) -> tuple[str, ...]:
+    """Its cells; of a file that overflowed there are no figures."""
+    holds = {True: "yes", False: "no", None: "undecided"}[certificate["passed"]]
+    if "snr_db" not in certificate:
+        return (name, "", "", "", "", "", holds)
+    kept = len(certificate["spec"]["kept"])
+    return (
+        name,
+        _percent(certificate["accuracy"]),
+        f"{certificate['top1_agreement']:.1f}",
+        f"{certificate['snr_db']:.1f}",
+        f"{certificate['artefact_bytes'] / 1e6:.2f}",
+        f"{kept} layers, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
+        holds,
+    )
 
 
 def _percent(value: float | None) -> str:

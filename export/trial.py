@@ -10,7 +10,7 @@ import torch
 
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.deploy import deploy
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.files import sha256, write_whole
 
 from .cases import Settings, Subject
@@ -266,8 +266,7 @@ def expected(model: TrialModel, pixels: torch.Tensor) -> torch.Tensor:
     try:
         answers = open_artefact(model.path)(pixels).float()
     except Exception as error:  # onnxruntime's own exception types are not public
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{model.path}: does not run on what it says that it takes ({reason})") from error
+        raise InputError(f"{model.path}: does not run on what it says that it takes ({first_line(error)})") from error
     if answers.dim() != 2 or not torch.isfinite(answers).all():
         raise InputError(f"{model.path}: gives no finite number for each class; export the model again")
     return answers

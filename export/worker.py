@@ -254,13 +254,15 @@ def wait_for_gpu() -> None:
     torch.cuda.synchronize()
 
 
-def peak_memory() -> int:
-    """The most bytes of memory that the process has had so far."""
+def peak_memory() -> int | None:
+    """The most bytes of memory that the process has had so far; None where the system does not tell (Windows)."""
     if os.path.exists("/proc/self/status"):  # noqa: PTH110  (getrusage counts the parent's memory before exec, too)
         with open("/proc/self/status") as status:  # noqa: PTH123
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 

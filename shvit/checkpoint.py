@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import write_whole
 
 __all__ = [
@@ -293,7 +293,7 @@ def _why_unsafe(path: Path) -> str:
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
+    return first_line(error).partition(". ")[0]
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -8,6 +8,7 @@ Exit status: 0 done; 1 a check did not hold; 2 unusable input, said in one line 
 
 import importlib
 import inspect
+import io
 import json
 import os
 import sys
@@ -79,7 +80,6 @@ def _parse(name: str, options: list[str]) -> Any:
     target = getattr(importlib.import_module(module), attribute)
 
     import contextlib
-    import io
 
     import tyro
 
@@ -156,6 +156,9 @@ def _printable(message: str) -> str:
 
 def main() -> None:
     """The `shvit` program."""
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows has a code page, which knows few signs
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     if not argv or argv[0] in ("-h", "--help", "help"):

@@ -1,8 +1,17 @@
-"""The two ways in which a command ends other than well."""
+"""The two ways in which a command ends other than well, and what other errors say in one line."""
 
 
 class InputError(ValueError):
     """Unusable input: one line that says what was got, what is allowed and what to do. Exit status 2."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message that says anything, cut to `limit` characters; its type's name without one.
+
+    Messages of libraries may be empty, begin with empty lines, or be a hundred lines long.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:limit]
 
 
 class CheckFailed(Exception):

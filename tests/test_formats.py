@@ -267,6 +267,43 @@ def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_fi
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypatch):
+    monkeypatch.setattr(table, "ROWS", (("onnx", "fp32"), ("onnx", "fp16")))
+    figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "kept_macs": 0.0}
+    undecided = {**figures, "passed": None, "artefact_bytes": 1e6, "spec": {"kept": []}}
+    overflowed = {"passed": False, "overflow": "head", "largest_values": {}}
+    lines = table.markdown({"a": overflowed, "b": undecided}).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["", "no", "undecided"]
+    assert "50.00" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden", "message"),
+    [
+        ([], None, "int8, whose ranges are learnt, needs trained weights; give --checkpoint"),
+        (
+            ["--checkpoint", "{checkpoint}", "--calibration", "{few}"],
+            None,
+            "photographs are too few to learn the ranges",
+        ),
+        (["--checkpoint", "{checkpoint}"], "openvino", "this needs the package openvino; install it with"),
+    ],
+)
+def test_table_that_cannot_be_made_is_refused_before_anything_is_written(
+    source, tmp_path, monkeypatch, options, hidden, message
+):
+    (_, model, _, checkpoint, *_), _, photographs = source
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(next(photographs.rglob("*.png")), few)
+    if hidden:
+        monkeypatch.setitem(sys.modules, hidden, None)
+    words = [word.format(checkpoint=checkpoint, few=few) for word in options]
+    with pytest.raises(InputError, match=message):
+        run(["export", "all", "--model", model, *words, "--img-size", "64", "--output", str(tmp_path / "all")])
+    assert not (tmp_path / "all").exists()
+
+
 def test_coreml_classifier_for_two_sizes_evaluates_as_its_model(source, tmp_path):
     options, _, photographs = source
     (tmp_path / "labels.txt").write_text("class0\nclass1\nclass2\n")

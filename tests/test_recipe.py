@@ -8,6 +8,7 @@ import timm
 import yaml
 
 from shvit.errors import InputError
+from shvit.train.folder import RunFolder
 from shvit.train.recipe import Recipe, differences, read_recipe
 from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
 
@@ -69,6 +70,23 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("freeze_bn: 1", "freeze_bn is 1; input should be a valid boolean"),
         ("- epochs", "a recipe is a mapping of fields"),
         ("a: [", "not a readable recipe"),
+        ("[" * 3000, "not a readable recipe"),
+        ("a: &a [*a]", "not a readable recipe"),
+        ("? [a, b]\n: 3", "not a readable recipe (a name in the recipe is no word)"),
+        ("epochs: 1\n---\nepochs: 2", "not a readable recipe (expected a single document"),
+        ("epochs: 010", "epochs is 010, which is octal to some readers"),
+        ("epochs: 08", "epochs is 08, which is octal to some readers"),
+        ("save: {every_minutes: 1:30}", "save.every_minutes is 1:30, which counts in sixties to some readers"),
+        ("save: {every_minutes: 5m}", "save.every_minutes is '5m'; input should be a valid number"),
+        ("epochs: 2024-01-01", "epochs is '2024-01-01'; input should be a valid integer"),
+        ("epochs: 1,000", "epochs is '1,000'; input should be a valid integer"),
+        ("epochs: 3.5", "epochs is 3.5; input should be a valid integer"),
+        ("epochs:", "epochs is None; input should be a valid integer"),
+        ("optim: {lr: .nan}", "optim.lr is nan; input should be a finite number"),
+        ("optim: {lr: 1e400}", "optim.lr is inf; input should be a finite number"),
+        ("freeze_bn: 'yes'", "freeze_bn is 'yes'; input should be a valid boolean"),
+        ("epochs: 3\nepochs: 4", "epochs stands there twice; keep one"),
+        ("optim: {lr: 1, opt: sgd, lr: 2}", "optim.lr stands there twice; keep one"),
         ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
     ],
 )
@@ -79,6 +97,51 @@ def test_unusable_file_is_one_clear_line(text, message, tmp_path):
     assert message in str(error.value)
     assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("optim: {lr: 3e-4}", {"optim": {"lr": 3e-4}}),
+        ("optim: {lr: 3E-4, eps: .5, weight_decay: 1_0.5}", {"optim": {"lr": 3e-4, "eps": 0.5, "weight_decay": 10.5}}),
+        ("optim: {betas: [9e-1, 1e0], clip_grad: None}", {"optim": {"betas": [0.9, 1.0], "clip_grad": None}}),
+        ("epochs: 1e2", {"epochs": 100}),
+        ("epochs: 1_000", {"epochs": 1000}),
+        ("epochs: 0o10", {"epochs": 8}),
+        ("seed: 0x10", {"seed": 16}),
+        ("freeze_bn: yes", {"freeze_bn": True}),
+        ("ema_warmup: Off", {"ema_warmup": False}),
+        ("augment: {auto_augment: null}", {"augment": {"auto_augment": None}}),
+        ("augment: {auto_augment: None}", {"augment": {"auto_augment": None}}),
+        ("data: {name: no, train_split: 2024-01-01, val_split: 010}",
+         {"data": {"name": "no", "train_split": "2024-01-01", "val_split": "010"}}),
+        ("checkpoint: 1e5", {"checkpoint": "1e5"}),
+        ("optim: &x {lr: 3e-4}\n", {"optim": {"lr": 3e-4}}),
+        ("\ufeffepochs: 3\r\nseed: 4\r\n", {"epochs": 3, "seed": 4}),
+    ],
+)  # fmt: skip
+def test_values_are_what_a_person_sees(text, changed, tmp_path):
+    """PyYAML alone reads 1e-3 as text, 010 as 8, `no` as false and 2024-01-01 as a date."""
+    (tmp_path / "r.yaml").write_bytes(text.encode())
+    expected = Recipe().as_dict()
+    for name, value in changed.items():
+        expected[name] = {**expected[name], **value} if isinstance(value, dict) else value
+    found = read_recipe(tmp_path / "r.yaml")
+    assert found.as_dict() == expected
+    assert type(found.epochs) is int
+
+
+@pytest.mark.parametrize("text", ["1e5", "no", "010", "1:30", "2024-01-01", "null", "~", "", "=", "'", "#x", "é☃", "-"])
+def test_odd_values_come_back_from_a_run_folder(text, tmp_path):
+    recipe = replace(
+        DEMO,
+        data=replace(DEMO.data, name=text, root=Path(text)),
+        optim=replace(DEMO.optim, lr=1e-5, min_lr=1e-300, clip_grad=1e30, warmup_lr=0.1 + 0.2),
+    )
+    folder = RunFolder(tmp_path)
+    folder.claim(recipe, [text, "b"])
+    folder.claim(recipe, [text, "b"])  # it is the same run
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_missing_file_is_named(tmp_path):

@@ -11,6 +11,7 @@ from conftest import SMALL
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
 from shvit.train.distributed import World
+from shvit.train.feed import Batch, micro_batch_sizes
 from shvit.train.loop import train
 from shvit.train.recipe import Compute, Distill, Optim, Recipe
 from shvit.train.setup import check_recipe, open_training, set_up
@@ -69,6 +70,80 @@ def test_turns_add_up_to_the_step_of_the_whole_batch(recipe):
     assert four == pytest.approx(one, rel=1e-5)
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "mixup", "sizes"),
+    [
+        (67, 64, 0.0, [34, 33]),
+        (65, 64, 0.0, [33, 32]),
+        (7, 3, 0.0, [3, 2, 2]),
+        (96, 64, 0.0, [48, 48]),
+        (66, 64, 0.2, [34, 32]),
+        (10, 5, 0.2, [4, 4, 2]),
+    ],
+)
+def test_turns_fit_the_device_and_leave_no_image_alone(recipe, batch, device, mixup, sizes):
+    augment = replace(recipe.augment, mixup=mixup)
+    whole = replace(recipe, batch_size=batch, augment=augment, compute=Compute(device_batch_size=device))
+    turns = check_recipe(whole, World(0, 1, torch.device("cpu")))
+    assert micro_batch_sizes(batch, turns, whole.pairs) == sizes
+
+
+def test_unequal_turns_count_every_image_alike(recipe):
+    """With BatchNorm's statistics frozen, 8 images as 3 + 3 + 2 are the step of 8."""
+    whole = replace(recipe, model=SMALL, freeze_bn=True)
+    (one, first), (three, second) = steps(whole, 4), steps(replace(whole, compute=Compute(device_batch_size=3)), 4)
+    assert (first.turns, second.turns) == (1, 3)
+    assert three == pytest.approx(one, rel=1e-5)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "processes"),
+    [
+        ("tiny_vit", {"batch_size": 1}, 1),
+        ("tiny_vit", {"batch_size": 2}, 2),
+        ("tiny_vit", {"compute": Compute(device_batch_size=1)}, 1),
+        ("tiny_vit", {"batch_size": 3, "compute": Compute(device_batch_size=2)}, 1),
+        ("test_resnet", {"batch_size": 1, "first_img_size": 16}, 1),
+    ],
+)
+def test_batchnorm_is_never_given_one_image(recipe, model, fields, processes):
+    """timm's test_resnet has maps of one pixel where an image has 16: that PyTorch refuses, and 32 px it takes."""
+    alone = replace(recipe, model=model, **fields)
+    world = World(0, processes, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"trains on two images .* leaves one; choose a larger one, or give --freeze"):
+        check_recipe(alone, world)
+    assert check_recipe(replace(alone, freeze_bn=True), world)
+
+
+def test_models_that_take_one_image_are_trained_on_one(recipe):
+    """LayerNorm sees one image at a time anyway; frozen BatchNorm sees none."""
+    one = replace(recipe, batch_size=1)
+    for each in (replace(one, model="test_vit"), replace(one, model="tiny_vit", freeze_bn=True)):
+        losses, _ = steps(each, 2)
+        assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "img_size", "message"),
+    [
+        ("test_vit", 40, r"test_vit cannot be trained on images of 40 px \(.*\); choose another size, 160 px for one"),
+        ("xcit_nano_12_p16_224", 33, r"cannot be made at 33 px \(`patch_size` should .*\); choose .* 224 for one"),
+        ("levit_128s", 33, "levit_128s cannot be trained on images of 33 px"),
+    ],
+)
+def test_model_that_does_not_take_the_images_is_told_before_training(recipe, model, img_size, message):
+    with pytest.raises(InputError, match=message):
+        set_up(replace(recipe, model=model, img_size=img_size), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+
+
+def test_trying_a_model_leaves_it_as_it_was(recipe):
+    run = set_up(replace(recipe, model=SMALL), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+    assert int(run.model.bn1.num_batches_tracked) == 0
+    assert torch.equal(run.model.bn1.running_mean, torch.zeros_like(run.model.bn1.running_mean))
 
 
 def test_average_is_timms_and_batchnorm_can_stay_frozen(recipe):
@@ -133,3 +208,49 @@ def test_teacher_teaches_the_second_head_in_its_own_normalisation(recipe, kind, 
     assert all(p.grad is None for p in run.task.teacher.parameters() if p.requires_grad is False)
     result = train(replace(recipe, epochs=1), tmp_path / "run")
     assert timm.create_model("shvit_s1", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
+
+
+@pytest.mark.parametrize("first_img_size", [None, 16])
+def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_path):
+    """Against torchvision's resize. timm's test_vit takes 160 px alone, and has another mean and standard deviation."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
+    teacher = timm.create_model("test_vit", num_classes=2).eval()
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill("test_vit", tmp_path / "teacher.safetensors")
+    recipe = replace(recipe, distill=distill, first_img_size=first_img_size)
+    run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+    for size in {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}:
+        images = torch.randn(2, 3, size, size)
+        expected = teacher(resize(images, [160, 160], InterpolationMode.BICUBIC, antialias=True))
+        torch.testing.assert_close(run.task.teacher(images), expected)
+    run.train_mode()
+    loss = run.forward_backward([Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))])
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("test_resnet", {"num_classes": 3}, "the teacher test_resnet knows 3 classes and the photographs have 2"),
+        ("test_resnet", {"in_chans": 1}, "does not fit ResNet of this variant"),
+        ("shvit_s1", {"in_chans": 1}, "the teacher shvit_s1 takes no images of three channels"),
+        ("test_vit", {"img_size": 64}, "does not fit VisionTransformer of this variant: pos_embed is"),
+    ],
+)
+def test_teacher_that_cannot_teach_is_refused(recipe, name, options, message, tmp_path):
+    teacher = timm.create_model(name, **{"num_classes": 2, **options})
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill(name, tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=message):
+        set_up(replace(recipe, distill=distill), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+
+
+def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, tmp_path):
+    teacher = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    recipe = replace(recipe, distill=Distill("test_vit", tmp_path / "teacher.safetensors"))
+    run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(run.task.teacher(images), teacher(images))

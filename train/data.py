@@ -15,7 +15,7 @@ from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .recipe import Data
 
@@ -311,8 +311,7 @@ def missing_packages_named(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each library has its own
-        first = (str(error).splitlines() or [""])[0][:300]
-        raise InputError(f"{name}: cannot be opened ({type(error).__name__}: {first})") from error
+        raise InputError(f"{name}: cannot be opened ({type(error).__name__}: {first_line(error, 300)})") from error
 
 
 MODULE = 60  # cells: 6×10

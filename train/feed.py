@@ -80,6 +80,12 @@ class Order:
         return [(step * self.batch_size + place, index) for place, index in enumerate(indices)]
 
 
+def micro_batch_sizes(share: int, turns: int, multiple: int = 1) -> list[int]:
+    """A process's share of a batch in `turns` parts, each a multiple of `multiple`, as equal as they can be."""
+    least, larger = divmod(share // multiple, turns)
+    return [multiple * (least + (turn < larger)) for turn in range(turns)]
+
+
 @dataclass(frozen=True)
 class Share:
     """One process's photographs of the steps from `start` to `end`, in turns; a batch sampler for a DataLoader."""
@@ -90,13 +96,14 @@ class Share:
     rank: int
     world_size: int
     turns: int
+    multiple: int = 1
+    """As in `micro_batch_sizes`."""
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.end):
-            mine = self.order.batch(step)[self.rank :: self.world_size]
-            size = len(mine) // self.turns
-            for turn in range(self.turns):
-                yield mine[turn * size : (turn + 1) * size]
+            mine = iter(self.order.batch(step)[self.rank :: self.world_size])
+            for size in micro_batch_sizes(self.order.batch_size // self.world_size, self.turns, self.multiple):
+                yield list(islice(mine, size))
 
     def __len__(self) -> int:
         return (self.end - self.start) * self.turns
@@ -235,9 +242,9 @@ class Feed:
                                  f"{recipe.batch_size}; give a smaller --batch-size")  # fmt: skip
 
     @property
-    def batch_size(self) -> int:
-        """Photographs in one batch."""
-        return self.recipe.batch_size // self.world.size // self.turns
+    def sizes(self) -> list[int]:
+        """Photographs in each of this process's batches of a step."""
+        return micro_batch_sizes(self.recipe.batch_size // self.world.size, self.turns, self.recipe.pairs)
 
     def batches(self, start: int, end: int) -> Iterator[Batch]:
         """The batches of the steps from `start` to `end`, `turns` for each."""
@@ -245,7 +252,7 @@ class Feed:
             return self._streamed(start, end)
         tries = self.recipe.data.max_corrupt
         augmented = Augmented(self.dataset, self._transform_at, self.recipe.seed, tries)
-        share = Share(self.order, start, end, self.world.rank, self.world.size, self.turns)
+        share = Share(self.order, start, end, self.world.rank, self.world.size, self.turns, self.recipe.pairs)
         return iter(DataLoader(augmented, batch_sampler=share, **self._options()))
 
     def _transform_at(self, place: int) -> Transform:
@@ -265,7 +272,7 @@ class Feed:
 
     def _open_stream(self, epoch: int) -> Stream:
         seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
-        stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.batch_size, seed=seed)
+        stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.sizes[0], seed=seed)
         stream.dataset.set_loader_cfg(num_workers=self.recipe.data.workers)
         stream.dataset.set_epoch(epoch)
         return stream
@@ -279,7 +286,7 @@ class Feed:
             seed_generators(*key)  # from which DataLoader draws its workers' seeds
             transform = self.transforms[self.recipe.img_size_at(epoch)]
             streamed = Streamed(self._open_stream(epoch), transform, key)
-            loader = DataLoader(streamed, self.batch_size, drop_last=True, **self._options())
+            loader = DataLoader(streamed, self.sizes[0], drop_last=True, **self._options())
             count = min(end - step, self.steps_per_epoch - done) * self.turns
             found = 0
             for batch in islice(loader, done * self.turns, done * self.turns + count):

@@ -1,11 +1,10 @@
 """The run folder: what it holds, written so that a crash at any moment leaves it usable."""
 
-import fcntl
 import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,20 +32,15 @@ class RunFolder:
         Raises:
             InputError: another process trains into this folder, or it cannot be written to.
         """
-        path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            lock = _lock(self.path / ".lock")
+        except BlockingIOError as error:
+            raise InputError(f"{self.path}: another run is under way in it; stop that one, or choose another "
+                             "--output") from error  # fmt: skip
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{self.path}: another run is under way in it; stop that one, or choose another "
-                                 "--output") from error  # fmt: skip
-            except OSError:
-                pass  # a file system without locks
+        with lock:
             yield
 
     def claim(self, recipe: Recipe, classes: list[str]) -> None:
@@ -122,6 +116,37 @@ class RunFolder:
         """metrics.jsonl: a line for each evaluation."""
         with write_whole(self.path / "metrics.jsonl") as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+
+
+def _lock(path: Path) -> AbstractContextManager:
+    """A lock of this process alone on the file, if its file system has locks; BlockingIOError where another has it.
+
+    On POSIX not filelock's: that is inherited by the workers of a loader, and lives on with one that outlives its run.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where no other process inherits it
+        return _lock_without_fcntl(path)
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # which of them is the system's choice
+        file.close()
+        raise BlockingIOError from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _lock_without_fcntl(path: Path) -> AbstractContextManager:
+    from filelock import FileLock, Timeout
+
+    try:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError from error
+    except NotImplementedError:
+        return nullcontext()  # a file system without locks
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:

@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from shvit.errors import InputError
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+CHILD: Any = getattr(signal, "SIGCHLD", None)
+"""The death of a child; Windows has no such signal, and PyTorch does without it there."""
 LATE = 0.5
 """Seconds after which a signal that the main thread did not heed is late."""
 
@@ -100,14 +103,15 @@ class Interrupt:
             return
         self._shielded = True
         died: list[tuple[int, object]] = []
-        on_child = signal.signal(signal.SIGCHLD, lambda *what: died.append(what)) if self._handling else None
+        heed = self._handling and CHILD is not None
+        on_child = signal.signal(CHILD, lambda *what: died.append(what)) if heed else None
         try:
             with self._changing:
                 yield
         finally:
             self._shielded = False
-            if self._handling:
-                signal.signal(signal.SIGCHLD, on_child)
+            if heed:
+                signal.signal(CHILD, on_child)
         if self.received is not None:
             raise Stopped(self.received)
         if died and callable(on_child):

@@ -132,9 +132,9 @@ class Training:
             f"{held_out}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
         if self.world.size > 1 or run.turns > 1:
-            self.console.print(
-                f"batch {recipe.batch_size} = {self.world.size} processes × {run.turns} turns × {self.feed.batch_size}"
-            )
+            most, least = self.feed.sizes[0], self.feed.sizes[-1]
+            each = f"{most}" if most == least else f"{least} or {most}"
+            self.console.print(f"batch {recipe.batch_size} = {self.world.size} processes × {run.turns} turns × {each}")
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Training:
         loss = run.forward_backward(mine)
         with self.interrupt.shielded():
             run.update(loss)
-        self.journal.stepped(loss, len(mine) * self.feed.batch_size * self.world.size)
+        self.journal.stepped(loss, self.recipe.batch_size)
 
     def warn(self, message: str) -> None:
         """To stderr, from whichever process."""

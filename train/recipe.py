@@ -14,6 +14,7 @@ from shvit.errors import InputError
 STRICT = {
     "extra": "forbid",
     "strict": True,
+    "allow_inf_nan": False,
 }  # how pydantic reads these dataclasses from a file: no unknown key, no cast
 
 
@@ -117,7 +118,8 @@ class Distill:
     __pydantic_config__ = STRICT
 
     teacher: str | None = None
-    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalisation."""
+    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalisation,
+    resized to its own size where it takes no other (DeiT, LeViT, Swin)."""
     checkpoint: Path | None = None
     """The teacher's weights; timm's pretrained ones by default."""
     kind: Literal["hard", "soft"] = "hard"
@@ -222,6 +224,11 @@ class Recipe:
         """Whether labels become soft: mixup or cutmix is on."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
 
+    @property
+    def pairs(self) -> int:
+        """What the size of a batch on the device must be a multiple of: timm mixes photographs in pairs."""
+        return 2 if self.mixes else 1
+
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as YAML and JSON hold them."""
         plain = asdict(self)
@@ -235,20 +242,22 @@ MAY_CHANGE = ("data.root", "data.workers", "data.max_corrupt", "compute.device",
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a YAML file: the fields themselves, or the `recipe` of a run folder's recipe.yaml.
 
-    Fields that are left out have the defaults of `Recipe`.
+    Fields that are left out have the defaults of `Recipe`. Values are read by their fields' types: see typed_yaml.py.
 
     Raises:
-        InputError: the file cannot be read, has an unknown field, or a value of another type.
+        InputError: the file cannot be read, has an unknown field, one twice, or a value of another type.
     """
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
+    from .typed_yaml import Unclear, load_typed
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable recipe ({' '.join(str(error).split())})") from error
-    if isinstance(content, dict) and "recipe" in content:
-        content = content["recipe"]
+        content = load_typed(path.read_bytes(), Recipe, below="recipe")
+    except (OSError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable recipe ({' '.join(str(error).split())[:300]})") from error
+    except Unclear as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of fields, such as `epochs: 30`; "
                          "`shvit train s1 --help` lists them")  # fmt: skip

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
 from .data import IGNORED, Photographs, Split, eval_loader, is_stream, open_dataset, open_named, open_stream
 from .distributed import World
-from .feed import Batch, DeviceAugment, Feed
+from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
 
 RANGES = (  # a field, the lowest and the highest value
@@ -82,19 +82,88 @@ def check_recipe(recipe: Recipe, world: World) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
     if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
         raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
-    share, rest = divmod(recipe.batch_size, world.size)
-    if rest:
-        raise InputError(f"--batch-size {recipe.batch_size} is over all {world.size} processes; give a multiple of it")
-    largest = min(recipe.compute.device_batch_size, share)
-    size = next(size for size in range(largest, 0, -1) if share % size == 0)
-    if recipe.mixes and size % 2:
-        raise InputError(f"mixup and cutmix pair photographs, and {size} of a batch are done at once; choose "
-                         "--batch-size and --compute.device-batch-size so that this is even")  # fmt: skip
     if recipe.compute.sync_bn and world.device.type != "cuda":
         raise InputError("--compute.sync-bn needs CUDA; PyTorch has no SyncBatchNorm on the CPU")
     if recipe.compute.precision == "fp16" and world.device.type != "cuda":
         raise InputError("--compute.precision fp16 needs CUDA; the CPU has bf16")
-    return share // size
+    turns = _turns(recipe, world)
+    alone = micro_batch_sizes(recipe.batch_size // world.size, turns, recipe.pairs)[-1] == 1
+    if alone and not (recipe.compute.sync_bn and world.size > 1):
+        untrained = replace(recipe, checkpoint=None, pretrained=False)
+        check_model(_create_model(untrained, 2), recipe, 2, alone=True)
+    return turns
+
+
+def _turns(recipe: Recipe, world: World) -> int:
+    """The fewest turns whose parts fit the device; of a stream, whose loader gives equal ones alone, equal parts."""
+    share, rest = divmod(recipe.batch_size, world.size)
+    if rest or not share:
+        raise InputError(f"--batch-size {recipe.batch_size} is over all {world.size} processes; give a multiple of it")
+    whole, single = divmod(share, recipe.pairs)
+    largest = min(recipe.compute.device_batch_size // recipe.pairs, whole)
+    if single or not largest:
+        size = share if single else recipe.compute.device_batch_size
+        raise InputError(f"mixup and cutmix pair photographs, and {size} of a batch are done at once; choose "
+                         "--batch-size and --compute.device-batch-size so that this is even")  # fmt: skip
+    turns = -(-whole // largest)
+    if is_stream(recipe.data):
+        turns = next(turns for turns in range(turns, whole + 1) if whole % turns == 0)
+    return turns
+
+
+def check_model(model: nn.Module, recipe: Recipe, num_classes: int, alone: bool = False) -> None:
+    """Whether a model can take a training step on images of the recipe's sizes; the model stays as it was.
+
+    Args:
+        alone: with one image at once rather than two, which norms over a batch do not take where they see one value a
+            channel.
+
+    Raises:
+        InputError: it cannot.
+    """
+    count = 1 if alone else 2
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    train_mode(model, recipe.freeze_bn)
+    try:
+        for size in sorted({recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}):
+            _check_size(model, recipe, count, size, num_classes)
+    finally:
+        model.train(training)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+
+
+def _check_size(model: nn.Module, recipe: Recipe, count: int, size: int, num_classes: int) -> None:
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            logits = model(torch.zeros(count, 3, size, size))
+    except Exception as error:  # each model of timm has its own
+        if count == 1 and "more than 1 value per channel" in str(error):
+            raise InputError(
+                f"BatchNorm in {recipe.model} trains on two images or more at once, and --batch-size "
+                f"{recipe.batch_size} over all processes with --compute.device-batch-size "
+                f"{recipe.compute.device_batch_size} leaves one; choose a larger one, or give --freeze-bn"
+            ) from error
+        raise InputError(
+            f"{recipe.model} cannot be trained on images of {size} px ({first_line(error)}); choose another size, "
+            f"{_own_size(recipe.model)[0]} px for one"
+        ) from error
+    for each in logits if isinstance(logits, tuple | list) else (logits,):
+        if tuple(each.shape) != (count, num_classes):
+            raise InputError(
+                f"{recipe.model} gives {tuple(each.shape)} for {count} images of {num_classes} classes, and a "
+                "classifier's logits are wanted; choose another --model"
+            )
+
+
+def train_mode(model: nn.Module, freeze_bn: bool) -> None:
+    """Puts a model into training mode, BatchNorm excepted where its statistics are to stay."""
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 @dataclass
@@ -133,10 +202,7 @@ class Run:
     def train_mode(self) -> None:
         self.task.train()
         self.ema.eval()
-        if self.recipe.freeze_bn:
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        train_mode(self.model, self.recipe.freeze_bn)
 
     def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
         """Adds up the gradients of a step's turns; returns the loss, the mean over all processes. No weight changes."""
@@ -145,11 +211,12 @@ class Run:
         self._unfinished = True
         total = torch.zeros((), device=self.world.device)
         dtype = PRECISIONS[self.recipe.compute.precision]
+        photographs = sum(len(batch.targets) for batch in batches)
         for turn, batch in enumerate(batches):
             images, targets = self.augment(batch, self.step, turn)
             with self.task.no_sync() if turn < self.turns - 1 else contextlib.nullcontext():
                 with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
-                    loss = self.task(images, targets)["loss"] / self.turns
+                    loss = self.task(images, targets)["loss"] * (len(batch.targets) / photographs)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return self.world.average(total)
@@ -210,9 +277,8 @@ class Run:
             self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:200]
             raise InputError(
-                f"the state of the run does not fit its recipe ({reason}); choose another --output"
+                f"the state of the run does not fit its recipe ({first_line(error)}); choose another --output"
             ) from error
 
     @property
@@ -231,8 +297,12 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     torch.backends.cudnn.benchmark = not recipe.compute.deterministic
     model = _create_model(recipe, len(classes), classes)
     config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
+    check_model(model, recipe, len(classes))
     if recipe.compute.grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]  # every model of timm has it
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]  # every model of timm has it
+        except AssertionError as error:
+            raise InputError(f"{recipe.model} cannot do --compute.grad-checkpointing; leave it out") from error
     if recipe.compute.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(world.device)
@@ -285,14 +355,26 @@ def _create_model(recipe: Recipe, num_classes: int, classes: Sequence[str] = ())
             model = create_model(
                 recipe.model, recipe.checkpoint, num_classes, reset_head=new_head, in_chans=3, **options
             )
+    except InputError:
+        raise
     except TypeError as error:  # timm passes options on to the model's class
-        raise InputError(f"{recipe.model} cannot be trained so ({error}); leave out that option") from error
+        raise InputError(f"{recipe.model} cannot be trained so ({first_line(error)}); leave out that option") from error
+    except Exception as error:  # each model of timm has its own, and so has each way to fetch weights
+        wanted = f"at {recipe.img_size} px" + (" with timm's published weights" if recipe.pretrained else "")
+        raise InputError(f"{recipe.model} cannot be made {wanted} ({first_line(error)}); choose another --img-size, "
+                         f"{_own_size(recipe.model)[0]} for one, or --checkpoint") from error  # fmt: skip
     if getattr(model, "deployed", False):
         raise InputError(f"{recipe.checkpoint}: holds a deployed model, whose norms are folded for good; begin with "
                          "the checkpoint it was made from")  # fmt: skip
     if recipe.distill.teacher and not hasattr(model, "set_distilled_training"):
         raise InputError(f"{recipe.model} has no second head for a teacher; choose a SHViT")
     return model
+
+
+def _own_size(name: str) -> tuple[int, int]:
+    """Height and width in pixels that timm's model of that name is made for."""
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg.input_size[1:] if cfg else (224, 224)
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -345,7 +427,7 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
     return TokenDistillationTask(
         model,
-        DistillationTeacher(create_teacher(recipe, num_classes).to(device), device=device),
+        Teacher(create_teacher(recipe, num_classes).to(device), device, recipe),
         criterion_kwargs=loss,
         distill_type=distill.kind,
         task_loss_weight=1 - distill.alpha,
@@ -355,6 +437,43 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
     )
 
 
+class Teacher(DistillationTeacher):
+    """timm's, fed the student's images in its own normalisation, and resized where it does not take their size.
+
+    Args:
+        model: in eval mode.
+
+    Raises:
+        InputError: it takes neither the recipe's images nor those of its own size.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, recipe: Recipe):
+        super().__init__(model, device=device)
+        sizes = {(px, px) for px in map(recipe.img_size_at, range(recipe.epochs))}
+        own = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]  # every model of timm has it
+        fixed = model.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr,operator]
+        self.img_size = own if fixed or any(self._refuses(size, device) for size in sizes) else None
+        """Height and width in pixels of all its images; None where it takes the student's."""
+        if self.img_size and (reason := self._refuses(own, device)):
+            raise InputError(f"the teacher {recipe.distill.teacher} takes no images of three channels, neither at the "
+                             f"student's size nor at its own {own[0]} px ({reason}); choose another")  # fmt: skip
+
+    def _refuses(self, size: tuple[int, int], device: torch.device) -> str:
+        """Why it does not take images of that size, or nothing."""
+        try:
+            with torch.no_grad():
+                self.model(torch.zeros(1, 3, *size, device=device))
+        except Exception as error:  # each model of timm has its own
+            return first_line(error)
+        return ""
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:  # noqa: A002  (timm's)
+        if self.img_size in (None, tuple(input.shape[2:])):
+            return super().forward(input, return_features)
+        resized = nn.functional.interpolate(input, self.img_size, mode="bicubic", antialias=True)
+        return super().forward(resized, return_features)
+
+
 def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     """The teacher in eval mode, with weights that fit these classes."""
     distill = recipe.distill
@@ -362,12 +481,33 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     if not timm.is_model(distill.teacher):
         raise InputError(f"unknown teacher {distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     if distill.checkpoint is not None:
-        return create_model(distill.teacher, distill.checkpoint, num_classes)
-    teacher = timm.create_model(distill.teacher, pretrained=True).eval()
+        teacher = _load_teacher(distill.teacher, distill.checkpoint, recipe)
+    else:
+        try:
+            teacher = timm.create_model(distill.teacher, pretrained=True).eval()
+        except Exception as error:  # each way to fetch weights has its own
+            raise InputError(f"the teacher {distill.teacher} has no published weights that can be fetched "
+                             f"({first_line(error)}); give --distill.checkpoint") from error  # fmt: skip
     if teacher.num_classes != num_classes:
         raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the photographs have "
                          f"{num_classes}; give --distill.checkpoint with a teacher of these classes")  # fmt: skip
     return teacher
+
+
+def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
+    """With the checkpoint's classes; one whose tables are of one size has its own, its run's or the student's."""
+    try:
+        return create_model(name, checkpoint)
+    except InputError:
+        if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+            raise
+        info = read_run_info(checkpoint)
+        size = info.img_size if info is not None and info.img_size else recipe.img_size
+        with contextlib.suppress(Exception):  # each model of timm has its own; the first error is the one to tell
+            teacher = create_model(name, checkpoint, img_size=size)
+            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (3, size, size)}
+            return teacher
+        raise
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

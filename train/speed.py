@@ -3,7 +3,6 @@
 Cases take turns round by round, in reversed order every other round, so that ratios hold on a busy machine.
 """
 
-import resource
 import sys
 import tempfile
 import time
@@ -57,8 +56,8 @@ class Speed:
     """Steps fed by the loader."""
     overhead_percent: float
     """What the loop adds to mixing, forward, backward, clipping, optimiser and averaging: checks, scalars, schedule."""
-    peak_memory_mb: float
-    """Of this process and its largest worker; of the GPU where there is one."""
+    peak_memory_mb: float | None
+    """Of this process and its largest worker; of the GPU where there is one. None where the system does not tell."""
     device: str
     threads: int
     workers: int
@@ -86,9 +85,10 @@ def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
         table.add_row(name, f"{value:.1f}")
     console = terminal.console()
     console.print(table)
+    memory = "not told by the system" if speed.peak_memory_mb is None else f"{speed.peak_memory_mb:.0f} MB"
     console.print(
-        f"settings {speed.speedup:.2f}× plain, the loop adds {speed.overhead_percent:.1f} %, peak memory "
-        f"{speed.peak_memory_mb:.0f} MB; {speed.device}, {speed.threads} threads"
+        f"settings {speed.speedup:.2f}× plain, the loop adds {speed.overhead_percent:.1f} %, peak memory {memory}; "
+        f"{speed.device}, {speed.threads} threads"
     )
     return asdict(speed)
 
@@ -115,13 +115,7 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
     seconds = _take_turns(cases, per_round, world)
     loader, one, both = _loaders(recipe, feed, run, steps, world, turns)
     size, workers = recipe.batch_size, recipe.data.workers
-    if world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        unit = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, in kB elsewhere
-        memory = (
-            sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
-        )
+    memory = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == "cuda" else _peak_memory_mb()
     ratio = {name: median(a / b for a, b in zip(seconds[name], seconds["step"], strict=True)) for name in seconds}
     return Speed(
         model=recipe.model,
@@ -141,6 +135,16 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
         threads=torch.get_num_threads(),
         workers=workers,
     )
+
+
+def _peak_memory_mb() -> float | None:
+    """Of this process and its largest child so far; None on Windows, which has no getrusage."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, in kB elsewhere
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
 
 
 def _bare_step(run: Run, batches: list[Batch]) -> Callable[[], None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.checkpoint import SCHEMES, read_checkpoint, write_checkpoint
-from shvit.errors import InputError, refuse
+from shvit.errors import InputError, first_line, refuse
 from shvit.files import sha256
 from shvit.run_info import RunInfo, read_run_info
 
@@ -185,8 +185,7 @@ def _timm_file(model: str, log: Log) -> Path:
     try:
         made = timm.create_model(model, pretrained=True)
     except Exception as error:  # each of timm's sources has its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{model}: timm's weights cannot be fetched ({reason}); check the network, or give "
+        raise InputError(f"{model}: timm's weights cannot be fetched ({first_line(error)}); check the network, or give "
                          "--checkpoint") from error  # fmt: skip
     known = infer_imagenet_subset(cfg.to_dict()) == "imagenet-1k"
     info = RunInfo(model, imagenet_names() if known else (), max(cfg.input_size[1:]))
