@@ -87,7 +87,7 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
     whole of a layer's weights, and of all layers', may not be larger or smaller by more than chance lets them be. Of
     other models than SHViT a converter may have multiplied a channel's weights by a scale that followed.
     """
-    exact = any(isinstance(module, SHViT) for module in model.modules())
+    exact = holds_shvit(model)
     worst: list[tuple[float, str]] = []
     gains, compared = [], 0
     for name, layer in layers(model):
@@ -112,6 +112,11 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
     worst.append((_joint_gain(gains), "the scale of all weights"))
     wrong = sorted((each for each in worst if each[0] > 1), key=lambda each: -each[0])
     return Faults(compared, tuple(f"{what} is {_times(excess)} what rounding explains" for excess, what in wrong))
+
+
+def holds_shvit(model: nn.Module) -> bool:
+    """Whether a file's weights are those of the deployed model one by one."""
+    return any(isinstance(module, SHViT) for module in model.modules())
 
 
 def _times(excess: float) -> str:
