@@ -90,7 +90,7 @@ def write(source: Source, folder: Path, kind: Format, precision: Precision, **op
     return path
 
 
-# --- defects of a model, which any format can be written from ----------------------------------------------------------
+# --- defects of a model, which any format can be written from ---------------------------------------------------------
 
 LAYER = "stages.1.blocks.0.ffn.m.pw1"
 """A convolution before a ReLU, on which single defects are tried."""
@@ -159,7 +159,7 @@ GRAPH_DEFECTS: dict[str, ModelDefect] = {
 }
 
 
-# --- defects of an ONNX file, of which an OpenVINO IR can be made too ---------------------------------------------------
+# --- defects of an ONNX file, of which an OpenVINO IR can be made too -------------------------------------------------
 
 OnnxDefect = Callable[[Any], None]
 """Changes a file's protobuf in place."""
@@ -210,6 +210,7 @@ def onnx_wrong_axes(proto: Any) -> None:
 
 
 def onnx_softmax(proto: Any) -> None:
+    """A softmax behind what the file gives."""
     (output,) = proto.graph.output
     maker_of(proto, output.name).output[0] = "before"
     proto.graph.node.append(onnx.helper.make_node("Softmax", ["before"], [output.name], "last", axis=1))
@@ -289,7 +290,7 @@ SCALE_DEFECTS: dict[str, OnnxDefect] = {
 }
 
 
-# --- defects of what a file says of itself -----------------------------------------------------------------------------
+# --- defects of what a file says of itself ----------------------------------------------------------------------------
 
 
 def spec_defects(spec: Spec) -> dict[str, Spec]:
@@ -315,7 +316,7 @@ def inner_spec_defects(spec: Spec) -> dict[str, Spec]:
     }
 
 
-# --- the verdict -------------------------------------------------------------------------------------------------------
+# --- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def judged(artefact: Artefact | Path, reference: Reference) -> tuple[str, str]:
