@@ -1,7 +1,9 @@
 """Trained tiny models, images of classes that they can tell apart, and files of both, sound and defective."""
 
 import copy
-from collections.abc import Callable, Sequence
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,19 @@ import onnx
 import timm
 import torch
 from conftest import settle
+from coremltools.proto import Model_pb2
 from PIL import Image
 from torch import nn
 
 from shvit.deploy import DeployedSHSA, deploy
 from shvit.errors import CheckFailed
-from shvit.export.formats import SUFFIXES, Format, Options, Source, _writer, float_layers
+from shvit.export.coreml import write_coreml
+from shvit.export.formats import Format, Source, float_layers
 from shvit.export.forms import Probabilities, layers
+from shvit.export.onnx import SPEC_KEY, metadata, save_onnx, spec_from, write_onnx
+from shvit.export.openvino import write_openvino
 from shvit.export.photographs import Photograph
+from shvit.export.quantize import LayerRanges, Unfolded, quantize_onnx
 from shvit.export.runtimes import Artefact, open_artefact
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
@@ -78,16 +85,6 @@ def source_of(model: nn.Module, spec: Spec, drawn: Sequence[Photograph], calibra
     labels = [f"class {index}" for index in range(spec.num_classes)]
     reference = Reference(model, spec, drawn, "drawn", labels, checkpoint=Path(__file__))
     return Source(reference, spec, calibration)
-
-
-def write(source: Source, folder: Path, kind: Format, precision: Precision, **options: bool) -> Path:
-    """A file as `formats.export` writes it, without the verdict and the search of int8."""
-    spec = replace(source.spec, precision=precision)
-    kept = float_layers(kind, source.deployed()) if precision == "int8" else ()
-    path = folder / f"{precision}{SUFFIXES[kind]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    _writer(kind, replace(source, spec=spec), Options(**options))(path, replace(spec, kept=kept))
-    return path
 
 
 # --- defects of a model, which any format can be written from ---------------------------------------------------------
@@ -155,7 +152,7 @@ WEIGHT_DEFECTS: dict[str, ModelDefect] = {
 GRAPH_DEFECTS: dict[str, ModelDefect] = {
     "a ReLU missing": _of_deployed(_no_relu),
     "the norm over the wrong axes": _of_deployed(_wrong_axes),
-    "logits given as probabilities": lambda model: Probabilities(deploy(model, PX)),
+    "logits given as probabilities": lambda model: Probabilities(deploy(model, PX)),  # under the logits' name
 }
 
 
@@ -177,7 +174,8 @@ def edit(proto: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> N
     """An initializer, whose type is kept."""
     tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
     value = onnx.numpy_helper.to_array(tensor)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(change(value.copy())).astype(value.dtype), name))
+    changed = np.asarray(change(value.copy())).astype(value.dtype)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(changed, name))
 
 
 def with_weights(proto: Any, deployed: nn.Module) -> None:
@@ -212,11 +210,12 @@ def onnx_wrong_axes(proto: Any) -> None:
 def onnx_softmax(proto: Any) -> None:
     """A softmax behind what the file gives."""
     (output,) = proto.graph.output
-    maker_of(proto, output.name).output[0] = "before"
-    proto.graph.node.append(onnx.helper.make_node("Softmax", ["before"], [output.name], "last", axis=1))
+    before = f"{output.name}/{len(proto.graph.node)}"
+    maker_of(proto, output.name).output[0] = before
+    proto.graph.node.append(onnx.helper.make_node("Softmax", [before], [output.name], before, axis=1))
 
 
-def onnx_normalisation(mean: Sequence[float], std: Sequence[float]) -> OnnxDefect:
+def onnx_normalization(mean: Sequence[float], std: Sequence[float]) -> OnnxDefect:
     """The file normalises with these constants."""
 
     def change(proto: Any) -> None:
@@ -314,6 +313,280 @@ def inner_spec_defects(spec: Spec) -> dict[str, Spec]:
         "inside: std wrong": replace(spec, std=(0.5,) * 3),
         "inside: off by 2 grey levels": replace(spec, mean=tuple(each + 2 / 255 for each in spec.mean)),
     }
+
+
+# --- defects of a Core ML package -------------------------------------------------------------------------------------
+
+
+def coreml_scale(*where: str, zero_point: bool = False) -> Callable[[Path], None]:
+    """As `onnx_scale`, of a package in 8 bits, in place."""
+
+    def change(package: Path) -> None:
+        folder = package / "Data" / "com.apple.CoreML"
+        proto = Model_pb2.Model()
+        proto.ParseFromString((folder / "model.mlmodel").read_bytes())
+        main = proto.mlProgram.functions["main"]
+        makers = {op.outputs[0].name: op for op in main.block_specializations[main.opset].operations}
+        layer = next(op for op in makers.values() if _coreml_name(op) == LAYER)
+        weights = makers[layer.inputs["weight"].arguments[0].name]
+        if "weights" in where:
+            _change_blob(folder / "weights" / "weight.bin", weights, zero_point)
+            return
+        reading = makers[layer.inputs["x"].arguments[0].name]
+        rounding = makers[reading.inputs["input"].arguments[0].name]
+        for place, op in (("rounding", rounding), ("reading", reading)):
+            if place in where:
+                name = op.inputs["zero_point" if zero_point else "scale"].arguments[0].name
+                tensor = makers[name].attributes["val"].immediateValue.tensor
+                dtype = np.uint8 if zero_point else np.float16
+                value = np.frombuffer(tensor.bytes.values, dtype)
+                tensor.bytes.values = (value + 1 if zero_point else 2 * value).astype(dtype).tobytes()
+        (folder / "model.mlmodel").write_bytes(proto.SerializeToString())
+
+    return change
+
+
+def _coreml_name(op: Any) -> str:
+    return "".join(op.attributes["name"].immediateValue.tensor.strings.values) if "name" in op.attributes else ""
+
+
+def _change_blob(path: Path, weights: Any, zero_point: bool) -> None:
+    """Of the second channel; a blob begins with where its data is."""
+    blob = bytearray(path.read_bytes())
+    at = weights.attributes["zero_point" if zero_point else "scale"].blobFileValue.offset
+    (data,) = struct.unpack_from("<Q", blob, at + 16)
+    dtype = np.int8 if zero_point else np.float16
+    values = np.frombuffer(blob, dtype, 2, data)
+    values[1] = values[1] + 1 if zero_point else 2 * values[1]
+    path.write_bytes(blob)
+
+
+COREML_WEIGHT_DEFECTS = {
+    "a weight channel's scale doubled": coreml_scale("weights"),
+    "a weights' zero point off by one": coreml_scale("weights", zero_point=True),
+}
+COREML_SCALE_DEFECTS = {
+    **COREML_WEIGHT_DEFECTS,
+    "a scale doubled in rounding": coreml_scale("rounding"),
+    "a scale doubled in reading": coreml_scale("reading"),
+    "a scale doubled in both": coreml_scale("rounding", "reading"),
+    "a zero point off by one in rounding": coreml_scale("rounding", zero_point=True),
+    "a zero point off by one in reading": coreml_scale("reading", zero_point=True),
+    "a zero point off by one in both": coreml_scale("rounding", "reading", zero_point=True),
+}
+
+
+# --- models whose float16 overflows -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def overflowing(model: nn.Module) -> nn.Module:
+    """The same function, with numbers up to 100 thousand between its first two layers, which float16 has not."""
+    model = copy.deepcopy(model)
+    first, _, second, _, third = model.patch_embed[:5]
+    for norm, factor in ((first.bn, 2.0**15), (second.bn, 2.0**7)):
+        norm.weight *= factor
+        norm.bias *= factor
+    second.c.weight /= 2**15
+    second.bn.running_mean /= 2**15
+    second.bn.running_var /= 2**30
+    second.bn.weight /= 2**15
+    third.c.weight /= 2**7
+    return model
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Workshop:
+    """Writes sound and defective files of one model, each float graph only once.
+
+    Args:
+        images: to verify with; the reference is this model on them.
+    """
+
+    def __init__(self, folder: Path, classes: int = 10, images: int = 26, steps: int = 40):
+        self.folder = folder
+        training = draw_images(folder / "train", classes, 128, seed=1)
+        self.model, plain = trained(classes, training, steps=steps)
+        self.spec = replace(plain, takes_pixels=True)
+        drawn = draw_images(folder / "val", classes, images, seed=2)
+        self.source = source_of(self.model, self.spec, drawn, draw_images(folder / "calibration", classes, 32, seed=3))
+        self.count = 0
+        self.made: dict[Any, Any] = {}
+
+    @property
+    def reference(self) -> Reference:
+        return self.source.reference
+
+    def path(self, suffix: str) -> Path:
+        self.count += 1
+        return self.folder / f"{self.count}{suffix}"
+
+    def float_graph(self, form: str) -> Any:
+        """The protobuf that the writers make: fp32, fp16, or unfolded, which int8 is made from."""
+        if form not in self.made:
+            self.made[form] = self._float_graph(form)
+        return self.made[form]
+
+    def _float_graph(self, form: str) -> Any:
+        model = self.source.unfolded() if form == "unfolded" else self.source.deployed()
+        path = self.path(".onnx")
+        precision: Precision = "fp16" if form == "fp16" else "fp32"
+        write_onnx(model, path, replace(self.spec, precision=precision), True)
+        return onnx.load(path)
+
+    def onnx(
+        self,
+        precision: Precision,
+        before: OnnxDefect = lambda proto: None,
+        after: OnnxDefect = lambda proto: None,
+        weights: ModelDefect | None = None,
+        ranges: Mapping[str, LayerRanges] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> Path:
+        """An ONNX file.
+
+        Args:
+            before: changes the float graph.
+            after: changes the file.
+            weights: gives the weights of the float graph.
+        """
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.float_graph({"fp16": "fp16", "int8": "unfolded"}.get(precision, "fp32")))
+        if weights is not None:
+            deployed = weights(self.model)
+            with_weights(proto, unfold_like(deployed, self.source.unfolded()) if precision == "int8" else deployed)
+        before(proto)
+        del proto.graph.value_info[:]
+        labels = self.source.labels if labels is None else labels
+        path, spec = self.path(".onnx"), replace(self.spec, precision=precision)
+        if precision == "int8":
+            spec = replace(spec, kept=float_layers("onnx", self.source.deployed()))
+            quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
+        else:
+            save_onnx(proto, path, spec, labels)
+        proto = onnx.load(path)
+        after(proto)
+        onnx.save(proto, path)
+        return path
+
+    def openvino(self, precision: Precision, onnx_file: Path, labels: Sequence[str] | None = None) -> Path:
+        """An IR made of an ONNX file."""
+        path = self.path(".xml")
+        spec = replace(open_artefact(onnx_file, 1).spec, precision=precision)
+        write_openvino(onnx_file, path, spec, self.source.labels if labels is None else labels)
+        return path
+
+    def coreml(
+        self,
+        precision: Precision,
+        deployed: nn.Module | None = None,
+        spec: Spec | None = None,
+        labels: Sequence[str] = (),
+    ) -> Path:
+        """A package."""
+        path, spec = self.path(".mlpackage"), replace(spec or self.spec, precision=precision)
+        deployed = self.source.deployed() if deployed is None else deployed
+        calibration = list(self.source.calibration_pixels()) if precision == "w8a8" else []
+        write_coreml(deployed, path, spec, labels=labels or self.source.labels, calibration=calibration)
+        return path
+
+    def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artefact | Path, Reference]:
+        """A file with one deliberate defect, and what it is held against."""
+        reference, labels = self.reference, [*self.source.labels[1:], self.source.labels[0]]
+        if defect.startswith("said: "):
+            sound = open_artefact(self.sound(kind, precision), 1, rounded=True)
+            return replace(sound, spec=spec_defects(sound.spec)[defect]), reference
+        if defect == "labels permuted":
+            if kind == "coreml":
+                return self.coreml(precision, labels=labels), reference
+            path = self.onnx(onnx_precision(kind, precision), labels=labels)
+            return (path if kind == "onnx" else self.openvino(precision, path, labels)), reference
+        if defect == "float16 overflows":
+            reference = replace(reference, model=overflowing(self.model), _outputs={})
+            if kind == "coreml":
+                return self.coreml(precision, deploy(reference.model, PX)), reference
+            path = self.onnx(onnx_precision(kind, precision), weights=lambda _: deploy(reference.model, PX))
+            return (path if kind == "onnx" else self.openvino(precision, path)), reference
+        if defect == "a softmax twice":
+            return self._softmax_twice(kind, precision)
+        if kind == "coreml":
+            return self._coreml_defect(precision, defect), reference
+        path = self._onnx_defect(onnx_precision(kind, precision), defect)
+        return (path if kind == "onnx" else self.openvino(precision, path)), reference
+
+    def sound(self, kind: Format, precision: Precision) -> Path:
+        """A file without a defect, written by the same steps."""
+        if (kind, precision) not in self.made:
+            self.made[kind, precision] = self._sound(kind, precision)
+        return self.made[kind, precision]
+
+    def _sound(self, kind: Format, precision: Precision) -> Path:
+        if kind == "coreml":
+            return self.coreml(precision)
+        path = self.onnx(onnx_precision(kind, precision))
+        return path if kind == "onnx" else self.openvino(precision, path)
+
+    def _onnx_defect(self, precision: Precision, defect: str) -> Path:
+        if defect in WEIGHT_DEFECTS:
+            return self.onnx(precision, weights=WEIGHT_DEFECTS[defect])
+        if defect in SCALE_DEFECTS:
+            return self.onnx(precision, after=SCALE_DEFECTS[defect])
+        if defect.startswith("inside: "):
+            wrong = inner_spec_defects(self.spec)[defect]
+            return self.onnx(precision, before=onnx_normalization(wrong.mean, wrong.std))
+        ranges = dict(self.source.ranges()) if precision == "int8" else None
+        if ranges is not None and defect == "a ReLU missing":  # of what comes out of the layer before it
+            after = LAYER.replace("pw1", "pw2")
+            ranges[after] = LayerRanges(ranges[LAYER].output, ranges[after].output)
+        place = "after" if defect == "logits given as probabilities" else "before"
+        return self.onnx(precision, ranges=ranges, **{place: ONNX_GRAPH_DEFECTS[defect]})
+
+    def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artefact:
+        if defect.startswith("inside: "):
+            path = self.coreml(precision, spec=inner_spec_defects(self.spec)[defect])
+            opened = open_artefact(path, 1)
+            said = replace(self.spec, precision=precision)
+            return replace(opened, spec=said)
+        if defect in {**WEIGHT_DEFECTS, **GRAPH_DEFECTS}:
+            return self.coreml(precision, {**WEIGHT_DEFECTS, **GRAPH_DEFECTS}[defect](self.model))
+        path = self.path(".mlpackage")
+        shutil.copytree(self.sound("coreml", precision), path)
+        COREML_SCALE_DEFECTS[defect](path)
+        return path
+
+    def _softmax_twice(self, kind: Format, precision: Precision) -> tuple[Path, Reference]:
+        reference = replace(self.reference, model=Probabilities(self.model), _outputs={})
+        spec = replace(self.spec, precision=precision, outputs=("probabilities",))
+        if kind == "coreml":
+            return self.coreml(precision, Probabilities(Probabilities(self.source.deployed())), spec), reference
+
+        def twice(proto: Any) -> None:
+            for _ in range(2):
+                onnx_softmax(proto)
+            last = maker_of(proto, proto.graph.output[0].name)
+            last.output[0] = proto.graph.output[0].name = "probabilities"
+            for each in proto.metadata_props:
+                if each.key == SPEC_KEY:
+                    each.value = replace(spec_from(metadata(proto), Path()), outputs=("probabilities",)).to_json()
+
+        path = self.onnx(onnx_precision(kind, precision), after=twice)
+        return (path if kind == "onnx" else self.openvino(precision, path)), reference
+
+
+def onnx_precision(kind: Format, precision: Precision) -> Precision:
+    """Of the ONNX file that a file of this format is made from."""
+    return precision if kind == "onnx" or precision == "int8" else "fp32"
+
+
+def unfold_like(deployed: nn.Module, unfolded: nn.Module) -> nn.Module:
+    """Takes the identity out of the same convolutions as the sound model's."""
+    deployed = copy.deepcopy(deployed)
+    for name, module in unfolded.named_modules():
+        if isinstance(module, Unfolded):
+            deployed.set_submodule(name, Unfolded(deployed.get_submodule(name)))
+    return deployed
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
