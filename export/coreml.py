@@ -96,6 +96,7 @@ def write_coreml(
         from .coreml_passes import pipeline
 
         traced = _trace(model, spec)
+        ranges = {} if ranges is None else ranges
         package = ct.convert(
             traced,
             inputs=[_input(spec)],
@@ -104,11 +105,9 @@ def write_coreml(
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(
-                spec, _traced_names(model, spec), _inputs(spec, calibration), keep, {} if ranges is None else ranges
-            ),
+            pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep, ranges),
         )
-        for key, value in describe(spec, labels).items():
+        for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value
         package.short_description = f"{spec.model}, {spec.img_size} px, {spec.num_classes} classes"
         package.license = describe(spec)["license"]

@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from shvit import __version__
 from shvit.errors import InputError
 
 from .forms import ChannelsLast, Half, Normalized, layer_name
+from .ranges import Range
 from .spec import Spec
 
 INPUT = "image"
-SPEC_KEY, LABELS_KEY = "shvit.spec", "shvit.labels"
+SPEC_KEY, LABELS_KEY, RANGES_KEY = "shvit.spec", "shvit.labels", "shvit.ranges"
 OPSET = 20  # the newest that ONNX Runtime, OpenVINO and onnxruntime-web of the last two years all read
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes from which module a node came
 
@@ -67,25 +68,33 @@ def write_onnx(
     save_onnx(proto, path, spec, labels)
 
 
-def save_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
-    """Writes an ONNX file that says what it is, after onnx.checker with full shape inference."""
+def save_onnx(
+    proto: Any, path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None
+) -> None:
+    """Writes an ONNX file that says what it is, after onnx.checker with full shape inference.
+
+    Args:
+        ranges: of an int8 file's tensors, by name.
+    """
     import onnx
 
     del proto.metadata_props[:]
-    for key, value in describe(spec, labels).items():
+    for key, value in describe(spec, labels, ranges).items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
 
-def describe(spec: Spec, labels: Sequence[str] = ()) -> dict[str, str]:
-    """What every artefact says of itself: its spec, labels, licence and the versions that made it."""
+def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None) -> dict[str, str]:
+    """What every artefact says of itself: its spec, labels, learnt ranges, license and the versions that made it."""
     import timm
 
     named = {LABELS_KEY: json.dumps(list(labels))} if labels else {}
+    learnt = {RANGES_KEY: json.dumps(ranges)} if ranges else {}
     return {
         SPEC_KEY: spec.to_json(),
         **named,
+        **learnt,
         "shvit.version": __version__,
         "torch.version": torch.__version__,
         "timm.version": timm.__version__,
@@ -156,6 +165,15 @@ def labels_from(metadata: dict[str, str]) -> tuple[str, ...]:
         return ()
     named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
     return tuple(labels) if named else ()
+
+
+def ranges_from(metadata: dict[str, str]) -> dict[str, Range]:
+    """The ranges learnt for 8-bit tensors among what a file says of itself; none where they are not such."""
+    try:
+        ranges = json.loads(metadata.get(RANGES_KEY, "{}"))
+        return {str(name): (float(low), float(high)) for name, (low, high) in ranges.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
 
 
 @contextlib.contextmanager

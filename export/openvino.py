@@ -8,7 +8,7 @@ from typing import Any
 
 from shvit.errors import InputError, first_line
 
-from .onnx import describe, quiet
+from .onnx import describe, metadata, quiet, ranges_from, read_onnx
 from .spec import Spec
 
 SECTION = "shvit"  # of the IR's runtime information
@@ -28,7 +28,8 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     with quiet():
         model = ov.convert_model(source)
-        for key, value in describe(spec, labels).items():
+        ranges = ranges_from(metadata(read_onnx(source)))
+        for key, value in describe(spec, labels, ranges).items():
             model.set_rt_info(value, [SECTION, key])
         ov.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "bf16"))
 

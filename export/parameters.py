@@ -16,6 +16,7 @@ from torch import nn
 from shvit.shvit import SHViT
 
 from .forms import layers
+from .ranges import LEVELS, Range
 
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
 """Largest relative error of a value rounded to each format."""
@@ -87,7 +88,7 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
     whole of a layer's weights, and of all layers', may not be larger or smaller by more than chance lets them be. Of
     other models than SHViT a converter may have multiplied a channel's weights by a scale that followed.
     """
-    exact = any(isinstance(module, SHViT) for module in model.modules())
+    exact = holds_shvit(model)
     worst: list[tuple[float, str]] = []
     gains, compared = [], 0
     for name, layer in layers(model):
@@ -112,6 +113,11 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
     worst.append((_joint_gain(gains), "the scale of all weights"))
     wrong = sorted((each for each in worst if each[0] > 1), key=lambda each: -each[0])
     return Faults(compared, tuple(f"{what} is {_times(excess)} what rounding explains" for excess, what in wrong))
+
+
+def holds_shvit(model: nn.Module) -> bool:
+    """Whether a file's weights are those of the deployed model one by one."""
+    return any(isinstance(module, SHViT) for module in model.modules())
 
 
 def _times(excess: float) -> str:
@@ -150,6 +156,29 @@ def _channel_gains(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     flat, other = expected.flatten(1).double(), got.flatten(1).double()
     gains = (flat * other).sum(1) / flat.square().sum(1).clamp_min(1e-300)
     return gains.float().reshape(-1, *[1] * (expected.dim() - 1))
+
+
+FEWEST_STEP = 2.0**-14
+"""Core ML's least scale: finer ones say nothing of a range."""
+
+
+def range_faults(learnt: Mapping[str, Range], found: Mapping[str, tuple[float, float]]) -> list[str]:
+    """8-bit tensors whose scales and zero points do not stand for the ranges that were learnt for them.
+
+    Args:
+        learnt: what the file says of itself; nothing is known of other tensors.
+        found: scale and zero point that each tensor is read with.
+    """
+    faults = []
+    for name in learnt.keys() & found.keys():
+        (low, high), (scale, zero_point) = learnt[name], found[name]
+        step = (high - low) / LEVELS
+        if step < FEWEST_STEP:
+            continue
+        if abs(scale / step - 1) > 2 * ROUNDING[torch.float16] or abs(zero_point + low / scale) > 0.51:
+            ends = f"{-zero_point * scale:.4g} to {(LEVELS - zero_point) * scale:.4g}"
+            faults.append(f"{name} is rounded between {ends} in place of {low:.4g} to {high:.4g}")
+    return sorted(faults)
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -223,6 +252,20 @@ def onnx_scale_faults(proto: Any) -> list[str]:
                 if not np.allclose(x * weight, bias, rtol=1e-3, atol=0):
                     faults.append(f"the bias of {node.name} has another scale than its input and weights")
     return faults
+
+
+def onnx_steps(proto: Any) -> dict[str, tuple[float, float]]:
+    """Scale and zero point that each rounded tensor of an ONNX file is read with."""
+    tensors, found = _OnnxTensors(proto), {}
+    for node in proto.graph.node:
+        source = tensors.makers.get(node.input[0])
+        if node.op_type != "DequantizeLinear" or source is None or source.op_type != "QuantizeLinear":
+            continue
+        constants = [tensors.array(value) for value in node.input[1:] if value in tensors.initializers]
+        if len(constants) == 2 and all(value.size == 1 for value in constants):
+            scale, zero_point = (value.item() for value in constants)
+            found[source.name.removesuffix("_QuantizeLinear")] = (float(scale), float(zero_point))
+    return found
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
@@ -315,6 +358,18 @@ def openvino_scale_faults(model: Any) -> list[str]:
     return faults
 
 
+def openvino_steps(model: Any) -> dict[str, tuple[float, float]]:
+    """Scale and zero point that each rounded tensor of an IR is read with, by the name that it had in ONNX."""
+    found = {}
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "FakeQuantize" and all(_is_constant(_input(op, index)) for index in (3, 4)):
+            low, high = (np.array(_input(op, index).data, dtype=np.float64).ravel() for index in (3, 4))
+            if len(low) == len(high) == 1 and high > low:
+                scale = float(high[0] - low[0]) / LEVELS
+                found[op.get_friendly_name().removesuffix("_DequantizeLinear")] = (scale, float(-low[0]) / scale)
+    return found
+
+
 # --- Core ML ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,3 +407,16 @@ def coreml_scale_faults(package: Any) -> list[str]:
                 faults.append(f"{source.inputs['x' if 'x' in source.inputs else 'input'].name} is rounded with another "
                               "scale or zero point than it is read with")  # fmt: skip
     return faults
+
+
+def coreml_steps(package: Any) -> dict[str, tuple[float, float]]:
+    """Scale and zero point that each layer's input is read with, by the layer's name."""
+    from .mil import LAYERS
+
+    found = {}
+    for op in package.program.function.operations:
+        source = op.inputs["x"].op if op.op_type in LAYERS else None
+        if source is not None and source.op_type == "dequantize":
+            zero_point = source.inputs.get("zero_point")
+            found[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
+    return found

@@ -174,7 +174,7 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
             weight_type=QuantType.QInt8,
             nodes_to_exclude=[*spec.kept, *others],
         )
-    save_onnx(onnx.load(path), path, spec, labels)
+    save_onnx(onnx.load(path), path, spec, labels, tensors)
 
 
 # --- which layers cost most -------------------------------------------------------------------------------------------

@@ -13,15 +13,19 @@ from torch import nn
 from shvit.errors import InputError, first_line
 from shvit.train.evaluate import Predict
 
-from .onnx import INPUT, LAYERS, labels_from, metadata, operators, read_onnx, spec_from
+from .onnx import INPUT, LAYERS, labels_from, metadata, operators, ranges_from, read_onnx, spec_from
 from .parameters import (
     LayerParameters,
     coreml_parameters,
     coreml_scale_faults,
+    coreml_steps,
     onnx_parameters,
     onnx_scale_faults,
+    onnx_steps,
     openvino_parameters,
     openvino_scale_faults,
+    openvino_steps,
+    range_faults,
 )
 from .spec import Spec
 
@@ -149,7 +153,7 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_onnx(session, batch),
         lambda batch: _run_onnx_layers(path, threads, batch),
         lambda: onnx_parameters(proto),
-        lambda: onnx_scale_faults(proto),
+        lambda: [*onnx_scale_faults(proto), *range_faults(ranges_from(metadata(proto)), onnx_steps(proto))],
         labels_from(metadata(proto)),
         run_as_usual=run_as_usual if spec.precision == "int8" else None,
     )
@@ -219,6 +223,10 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
     spec = _checked(path, spec_from(said, path), [output.any_name for output in model.outputs])
     compiled = compile_openvino(model, spec.precision, threads)
 
+    def scale_faults() -> list[str]:
+        whole, _ = read_openvino(path)
+        return [*openvino_scale_faults(whole), *range_faults(ranges_from(said), openvino_steps(whole))]
+
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_openvino(compile_openvino(model, spec.precision, threads, exact=False), batch)
 
@@ -230,7 +238,7 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_openvino(compiled, batch),
         lambda batch: _run_openvino_layers(path, spec, threads, batch),
         lambda: openvino_parameters(read_openvino(path)[0]),
-        lambda: openvino_scale_faults(read_openvino(path)[0]),
+        scale_faults,
         labels_from(said),
         run_as_usual=run_as_usual if spec.precision == "int8" and saturates() else None,
     )
@@ -287,7 +295,10 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         run,
         run_layers,
         lambda: coreml_parameters(package),
-        lambda: coreml_scale_faults(package),
+        lambda: [
+            *coreml_scale_faults(package),
+            *range_faults(ranges_from(package.metadata), coreml_steps(package)),
+        ],
         labels,
     )
 

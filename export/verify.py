@@ -1,6 +1,6 @@
 """Does an artefact give its model's outputs? Compared on images, written down as a certificate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from shvit.train.data import open_image
 
 from .forms import layers
 from .labels import contradiction
-from .parameters import compare_parameters
+from .parameters import compare_parameters, holds_shvit
 from .photographs import Photograph, read_pixels, spread
 from .quantize import unfold_identities
 from .runtimes import Artefact, artefact_files
@@ -180,6 +180,12 @@ class Reference:
         return deploy(self.model, self.spec.img_size)
 
     @cached_property
+    def stem(self) -> str | None:
+        """The convolution that is given the image itself, by its name; None where there is none."""
+        batch = self.spec.normalize(self.pixels(self.spec)[:1])
+        return first_layer(self.deployed, batch)
+
+    @cached_property
     def layers(self) -> dict[str, torch.Tensor]:
         """What each layer of the deployed model gives for the first few images."""
         return layer_outputs(self.deployed, self.spec.normalize(self.pixels(self.spec)[:LAYER_IMAGES]))
@@ -241,14 +247,15 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
             verdicts.append(verdict)
             reasons += [each for each in why if each not in reasons]
     assert first is not None
-    grey_levels, faults = preprocessing_faults(artefact.spec, reference)
+    found = run_layers(artefact, reference)
+    grey_levels, faults = preprocessing_faults(artefact.spec, reference, found)
     weights = compare_parameters(artefact.parameters(), _quantizable(artefact, reference))
     faults += [*weights.faults, *artefact.scale_faults(), *label_faults(artefact.labels, reference.labels)]
     if faults:
         verdicts.append("refused")
         reasons = [*faults, *reasons]
     figures = worst_figures(list(outputs.values()))
-    layer, layer_snr_db = worst_layer(artefact, reference)
+    layer, layer_snr_db = worst_layer(found, reference)
     labels = torch.tensor([photograph.label for photograph in reference.photographs])
     model_accuracy, accuracy = (_accuracy(side, labels) for side in first)
     verdict = worst_verdict(verdicts)
@@ -335,8 +342,15 @@ def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
     return 100 * (outputs.argmax(1) == labels)[known].double().mean().item()
 
 
-def preprocessing_faults(told: Spec, reference: Reference) -> tuple[float, list[str]]:
-    """By how many grey levels of 255 an artefact's preprocessing differs from timm's, and what is wrong with it."""
+def preprocessing_faults(
+    told: Spec, reference: Reference, found: Mapping[str, torch.Tensor]
+) -> tuple[float, list[str]]:
+    """By how many grey levels of 255 an artefact's preprocessing differs from timm's, and what is wrong with it.
+
+    Args:
+        told: what the artefact says of itself.
+        found: what its layers give, of `run_layers`: the first shows what was done inside.
+    """
     spec = reference.spec
     told = replace(told, img_size=spec.img_size)
     unequal = [name for name in PREPROCESSING if getattr(told, name) != getattr(spec, name)]
@@ -346,7 +360,11 @@ def preprocessing_faults(told: Spec, reference: Reference) -> tuple[float, list[
     levels = reference.grey_levels(told)
     if levels > MAX_GREY_LEVELS:
         faults.append(f"preprocessing is off by {levels:.1f} grey levels (at most {MAX_GREY_LEVELS:g})")
-    return levels, faults
+    inside = stem_grey_levels(found, reference)
+    if inside > MAX_GREY_LEVELS:
+        faults.append(f"the first layer is given colours that are off by {inside:.1f} grey levels "
+                      f"(at most {MAX_GREY_LEVELS:g})")  # fmt: skip
+    return max(levels, inside), faults
 
 
 def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
@@ -369,10 +387,14 @@ def _quantizable(artefact: Artefact, reference: Reference) -> nn.Module:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def worst_layer(artefact: Artefact, reference: Reference) -> tuple[str | None, float | None]:
-    """The layer whose output is farthest from that of the same layer of the deployed model in float32, and its SNR."""
+def run_layers(artefact: Artefact, reference: Reference) -> Mapping[str, torch.Tensor]:
+    """What an artefact's layers give for the first few images."""
     spec = replace(artefact.spec, img_size=reference.spec.img_size)
-    found = artefact.run_layers(artefact.spec.feed(reference.pixels(spec)[:LAYER_IMAGES]))
+    return artefact.run_layers(artefact.spec.feed(reference.pixels(spec)[:LAYER_IMAGES]))
+
+
+def worst_layer(found: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
+    """The layer whose output is farthest from that of the same layer of the deployed model in float32, and its SNR."""
     expected = reference.layers
     noise = {
         name: snr_db(expected[name], output)
@@ -380,6 +402,56 @@ def worst_layer(artefact: Artefact, reference: Reference) -> tuple[str | None, f
         if name in expected and expected[name].shape == output.shape
     }
     return min(noise.items(), key=lambda item: item[1]) if noise else (None, None)
+
+
+def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
+    """The convolution that is given the batch as it is, by its dotted name."""
+    names: list[str] = []
+
+    def look(name: str) -> Any:
+        return lambda module, inputs: names.append(name) if torch.equal(inputs[0], batch) else None
+
+    convolutions = [(name, layer) for name, layer in layers(model) if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in convolutions]
+    try:
+        run_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return names[0] if names else None
+
+
+def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) -> float:
+    """By how many grey levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
+
+    A wrong constant of the normalisation moves each colour by some levels at black and some at white: these are
+    fitted. Rounding has no direction, and hardly moves either.
+    """
+    name, spec = reference.stem, reference.spec
+    expected = None if name is None else reference.layers[name]
+    if expected is None or name not in found or found[name].shape != expected.shape:
+        return 0.0
+    layer = dict(layers(reference.deployed))[name]
+    output, expected = found[name].double(), expected.double()
+    if not holds_shvit(reference.deployed):  # a converter may have put a scale that follows into the weights
+        output = output * ((output * expected).sum((0, 2, 3)) / output.square().sum((0, 2, 3)))[:, None, None]
+    pixels = reference.pixels(spec)[:LAYER_IMAGES].double() / 255
+    moves = []
+    for channel in range(spec.in_chans):
+        for part in (1 - pixels[:, channel], pixels[:, channel]):  # at black, at white
+            level = torch.zeros_like(pixels)
+            level[:, channel] = part / (255 * spec.std[channel])
+            moves.append(_without_bias(layer, level).flatten())
+    basis, error = torch.stack(moves, 1), (output - expected).flatten()
+    normal = basis.T @ basis
+    normal += 1e-4 * normal.diagonal().max() * torch.eye(len(normal), dtype=torch.float64)
+    return torch.linalg.solve(normal, basis.T @ error).abs().max().item()
+
+
+def _without_bias(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = layer.weight.detach().double()
+    padding = layer.padding
+    return nn.functional.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def layer_outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
