@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from shvit.train.data import open_image, photograph_files
+from shvit.train.data import photograph_files
+from shvit.train.images import open_image
 
 from .spec import Spec
 

@@ -15,8 +15,8 @@ MAY_IMPORT = {  # besides itself
     "shvit": set(),
     "weights": {"shvit"},
     "train": {"shvit", "weights"},
-    "export": {"shvit", "weights", "train.data", "train.evaluate"},
-    "detection": {"shvit", "weights", "train.data", "train.evaluate"},
+    "export": {"shvit", "weights", "train.data", "train.images", "train.evaluate"},
+    "detection": {"shvit", "weights", "train.data", "train.images", "train.evaluate"},
 }
 
 

@@ -9,7 +9,7 @@ import timm
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train import data
+from shvit.train import images
 from shvit.train.data import elpv, eval_loader, open_dataset, open_eval_dataset, open_image
 
 
@@ -96,7 +96,7 @@ def test_damaged_photograph_is_named(flat):
 
 def test_enormous_photograph_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     photograph(tmp_path / "big.png", size=(300, 200))
-    monkeypatch.setattr(data, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     with pytest.raises(InputError, match=r"big\.png: 300×200 pixels"):
         open_image(tmp_path / "big.png")
 

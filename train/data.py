@@ -7,47 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shvit.errors import InputError
 
+from .images import open_image, to_rgb
 from .recipe import Data
 
-MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
 Split = Literal["train", "val"]
 Sample = tuple[Path, int]
-
-
-def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """A photograph as RGB.
-
-    Args:
-        file: its path, or the file, open for reading.
-        name: what messages call it; the path where None.
-
-    Raises:
-        InputError: the file, which is named, is no photograph, damaged, or larger than `MAX_PIXELS`.
-    """
-    name = name or str(file)
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed"
-                )
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
 
 
 COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -111,7 +87,8 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.source[self.indices[index]]
-        return (file.convert("RGB") if isinstance(file, Image.Image) else open_image(file, self.name(index))), target
+        read = to_rgb if isinstance(file, Image.Image) else open_image
+        return read(file, self.name(index)), target
 
     def name(self, index: int) -> str:
         """What messages call an item."""
@@ -240,8 +217,14 @@ def _scan_tar(path: Path) -> Photographs:
 class Stream:
     """Photographs that are read from front to back, by one of timm's datasets; the classes' names by class index."""
 
+    name: str
     dataset: IterableImageDataset
     classes: list[str]
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        """(RGB image, class index) of each photograph; `open_stream` has timm's reader leave images as they are."""
+        for image, target in self.dataset:
+            yield to_rgb(image, f"an image of {self.name}"), int(target)
 
     def __len__(self) -> int:
         """What the dataset says of itself."""
@@ -260,10 +243,16 @@ def open_named(data: Data, split: Split) -> Photographs:
         InputError: it is not known, cannot be opened, or a package for it is missing.
     """
     dataset = _create_dataset(data, split)
+    if hasattr(dataset, "loader"):  # torchvision's datasets of files
+        dataset.loader = _open_path
     source = getattr(dataset, "reader", dataset)
     known = getattr(source, "class_to_idx", None) or getattr(dataset, "class_to_idx", None) or {}
     classes = sorted(known, key=known.__getitem__)
     return Photographs(source, classes or _numbered(data))
+
+
+def _open_path(path: str) -> Image.Image:
+    return open_image(Path(path))
 
 
 def open_stream(data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0) -> Stream:
@@ -273,9 +262,10 @@ def open_stream(data: Data, split: Split, is_training: bool = False, batch_size:
         batch_size: of one process, to which a training pass is rounded up.
         seed: of the shards' and the photographs' order.
     """
-    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed)
+    decoded = {} if data.name.startswith("tfds/") else {"input_img_mode": ""}  # as they are in the file, for `to_rgb`
+    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed, **decoded)
     known = getattr(dataset.reader, "class_to_idx", None) or {}
-    return Stream(dataset, sorted(known, key=known.__getitem__) or _numbered(data))
+    return Stream(data.name, dataset, sorted(known, key=known.__getitem__) or _numbered(data))
 
 
 def _numbered(data: Data) -> list[str]:
@@ -365,6 +355,18 @@ class Prepared(Dataset):
         return self.transform(image), target
 
 
+class PreparedStream(IterableDataset):
+    """A stream's items as (what `transform` makes of the photograph, class index)."""
+
+    def __init__(self, stream: Stream, transform: Callable[[Image.Image], torch.Tensor]):
+        self.stream = stream
+        self.transform = transform
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for image, target in self.stream:
+            yield self.transform(image), target
+
+
 IGNORED = -1
 """The class index of a photograph that does not count."""
 
@@ -382,9 +384,9 @@ def eval_loader(
         tolerant: give damaged photographs the class `IGNORED` rather than raise.
     """
     if isinstance(dataset, Stream):
-        dataset.dataset.transform = transform
         dataset.dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(dataset.dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
+        streamed = PreparedStream(dataset, transform)
+        return DataLoader(streamed, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
     prepared = Prepared(dataset, transform, tolerant)
     return DataLoader(
         prepared, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt, persistent_workers=workers > 0
