@@ -69,6 +69,8 @@ class Eval:
     """An .onnx file, .xml or .mlpackage of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
+    all_images: bool = False
+    """Evaluate on every image of a folder of class folders alone, those that the run was trained on too."""
     batch_size: int = 32
     """Images at a time."""
     workers: int = 0
@@ -77,12 +79,14 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import open_eval_dataset
+        from shvit.train.data import open_eval_dataset, read_trained_on
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         predict, spec, transform = self._predict()
-        dataset = open_eval_dataset(self.data, self.split)
+        run = None if self.checkpoint is None or self.all_images else read_trained_on(self.checkpoint)
+        dataset = open_eval_dataset(self.data, self.split, run)
+        console.print(f"{self.data}: {dataset.part}")
         classes = dataset.classes or [str(i) for i in range(spec.num_classes)]
         if len(classes) != spec.num_classes:
             raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
@@ -173,7 +177,7 @@ class _FromModel:
             labels=[] if outputs == "features" else find_labels(self.labels, spec.num_classes),
             checkpoint=self.checkpoint,
         )
-        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION))
+        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION, part="train"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 
+from .data import Splits, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed
@@ -26,6 +27,7 @@ from .journal import Journal
 from .plots import plot_curves
 from .recipe import Recipe
 from .setup import check_recipe, open_held_out, open_training, set_up
+from .summary import print_splits
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -47,8 +49,9 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     try:
         with join(recipe.compute.device) as world, interrupt.handled():
             turns = check_recipe(recipe, world)
-            classes, feed = open_training(recipe, world, turns)
-            return Training(recipe, output, world, classes, feed, turns, interrupt).run_all()
+            splits = None if is_stream(recipe.data) else open_splits(recipe.data)
+            classes, feed = open_training(recipe, world, turns, splits)
+            return Training(recipe, output, world, classes, feed, turns, interrupt, splits).run_all()
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from stop
 
@@ -65,18 +68,20 @@ class Training:
         feed: Feed,
         turns: int,
         interrupt: Interrupt,
+        splits: Splits | None,
     ):
         self.recipe = recipe
         self.world = world
         self.classes = classes
         self.feed = feed
+        self.splits = splits
         self.interrupt = interrupt
         self.folder = RunFolder(output, recipe.save.keep)
         self.console = terminal.console(quiet=not world.primary)
         self.total_steps = recipe.epochs * feed.steps_per_epoch
         self.run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
         config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
-        self.held_out, self.held_out_count = open_held_out(recipe, world, config)
+        self.held_out, self.held_out_count = open_held_out(recipe, world, config, splits)
         self.corrupt: set[str] = set()
 
     def run_all(self) -> dict[str, Any]:
@@ -86,7 +91,8 @@ class Training:
     def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
-            self.folder.claim(self.recipe, self.classes)
+            images = self.splits.identity() if self.splits else {"train": {"count": self.feed.length}}
+            self.folder.claim(self.recipe, self.classes, images)
         self._resume()
         self.begin = start - self.run.seconds
         self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
@@ -112,6 +118,8 @@ class Training:
             run.load_state_dict(state)
             self.console.print(f"{self.folder.path}: {run.step} of {self.total_steps} steps are done, going on")
             return
+        if self.splits is not None and self.world.primary:
+            print_splits(self.splits, self.console)
         held_out = f", {self.held_out_count} held out" if self.held_out_count is not None else ""
         self.console.print(
             f"{recipe.model} at {recipe.img_size} px, {self.feed.length} photographs of {len(self.classes)} classes"
