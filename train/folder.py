@@ -82,13 +82,14 @@ class RunFolder:
         before = stored.get("data")
         if before is None or images is None or before == images:
             return
-        if recipe.data.changed == "refuse":
-            raise InputError(f"{self.path} holds a run on {_other(before, images)}; choose another --output, or go on "
-                             "with --data.changed continue")  # fmt: skip
-        if self._last_epoch() >= recipe.epochs:
-            raise InputError(f"{self.path}: all {recipe.epochs} epochs are done, and none is left for other images; "
-                             "choose another --output and begin with this run's weights: --checkpoint "
-                             f"{self.path / 'best_ema.safetensors'}")  # fmt: skip
+        finished = self._last_epoch() >= recipe.epochs
+        if recipe.data.changed == "refuse" or finished:
+            hint = "go on with --data.changed continue"
+            if finished:
+                hint = f"begin with its weights, --checkpoint {self.path / 'best_ema.safetensors'}: its epochs are done"
+            raise InputError(
+                f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}"
+            )
         write({**stored, "data": images})
 
     def _last_epoch(self) -> int:
