@@ -315,7 +315,7 @@ DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "c
 
 
 def _photographs(folder: Path | None) -> list[Path]:
-    from shvit.train.data import photograph_files
+    from shvit.train.folders import photograph_files
 
     return photograph_files(folder)
 

@@ -5,7 +5,7 @@ from mmdet.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
 from shvit.errors import InputError
-from shvit.train.data import MAX_PIXELS
+from shvit.train.images import MAX_PIXELS
 
 
 @TRANSFORMS.register_module()
@@ -13,7 +13,7 @@ class LoadPhotograph(LoadImageFromFile):
     """MMDetection's LoadImageFromFile (BGR, turned as EXIF says) that names a file that is no photograph.
 
     Raises:
-        InputError: no such file, damaged, or more pixels than `shvit.train.data.MAX_PIXELS`.
+        InputError: no such file, damaged, or more pixels than `shvit.train.images.MAX_PIXELS`.
     """
 
     def transform(self, results: dict) -> dict | None:

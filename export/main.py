@@ -78,6 +78,8 @@ class Eval:
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     skip_unknown_classes: bool = False
     """Leave out and count images of classes that the model does not know, in place of refusing them."""
+    all_images: bool = False
+    """Evaluate on every image of a folder of class folders alone, those that the run was trained on too."""
     batch_size: int = 32
     """Images at a time."""
     workers: int = 0
@@ -86,14 +88,17 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import open_eval_dataset, takes_split
+        from shvit.train.data import open_eval_dataset, read_trained_on, takes_split
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         if not takes_split(self.data):
             refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
         predict, spec, transform, known, weights = self._predict()
-        dataset = open_eval_dataset(self.data, self.split or "validation")
+        checkpoint = None if weights is None or self.all_images else weights.checkpoint
+        run = None if checkpoint is None else read_trained_on(checkpoint)
+        dataset = open_eval_dataset(self.data, self.split or "validation", run)
+        console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
         kind = "weights" if weights is not None else "artefact"
         found = (transform, dataset, classes, index)
@@ -262,7 +267,7 @@ class _FromModel:
             checkpoint_name=weights.name,
             ema=weights.ema,
         )
-        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION))
+        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION, part="train"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from shvit.train.data import open_image, photograph_files
+from shvit import terminal
+from shvit.errors import InputError
+from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, list_images, photograph_files
+from shvit.train.images import open_image
+from shvit.train.splits import find_parts
 
 from .labels import match_classes, refuse_unknown
 from .spec import Spec
@@ -28,29 +32,54 @@ class Photograph:
 
 
 def find_photographs(
-    folder: Path | None, num_classes: int = 0, most: int = MAX_IMAGES, classes: Sequence[str] = ()
+    folder: Path | None,
+    num_classes: int = 0,
+    most: int = MAX_IMAGES,
+    classes: Sequence[str] = (),
+    part: Literal["train", "val"] = "val",
 ) -> list[Photograph]:
     """The photographs in `folder` and below, at most `most` spread evenly; scikit-image's where None.
 
     Args:
         num_classes: of the model; a folder with so many folders of photographs in it tells their classes.
-        classes: the model's, where their names are known: folders are then matched by name, and where none of them is
-            a class, they tell nothing.
+        classes: the model's, by index, where they are known: folders are then matched by name, and where none of them
+            is a class, they tell nothing.
+        part: of a folder with train/ and val/ the one that is taken, which is said.
 
     Raises:
         InputError: the folder is not there or holds none, or some of its folders are classes and others are not.
     """
-    paths = photograph_files(folder)
     if folder is None:
-        return [Photograph(path, -1) for path in spread(paths, most)]
-    names = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
-    known = {name: index for index, name in enumerate(names)} if len(names) == num_classes else {}
+        return [Photograph(path, -1) for path in spread(photograph_files(None), most)]
+    listing = _list_part(folder, part)
+    found = sorted({_folder(name) for name in listing.names} - {""})
+    indices = {name: index for index, name in enumerate(found)} if len(found) == num_classes else {}
     if classes:
-        match = match_classes(names, classes)
-        if len(match.unknown) < len(names):
+        match = match_classes(found, classes)
+        if len(match.unknown) < len(found):
             refuse_unknown(match, classes, folder, "move the others away")
-        known = dict(zip(names, match.index, strict=True))
-    return [Photograph(path, known.get(path.relative_to(folder).parts[0], -1)) for path in spread(paths, most)]
+        indices = dict(zip(found, match.index, strict=True))
+    names = spread(listing.names, most)
+    return [Photograph(listing.root / name, indices.get(_folder(name), -1)) for name in names]
+
+
+def _list_part(folder: Path, part: str) -> Listing:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of photographs")
+    parts = find_parts(folder)
+    chosen = (parts.val or parts.train) if part == "val" else (parts.train or parts.val)
+    if isinstance(chosen, Path) and chosen.is_dir():
+        terminal.console().print(f"{folder}: of its splits, {chosen.name}/ is taken")
+        folder = chosen
+    listing = list_images(folder)
+    if not listing.names:
+        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(SUFFIXES | RARE_SUFFIXES))})")
+    return listing
+
+
+def _folder(name: str) -> str:
+    """The class folder of an image; empty for one that is in none."""
+    return name.partition("/")[0] if "/" in name else ""
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:

@@ -136,6 +136,7 @@ EXTRAS = {  # top-level module: the extra that brings it
     "torchvision": "train",
     "webdataset": "data",
     "datasets": "data",
+    "pillow_heif": "heic",
     "mmengine": "detection",
     "mmcv": "detection",
     "mmdet": "detection",

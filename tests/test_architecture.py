@@ -15,8 +15,8 @@ MAY_IMPORT = {  # besides itself
     "shvit": set(),
     "weights": {"shvit"},
     "train": {"shvit", "weights"},
-    "export": {"shvit", "weights", "train.data", "train.evaluate"},
-    "detection": {"shvit", "weights", "train.data", "train.evaluate"},
+    "export": {"shvit", "weights", *(f"train.{name}" for name in ("data", "evaluate", "folders", "images", "splits"))},
+    "detection": {"shvit", "weights", *(f"train.{name}" for name in ("data", "evaluate", "folders", "images"))},
 }
 
 

@@ -259,7 +259,12 @@ def test_every_extra_named_for_a_missing_package_brings_it():
         return packages.union(*map(brought, nested))
 
     distributions = {"skimage": "scikit-image", "elpv_dataset": "elpv-dataset", "yaml": "pyyaml"}
-    distributions |= {"mmdet": "onedl-mmdetection", "mmcv": "onedl-mmcv", "mmengine": "onedl-mmengine"}
+    distributions |= {
+        "pillow_heif": "pillow-heif",
+        "mmdet": "onedl-mmdetection",
+        "mmcv": "onedl-mmcv",
+        "mmengine": "onedl-mmengine",
+    }
     for module, extra in cli.EXTRAS.items():
         assert distributions.get(module, module) in brought(extra)
 

@@ -1,6 +1,7 @@
 """Which photographs are trained on, which are held out, and unusable ones."""
 
 import hashlib
+import tarfile
 from itertools import groupby
 
 import numpy as np
@@ -9,8 +10,17 @@ import timm
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train import data
-from shvit.train.data import elpv, eval_loader, open_dataset, open_eval_dataset, open_image
+from shvit.train import images
+from shvit.train.data import (
+    TrainedOn,
+    elpv,
+    eval_loader,
+    open_dataset,
+    open_eval_dataset,
+    open_image,
+    open_splits,
+)
+from shvit.train.recipe import Data
 
 
 def photograph(path, seed=0, size=(40, 32)):
@@ -96,7 +106,7 @@ def test_damaged_photograph_is_named(flat):
 
 def test_enormous_photograph_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     photograph(tmp_path / "big.png", size=(300, 200))
-    monkeypatch.setattr(data, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     with pytest.raises(InputError, match=r"big\.png: 300×200 pixels"):
         open_image(tmp_path / "big.png")
 
@@ -113,7 +123,8 @@ def test_every_mode_of_file_becomes_rgb(tmp_path):
         ([], "no class folders"),
         (["train/a/1.png"], "neither val/ nor validation/"),
         (["val/a/1.png"], "no train/"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "classes in only one of train/ and val/: b"),
+        (["train/a/1.png", "train/c/1.png", "val/a/1.png", "val/b/1.png"], "in only one of train/ and val/: b"),
+        (["a/1.png", "a/2.png"], "one class alone, a"),
         (["a/1.png", "b/notes.txt"], "b: an empty class"),
         (["a/1.png", "b/2.png"], "too few to hold some out"),
     ],
@@ -134,3 +145,33 @@ def test_unusable_folders_are_one_clear_line(tmp_path, paths, message):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("name", ["folder", "tar"])
+def test_a_run_is_evaluated_on_what_it_kept_for_validation(flat, name, tmp_path_factory):
+    root = flat
+    if name == "tar":
+        root = tmp_path_factory.mktemp("tars") / "all.tar"
+        with tarfile.open(root, "w") as archive:
+            archive.add(flat, "")
+    splits = open_splits(Data(root=root))
+    run = TrainedOn(splits.identity(), None, root)
+    kept = open_eval_dataset(root, trained_on=run)
+    assert (kept.samples, kept.part) == (splits.val.samples, "the part that this run kept for validation")
+    assert len(open_eval_dataset(root)) == 120
+    moved = TrainedOn(splits.identity(), None, tmp_path_factory.mktemp("nothing"))
+    assert open_eval_dataset(root, trained_on=moved).samples == splits.val.samples
+    others = TrainedOn({"train": {"count": 1}, "val": {"count": 1}}, None, moved.root)
+    assert len(open_eval_dataset(root, trained_on=others)) == 120
+    grown = TrainedOn(others.images, None, root)  # images were added since
+    assert len(open_eval_dataset(root, trained_on=grown)) == len(splits.val)
+
+
+def test_evaluating_on_training_images_is_said(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("a", "b"):
+            photograph(tmp_path / split / kind / f"{split}.png")
+    run = TrainedOn(open_splits(Data(root=tmp_path)).identity(), None, tmp_path)
+    assert open_eval_dataset(tmp_path / "train", trained_on=run).part == "images that this run was trained on"
+    assert open_eval_dataset(tmp_path, trained_on=run).part == "its val"
+    assert open_eval_dataset(tmp_path / "val", trained_on=run).part == "all images"

@@ -16,7 +16,15 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
-from shvit.train.data import Files, Photographs, eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data import (
+    Files,
+    Photographs,
+    eval_loader,
+    open_dataset,
+    open_eval_dataset,
+    open_named,
+    open_stream,
+)
 from shvit.train.distributed import World
 from shvit.train.feed import (
     Augmented,
@@ -29,6 +37,7 @@ from shvit.train.feed import (
     posterize,
     seed_generators,
 )  # fmt: skip
+from shvit.train.images import open_image
 from shvit.train.recipe import Augment, Data, Recipe
 
 CPU = torch.device("cpu")
@@ -314,6 +323,51 @@ def test_hugging_face_dataset_is_read_as_the_folder_is(photographs, tmp_path, mo
     assert len(dataset) == 40
     image, target = dataset[0]
     assert any(target == t and np.array_equal(image, Image.open(path)) for path, t in photographs.samples)
+
+
+@pytest.fixture
+def unusual(tmp_path):
+    """A folder of class folders with an image to turn, a cut-out and a scan of 16 bits, and what they look like."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "unusual"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(root / "a" / "0.png", exif=exif)
+    Image.fromarray(rng.integers(0, 255, (30, 40, 4), dtype=np.uint8)).save(root / "a" / "1.png")
+    Image.fromarray(rng.integers(0, 65536, (30, 40), dtype=np.uint16)).save(root / "b" / "2.png")
+    return root, [np.asarray(open_image(path)) for path in sorted(root.rglob("*.png"))]
+
+
+@pytest.mark.parametrize("source", ["shards", "tar", "hfds", "torchvision"])
+def test_every_source_shows_images_as_a_file_is_shown(source, unusual, tmp_path, monkeypatch):
+    root, expected = unusual
+    if source == "shards":
+        with tarfile.open(tmp_path / "validation-0.tar", "w") as archive:
+            for path in sorted(root.rglob("*.png")):
+                archive.add(path, path.name)
+                info = tarfile.TarInfo(f"{path.stem}.cls")
+                info.size = 1
+                archive.addfile(info, io.BytesIO(b"0"))
+        data = Data(name="wds/", root=tmp_path, val_split="validation-0.tar|3", num_classes=1)
+        found = [image for image, _ in open_stream(data, "val")]
+        loaded = [image for images, _ in eval_loader(open_stream(data, "val"), np.asarray, 1) for image in images]
+        assert all(np.array_equal(a, b) for a, b in zip(loaded, expected, strict=True))
+    elif source == "tar":
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            archive.add(root, "")
+        found = [image for image, _ in open_eval_dataset(tmp_path / "all.tar")]
+    else:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        if source == "hfds":
+            data = Data(name=f"hfds/{root}", root=tmp_path / "cache", val_split="train", num_classes=1)
+        else:
+            data = Data(name="torch/image_folder", root=root)
+        dataset = open_named(data, "val")
+        found = [dataset[index][0] for index in range(len(dataset))]
+    assert len(found) == 3
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_dataset_with_a_name_that_is_not_there_is_one_line():

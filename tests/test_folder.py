@@ -123,6 +123,22 @@ def test_folder_of_another_run_is_refused(folder):
         folder.claim(DEMO, ["a", "b"])
 
 
+def test_other_images_are_refused_or_continued_on_request(folder):
+    before, after = {"train": {"count": 96, "names_sha256": "a"}}, {"train": {"count": 288, "names_sha256": "b"}}
+    folder.claim(DEMO, ["a", "b"], before)
+    folder.claim(DEMO, ["a", "b"], before)
+    with pytest.raises(InputError, match=r"other images \(96 train then, 288 train now\); .* --data\.changed continue"):
+        folder.claim(DEMO, ["a", "b"], after)
+    with pytest.raises(InputError, match=r"as many .* but with other names"):
+        folder.claim(DEMO, ["a", "b"], {"train": {"count": 96, "names_sha256": "c"}})
+    on_request = replace(DEMO, data=replace(DEMO.data, changed="continue"))
+    folder.claim(on_request, ["a", "b"], after)
+    folder.claim(DEMO, ["a", "b"], after)
+    folder.write_log([{"epoch": DEMO.epochs}])
+    with pytest.raises(InputError, match=r"another --output, or begin with its weights, --checkpoint .*best_ema\.safe"):
+        folder.claim(on_request, ["a", "b"], before)
+
+
 HOLDER = """
 import os, sys, time
 from pathlib import Path

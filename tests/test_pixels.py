@@ -13,7 +13,7 @@ import pytest
 import torch
 from browser import open_browser, serve
 from conftest import ROOT
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shvit.export.photographs import photograph_files
 from shvit.export.spec import Spec
@@ -198,23 +198,53 @@ def test_a_colour_profile_is_not_applied(page):
     np.testing.assert_array_equal(page.read(path.name)[..., :3], np.asarray(open_image(path)))
 
 
-def test_a_transparent_file_keeps_its_opaque_pixels(page):
+def test_a_cut_out_is_composited_on_white_as_open_image_does_it(page):
     image = noise(64, 400)
-    image[:300, :, 3], image[300:, :, 3] = 255, 0
+    image[:150, :, 3], image[150:300, :, 3] = 255, 0  # then half transparent ones, which a canvas rounds in its own way
     Image.fromarray(image).save(page.folder / "transparent.png")
+    expected = np.asarray(open_image(page.folder / "transparent.png")).astype(int)
     read = page.read("transparent.png")
-    np.testing.assert_array_equal(read[:300], image[:300])
-    assert not read[300:].any()
+    np.testing.assert_array_equal(read[:300, :, :3], expected[:300])
+    assert np.abs(read[300:, :, :3] - expected[300:]).max() <= 2
+    assert read[..., 3].min() == 255
 
 
-def test_a_photograph_is_turned_upright(page):
-    path = page.folder / "turned.jpg"
+@pytest.mark.parametrize("mode", ["P", "L", "I;16", "RGB"])
+def test_a_transparent_color_is_composited_on_white_as_open_image_does_it(mode, page):
+    levels = noise(40, 30)[..., 0]
+    levels[:5] = 7
+    array = levels.astype(np.uint16) * 256 if mode == "I;16" else np.dstack([levels] * 3) if mode == "RGB" else levels
+    image = Image.fromarray(array)
+    transparency = {"I;16": 7 * 256, "RGB": (7, 7, 7)}.get(mode, 7)
+    path = page.folder / f"{mode}-key.png"
+    (image.convert("P") if mode == "P" else image).save(path, transparency=transparency)
+    expected = np.asarray(open_image(path))
+    assert expected[:5].min() == 255
+    np.testing.assert_array_equal(page.read(path.name)[..., :3], expected)
+
+
+def test_16_bits_are_read_as_open_image_reads_them(page):
+    path = page.folder / "scan.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16)).save(path)
+    np.testing.assert_array_equal(page.read(path.name)[..., :3], np.asarray(open_image(path)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright_as_open_image_does_it(orientation, page):
+    path = page.folder / f"turned-{orientation}.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be turned by 90°
-    Image.fromarray(np.full((40, 60, 3), (255, 0, 0), np.uint8)).save(path, exif=exif)
-    with Image.open(path) as image:
-        upright = np.asarray(ImageOps.exif_transpose(image))
-    assert np.abs(page.read(path.name)[..., :3].astype(int) - upright).max() <= 2
+    exif[0x0112] = orientation
+    smooth = np.mgrid[0:200:5, 0:180:3].sum(0).astype(np.uint8) // 2
+    Image.fromarray(np.dstack([smooth, smooth[::-1], 255 - smooth])).save(path, exif=exif, quality=95)
+    upright = np.asarray(open_image(path)).astype(int)
+    assert np.abs(page.read(path.name)[..., :3] - upright).max() <= 4
+
+
+def test_of_an_animation_the_first_frame_is_read(page):
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 0, 255))]
+    for name in ("film.gif", "film.webp"):
+        frames[0].save(page.folder / name, save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_array_equal(page.read(name)[..., :3], np.asarray(open_image(page.folder / name)))
 
 
 def test_a_frame_of_a_film_is_read(page):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -166,6 +167,30 @@ def test_finished_run_gives_its_result_again(recipe, tmp_path):
     second = train(recipe, tmp_path)
     assert (tmp_path / "last.pt").stat().st_mtime_ns == before
     assert first == second
+
+
+def test_run_goes_on_with_added_images_by_a_schedule_that_fits(small, photographs, tmp_path):
+    root = shutil.copytree(photographs, tmp_path / "photographs")
+    recipe = replace(small, data=replace(small.data, root=root), save=replace(small.save, keep=4))
+    folder = tmp_path / "run"
+    train(recipe, folder)
+    for newer in ("last.pt", "last-1.pt"):  # as it was after two of four epochs
+        (folder / newer).unlink()
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(log[:2]) + "\n")
+    for path in list((root / "train").rglob("*.png")):
+        shutil.copy(path, path.with_stem(f"{path.stem}-more"))
+    with pytest.raises(InputError, match=r"32 train, 12 val then, 64 train, 12 val now"):
+        train(recipe, folder)
+    changed = replace(recipe, data=replace(recipe.data, changed="continue"))
+    assert train(changed, folder)["steps"] == 4 * 8
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries] == [4, 8, 24, 32]
+    whole = train(recipe, tmp_path / "whole")
+    expected = [json.loads(line)["lr"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert whole["steps"] == 32
+    assert [entry["lr"] for entry in entries[2:]] == pytest.approx(expected[2:])
 
 
 def test_folder_with_another_recipes_run_is_refused(small, tmp_path):

@@ -2,92 +2,38 @@
 
 import hashlib
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shvit.errors import InputError, first_line
 
+from .folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
+from .images import open_image, to_rgb
 from .recipe import Data
+from .splits import (
+    as_listing,
+    check_nesting,
+    class_names,
+    count_copies,
+    count_duplicates,
+    find_parts,
+    group_keys,
+    is_held_out,
+)
 
-MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
 Split = Literal["train", "val"]
-Sample = tuple[Path, int]
-
-
-def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """A photograph as RGB.
-
-    Args:
-        file: its path, or the file, open for reading.
-        name: what messages call it; the path where None.
-
-    Raises:
-        InputError: the file, which is named, is no photograph, damaged, or larger than `MAX_PIXELS`.
-    """
-    name = name or str(file)
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed"
-                )
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
-
-
-COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-"""Suffixes of what is surely a photograph; a .tif may be anything."""
-
-
-def photograph_files(folder: Path | None) -> list[Path]:
-    """The photographs in a folder and below, sorted; those that scikit-image brings where None.
-
-    Raises:
-        InputError: the folder is not there or holds none.
-    """
-    if folder is None:
-        import skimage
-
-        folder = Path(skimage.__file__).parent / "data"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of photographs")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in COMMON)
-    if not paths:
-        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(COMMON))})")
-    return paths
-
-
-class Files(Reader):
-    """Photographs by path, as one of timm's readers."""
-
-    def __init__(self, samples: Sequence[Sample]):
-        super().__init__()
-        self.samples = list(samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        return path.name if basename else str(path)
 
 
 class Photographs(Dataset):
@@ -99,11 +45,15 @@ class Photographs(Dataset):
         source: a reader of timm's, or anything whose items are (file or image, class index).
         classes: names, by class index.
         indices: the items of `source` that are taken; all where None.
+        part: what messages call them, as a part of what the user named.
     """
 
-    def __init__(self, source: Any, classes: Sequence[str], indices: Sequence[int] | None = None):
+    def __init__(
+        self, source: Any, classes: Sequence[str], indices: Sequence[int] | None = None, part: str = "all images"
+    ):
         self.source = source
         self.classes = list(classes)
+        self.part = part
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -111,7 +61,8 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.source[self.indices[index]]
-        return (file.convert("RGB") if isinstance(file, Image.Image) else open_image(file, self.name(index))), target
+        read = to_rgb if isinstance(file, Image.Image) else open_image
+        return read(file, self.name(index)), target
 
     def name(self, index: int) -> str:
         """What messages call an item."""
@@ -122,57 +73,182 @@ class Photographs(Dataset):
     @property
     def samples(self) -> list[Sample]:
         """(name, class index) of every item."""
+        if isinstance(self.source, Files | TarFiles):
+            return [self.source.samples[i] for i in self.indices]
         return [(Path(self.name(i)), int(self.source[self.indices[i]][1])) for i in range(len(self))]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Images of each class, of a folder or a tar."""
+        counts = Counter(target for _, target in self.samples)
+        return [counts[index] for index in range(len(self.classes))]
 
     def every(self, step: int, start: int) -> "Photographs":
         """Item `start` and every `step`-th after it: one process's share."""
         return Photographs(self.source, self.classes, self.indices[start::step])
 
 
-# --- which photographs ------------------------------------------------------------------------------------------------
+# --- folders and tars -------------------------------------------------------------------------------------------------
 
 
-def open_dataset(root: Path | None, split: Split) -> Photographs:
-    """The training or the held-out photographs.
+@dataclass(frozen=True)
+class Splits:
+    """What is trained on, what it is validated with, and what there is to say of them."""
 
-    Args:
-        root: a folder with train/ and val/ (or validation/) of class folders, or .tar files of these names; or a folder
-            or a tar of class folders alone, of which about every tenth photograph, chosen by a hash of its file name,
-            is held out; None for `elpv`.
+    train: Photographs
+    val: Photographs
+    notes: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others: how many there are, and a hash of their names."""
+        return {"train": identity(self.train), "val": identity(self.val)}
+
+
+def open_splits(data: Data) -> Splits:
+    """The training and the validation images of a recipe; not for streams.
 
     Raises:
-        InputError: no such folder, no photographs, an empty class, or classes that differ between the splits.
+        InputError: as `open_dataset` and `open_named`.
     """
+    if data.name:
+        return Splits(open_named(data, "train"), open_named(data, "val"))
+    return _splits_of(data.root, data.group)
+
+
+def open_dataset(root: Path | None, split: Split, group: str | None = None) -> Photographs:
+    """The training or the validation images.
+
+    Args:
+        root: a folder with train/ and val/ (also Training/, validation/, valid/; test/ where there is no val/) of class
+            folders, or .tar files of these names; or a folder or a tar of class folders alone, of which about every
+            tenth image, chosen by a hash of its file name or group, is kept for validation; None for `elpv`.
+        group: see `folders.group_keys`.
+
+    Raises:
+        InputError: no such folder, no photographs, one class alone, an empty class, or classes in validation alone.
+    """
+    splits = _splits_of(root, group)
+    return splits.train if split == "train" else splits.val
+
+
+def _splits_of(root: Path | None, group: str | None) -> Splits:
     if root is None:
-        return elpv(split)
-    training, held_out = _split_of(root, ("train",)), _split_of(root, ("val", "validation"))
-    if (training is None) != (held_out is None):
-        found = f"{(training or held_out).name}"  # type: ignore[union-attr]
-        missing = "neither val/ nor validation/" if held_out is None else "no train/"
-        raise InputError(f"{root} holds {found} but {missing}; give both, or class folders alone")
-    if training is not None and held_out is not None:
-        datasets = {"train": _scan(training), "val": _scan(held_out)}
-        if datasets["train"].classes != datasets["val"].classes:
-            unequal = sorted(set(datasets["train"].classes) ^ set(datasets["val"].classes))
-            splits = " and ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in (training, held_out))
-            raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unequal)}")
-        return datasets[split]
-    everything = _scan(root)
-    names = (Path(everything.name(i)).name for i in range(len(everything)))
-    chosen = [i for i, name in enumerate(names) if _is_held_out(name) == (split == "val")]
-    if not chosen:
-        raise InputError(f"{root}: {len(everything)} photographs are too few to hold some out; give train/ and val/")
-    return Photographs(everything.source, everything.classes, chosen)
+        return Splits(elpv("train"), elpv("val"))
+    parts = find_parts(root)
+    if parts.whole is not None:
+        return _split(as_listing(parts.whole), parts.notes, group)
+    if parts.train is None or parts.val is None:
+        found, missing = (parts.train, "neither val/ nor validation/") if parts.train else (parts.val, "no train/")
+        assert found is not None
+        name = found.name if isinstance(found, Path) else found.label
+        hint = f", or --data.root {root / name} to keep a tenth of it" if parts.train and root.is_dir() else ""
+        raise InputError(f"{root} holds {name} but {missing}; give both, or class folders alone{hint}")
+    training, validation = as_listing(parts.train), as_listing(parts.val)
+    classes = class_names(training)
+    if unknown := sorted(set(validation.classes) - set(classes)):
+        splits = " and ".join(
+            part.label.removeprefix(f"{root}/") + ("" if part.members is not None else "/")
+            for part in (training, validation)
+        )
+        raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unknown)}")
+    if not validation.names:
+        raise InputError(f"{validation.label}: no photographs to validate with")
+    notes = [*parts.notes, *_listing_notes(training, classes), *_listing_notes(validation, classes)]
+    readers = class_reader(training, classes), class_reader(validation, classes)
+    if copies := count_copies(*readers, group):
+        notes.append(f"{copies} validation images are copies of training images, by their names")
+    return _noted(Photographs(readers[0], classes), Photographs(readers[1], classes), notes)
 
 
-def open_eval_dataset(data: str | Path, split: str = "validation") -> "Photographs | Stream":
-    """The photographs to evaluate on.
+def _split(listing: Listing, notes: Sequence[str], group: str | None) -> Splits:
+    """Class folders alone: about every tenth group of images is kept for validation."""
+    classes = class_names(listing)
+    reader = class_reader(listing, classes)
+    keys = group_keys(reader.names, group)
+    held_out = {key: is_held_out(key) for key in set(keys)}
+    parts = [[i for i, key in enumerate(keys) if held_out[key] == wanted] for wanted in (False, True)]
+    if not all(parts):
+        raise InputError(f"{listing.label}: {len(keys)} photographs in {len(held_out)} groups are too few to hold some "
+                         "out; give train/ and val/")  # fmt: skip
+    if any(key != name.rpartition("/")[2] for key, name in zip(keys, reader.names, strict=True)):
+        how = "by --data.group" if group else "copies stay with their original"
+        notes = (*notes, f"{len(keys)} images are in {len(held_out)} groups, none of which is on both sides: {how}")
+    training, validation = (Photographs(reader, classes, part) for part in parts)
+    return _noted(training, validation, (*notes, *_listing_notes(listing, classes)))
+
+
+def _listing_notes(listing: Listing, classes: Sequence[str]) -> Iterator[str]:
+    if listing.skipped:
+        yield f"{listing.label}: {describe_skipped(listing.skipped)}"
+    if listing.loose:
+        yield f"{listing.label}: {listing.loose} images beside the class folders are left out"
+    if nested := check_nesting(listing, classes):
+        yield f"{listing.label}: {nested}"
+
+
+def _noted(training: Photographs, validation: Photographs, notes: Sequence[str]) -> Splits:
+    """With what the two say of each other."""
+    counts = validation.class_counts
+    if missing := [name for name, count in zip(validation.classes, counts, strict=True) if not count]:
+        notes = (*notes, f"without a validation image: {', '.join(missing[:10])}" + (
+            f" and {len(missing) - 10} more classes" if len(missing) > 10 else ""
+        ))  # fmt: skip
+    return Splits(training, validation, tuple(notes))
+
+
+def duplicates_note(splits: Splits) -> str | None:
+    """What is to be said of validation images that are among the training images too; reads files."""
+    if not all(isinstance(part.source, Files | TarFiles) for part in (splits.train, splits.val)):
+        return None
+    found, looked_at = count_duplicates(
+        splits.train.source, splits.train.indices, splits.val.source, splits.val.indices
+    )
+    return f"{found} of {looked_at} validation images are in training too, byte for byte" if found else None
+
+
+def identity(dataset: "Photographs | Stream") -> dict[str, Any]:
+    """What tells a dataset's images from others: `count`, and of folders and tars `names_sha256`."""
+    if isinstance(dataset, Stream) or not isinstance(dataset.source, Files | TarFiles):
+        return {"count": len(dataset)}
+    source = dataset.source
+    names = sorted(f"{dataset.classes[source.samples[i][1]]}/{source.names[i]}\n" for i in dataset.indices)
+    return {"count": len(names), "names_sha256": hashlib.sha256("".join(names).encode()).hexdigest()}
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The images of a run, as its recipe.yaml tells them."""
+
+    images: dict[str, Any]
+    """`Splits.identity`."""
+    group: str | None
+    root: Path
+
+
+def read_trained_on(checkpoint: Path) -> TrainedOn | None:
+    """The images of the run in whose folder a checkpoint is; None if there is none, or it does not tell them."""
+    import yaml
+
+    try:
+        record = yaml.safe_load((checkpoint.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        data, images = record["recipe"]["data"], record["data"]
+        return TrainedOn({"train": images["train"], "val": images["val"]}, data["group"], Path(data["root"]))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def open_eval_dataset(
+    data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
+) -> "Photographs | Stream":
+    """The photographs to evaluate on; which part of `data` they are is told by their `part`.
 
     Args:
         data: a folder of class folders or its val (or validation) subfolder, a tar of one, a folder of WebDataset
             shards with an _info.json, `elpv` for that dataset's held-out ones, or a name such as torch/cifar10 or
             hfds/beans that timm knows, which is looked for in the working directory or its library's cache.
         split: of shards and of a dataset with a name.
+        trained_on: the images of the run whose weights are evaluated. Of its own folder of class folders alone, the
+            part that it kept for validation is taken; all of the folder where None.
     """
     root, data = Path(data), str(data)
     if data == "elpv":
@@ -185,7 +261,18 @@ def open_eval_dataset(data: str | Path, split: str = "validation") -> "Photograp
         return open_stream(named, "val") if is_stream(named) else open_named(named, "val")
     if takes_split(data):
         return open_stream(Data(name="wds/", root=root, val_split=split), "val")
-    return _scan(_split_of(root, ("val", "validation")) or root)
+    parts = find_parts(root)
+    if parts.train is not None and parts.val is None:
+        raise InputError(f"{root} holds training images and no val/; give the folder of class folders itself")
+    listing = as_listing(parts.val or parts.whole or root)
+    if not listing.classes:
+        raise InputError(f"{root}: no class folders in it; put each class's photographs into a folder of their own")
+    everything = Photographs(class_reader(listing, listing.classes), listing.classes)
+    if parts.val is not None:
+        everything.part = f"its {listing.label.removeprefix(f'{root}/')}"
+    elif trained_on is not None:
+        return _unseen(everything, listing, trained_on)
+    return everything
 
 
 def takes_split(data: str | Path) -> bool:
@@ -194,49 +281,19 @@ def takes_split(data: str | Path) -> bool:
     return str(data).startswith(NAMED) or (root / "_info.json").exists() or (root / "info.json").exists()
 
 
-def _split_of(root: Path, names: Sequence[str]) -> Path | None:
-    """The folder or the tar of one split, or None."""
-    candidates = [root / name for name in names]
-    return next((path for path in candidates if path.is_dir()), None) or next(
-        (tar for path in candidates if (tar := path.with_suffix(".tar")).is_file()), None
-    )
-
-
-def _is_held_out(name: str) -> bool:
-    """About every tenth name, the same on every machine."""
-    return hashlib.sha256(name.encode()).digest()[0] < 256 / 10
-
-
-def _scan(root: Path) -> Photographs:
-    """Class folders, in alphabetical order, and every photograph in them and below; or a tar of such folders."""
-    if root.is_file() and root.suffix == ".tar":
-        return _scan_tar(root)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder" + (" (of files, a .tar is taken)" if root.is_file() else ""))
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise InputError(f"{root}: no class folders in it; put each class's photographs into a folder of their own")
-    samples: list[Sample] = []
-    for target, folder in enumerate(folders):
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise InputError(f"{folder}: an empty class; remove the folder or put photographs into it")
-        samples += [(path, target) for path in found]
-    return Photographs(Files(samples), [folder.name for folder in folders])
-
-
-def _scan_tar(path: Path) -> Photographs:
-    """A tar of class folders, by timm's reader, which orders classes as people count (class2 before class10)."""
-    import tarfile
-
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
-    try:
-        # No cache of the index: it is a pickle. No cache of open files: processes would share their positions.
-        reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: not a readable tar of class folders with photographs ({error})") from error
-    return Photographs(reader, sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.__getitem__))
+def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) -> Photographs:
+    """Of a run's own folder without splits, the part that the run kept for validation."""
+    if identity(everything) == trained_on.images["train"]:
+        everything.part = "images that this run was trained on"
+        return everything
+    keys = group_keys(everything.source.names, trained_on.group)
+    held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
+    source, classes = everything.source, everything.classes
+    validation = Photographs(source, classes, held_out, "the part that this run kept for validation")
+    own_folder = trained_on.root.resolve() == listing.root.resolve()
+    if held_out and (own_folder or identity(validation) == trained_on.images["val"]):
+        return validation
+    return everything
 
 
 # --- datasets with a name ---------------------------------------------------------------------------------------------
@@ -246,8 +303,15 @@ def _scan_tar(path: Path) -> Photographs:
 class Stream:
     """Photographs that are read from front to back, by one of timm's datasets; the classes' names by class index."""
 
+    name: str
     dataset: IterableImageDataset
     classes: list[str]
+    part: str = "all images"
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        """(RGB image, class index) of each photograph; `open_stream` has timm's reader leave images as they are."""
+        for image, target in self.dataset:
+            yield to_rgb(image, f"an image of {self.name}"), int(target)
 
     def __len__(self) -> int:
         """What the dataset says of itself."""
@@ -266,10 +330,16 @@ def open_named(data: Data, split: Split) -> Photographs:
         InputError: it is not known, cannot be opened, or a package for it is missing.
     """
     dataset = _create_dataset(data, split)
+    if hasattr(dataset, "loader"):  # torchvision's datasets of files
+        dataset.loader = _open_path
     source = getattr(dataset, "reader", dataset)
     known = getattr(source, "class_to_idx", None) or getattr(dataset, "class_to_idx", None) or {}
     classes = sorted(known, key=known.__getitem__)
     return Photographs(source, classes or _numbered(data))
+
+
+def _open_path(path: str) -> Image.Image:
+    return open_image(Path(path))
 
 
 def open_stream(data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0) -> Stream:
@@ -279,9 +349,10 @@ def open_stream(data: Data, split: Split, is_training: bool = False, batch_size:
         batch_size: of one process, to which a training pass is rounded up.
         seed: of the shards' and the photographs' order.
     """
-    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed)
+    decoded = {} if data.name.startswith("tfds/") else {"input_img_mode": ""}  # as they are in the file, for `to_rgb`
+    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed, **decoded)
     known = getattr(dataset.reader, "class_to_idx", None) or {}
-    return Stream(dataset, sorted(known, key=known.__getitem__) or _numbered(data))
+    return Stream(data.name, dataset, sorted(known, key=known.__getitem__) or _numbered(data))
 
 
 def _numbered(data: Data) -> list[str]:
@@ -370,6 +441,18 @@ class Prepared(Dataset):
         return self.transform(image), target
 
 
+class PreparedStream(IterableDataset):
+    """A stream's items as (what `transform` makes of the photograph, class index)."""
+
+    def __init__(self, stream: Stream, transform: Callable[[Image.Image], torch.Tensor]):
+        self.stream = stream
+        self.transform = transform
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for image, target in self.stream:
+            yield self.transform(image), target
+
+
 IGNORED = -1
 """The class index of a photograph that does not count."""
 
@@ -387,9 +470,9 @@ def eval_loader(
         tolerant: give damaged photographs the class `IGNORED` rather than raise.
     """
     if isinstance(dataset, Stream):
-        dataset.dataset.transform = transform
         dataset.dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(dataset.dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
+        streamed = PreparedStream(dataset, transform)
+        return DataLoader(streamed, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
     prepared = Prepared(dataset, transform, tolerant)
     return DataLoader(
         prepared, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt, persistent_workers=workers > 0

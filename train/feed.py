@@ -177,9 +177,9 @@ class Streamed(IterableDataset):
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker = info.id if info else 0
-        for place, (image, target) in enumerate(self.stream.dataset):
+        for place, (image, target) in enumerate(self.stream):
             seed_generators(*self.key, AUGMENTATION, worker, place)
-            yield self.transform(image), int(target), ()
+            yield self.transform(image), target, ()
 
 
 def create_train_transform(augment: Augment, img_size: int) -> Transform:

@@ -43,19 +43,26 @@ class RunFolder:
         with lock:
             yield
 
-    def claim(self, recipe: Recipe, classes: list[str]) -> None:
+    def claim(self, recipe: Recipe, classes: list[str], images: dict[str, Any] | None = None) -> None:
         """Writes recipe.yaml, or checks that the one there computes the same.
 
+        Args:
+            images: what tells the images from others, `Splits.identity`. Where the run goes on with other images, as
+                `recipe.data.changed` may ask for, recipe.yaml has the present ones.
+
         Raises:
-            InputError: the folder cannot be written to, or holds a run of another recipe.
+            InputError: the folder cannot be written to, or holds a run of another recipe or on other images.
         """
         import yaml
 
         path = self.path / "recipe.yaml"
-        if not path.exists():
-            record = {"recipe": recipe.as_dict(), "classes": classes, "versions": versions()}
+
+        def write(record: dict[str, Any]) -> None:
             with write_whole(path) as partial:
                 partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+        if not path.exists():
+            write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": versions()})
             return
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -66,6 +73,23 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run that differs in {', '.join(unequal)}; choose another --output")
         if stored.get("classes", classes) != classes:
             raise InputError(f"{self.path} holds a run on other classes; choose another --output")
+        before = stored.get("data")
+        if before is None or images is None or before == images:
+            return
+        finished = self._last_epoch() >= recipe.epochs
+        if recipe.data.changed == "refuse" or finished:
+            hint = "go on with --data.changed continue"
+            if finished:
+                hint = f"begin with its weights, --checkpoint {self.path / 'best_ema.safetensors'}: its epochs are done"
+            raise InputError(f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}")
+        write({**stored, "data": images})
+
+    def _last_epoch(self) -> int:
+        """The epoch of the last evaluation; 0 where there was none."""
+        try:
+            return int(json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])["epoch"])
+        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return 0
 
     @property
     def states(self) -> list[Path]:
@@ -147,6 +171,14 @@ def _lock_without_fcntl(path: Path) -> AbstractContextManager:
         raise BlockingIOError from error
     except NotImplementedError:
         return nullcontext()  # a file system without locks
+
+
+def _other(before: dict[str, Any], images: dict[str, Any]) -> str:
+    """How the images of a run differ from those that are there now."""
+    counts = [", ".join(f"{part['count']} {name}" for name, part in each.items()) for each in (before, images)]
+    if counts[0] == counts[1]:
+        return f"other images, as many ({counts[0]}) but with other names or on other sides of the split"
+    return f"other images ({counts[0]} then, {counts[1]} now)"
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:

@@ -19,6 +19,7 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo, read_recipe_file
 
+from .data import Splits, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed
@@ -28,6 +29,7 @@ from .journal import Journal
 from .plots import plot_curves
 from .recipe import Recipe
 from .setup import check_recipe, open_held_out, open_training, set_up
+from .summary import print_splits
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -49,8 +51,9 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     try:
         with join(recipe.compute.device) as world, interrupt.handled():
             turns = check_recipe(recipe, world)
-            classes, feed = open_training(recipe, world, turns)
-            return Training(recipe, output, world, classes, feed, turns, interrupt).run_all()
+            splits = None if is_stream(recipe.data) else open_splits(recipe.data)
+            classes, feed = open_training(recipe, world, turns, splits)
+            return Training(recipe, output, world, classes, feed, turns, interrupt, splits).run_all()
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from stop
 
@@ -67,11 +70,13 @@ class Training:
         feed: Feed,
         turns: int,
         interrupt: Interrupt,
+        splits: Splits | None,
     ):
         self.recipe = recipe
         self.world = world
         self.classes = classes
         self.feed = feed
+        self.splits = splits
         self.interrupt = interrupt
         self.folder = RunFolder(output, recipe.save.keep)
         self.console = terminal.console(quiet=not world.primary)
@@ -88,7 +93,7 @@ class Training:
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
-        self.held_out, self.held_out_count = open_held_out(recipe, world, config)
+        self.held_out, self.held_out_count = open_held_out(recipe, world, config, splits)
         self.corrupt: set[str] = set()
 
     def run_all(self) -> dict[str, Any]:
@@ -98,7 +103,8 @@ class Training:
     def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
-            self.folder.claim(self.recipe, self.classes)
+            images = self.splits.identity() if self.splits else {"train": {"count": self.feed.length}}
+            self.folder.claim(self.recipe, self.classes, images)
             claimed = read_recipe_file(self.folder.path / "recipe.yaml")
             self.info = replace(self.info, data=claimed.data if claimed else None)
         self._resume()
@@ -126,6 +132,8 @@ class Training:
             run.load_state_dict(state)
             self.console.print(f"{self.folder.path}: {run.step} of {self.total_steps} steps are done, going on")
             return
+        if self.splits is not None and self.world.primary:
+            print_splits(self.splits, self.console)
         held_out = f", {self.held_out_count} held out" if self.held_out_count is not None else ""
         self.console.print(
             f"{recipe.model} at {recipe.img_size} px, {self.feed.length} photographs of {len(self.classes)} classes"

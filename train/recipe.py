@@ -27,6 +27,13 @@ class Data:
     root: Path | None = None
     """A folder with train/ and val/ (or validation/) of class folders, or .tar files of these names; a folder or a tar
     with class folders alone, of which about a tenth is held out. elpv-dataset's cells by default."""
+    group: str | None = None
+    """Where there are class folders alone: a regular expression whose first group is what images of one original or
+    film have in common in their names (below the class folder); they stay on one side. By default copies by Roboflow
+    (.rf.) and those with _aug or -aug in their name stay with their original."""
+    changed: Literal["refuse", "continue"] = "refuse"
+    """Whether a run goes on when its images are not those that it began with: finished epochs stay finished, and the
+    schedule is fitted to the images that are there."""
     name: str = ""
     """A dataset that `timm.data.create_dataset` knows by a prefix: wds/ (WebDataset shards), hfds/ and hfids/ (Hugging
     Face datasets, whole and streamed), torch/, tfds/. `root` is then its folder or cache."""
@@ -235,7 +242,15 @@ class Recipe:
         return json.loads(json.dumps(plain, default=str))
 
 
-MAY_CHANGE = ("data.root", "data.workers", "data.max_corrupt", "compute.device", "compute.device_batch_size", "save.")
+MAY_CHANGE = (
+    "data.root",
+    "data.workers",
+    "data.max_corrupt",
+    "data.changed",
+    "compute.device",
+    "compute.device_batch_size",
+    "save.",
+)
 """Fields (or the beginnings of their names) that do not change what a run computes: it can go on with others."""
 
 

@@ -26,7 +26,7 @@ from shvit.checkpoint import create_model
 from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
-from .data import IGNORED, Photographs, Split, eval_loader, is_stream, open_dataset, open_named, open_stream
+from .data import IGNORED, Photographs, Splits, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
@@ -180,6 +180,7 @@ class Run:
     scaler: torch.amp.GradScaler
     augment: DeviceAugment
     turns: int
+    steps_per_epoch: int
     step: int = 0
     """Optimiser steps done."""
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -261,20 +262,31 @@ class Run:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
             "log": self.log,
             "sums": self.sums.tolist(),
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises InputError if it is of another model."""
+        """Takes over a state; of a run on more or fewer images, so that finished epochs stay finished.
+
+        Raises:
+            InputError: it is of another model.
+        """
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["model_ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
+            before = state.get("steps_per_epoch", self.steps_per_epoch)
+            if before == self.steps_per_epoch:
+                self.scheduler.load_state_dict(state["scheduler"])
+            else:
+                epoch, within = divmod(self.step, before)
+                self.step = epoch * self.steps_per_epoch + within * self.steps_per_epoch // before
+                self.scheduler.step_update(self.step)
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
@@ -328,6 +340,7 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.compute.precision == "fp16"),
         augment=DeviceAugment(recipe, len(classes), config["mean"], config["std"], world),
         turns=turns,
+        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -531,30 +544,28 @@ class HeldOut:
             yield images, targets
 
 
-def open_training(recipe: Recipe, world: World, turns: int) -> tuple[list[str], Feed]:
-    """Class names and this process's training batches."""
+def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | None = None) -> tuple[list[str], Feed]:
+    """Class names and this process's training batches, of `splits` where they are open already."""
     if is_stream(recipe.data):
         classes = open_stream(recipe.data, "train", is_training=True).classes
         feed = Feed(recipe, None, world, turns)
     else:
-        dataset = _open(recipe, "train")
+        dataset = (splits or open_splits(recipe.data)).train
         classes, feed = dataset.classes, Feed(recipe, dataset, world, turns)
     if not classes:
         raise InputError(f"{recipe.data.name}: does not tell its classes; give --data.num-classes")
     return classes, feed
 
 
-def _open(recipe: Recipe, split: Split) -> Photographs:
-    return open_named(recipe.data, split) if recipe.data.name else open_dataset(recipe.data.root, split)
-
-
-def open_held_out(recipe: Recipe, world: World, config: dict[str, Any]) -> tuple[HeldOut, int | None]:
+def open_held_out(
+    recipe: Recipe, world: World, config: dict[str, Any], splits: Splits | None
+) -> tuple[HeldOut, int | None]:
     """This process's held-out photographs, and how many all processes have where that is known."""
     size = 2 * min(recipe.compute.device_batch_size, recipe.batch_size)
     transform = create_transform(**config)
     workers = recipe.data.workers
-    if is_stream(recipe.data):
+    if splits is None:
         return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
-    dataset = _open(recipe, "val")
+    dataset = splits.val
     mine = dataset.every(world.size, world.rank)
     return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)

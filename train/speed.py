@@ -21,6 +21,7 @@ from torch import nn
 from shvit import terminal
 from shvit.errors import InputError
 
+from .data import is_stream, open_splits
 from .distributed import World, join
 from .feed import Batch, Feed
 from .interrupt import Interrupt
@@ -95,11 +96,12 @@ def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
     turns = check_recipe(recipe, world)
-    classes, feed = open_training(recipe, world, turns)
+    splits = None if is_stream(recipe.data) else open_splits(recipe.data)
+    classes, feed = open_training(recipe, world, turns, splits)
     plain_recipe = replace(recipe, compute=Compute(
         device=recipe.compute.device, device_batch_size=recipe.compute.device_batch_size, channels_last=False,
     ))  # fmt: skip
-    training = Training(recipe, folder, world, classes, feed, turns, Interrupt())
+    training = Training(recipe, folder, world, classes, feed, turns, Interrupt(), splits)
     run, plain = training.run, set_up(plain_recipe, world, classes, feed.steps_per_epoch, turns)
     training.journal = Journal(folder, recipe, run, feed.steps_per_epoch, terminal.console(quiet=True))
     batches = list(islice(feed.batches(0, 1), turns))

@@ -31,9 +31,8 @@ const choose = (what, table, name) => {
 /**
  * The pixels of a file (Blob) or of a video's present frame, at full resolution.
  *
- * As open_image in train/data.py, it applies no colour profile, and `cut` looks at no transparency; but here colours
- * of half transparent pixels come back rounded, and those of wholly transparent ones black. Other than open_image, it
- * turns a photograph upright that says in Exif how to: browsers leave no choice.
+ * As open_image in train/images.py, it turns a photograph upright as its Exif data says, composites what is transparent
+ * on white, divides 16 bits by 256, takes the first frame, and applies no color profile.
  *
  * @returns {Promise<ImageData>}
  * @throws {Error} The file is no image, or has more than `MAX_PIXELS`; or the video has no frame yet.
@@ -53,8 +52,9 @@ export async function readImage(source) {
     const image = new ImageData(width, height);
     const canvas = new OffscreenCanvas(width, Math.min(STRIP, height));
     const context = canvas.getContext("2d", { willReadFrequently: true });
-    context.globalCompositeOperation = "copy";
+    context.fillStyle = "white";
     for (let top = 0; top < height; top += STRIP) {
+      context.fillRect(0, 0, width, STRIP);
       context.drawImage(bitmap, 0, -top);
       const rows = Math.min(STRIP, height - top);
       image.data.set(context.getImageData(0, 0, width, rows).data, 4 * width * top);
@@ -70,7 +70,7 @@ export async function readImage(source) {
 /**
  * The square of an image that a model of `spec` sees, resized and cropped as Spec.transform does it, bit for bit.
  *
- * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGBA, of which A is not looked at.
+ * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGBA; A is not looked at.
  * @returns {Uint8Array} (H, W, C), H = W = spec.img_size.
  * @throws {Error} The spec asks for what is not known here, or the image is so narrow that nothing is left of it.
  */

@@ -1,0 +1,231 @@
+"""An image file as viewers show it, in RGB: the one decoder of training, evaluation, calibration and verification.
+
+| in the file | what is made of it |
+| --- | --- |
+| Exif (or TIFF) orientation | applied |
+| transparency: alpha, a transparent palette entry or color | composited on white, the ground of a page |
+| 16-bit grayscale | divided by 256, as OpenCV and browsers do; 12-bit TIFF by 16 |
+| 32-bit integers, floats, signed values below 0 | refused: no file says which value is white |
+| animation, several pages | the first frame or page |
+| CMYK, YCbCr, CIELAB, HSV, palettes, 1 bit | converted by Pillow; color profiles are not applied |
+
+`export/web/pixels.js` does the same in a browser.
+"""
+
+import mmap
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from shvit.errors import InputError
+
+MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+"""Pillow's names of the formats that are opened; others of its formats are rarely images, or run a program."""
+MAY_HAVE_FRAMES = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+WHITE = (255, 255, 255)
+ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
+
+EpsImagePlugin.gs_binary = False  # images that other libraries open must not run Ghostscript either
+
+
+def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Return an image file in RGB, as viewers show it.
+
+    Args:
+        file: its path, or the file, open for reading.
+        name: what messages call it; the path where None.
+
+    Raises:
+        InputError: the file, which is named, is not an image, damaged, larger than `MAX_PIXELS`, or in a format that
+            has no one way to be shown, or whose package is missing.
+    """
+    name = name or str(file)
+    with _named(name), _open(file, name) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        if image.format in MAY_HAVE_FRAMES and getattr(image, "is_animated", False):
+            _report_once("pages" if image.format == "TIFF" else "frames", name)
+        return _to_rgb(image, name)
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Return an image that another library has decoded in RGB, as `open_image` does with a file.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    with _named(name):
+        return _to_rgb(image, name)
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file's header is that of an image that can be opened here."""
+    try:
+        with _open(path, str(path)):
+            return True
+    except (InputError, *UNREADABLE):
+        return False
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for files that are not what they seem."""
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into one line that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: not a readable photograph (not one of {', '.join(FORMATS)}, or with pixels that are "
+                         "not integers of up to 16 bits); convert, replace or remove it") from error  # fmt: skip
+    except UNREADABLE as error:
+        raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow can read."""
+    Image.init()
+    return [each for each in FORMATS if each in Image.OPEN]
+
+
+def _open(file: Path | BinaryIO, name: str) -> Image.Image:
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        brand = _brand(file)
+        if brand == b"avif":
+            raise InputError(f"{name}: an AVIF image, which Pillow reads from 11.3 on; update it with: "
+                             "pip install -U Pillow") from None  # fmt: skip
+        if brand not in HEIF_BRANDS:
+            raise
+    _register_heif(name)
+    return Image.open(file, formats=["HEIF"])
+
+
+def _brand(file: Path | BinaryIO) -> bytes:
+    """The kind of an ISO media file; empty for any other file."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            head = opened.read(12)
+    else:
+        file.seek(0)
+        head = file.read(12)
+        file.seek(0)
+    return head[8:12] if head[4:8] == b"ftyp" else b""
+
+
+def _register_heif(name: str) -> None:
+    try:
+        import pillow_heif
+    except ModuleNotFoundError as error:
+        raise InputError(f"{name}: a HEIC image, which needs the package pillow-heif; install it with: "
+                         "pip install 'shvit[heic]'") from error  # fmt: skip
+    pillow_heif.register_heif_opener()
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    tags, key = getattr(image, "tag_v2", {}), _transparent_gray(image)
+    bits, white_is_zero = _first(tags.get(BITS_PER_SAMPLE, 16)), tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    if image.mode == "F" or (image.mode == "I" and bits > 16):  # mode I is also what PNG, PPM and TIFF of 16 bits have
+        kind = "floats" if image.mode == "F" else f"{bits}-bit integers"
+        raise InputError(f"{name}: its pixels are {kind}, and nothing says which value is white; save it with 8 or "
+                         "16 bits")  # fmt: skip
+    image = _upright(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(image, bits, white_is_zero, key, name)
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if key is not None:
+        image.info["transparency"] = key
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        ground = Image.new("RGB", image.size, WHITE)
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # Pillow turns a TIFF by itself
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except UNREADABLE:
+        return image  # as viewers do where Exif is damaged
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _first(value: int | tuple[int, ...]) -> int:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _transparent_gray(image: Image.Image) -> int | None:
+    """The gray level that a PNG makes transparent; of 2 and 4 bits Pillow scales the pixels and not this level."""
+    key = image.info.get("transparency")
+    if not isinstance(key, int) or image.mode not in ("L", "I;16"):
+        return None
+    tile = getattr(image, "tile", None)  # empty as soon as the image is loaded
+    return key * {"L;2": 85, "L;4": 17}.get(tile[0][3] if tile else None, 1)
+
+
+def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int | None, name: str) -> Image.Image:
+    levels = np.asarray(image).astype(np.int64)
+    lowest, highest = int(levels.min()), int(levels.max())
+    if lowest < 0 or highest >= 2**bits:
+        raise InputError(f"{name}: values from {lowest} to {highest}, and {bits} bits hold 0 to {2**bits - 1}; save it "
+                         "with 8 or 16 bits, without a sign")  # fmt: skip
+    if bits == 16 and 0 < highest < 4096:
+        _report_once("dark", f"{name}: 16 bits, and no value above {highest}")
+    gray = levels >> (bits - 8)
+    if white_is_zero:
+        gray = 255 - gray
+    if key is not None:
+        gray[levels == key] = 255
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None  # as it would be if done in place
+    return converted
+
+
+# --- what is said once ------------------------------------------------------------------------------------------------
+
+NOTES = {
+    "frames": "an animation; of each, the first frame is read",
+    "pages": "several pages; of each such file, the first page is read",
+    "dark": "divided by 256 as viewers do, that is nearly black; scale such images to all of their 16 bits",
+}
+_reported = mmap.mmap(-1, len(NOTES))  # which notes were reported; shared with a loader's workers, which are forked
+
+
+def _report_once(note: str, name: str) -> None:
+    """Report a note on stderr, the first time that it applies."""
+    place = list(NOTES).index(note)
+    if not _reported[place]:
+        _reported[place] = 1
+        print(f"{name}: {NOTES[note]}", file=sys.stderr)

@@ -1,0 +1,263 @@
+"""Which folders are splits and which are classes, and which images stay together on one side of a split.
+
+Everything is decided by names, alike for a folder and for a tar of it.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from shvit.errors import InputError
+
+from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
+
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
+"""What folders (and tars) of a split are called, in any letter case."""
+SPLIT_WORDS = {name for names in SPLIT_NAMES.values() for name in names}
+SPLIT_WORDS |= {"trn", "tst", "dev", "eval", "holdout", "fold", "split", "part", "set", "subset", "batch"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The splits of a folder or a tar, or all of it where it has none."""
+
+    train: Path | Listing | None = None
+    val: Path | Listing | None = None
+    whole: Path | Listing | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_parts(root: Path) -> Parts:
+    """Which folders or tars in `root` are its splits; nothing is listed of a folder yet.
+
+    Raises:
+        InputError: no such folder, or the tar cannot be read.
+    """
+    if root.is_dir():
+        entries = [entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)]
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        tars = [entry.name for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
+        chosen, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
+        parts = {split: root / name for split, name in chosen.items()}
+        return Parts(parts.get("train"), parts.get("val"), None if parts else root, notes)
+    listing = list_images(root)
+    chosen, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
+    inside = {split: listing.below(name) for split, name in chosen.items()}
+    if inside and listing.skipped:
+        notes = (*notes, describe_skipped(listing.skipped))
+    return Parts(inside.get("train"), inside.get("val"), None if inside else listing, notes)
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
+
+
+def _choose(
+    folders: Sequence[str], tars: Sequence[str], has_folders: Callable[[str], bool]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Folder or tar of each split, by name, and what is to be said of it.
+
+    A single folder of such a name is a split if it holds folders, and else a class ("train", among vehicles).
+    """
+    found: dict[str, list[str]] = {}
+    for split, known in SPLIT_NAMES.items():
+        for kind in (folders, tars):
+            named = [name for name in kind if name.lower().removesuffix(".tar") in known]
+            named.sort(key=lambda name: known.index(name.lower().removesuffix(".tar")))
+            found.setdefault(split, []).extend(named)
+    roles = [split for split, names in found.items() if names]
+    if len(roles) == 1 and not any(name in tars or has_folders(name) for name in found[roles[0]]):
+        return {}, ()
+    notes = []
+    if not found["val"] and found["train"] and found["test"]:
+        found["val"] = found.pop("test")
+        notes.append(f"{found['val'][0]} is taken for validation, as there is no val/")
+    chosen = {split: names[0] for split, names in found.items() if names and split != "test"}
+    others = [name for name in (*folders, *(tars if chosen else ())) if chosen and name not in chosen.values()]
+    if others:
+        notes.append(f"not used: {_some(others)}")
+    return chosen, tuple(notes)
+
+
+def as_listing(part: Path | Listing) -> Listing:
+    """The listing of a part of `find_parts`."""
+    return list_images(part) if isinstance(part, Path) else part
+
+
+def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
+    """The classes to train on: the folders right in it, sorted.
+
+    Args:
+        option: which option to give another folder with.
+
+    Raises:
+        InputError: there are none, one alone, or an empty one.
+    """
+    classes = listing.classes
+    if not classes:
+        raise InputError(f"{listing.label}: no class folders in it; put each class's photographs into a folder of "
+                         "their own")  # fmt: skip
+    counts = Counter(name.partition("/")[0] for name in listing.names if "/" in name)
+    empty = next((name for name in classes if not counts[name]), None)
+    if empty is not None:
+        left = f" ({describe_skipped(listing.skipped)})" if listing.skipped else ""
+        raise InputError(f"{listing.label}/{empty}: an empty class; remove the folder or put photographs into it{left}")
+    if len(classes) == 1:
+        lower = _single(listing)
+        if len(lower.classes) > 1 and not lower.loose:
+            raise InputError(f"{listing.label} holds the folder {classes[0]} alone, which would be one class; give "
+                             f"{option} {lower.label}, which holds {_some(lower.classes)}")  # fmt: skip
+        raise InputError(f"{listing.label} holds one class alone, {classes[0]}; there is nothing to tell it from, so "
+                         "put photographs of other classes into folders beside it")  # fmt: skip
+    return classes
+
+
+def _single(listing: Listing) -> Listing:
+    """What is left when folders that are alone are gone into."""
+    while len(listing.classes) == 1 and not listing.loose:
+        listing = listing.below(listing.classes[0])
+    return listing
+
+
+def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--data.root") -> str | None:
+    """What is to be said where class folders hold folders of the same names alone, which may be the classes.
+
+    Raises:
+        InputError: and they have names of splits.
+    """
+    inner: dict[str, set[str]] = {name: set() for name in classes}
+    for name in listing.names:
+        folder, _, rest = name.partition("/")
+        if folder in inner:
+            inner[folder].add(rest.rpartition("/")[0].rpartition("/")[2])
+    alike = [(a, b) for a, b in pairwise(classes) if inner[a] == inner[b] and len(inner[a]) > 1 and "" not in inner[a]]
+    for a, b in alike:
+        if any(word in SPLIT_WORDS for word in re.findall("[a-z]+", f"{a} {b}".lower())):
+            raise InputError(f"{listing.label}: {a}/ and {b}/ hold the same folders ({_some(sorted(inner[a]))}) and "
+                             "look like splits, not like classes; call them train/ and val/, or give "
+                             f"{option} {listing.label}/{a}")  # fmt: skip
+    if len(alike) == len(classes) - 1:
+        return f"every class folder holds folders of the same names ({_some(sorted(inner[classes[0]]))}): its parts?"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+COPY = re.compile(r"\.rf\.|[._-]aug(?:mented|mentation)?(?=[._-]|\d|$)", re.IGNORECASE)
+"""Where the name of an original ends in that of a copy: Roboflow's `.rf.<hash>`, `_aug_`, `-aug2`."""
+ROBOFLOW_SUFFIX = re.compile(r"_(?:jpe?g|png|webp|bmp|tiff?|heic|gif|avif)$", re.IGNORECASE)
+
+
+def group_keys(names: Sequence[str], pattern: str | None) -> list[str]:
+    """What tells for each image which others must be on its side of a split.
+
+    Args:
+        names: relative to their class's folder.
+        pattern: a regular expression whose first group is the key; where it matches nothing, the file's name is.
+            By default copies belong to their original, and any other image stands alone.
+
+    Raises:
+        InputError: the pattern is no regular expression with a group.
+    """
+    bases = [name.rpartition("/")[2] for name in names]
+    if pattern is not None:
+        compiled = _compile(pattern)
+        matches = [compiled.search(name) for name in names]
+        return [
+            match[1] if match and match[1] is not None else base for match, base in zip(matches, bases, strict=True)
+        ]
+    originals = [_original(base) for base in bases]
+    copied = {original for original in originals if original is not None}
+    keys = []
+    for base, original in zip(bases, originals, strict=True):
+        stem = os.path.splitext(base)[0]  # noqa: PTH122
+        keys.append(original if original is not None else stem if stem in copied else base)
+    return keys
+
+
+def count_copies(training: Files | TarFiles, validation: Files | TarFiles, pattern: str | None) -> int:
+    """Validation images that are of a group with a training image of their class, by names; see `group_keys`."""
+    names = [*training.names, *validation.names]
+    classes = [target for _, target in (*training.samples, *validation.samples)]
+    keys = group_keys(names, pattern)
+    grouped = [
+        (target, key) if key != name.rpartition("/")[2] else None
+        for name, target, key in zip(names, classes, keys, strict=True)
+    ]
+    trained = set(grouped[: len(training)]) - {None}
+    return sum(group in trained for group in grouped[len(training) :])
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--data.group {pattern!r}: not a regular expression ({error})") from error
+    if not compiled.groups:
+        raise InputError(f"--data.group {pattern!r}: has no group; put what belongs together into parentheses, as in "
+                         r"'^(.*)_frame\d+'")  # fmt: skip
+    return compiled
+
+
+def _original(base: str) -> str | None:
+    """The name without suffix of what an image is a copy of; None if it is none."""
+    match = COPY.search(base)
+    if match is None or match.start() == 0:
+        return None
+    return ROBOFLOW_SUFFIX.sub("", base[: match.start()])
+
+
+def is_held_out(key: str) -> bool:
+    """About every tenth key, the same on every machine."""
+    return hashlib.sha256(key.encode()).digest()[0] < 256 / 10
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+MAX_SIZES = 200_000  # files whose size is asked for to find duplicates
+MAX_READ = 10_000  # and that are read
+
+
+def count_duplicates(
+    training: "Files | TarFiles", trained: Sequence[int], validation: "Files | TarFiles", held_out: Sequence[int]
+) -> tuple[int, int]:
+    """How many of how many validation images have the very bytes of a training image.
+
+    Files are read only where sizes are the same, and of very many, some are looked at.
+
+    Args:
+        trained: indices of the training images.
+        held_out: indices of the validation images.
+    """
+    found = looked_at = 0
+    if len(trained) + len(held_out) > MAX_SIZES:
+        return found, looked_at
+    try:
+        by_size: dict[int, list[int]] = {}
+        for index in trained:
+            by_size.setdefault(training.size(index), []).append(index)
+        digests: dict[int, set[bytes]] = {}
+        budget = MAX_READ
+        for index in held_out:
+            size = validation.size(index)
+            alike = by_size.get(size, [])
+            if alike:
+                if size not in digests:
+                    budget -= len(alike)
+                    if budget < 0:
+                        break
+                    digests[size] = {hashlib.sha256(training.read(other)).digest() for other in alike}
+                found += hashlib.sha256(validation.read(index)).digest() in digests[size]
+            looked_at += 1
+    except OSError:
+        pass  # a file that cannot be read is named when its turn comes
+    return found, looked_at
