@@ -278,9 +278,11 @@ def test_as_many_images_as_allowed_are_spread_evenly(n, limit):
 
 def test_images_to_verify_with_are_the_validation_part_and_labels_go_by_name(tmp_path, capsys):
     fill(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog", "val/owl", ".x/cat", count=3)
-    found = find_photographs(tmp_path, 2, classes=("dog", "cat"))
+    with pytest.raises(InputError, match="classes that the model does not know: owl"):
+        find_photographs(tmp_path, 2, classes=("dog", "cat"))
+    found = find_photographs(tmp_path, 3, classes=("owl", "dog", "cat"))
     assert Counter((each.path.parent.name, each.label) for each in found) == {
-        ("cat", 1): 3, ("dog", 0): 3, ("owl", -1): 3}  # fmt: skip
+        ("cat", 2): 3, ("dog", 1): 3, ("owl", 0): 3}  # fmt: skip
     assert {each.path.parent.parent.name for each in found} == {"val"}
     assert "of its splits, val/ is taken" in capsys.readouterr().out
     assert {each.path.parent.parent.name for each in find_photographs(tmp_path, part="train")} == {"train"}
