@@ -120,7 +120,7 @@ def test_the_first_layer_that_overflows_is_named_with_how_far(convert, tmp_path)
     with torch.no_grad():
         between, expected = model[:2](x), model(x)
     assert expected.isfinite().all()  # in float32 nothing is to be seen
-    assert not torch.allclose(rounded.run(x)[0], expected, rtol=0.1)
+    assert not rounded.run(x)[0].isfinite().all()
     assert rounded.overflow == "1"
     assert rounded.largest["1"] == pytest.approx(between.abs().max().item(), rel=5e-3)
     assert rounded.largest["1"] > 65504 > rounded.nearest(1)["0"] == rounded.largest["0"]  # of those before it
