@@ -87,9 +87,7 @@ class RunFolder:
             hint = "go on with --data.changed continue"
             if finished:
                 hint = f"begin with its weights, --checkpoint {self.path / 'best_ema.safetensors'}: its epochs are done"
-            raise InputError(
-                f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}"
-            )
+            raise InputError(f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}")
         write({**stored, "data": images})
 
     def _last_epoch(self) -> int:
