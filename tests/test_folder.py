@@ -135,7 +135,9 @@ def test_other_images_are_refused_or_continued_on_request(folder):
     folder.claim(on_request, ["a", "b"], after)
     folder.claim(DEMO, ["a", "b"], after)
     folder.write_log([{"epoch": DEMO.epochs}])
-    with pytest.raises(InputError, match=r"another --output, or begin with its weights, --checkpoint .*best_ema\.safe"):
+    with pytest.raises(
+        InputError, match=r"another --output, or begin with its weights, --checkpoint .*best_ema\.safetensors"
+    ):
         folder.claim(on_request, ["a", "b"], before)
 
 

@@ -6,6 +6,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def _list_folder(root: Path) -> Listing:
                         pending.append((name + "/", above | {inode}))
                 elif not entry.is_file():
                     listing.skipped["broken links"] += 1
-                elif _is_image(entry.name, lambda path=entry.path: Path(path)):
+                elif _is_image(entry.name, partial(Path, entry.path)):
                     listing.names.append(name)
                 else:
                     listing.skipped[_suffix(entry.name) or "without a suffix"] += 1
@@ -133,7 +134,7 @@ def _list_tar(path: Path) -> Listing:
                     folders.add(name)
                 elif not member.isfile() or member.issparse():
                     listing.skipped["links and special files"] += 1
-                elif _is_image(name, lambda at=(member.offset_data, member.size): _member(path, *at)):
+                elif _is_image(name, partial(_member, path, member.offset_data, member.size)):
                     members[name] = member.offset_data, member.size
                 else:
                     listing.skipped[_suffix(name) or "without a suffix"] += 1

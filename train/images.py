@@ -69,10 +69,10 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _to_rgb(image, name)
 
 
-def is_readable(path: Path) -> bool:
+def is_readable(file: Path | BinaryIO) -> bool:
     """Whether a file's header is that of an image that can be opened here."""
     try:
-        with _open(path, str(path)):
+        with _open(file, ""):
             return True
     except (InputError, *UNREADABLE):
         return False
