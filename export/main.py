@@ -88,16 +88,15 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import open_eval_dataset, read_trained_on, takes_split
+        from shvit.train.data import open_eval_dataset, takes_split
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         if not takes_split(self.data):
             refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
         predict, spec, transform, known, weights = self._predict()
-        checkpoint = None if weights is None or self.all_images else weights.checkpoint
-        run = None if checkpoint is None else read_trained_on(checkpoint)
-        dataset = open_eval_dataset(self.data, self.split or "validation", run)
+        trained_on = None if weights is None or self.all_images else _trained_on(weights)
+        dataset = open_eval_dataset(self.data, self.split or "validation", trained_on)
         console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
         kind = "weights" if weights is not None else "artefact"
@@ -184,6 +183,14 @@ class Eval:
             raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
         known = tuple(artefact.labels) if len(artefact.labels) == spec.num_classes else ()
         return _to_logits(artefact), spec, spec.transform(normalize=False), known, None
+
+
+def _trained_on(weights: Weights) -> Any:
+    """The images of the run that the weights are of, where its folder or they themselves tell."""
+    from shvit.train.data import TrainedOn, read_trained_on
+
+    beside = None if weights.checkpoint is None else read_trained_on(weights.checkpoint)
+    return beside or TrainedOn.from_weights(weights.info.data if weights.info else None)
 
 
 class Renumbered:

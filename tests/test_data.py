@@ -161,6 +161,9 @@ def test_a_run_is_evaluated_on_what_it_kept_for_validation(flat, name, tmp_path_
     assert len(open_eval_dataset(root)) == 120
     moved = TrainedOn(splits.identity(), None, tmp_path_factory.mktemp("nothing"))
     assert open_eval_dataset(root, trained_on=moved).samples == splits.val.samples
+    told = TrainedOn.from_weights({**splits.identity(), "group": None})  # a checkpoint that left its run folder
+    assert open_eval_dataset(root, trained_on=told).samples == splits.val.samples
+    assert TrainedOn.from_weights({"count": 3}) is TrainedOn.from_weights(None) is None
     others = TrainedOn({"train": {"count": 1}, "val": {"count": 1}}, None, moved.root)
     assert len(open_eval_dataset(root, trained_on=others)) == 120
     grown = TrainedOn(others.images, None, root)  # images were added since

@@ -3,7 +3,7 @@
 import hashlib
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -217,12 +217,21 @@ def identity(dataset: "Photographs | Stream") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The images of a run, as its recipe.yaml tells them."""
+    """The images of a run, as its recipe.yaml or its weights tell them."""
 
-    images: dict[str, Any]
+    images: Mapping[str, Any]
     """`Splits.identity`."""
     group: str | None
-    root: Path
+    root: Path | None
+    """None where weights alone tell."""
+
+    @classmethod
+    def from_weights(cls, data: Mapping[str, Any] | None) -> "TrainedOn | None":
+        """From what a run writes into its weights, `RunInfo.data`; None where that does not tell the images."""
+        if data is None or not all(isinstance(data.get(part), Mapping) for part in ("train", "val")):
+            return None
+        group = data.get("group")
+        return cls(data, group if isinstance(group, str) else None, None)
 
 
 def read_trained_on(checkpoint: Path) -> TrainedOn | None:
@@ -290,7 +299,7 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
     held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
     source, classes = everything.source, everything.classes
     validation = Photographs(source, classes, held_out, "the part that this run kept for validation")
-    own_folder = trained_on.root.resolve() == listing.root.resolve()
+    own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
     if held_out and (own_folder or identity(validation) == trained_on.images["val"]):
         return validation
     return everything
