@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from shvit.errors import InputError
-from shvit.train.folder import RunFolder, git_revision
+from shvit.train.folder import RunFolder, check_apart, git_revision
 from shvit.train.recipes import DEMO
 
 
@@ -191,3 +191,25 @@ def test_revision_is_gits_own_and_unknown_elsewhere(tmp_path):
     assert git_revision(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "recipe.py").write_text("z")
     assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "+"
+
+
+@pytest.mark.parametrize(
+    ("folders", "output", "refused"),
+    [
+        (["cat", "dog"], "runs/mine", True),
+        (["cat", "dog"], "", True),
+        (["cat", "dog"], "../runs", False),
+        (["train/cat", "val/cat"], "runs/mine", False),
+        (["train/cat", "val/cat"], "train/runs", True),
+        (["train/cat", "val/cat"], "", True),
+    ],
+)
+def test_run_folder_is_no_class_of_the_images(folders, output, refused, tmp_path):
+    for name in folders:
+        (tmp_path / "images" / name).mkdir(parents=True)
+    root = tmp_path / "images"
+    if not refused:
+        check_apart(root / output, root)
+        return
+    with pytest.raises(InputError, match="whose folders are classes of images; choose another"):
+        check_apart(root / output, root)

@@ -13,7 +13,7 @@ from shvit.errors import InputError
 from shvit.train.distributed import World
 from shvit.train.feed import Batch, micro_batch_sizes
 from shvit.train.loop import train
-from shvit.train.recipe import Compute, Distill, Optim, Recipe
+from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
 from shvit.train.setup import check_recipe, open_training, set_up
 
 
@@ -254,3 +254,21 @@ def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, tmp_path):
     run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(run.task.teacher(images), teacher(images))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optim": Optim(eps=0.0)}, r"--optim\.eps 0\.0 is out of range"),
+        ({"optim": Optim(betas=(0.9, 1.0))}, r"--optim\.betas 0\.9 1\.0: choose from 0 to below 1"),
+        ({"optim": Optim(betas=(float("nan"), 0.9))}, r"--optim\.betas nan 0\.9"),
+        ({"augment": Augment(scale=(0.5, 0.1))}, r"--augment\.scale 0\.5 0\.1 is out of range"),
+        ({"augment": Augment(scale=(0.0, 0.0))}, r"--augment\.scale 0\.0 0\.0 is out of range"),
+        ({"augment": Augment(ratio=(float("nan"), 1.0))}, r"--augment\.ratio nan 1\.0 is out of range"),
+        ({"data": Data(num_classes=-1)}, "--data.num-classes -1 is out of range"),
+        ({"model": "test_resnet", "distill": Distill("test_vit")}, "test_resnet has no second head for a teacher"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(recipe, fields, message):
+    with pytest.raises(InputError, match=message):
+        steps(replace(recipe, **fields), 1)

@@ -18,6 +18,23 @@ from shvit.files import write_whole
 from .recipe import Recipe, differences
 
 
+def check_apart(output: Path, root: Path | None) -> None:
+    """Whether a run folder is where no folder is taken for a class, now or the next time.
+
+    Raises:
+        InputError: it is the folder of the images, or in it; beside the folders of a split there it may be.
+    """
+    if root is None or not root.is_dir():
+        return
+    inside, splits = output.resolve(), ("train", "val", "test")
+    if root.resolve() not in (inside, *inside.parents):
+        return
+    below = inside.relative_to(root.resolve()).parts
+    is_split = any(each.is_dir() and each.name.lower().startswith(splits) for each in root.iterdir())
+    if not below or not is_split or below[0].lower().startswith(splits):
+        raise InputError(f"--output {output}: lies in {root}, whose folders are classes of images; choose another")
+
+
 class RunFolder:
     """recipe.yaml, metrics.jsonl, tensorboard/, curves.png, last.pt and older states, best[_ema].safetensors."""
 

@@ -23,7 +23,7 @@ from .data import Splits, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed
-from .folder import RunFolder
+from .folder import RunFolder, check_apart
 from .interrupt import Interrupt, Stopped
 from .journal import Journal
 from .plots import plot_curves
@@ -47,6 +47,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         CheckFailed: the loss is not finite any more.
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
+    check_apart(output, None if recipe.data.name else recipe.data.root)
     interrupt = Interrupt()
     try:
         with join(recipe.compute.device) as world, interrupt.handled():

@@ -40,6 +40,7 @@ RANGES = (  # a field, the lowest and the highest value
     ("seed", 0, 2**31),
     ("data.workers", 0, 1024),
     ("data.max_corrupt", 0, 1e9),
+    ("data.num_classes", 1, 1e6),
     ("augment.hflip", 0, 1),
     ("augment.vflip", 0, 1),
     ("augment.color_jitter", 0, 1),
@@ -51,6 +52,7 @@ RANGES = (  # a field, the lowest and the highest value
     ("augment.smoothing", 0, 0.99),
     ("augment.repeats", 1, 100),
     ("optim.lr", 1e-12, 1e30),
+    ("optim.eps", 1e-30, 1),
     ("optim.weight_decay", 0, 1e3),
     ("optim.warmup_epochs", 0, 1e6),
     ("optim.warmup_lr", 0, 1e30),
@@ -64,6 +66,10 @@ RANGES = (  # a field, the lowest and the highest value
     ("save.keep", 1, 1000),
     ("save.log_steps", 1, 1e6),
     ("save.eval_epochs", 1, 1e6),
+)
+PAIRS = (  # a field of two ends, the lowest and the highest value
+    ("augment.scale", 1e-4, 1),
+    ("augment.ratio", 1e-2, 1e2),
 )
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,6 +86,13 @@ def check_recipe(recipe: Recipe, world: World) -> int:
         value = attrgetter(name)(recipe)
         if value is not None and not lowest <= value <= highest:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
+    for name, lowest, highest in PAIRS:
+        low, high = attrgetter(name)(recipe)
+        if not lowest <= low <= high <= highest:
+            raise InputError(f"--{name} {low} {high} is out of range; choose {lowest:g} to {highest:g} for both, the "
+                             "lower one first")  # fmt: skip
+    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
+        raise InputError(f"--optim.betas {' '.join(map(str, recipe.optim.betas))}: choose from 0 to below 1")
     if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
         raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
     if recipe.compute.sync_bn and world.device.type != "cuda":
@@ -371,6 +384,8 @@ def _create_model(recipe: Recipe, num_classes: int, classes: Sequence[str] = ())
     except InputError:
         raise
     except TypeError as error:  # timm passes options on to the model's class
+        if recipe.distill.teacher and "'distilled'" in str(error):
+            raise InputError(f"{recipe.model} has no second head for a teacher; choose a SHViT") from error
         raise InputError(f"{recipe.model} cannot be trained so ({first_line(error)}); leave out that option") from error
     except Exception as error:  # each model of timm has its own, and so has each way to fetch weights
         wanted = f"at {recipe.img_size} px" + (" with timm's published weights" if recipe.pretrained else "")
