@@ -553,16 +553,23 @@ class Workshop:
         if defect in WEIGHT_DEFECTS:
             return self.onnx(precision, weights=WEIGHT_DEFECTS[defect])
         if defect in SCALE_DEFECTS:
-            return self.onnx(precision, after=SCALE_DEFECTS[defect])
+            return self._changed(precision, SCALE_DEFECTS[defect])
         if defect.startswith("inside: "):
             wrong = inner_spec_defects(self.spec)[defect]
-            return self.onnx(precision, before=onnx_normalization(wrong.mean, wrong.std))
+            return self._changed(precision, onnx_normalization(wrong.mean, wrong.std))
         ranges = dict(self.source.ranges()) if precision == "int8" else None
         if ranges is not None and defect == "a ReLU missing":  # of what comes out of the layer before it
             after = LAYER.replace("pw1", "pw2")
             ranges[after] = LayerRanges(ranges[LAYER].output, ranges[after].output)
         place = "after" if defect == "logits given as probabilities" else "before"
         return self.onnx(precision, ranges=ranges, **{place: ONNX_GRAPH_DEFECTS[defect]})
+
+    def _changed(self, precision: Precision, change: OnnxDefect) -> Path:
+        """The sound ONNX file, changed."""
+        proto, path = onnx.load(self.sound("onnx", precision)), self.path(".onnx")
+        change(proto)
+        onnx.save(proto, path)
+        return path
 
     def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artefact:
         if defect.startswith("inside: "):
