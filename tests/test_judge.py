@@ -175,6 +175,9 @@ def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(refer
     assert stem_grey_levels(first_output(reference), reference) < 1e-3
     one = (spec.mean[0], spec.mean[1] + 3 / 255, spec.mean[2])
     assert stem_grey_levels(first_output(reference, mean=one), reference) == pytest.approx(3, rel=0.1)
+    levels, (fault,) = preprocessing_faults(spec, reference, first_output(reference, mean=one))
+    assert levels == pytest.approx(3, rel=0.1)
+    assert "the first layer is given colors that are off by" in fault
     wide = tuple(1.02 * each for each in spec.std)  # 2 per cent of the distance of black or white from the mean
     expected = 0.02 / 1.02 * 255 * max(max(mean, 1 - mean) for mean in spec.mean)
     assert stem_grey_levels(first_output(reference, std=wide), reference) == pytest.approx(expected, rel=0.1)
