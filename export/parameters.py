@@ -77,6 +77,8 @@ class Faults:
 
     compared: int
     """Layers of the file that are layers of the model."""
+    worst: float
+    """The largest error over the largest that rounding explains, of weights, biases and scales; above 1 is a fault."""
     faults: tuple[str, ...]
     """What is wrong, the worst first; empty for a sound file."""
 
@@ -112,7 +114,8 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
                 worst.append((_excess(bias.detach().float(), parameters.bias), f"a bias of {name}"))
     worst.append((_joint_gain(gains), "the scale of all weights"))
     wrong = sorted((each for each in worst if each[0] > 1), key=lambda each: -each[0])
-    return Faults(compared, tuple(f"{what} is {_times(excess)} what rounding explains" for excess, what in wrong))
+    faults = tuple(f"{what} is {_times(excess)} what rounding explains" for excess, what in wrong)
+    return Faults(compared, max(excess for excess, _ in worst), faults)
 
 
 def holds_shvit(model: nn.Module) -> bool:

@@ -362,7 +362,7 @@ def preprocessing_faults(
         faults.append(f"preprocessing is off by {levels:.1f} grey levels (at most {MAX_GREY_LEVELS:g})")
     inside = stem_grey_levels(found, reference)
     if inside > MAX_GREY_LEVELS:
-        faults.append(f"the first layer is given colours that are off by {inside:.1f} grey levels "
+        faults.append(f"the first layer is given colors that are off by {inside:.1f} grey levels "
                       f"(at most {MAX_GREY_LEVELS:g})")  # fmt: skip
     return max(levels, inside), faults
 
@@ -424,7 +424,7 @@ def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
 def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) -> float:
     """By how many grey levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
 
-    A wrong constant of the normalisation moves each colour by some levels at black and some at white: these are
+    A wrong constant of the normalization moves each color by some levels at black and some at white: these are
     fitted. Rounding has no direction, and hardly moves either.
     """
     name, spec = reference.stem, reference.spec

@@ -398,6 +398,9 @@ def overflowing(model: nn.Module) -> nn.Module:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+KEPT = 6
+
+
 class Workshop:
     """Writes sound and defective files of one model, each float graph only once.
 
@@ -405,19 +408,24 @@ class Workshop:
         images: to verify with; the reference is this model on them.
     """
 
-    def __init__(self, folder: Path, classes: int = 10, images: int = 26, steps: int = 40):
+    def __init__(self, folder: Path, classes: int = 10, images: int = 26, seed: int = 0):
         self.folder = folder
-        training = draw_images(folder / "train", classes, 128, seed=1)
-        self.model, plain = trained(classes, training, steps=steps)
+        training = draw_images(folder / "train", classes, max(128, classes), seed=1)
+        self.model, plain = trained(classes, training, seed)
         self.spec = replace(plain, takes_pixels=True)
         drawn = draw_images(folder / "val", classes, images, seed=2)
-        self.source = source_of(self.model, self.spec, drawn, draw_images(folder / "calibration", classes, 32, seed=3))
+        self.source = source_of(self.model, self.spec, drawn, draw_images(folder / "calibration", classes, 64, seed=3))
         self.count = 0
         self.made: dict[Any, Any] = {}
 
     @property
     def reference(self) -> Reference:
         return self.source.reference
+
+    def kept(self) -> tuple[str, ...]:
+        """Layers that stay in float, so that noise is well within its bound on any machine; none that is tried."""
+        noisy = [name for name in self.source.noise(True) if not name.startswith(LAYER.removesuffix("pw1"))]
+        return tuple(dict.fromkeys((*float_layers("onnx", self.source.deployed()), *noisy[:KEPT])))
 
     def path(self, suffix: str) -> Path:
         self.count += 1
@@ -462,7 +470,7 @@ class Workshop:
         labels = self.source.labels if labels is None else labels
         path, spec = self.path(".onnx"), replace(self.spec, precision=precision)
         if precision == "int8":
-            spec = replace(spec, kept=float_layers("onnx", self.source.deployed()))
+            spec = replace(spec, kept=self.kept())
             quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
         else:
             save_onnx(proto, path, spec, labels)
@@ -491,6 +499,19 @@ class Workshop:
         calibration = list(self.source.calibration_pixels()) if precision == "w8a8" else []
         write_coreml(deployed, path, spec, labels=labels or self.source.labels, calibration=calibration)
         return path
+
+    def two_classes(self, precision: Precision) -> tuple[Path, Reference]:
+        """A sound ONNX file of the model with the first two of its classes, and what it is held against."""
+        model = copy.deepcopy(self.model)
+        linear = model.head.l
+        linear.weight, linear.bias = (nn.Parameter(each.detach()[:2].clone()) for each in (linear.weight, linear.bias))
+        spec, labels = replace(self.spec, num_classes=2), self.source.labels[:2]
+        reference = replace(self.reference, model=model, spec=spec, labels=labels, _outputs={})
+
+        def smaller(proto: Any) -> None:
+            proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+
+        return self.onnx(precision, smaller, weights=lambda _: deploy(model, PX), labels=labels), reference
 
     def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artefact | Path, Reference]:
         """A file with one deliberate defect, and what it is held against."""
@@ -532,16 +553,23 @@ class Workshop:
         if defect in WEIGHT_DEFECTS:
             return self.onnx(precision, weights=WEIGHT_DEFECTS[defect])
         if defect in SCALE_DEFECTS:
-            return self.onnx(precision, after=SCALE_DEFECTS[defect])
+            return self._changed(precision, SCALE_DEFECTS[defect])
         if defect.startswith("inside: "):
             wrong = inner_spec_defects(self.spec)[defect]
-            return self.onnx(precision, before=onnx_normalization(wrong.mean, wrong.std))
+            return self._changed(precision, onnx_normalization(wrong.mean, wrong.std))
         ranges = dict(self.source.ranges()) if precision == "int8" else None
         if ranges is not None and defect == "a ReLU missing":  # of what comes out of the layer before it
             after = LAYER.replace("pw1", "pw2")
             ranges[after] = LayerRanges(ranges[LAYER].output, ranges[after].output)
         place = "after" if defect == "logits given as probabilities" else "before"
         return self.onnx(precision, ranges=ranges, **{place: ONNX_GRAPH_DEFECTS[defect]})
+
+    def _changed(self, precision: Precision, change: OnnxDefect) -> Path:
+        """The sound ONNX file, changed."""
+        proto, path = onnx.load(self.sound("onnx", precision)), self.path(".onnx")
+        change(proto)
+        onnx.save(proto, path)
+        return path
 
     def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artefact:
         if defect.startswith("inside: "):
