@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 
 from shvit.errors import InputError
-from shvit.train.data import MAX_PIXELS
+from shvit.train.images import MAX_PIXELS
 
 from .coco import count, is_side, key_of, load_content, names_of, repair, short
 from .config import innermost, metrics_of

@@ -219,7 +219,7 @@ def _keep_fewest(
 
     allowed = 10 ** ((whole.snr_db - whole.tolerance.snr_db) / 10)  # a share of the noise of `whole`
     left = sum(noise.values()) * min(allowed, 1.0)
-    sums = list(accumulate(reversed(noise.values())))[::-1]  # of the layers from each one on
+    sums = list(accumulate(reversed([*noise.values()])))[::-1]  # of the layers from each one on
     guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
     limit = len(names) // 2
     count = smallest_passing(holds, limit, max(1, min(guess, limit)))

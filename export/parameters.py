@@ -98,7 +98,7 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
         if parameters is None or parameters.weight.value.shape != layer.weight.shape:
             continue
         compared += 1
-        weight = layer.weight.detach().float()  # type: ignore[union-attr]
+        weight = torch.as_tensor(layer.weight).detach().float()
         if not exact:
             weight = weight * _channel_gains(weight, parameters.weight.value)
         worst.append((_excess(weight, parameters.weight), f"a weight of {name}"))

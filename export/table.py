@@ -73,7 +73,7 @@ def with_precision(source: Source, kind: Format, precision: Precision) -> Source
 def markdown(certificates: dict[str, dict[str, Any]]) -> str:
     """A table with a row for each certificate, the model itself first."""
     accuracy = next((each["model_accuracy"] for each in certificates.values() if "model_accuracy" in each), None)
-    rows = [("PyTorch fp32", _percent(accuracy), "", "", "", "", "")]
+    rows: list[tuple[str, ...]] = [("PyTorch fp32", _percent(accuracy), "", "", "", "", "")]
     rows += [_row(f"{NAMES[kind]} {precision}", certificate)
              for (kind, precision), certificate in zip(ROWS, certificates.values(), strict=True)]  # fmt: skip
     rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")

@@ -240,27 +240,27 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         )
         _check_overflow(artefact)
         first = first or (expected[0], got[0])
-        for output, *pair in zip(artefact.spec.outputs, expected, got, strict=True):
-            figures = compare(*pair, tolerance, probabilities)
+        for output, wanted, found in zip(artefact.spec.outputs, expected, got, strict=True):
+            figures = compare(wanted, found, tolerance, probabilities)
             verdict, why = judge(figures, tolerance, len(reference.photographs))
             outputs[f"{output} at {px} px"] = figures
             verdicts.append(verdict)
             reasons += [each for each in why if each not in reasons]
     assert first is not None
-    found = run_layers(artefact, reference)
-    grey_levels, faults = preprocessing_faults(artefact.spec, reference, found)
+    given = run_layers(artefact, reference)
+    grey_levels, faults = preprocessing_faults(artefact.spec, reference, given)
     weights = compare_parameters(artefact.parameters(), _quantizable(artefact, reference))
     faults += [*weights.faults, *artefact.scale_faults(), *label_faults(artefact.labels, reference.labels)]
     if faults:
         verdicts.append("refused")
         reasons = [*faults, *reasons]
-    figures = worst_figures(list(outputs.values()))
-    layer, layer_snr_db = worst_layer(found, reference)
+    worst: dict[str, Any] = worst_figures(list(outputs.values()))
+    layer, layer_snr_db = worst_layer(given, reference)
     labels = torch.tensor([photograph.label for photograph in reference.photographs])
     model_accuracy, accuracy = (_accuracy(side, labels) for side in first)
     verdict = worst_verdict(verdicts)
     shown = {each.name for each in fields(Certificate)}
-    worst_image = reference.photographs[figures["worst_image"]].path
+    worst_image = reference.photographs[worst["worst_image"]].path
     return Certificate(
         artefact=name or artefact.path.name,
         artefact_sha256=artefact_sha256(artefact.path),
@@ -273,14 +273,14 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         runtime=artefact.runtime,
         images=len(reference.photographs),
         image_source=reference.image_source,
-        **{key: value for key, value in figures.items() if key in shown and key != "worst_image"},
+        **{key: value for key, value in worst.items() if key in shown and key != "worst_image"},
         worst_image=worst_image.name,
         outputs=outputs,
         accuracy=accuracy,
         model_accuracy=model_accuracy,
         worst_layer=layer,
         worst_layer_snr_db=layer_snr_db,
-        largest_values=artefact.largest_values(),
+        largest_values=dict(artefact.largest_values()),
         kept_macs=share_of_macs(reference.deployed, spec, artefact.spec.kept),
         compared_layers=weights.compared,
         grey_levels=grey_levels,
@@ -428,9 +428,9 @@ def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) ->
     fitted. Rounding has no direction, and hardly moves either.
     """
     name, spec = reference.stem, reference.spec
-    expected = None if name is None else reference.layers[name]
-    if expected is None or name not in found or found[name].shape != expected.shape:
+    if name is None or name not in found or found[name].shape != reference.layers[name].shape:
         return 0.0
+    expected = reference.layers[name]
     layer = dict(layers(reference.deployed))[name]
     output, expected = found[name].double(), expected.double()
     if not holds_shvit(reference.deployed):  # a converter may have put a scale that follows into the weights

@@ -185,7 +185,7 @@ def _transparent_gray(image: Image.Image) -> int | None:
     if not isinstance(key, int) or image.mode not in ("L", "I;16"):
         return None
     tile = getattr(image, "tile", None)  # empty as soon as the image is loaded
-    return key * {"L;2": 85, "L;4": 17}.get(tile[0][3] if tile else None, 1)
+    return key * {"L;2": 85, "L;4": 17}.get(tile[0][3] if tile else "", 1)
 
 
 def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int | None, name: str) -> Image.Image:
