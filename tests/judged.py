@@ -152,7 +152,7 @@ WEIGHT_DEFECTS: dict[str, ModelDefect] = {
 GRAPH_DEFECTS: dict[str, ModelDefect] = {
     "a ReLU missing": _of_deployed(_no_relu),
     "the norm over the wrong axes": _of_deployed(_wrong_axes),
-    "logits given as probabilities": lambda model: Probabilities(deploy(model, PX)),  # under the logits' name
+    "logits given as probabilities": lambda model: Probabilities(deploy(model, PX)).eval(),  # under the logits' name
 }
 
 
@@ -585,10 +585,10 @@ class Workshop:
         return path
 
     def _softmax_twice(self, kind: Format, precision: Precision) -> tuple[Path, Reference]:
-        reference = replace(self.reference, model=Probabilities(self.model), _outputs={})
+        reference = replace(self.reference, model=Probabilities(self.model).eval(), _outputs={})
         spec = replace(self.spec, precision=precision, outputs=("probabilities",))
         if kind == "coreml":
-            return self.coreml(precision, Probabilities(Probabilities(self.source.deployed())), spec), reference
+            return self.coreml(precision, Probabilities(Probabilities(self.source.deployed())).eval(), spec), reference
 
         def twice(proto: Any) -> None:
             for _ in range(2):
