@@ -1,4 +1,4 @@
-"""Trained tiny models, images of classes that they can tell apart, and files of both, sound and defective."""
+"""Files of trained tiny models, sound and with one deliberate defect, and their verdicts."""
 
 import copy
 import shutil
@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import timm
 import torch
-from conftest import settle
 from coremltools.proto import Model_pb2
-from PIL import Image
 from torch import nn
+from trained_models import PX, draw_images, trained
 
 from shvit.deploy import DeployedSHSA, deploy
 from shvit.errors import CheckFailed
@@ -29,55 +27,6 @@ from shvit.export.quantize import LayerRanges, Unfolded, quantize_onnx
 from shvit.export.runtimes import Artefact, open_artefact
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
-from shvit.train.data import open_image
-
-PX = 64
-SIDES = (72, 80)
-CELLS = 6  # of a class's pattern in each direction
-
-
-def draw_images(folder: Path, classes: int, count: int, seed: int = 0) -> list[Photograph]:
-    """Images of `classes` coarse random patterns in turn, each with a pattern of its own added, and their classes."""
-    folder.mkdir(parents=True)
-    patterns = np.random.default_rng(1000).normal(0, 38, (classes, CELLS, CELLS, 3))
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for index in range(count):
-        label = index % classes
-        cells = 120 + patterns[label] + rng.normal(0, 20, (CELLS, CELLS, 3)) + rng.normal(0, 15, 3)
-        image = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize(SIDES[::-1], Image.Resampling.BICUBIC)
-        grain = np.asarray(image) + rng.normal(0, 6, (*SIDES, 3))
-        path = folder / f"{index:05}.png"
-        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
-        drawn.append(Photograph(path, label))
-    return drawn
-
-
-def read(drawn: Sequence[Photograph], spec: Spec) -> torch.Tensor:
-    """As timm's transform gives them: (n, C, H, W)."""
-    transform = spec.transform()
-    return torch.stack([transform(open_image(each.path)) for each in drawn])
-
-
-def trained(classes: int, drawn: Sequence[Photograph], seed: int = 0, steps: int = 40) -> tuple[nn.Module, Spec]:
-    """A tiny SHViT that was trained on the images for a few seconds, and its spec."""
-    torch.manual_seed(seed)
-    model = timm.create_model("tiny_vit", num_classes=classes)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight.abs().max() == 0:
-            nn.init.constant_(module.weight, 0.3)  # residual branches that begin at zero learn slowly
-    spec = Spec.of("tiny_vit", model, PX)
-    images, labels = read(drawn, spec), torch.tensor([each.label for each in drawn])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for _ in range(steps):
-        chosen = torch.randperm(len(images))[:32]
-        loss = nn.functional.cross_entropy(model.train()(images[chosen]), labels[chosen], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return settle(model, images[:256]), spec
 
 
 def source_of(model: nn.Module, spec: Spec, drawn: Sequence[Photograph], calibration: Sequence[Photograph]) -> Source:

@@ -304,7 +304,7 @@ def test_what_does_not_run_here_is_refused_before_anything_is_measured(settings)
         with pytest.raises(InputError, match="needs a CUDA device"):
             check_runtimes(["cuda"])
     with pytest.raises(InputError, match="nothing to time"):
-        run(["bench", "--models"])
+        run(["bench", "--batch-sizes"])
     with pytest.raises(InputError, match=r"--rounds 0 must be 1 or more"):
         run(["bench", "--rounds", "0"])
     with pytest.raises(InputError, match=r"--threads 1000 is more than the \d+ cores"):
