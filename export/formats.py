@@ -31,7 +31,7 @@ from .verify import Certificate, Reference, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}
-RANKED_IMAGES = 16  # photographs on which layers are ranked by the noise that int8 makes of them
+RANKED_IMAGES = 8  # photographs on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
 FEWEST_CALIBRATION = 8
 
