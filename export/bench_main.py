@@ -33,7 +33,7 @@ class Bench:
     own options with --help.
     """
 
-    models: list[str] = field(default_factory=list)
+    models: list[str] | None = None
     """Names that timm knows, or files of `shvit export`, which run in the runtime of their format; by default the
     checkpoint's model, or else shvit_s1 to shvit_s4."""
     runtimes: list[str] = field(default_factory=list)
@@ -78,6 +78,10 @@ class Bench:
         models, checkpoint = choose_models(self.models, self.checkpoint, self.pretrained)
         return replace(self, models=models, runtimes=self.runtimes or DEFAULT_RUNTIMES, checkpoint=checkpoint)._run()
 
+    @property
+    def _chosen(self) -> list[str]:
+        return self.models or []
+
     def _run(self) -> dict[str, Any]:
         """With every default filled in."""
         from .bench import bench
@@ -87,7 +91,7 @@ class Bench:
         settings = Settings(self.threads, self.checkpoint, self.img_size, self.compute_units, self.pretrained)
         with _status("bench") as progress:
             machine, results = bench(
-                self.models, self.runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
+                self._chosen, self.runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
             )
             show_results(results)
             measured = Measurements(
@@ -108,7 +112,7 @@ class Bench:
 
     def _paths(self) -> list[Path]:
         """Everything that may be a file."""
-        return [*self.against, *(Path(name) for name in self.models)]
+        return [*self.against, *(Path(name) for name in self._chosen)]
 
     def _placements(self, settings: Any, progress: Any) -> Iterator[Any]:
         """Of every package that Core ML has run."""
@@ -122,7 +126,7 @@ class Bench:
                 progress(f"planning {path.name} in coreml")
                 yield measure_placement(path, self.compute_units, path.name)
         with tempfile.TemporaryDirectory() as folder:
-            for name in self.models if "coreml" in self.runtimes else ():
+            for name in self._chosen if "coreml" in self.runtimes else ():
                 if Path(name).suffix not in FILES:
                     progress(f"planning {name} in coreml")
                     package = Subject(name, settings, Path(folder)).coreml
@@ -136,7 +140,7 @@ class Bench:
         from .layer_times import has_profiler, measure_layers
 
         with tempfile.TemporaryDirectory() as folder, pinned(choose_cores(settings.threads), settings.threads):
-            for name in self.models:
+            for name in self._chosen:
                 if Path(name).suffix in FILES:
                     continue
                 subject = Subject(name, settings, Path(folder))
@@ -153,7 +157,7 @@ class Bench:
         from .cases import FILES
         from .scaling import sweep
 
-        for name in self.models:
+        for name in self._chosen:
             for runtime in self.runtimes if Path(name).suffix not in FILES else ():
                 with tempfile.TemporaryDirectory() as folder:
                     rows = sweep(name, runtime, settings, Path(folder), progress)
@@ -165,7 +169,9 @@ OURS = ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"]
 DEFAULT_RUNTIMES = ["torch", "onnxruntime"]
 
 
-def choose_models(models: list[str], checkpoint: Path | None, pretrained: bool) -> tuple[list[str], Path | None]:
+def choose_models(
+    models: list[str] | None, checkpoint: Path | None, pretrained: bool
+) -> tuple[list[str], Path | None]:
     """The models to be timed, where none are named the checkpoint's; and the checkpoint's file.
 
     Raises:
@@ -173,6 +179,8 @@ def choose_models(models: list[str], checkpoint: Path | None, pretrained: bool) 
     """
     from shvit.weights.resolve import find_weights, resolve_weights
 
+    if models is not None and not models:
+        raise InputError("--models: nothing to try; give at least one model")
     if pretrained:
         refuse("--pretrained takes each model's published weights", checkpoint=checkpoint)
     if checkpoint is None:
@@ -306,7 +314,7 @@ MOST_RECORDS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
-    models: list[str] = field(default_factory=list)
+    models: list[str] | None = None
     """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them; by default the
     checkpoint's model, or else shvit_s1 to shvit_s4."""
     peers: list[str] = field(default_factory=list)

@@ -303,6 +303,8 @@ def test_what_does_not_run_here_is_refused_before_anything_is_measured(settings)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="needs a CUDA device"):
             check_runtimes(["cuda"])
+    with pytest.raises(InputError, match="nothing to try; give at least one model"):
+        run(["bench", "--models"])
     with pytest.raises(InputError, match="nothing to time"):
         run(["bench", "--batch-sizes"])
     with pytest.raises(InputError, match=r"--rounds 0 must be 1 or more"):
