@@ -31,7 +31,16 @@ def kept_files() -> set[str]:
     return {name for name in listed.split("\0") if (ROOT / name).is_file()}
 
 
-SLOW = ("test_readme.py", "test_demo.py", "test_train.py", "test_phone.py", "test_bench.py", "test_formats.py")
+SLOW = (
+    "test_detection.py",
+    "test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
+    "test_readme.py",
+    "test_demo.py",
+    "test_train.py",
+    "test_phone.py",
+    "test_bench.py",
+    "test_formats.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -380,7 +380,7 @@ def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_pa
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
         (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artefact '.tflite'"),
         (["verify", "x.mlpackage", "--model", "shvit_s1"], "not a Core ML package"),
-        (["eval", "--data", "."], "give --checkpoint or --artefact"),
+        (["eval", "--data", "."], "give --checkpoint, --artefact, or --model and"),
         (["eval", "--data", ".", "--checkpoint", "no.pth", "--batch-size", "0"], "--batch-size 0"),
         (["bench", "--runtimes", "abacus"], "unknown runtime 'abacus'"),
         (["bench", "--threads", "0"], "must be 1 or more"),
