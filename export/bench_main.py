@@ -169,9 +169,7 @@ OURS = ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"]
 DEFAULT_RUNTIMES = ["torch", "onnxruntime"]
 
 
-def choose_models(
-    models: list[str] | None, checkpoint: Path | None, pretrained: bool
-) -> tuple[list[str], Path | None]:
+def choose_models(models: list[str] | None, checkpoint: Path | None, pretrained: bool) -> tuple[list[str], Path | None]:
     """The models to be timed, where none are named the checkpoint's; and the checkpoint's file.
 
     Raises:
