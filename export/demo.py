@@ -24,7 +24,7 @@ MODEL = "shvit_s1"
 TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SHOWN = 18  # photographs in the page
 SHOWN_WRONG = 6
-NEAR_TIES = 0.5  # percent: on another processor a photograph whose two highest logits are equal may turn
+NEAR_TIES = 0.5  # percent: on another processor an image whose two highest logits are equal may turn
 console = terminal.console()
 
 
@@ -85,7 +85,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
 
 
 def _cells() -> Path:
-    """The folder of elpv-dataset's photographs."""
+    """The folder of elpv-dataset's images."""
     import elpv_dataset
 
     return Path(elpv_dataset.__file__).parent / "data"

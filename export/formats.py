@@ -31,7 +31,7 @@ from .verify import Certificate, Reference, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}
-RANKED_IMAGES = 8  # photographs on which layers are ranked by the noise that int8 makes of them
+RANKED_IMAGES = 8  # images on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
 FEWEST_CALIBRATION = 8
 
@@ -90,14 +90,16 @@ class Source:
 
     def calibration_pixels(self) -> torch.Tensor:
         """uint8 (n, C, H, W)."""
-        return self._once("calibration", lambda: read_pixels(self.calibration, self.spec))
+        return self._once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
 
     def ranges(self) -> dict[str, LayerRanges]:
         """Those of ONNX and OpenVINO in int8."""
         from .quantize import activation_ranges
 
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
-        return self._once("ranges", lambda: activation_ranges(without_softmax(self.unfolded()), batches))
+        return self._once(
+            ("ranges", self.spec.img_size), lambda: activation_ranges(without_softmax(self.unfolded()), batches)
+        )
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Those of Core ML's w8a8, by the tensor's first layer; filled by the first file that is written."""

@@ -417,7 +417,7 @@ EXPORT = {"onnx": ExportOnnx, "openvino": ExportOpenvino, "coreml": ExportCoreml
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares an exported file with its certificate and, on photographs, its model; exit status 1 if it drifts.
+    """Compares an exported file with its certificate and, on images, its model; exit status 1 if it drifts.
 
     The certificate beside the file tells its model and weights.
     """
@@ -431,7 +431,7 @@ class Verify:
     pretrained: bool = False
     """It was made from the model's published weights."""
     ema: bool = False
-    """It was made from the checkpoint's averaged weights; as the certificate says by default."""
+    """It was made from the checkpoint's EMA weights; as the certificate says by default."""
     images: Path | None = None
     """A folder of photographs; scikit-image's bundled ones by default."""
     runtime: Literal["auto", "coreml"] = "auto"

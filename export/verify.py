@@ -119,7 +119,7 @@ class Certificate:
     checkpoint: str | None = None
     """What the weights were called: a path, or a published name; None of random ones."""
     ema: bool = False
-    """Whether the checkpoint's averaged weights were taken."""
+    """Whether the checkpoint's EMA weights were taken."""
 
     @property
     def verdict(self) -> Verdict:

@@ -120,6 +120,17 @@ def tiny() -> nn.Module:
     return create_tiny()
 
 
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 PLAIN = Augment(auto_augment=None, color_jitter=0.0, random_erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomize
+from conftest import Apply, randomize
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -33,17 +33,6 @@ def convert(model: nn.Module, example: torch.Tensor, folder, half: bool = False,
             **options,
         ).save(str(path))
     return path
-
-
-class Apply(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 WEIGHT = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import create_tiny, images, randomize
+from conftest import Apply, create_tiny, images, randomize
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -52,17 +52,6 @@ def in_torch(model: nn.Module, batch: torch.Tensor, dtype: torch.dtype = torch.f
     half.model.to(dtype)
     with torch.no_grad():
         return half.model(batch.to(dtype)).float()
-
-
-class Apply(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 CHAIN = Apply(lambda x: ((((x + 2048).abs() - 2040) / (x.abs() + 0.375).sqrt()) * 900).relu() * 70.0)

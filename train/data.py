@@ -249,7 +249,7 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
 def open_eval_dataset(
     data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
 ) -> "Photographs | Stream":
-    """The photographs to evaluate on; which part of `data` they are is told by their `part`.
+    """The images to evaluate on; which part of `data` they are is told by their `part`.
 
     Args:
         data: a folder of class folders or its val (or validation) subfolder, a tar of one, a folder of WebDataset
@@ -318,7 +318,7 @@ class Stream:
     part: str = "all images"
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        """(RGB image, class index) of each photograph; `open_stream` has timm's reader leave images as they are."""
+        """(RGB image, class index) of each image; `open_stream` has timm's reader leave images as they are."""
         for image, target in self.dataset:
             yield to_rgb(image, f"an image of {self.name}"), int(target)
 
@@ -451,7 +451,7 @@ class Prepared(Dataset):
 
 
 class PreparedStream(IterableDataset):
-    """A stream's items as (what `transform` makes of the photograph, class index)."""
+    """A stream's items as (what `transform` makes of the image, class index)."""
 
     def __init__(self, stream: Stream, transform: Callable[[Image.Image], torch.Tensor]):
         self.stream = stream

@@ -243,7 +243,7 @@ class Feed:
 
     @property
     def sizes(self) -> list[int]:
-        """Photographs in each of this process's batches of a step."""
+        """Images in each of this process's batches of a step."""
         return micro_batch_sizes(self.recipe.batch_size // self.world.size, self.turns, self.recipe.pairs)
 
     def batches(self, start: int, end: int) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from shvit.errors import InputError
 from .images import is_readable
 
 COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-"""Suffixes of what is surely a photograph; a .tif may be anything."""
+"""Suffixes of what is surely an image; a .tif may be anything."""
 SUFFIXES = {*COMMON, ".ppm", ".pgm", ".pbm", ".tif", ".tiff"}
 RARE_SUFFIXES = {".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".jp2"}
 """Listed if the file's header can be read here: HEIC needs a package, and phones name other things so too."""
@@ -187,7 +187,7 @@ def describe_skipped(skipped: Counter[str]) -> str:
 
 
 def photograph_files(folder: Path | None) -> list[Path]:
-    """The photographs in a folder and below, sorted; those that scikit-image brings where None.
+    """The images in a folder and below, sorted; those that scikit-image brings where None.
 
     Raises:
         InputError: the folder is not there or holds none.

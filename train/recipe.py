@@ -233,7 +233,7 @@ class Recipe:
 
     @property
     def pairs(self) -> int:
-        """What the size of a batch on the device must be a multiple of: timm mixes photographs in pairs."""
+        """What the size of a batch on the device must be a multiple of: timm mixes images in pairs."""
         return 2 if self.mixes else 1
 
     def as_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Weights:
     name: str | None
     """What it was called: the file's path, or a published name."""
     ema: bool
-    """Take the file's averaged weights."""
+    """Take the file's EMA weights."""
     info: RunInfo | None
     """What is known of the file's run; of published weights what their publisher says."""
 
