@@ -13,7 +13,7 @@ from rich.table import Table
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError
-from shvit.files import sha256, write_whole
+from shvit.files import check_output_folder, sha256, write_whole
 from shvit.run_info import read_run_info
 
 from .config import CONFIGS, bundled, open_config, set_data_root
@@ -203,6 +203,7 @@ class Export(_Command):
     def run(self) -> dict[str, Any]:
         height, width = check_img_size(self.img_size)
         checkpoint = find_weights(self.checkpoint)
+        check_output_folder(self.output.parent)
         if self.output.suffix == ".mlpackage":
             return self._export_pyramid(checkpoint, self.output, height, width)
         if self.output.suffix != ".onnx":
@@ -276,6 +277,7 @@ class Predict(_Detects):
 
         if not 0 <= self.score <= 1:
             raise InputError(f"--score {self.score} is out of range; choose 0 to 1")
+        check_output_folder(self.output)
         config = self._config()
         detectors, pipeline, classes = self._open(config)
         if len(detectors) > 1:

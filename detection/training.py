@@ -21,6 +21,7 @@ from torch import distributed
 
 from shvit import terminal
 from shvit.errors import InputError
+from shvit.files import check_output_folder
 
 from .annotations import check_datasets
 from .detector import build_detector, log_types
@@ -49,8 +50,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         InputError: annotations, photographs or the config are not usable, or training diverged.
     """
     last = output / "last_checkpoint"
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; choose another folder for --output")
+    check_output_folder(output)
     if auto_scale_lr and not config.get("auto_scale_lr"):
         raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
     rank = int(os.environ.get("RANK", "0"))

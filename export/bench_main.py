@@ -4,17 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Column, Table
 
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError, refuse
-from shvit.files import sha256
+from shvit.files import check_output_folder, sha256
 
 PACKAGE = ".mlpackage"
 console = terminal.console()
+
+ModelNames = Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")]
+"""None where the option is not given: a list that is empty was meant to name some."""
 
 
 def _right(name: str) -> Any:
@@ -33,7 +36,7 @@ class Bench:
     own options with --help.
     """
 
-    models: list[str] | None = None
+    models: ModelNames = None
     """Names that timm knows, or files of `shvit export`, which run in the runtime of their format; by default the
     checkpoint's model, or else shvit_s1 to shvit_s4."""
     runtimes: list[str] = field(default_factory=list)
@@ -65,6 +68,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         from .worker import peak_memory
 
+        check_output_folder(self.output)
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not tell; leave it out")
         if self.compute_units != "all" and not self._uses_coreml():
@@ -312,7 +316,7 @@ MOST_RECORDS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
-    models: list[str] | None = None
+    models: ModelNames = None
     """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them; by default the
     checkpoint's model, or else shvit_s1 to shvit_s4."""
     peers: list[str] = field(default_factory=list)
@@ -408,6 +412,7 @@ class BenchPhone(_BrowserOptions):
 
     def _check(self) -> None:
         super()._check()
+        check_output_folder(self.output)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
         if not 1 <= self.records <= MOST_RECORDS:
@@ -474,6 +479,7 @@ class BenchImport:
         from .phone_record import add_record, describe_record, read_record_file
         from .records import Measurements, read_measurements
 
+        check_output_folder(self.output)
         if not self.records:
             raise InputError("nothing to import; give at least one file that the page saved")
         measured = Measurements(None, ()) if self.beside is None else read_measurements(self.beside)
@@ -532,6 +538,7 @@ class Site(_BrowserOptions):
         from .site import write_site
 
         self._check()
+        check_output_folder(self.output)
         given = None if self.measured is None else read_measurements(self.measured)
         with tempfile.TemporaryDirectory() as folder, _status("site", lines=True) as progress:
             tried, served = self._prepare(Path(folder), None, progress)

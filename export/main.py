@@ -12,7 +12,7 @@ from shvit import terminal
 from shvit.certificate import Origin, certificate_path, check_unchanged, read_origin
 from shvit.checkpoint import holds_average
 from shvit.errors import CheckFailed, InputError, refuse
-from shvit.files import sha256, write_whole
+from shvit.files import check_output_folder, sha256, write_whole
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
@@ -92,6 +92,7 @@ class Eval:
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
+        check_output_folder(self.output)
         if not takes_split(self.data):
             refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
         predict, spec, transform, known, weights = self._predict()
@@ -323,6 +324,7 @@ class _Export(_FromModel):
         suffix = SUFFIXES[self.kind]
         if self.output.suffix != suffix:
             raise InputError(f"--output {self.output} must end in {suffix}")
+        check_output_folder(self.output.parent)
         for path in (*artefact_files(self.output), certificate_path(self.output)):
             folder = path.suffix == ".mlpackage"
             if path.exists() and path.is_dir() != folder:
@@ -409,6 +411,7 @@ class ExportAll(_FromModel):
     def run(self) -> dict[str, Any]:
         from .table import export_all
 
+        check_output_folder(self.output)
         return export_all(self.output, self._source("logits"), console)
 
 

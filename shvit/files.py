@@ -54,6 +54,17 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         remove(partial)
 
 
+def check_output_folder(path: Path | None) -> None:
+    """For the beginning of a command whose work would otherwise be lost at its end.
+
+    Raises:
+        InputError: a file lies where the folder of `--output` is to be.
+    """
+    for each in (path, *path.parents) if path is not None else ():
+        if each.exists() and not each.is_dir():
+            raise InputError(f"{each}: is a file; choose another folder for --output")
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

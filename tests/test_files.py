@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 
+from shvit.cli import run
 from shvit.errors import InputError
 from shvit.files import sha256, write_whole
 
@@ -98,6 +99,30 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
 
     with pytest.raises(InputError, match=r"file.a\.bin: cannot be written"):
         write()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "--checkpoint", "none.pt", "--data", "none"],
+        ["export", "onnx", "--output", "{file}/a.onnx"],
+        ["export", "all", "--checkpoint", "none.pt"],
+        ["bench"],
+        ["bench", "phone", "--output", "{file}/below"],
+        ["bench", "import", "none.json"],
+        ["site"],
+        ["demo"],
+        ["detect", "predict", "retinanet_shvit-s1_fpn_1x_coco.py", "--checkpoint", "none.pt"],
+        ["train", "debug", "--data.root", "{root}"],
+    ],
+)
+def test_a_file_in_place_of_the_output_folder_is_said_before_any_work(tmp_path, words, photographs):
+    file = tmp_path / "results"
+    file.write_text("mine")
+    words = [word.format(file=file, root=photographs) for word in words]
+    with pytest.raises(InputError, match=r"results: (is a file; choose another|cannot be written)"):
+        run(words if "--output" in words else [*words, "--output", str(file)])
+    assert file.read_text() == "mine"
 
 
 def test_read_only_file_system_is_said_before_anything_is_computed(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ class Recipe:
     checkpoint: Path | None = None
     """Weights to begin with, in any layout; a head for other classes begins anew."""
     pretrained: bool = False
-    """Begin with timm's published weights."""
+    """Begin with timm's published weights, where no checkpoint is given."""
     freeze_bn: bool = False
     """Keep BatchNorm's statistics as they are."""
     ema_decay: float = 0.99996
