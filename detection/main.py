@@ -78,12 +78,12 @@ class Train(_Reads):
         if self.pretrained is not None:
             forget_initial_weights(config)
         if self.pretrained not in (None, "none"):
-            _check_backbone(config, self.pretrained)
+            check_backbone(config, self.pretrained)
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
 
 
-def _check_backbone(config: Any, pretrained: str) -> None:
+def check_backbone(config: Any, pretrained: str) -> None:
     """Holds what is known of a classifier's run against the config that takes its weights.
 
     Raises:

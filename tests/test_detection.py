@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import torch
 from conftest import ROOT, create_tiny
 from detection_data import write_coco, write_config
 from PIL import Image
+from safetensors.torch import save_file
 
 from shvit.cli import run
 from shvit.detection.config import open_config
 from shvit.detection.detector import build_detector, fixed_pipeline, preparation, torch_detect
+from shvit.detection.main import check_backbone
 from shvit.detection.onnx import OnnxDetector, detector_graph, open_onnx
-from shvit.errors import CheckFailed
+from shvit.errors import CheckFailed, InputError
+from shvit.run_info import RunInfo
 
 KINDS = ("mask-rcnn", "retinanet")
 
@@ -149,6 +153,21 @@ def test_pretrained_backbone_is_loaded_whole(trained, coco, tmp_path):
     assert {name.removeprefix("backbone.") for name in trained_state if name.startswith("backbone.")} == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(trained_state[f"backbone.{name}"], tensor), name
+
+
+def test_weights_of_another_model_or_normalization_are_noticed(coco, tmp_path, capsys):
+    path = tmp_path / "classifier.safetensors"
+    config = open_config(str(write_config(tmp_path / "config.py", "retinanet", coco)))
+    save_file(create_tiny().state_dict(), path, RunInfo(model="shvit_s2", img_size=64, classes=()).metadata)
+    config.model.backbone.model = "shvit_s1"
+    with pytest.raises(InputError, match=r"was trained as shvit_s2, and the config's backbone is shvit_s1"):
+        check_backbone(config, str(path))
+    same = RunInfo(model="shvit_s1", img_size=64, classes=(), mean=(0.5, 0.5, 0.5), std=(0.229, 0.224, 0.225))
+    save_file(create_tiny().state_dict(), path, same.metadata)
+    check_backbone(config, str(path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "was trained with mean (0.5, 0.5, 0.5)" in said
+    assert "std" not in said
 
 
 def test_stock_tools_train_with_our_configs(trained, tmp_path):
@@ -343,8 +362,8 @@ PAGE = (ROOT / "detection" / "README.md").read_text()
 
 
 def block(part: str) -> str:
-    """A piece of Python on the page that is marked as tested."""
-    found = re.search(rf"<!-- {part}: tested -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    """A piece of the page that is marked as tested."""
+    found = re.search(rf"<!-- {part}: tested -->\n```[a-z]+\n(.*?)```", PAGE, re.DOTALL)
     assert found, part
     return found[1]
 
@@ -370,6 +389,23 @@ def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
     result = run(["detect", "train", "pets.py", "--pretrained", "none", "--options", *options])
     assert result["output"] == "runs/pets"
     assert result["iterations"] == 1
+
+
+def test_faster_rcnn_on_the_page_trains_on_boxes_alone(coco, tmp_path, monkeypatch):
+    content = json.loads((coco / "annotations.json").read_text())
+    for each in content["annotations"]:
+        del each["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    write_config(Path("pets.py"), "mask-rcnn", coco)
+    words = shlex.split(block("boxes").replace("\\\n", " "))[1:]
+    files = [f"{split}_dataloader.dataset.ann_file={tmp_path / 'boxes.json'}" for split in ("train", "val")]
+    files += [f"val_evaluator.ann_file={tmp_path / 'boxes.json'}", "train_cfg.max_epochs=2"]
+    at = words.index("--options") + 1
+    result = run([*words[:at], *files, *words[at:]])
+    assert result["iterations"] == 4
+    assert any(name.startswith("bbox") for name in result["ap"])
+    assert not any("segm" in name for name in result["ap"])
 
 
 def test_program_on_the_page_finds_what_the_command_finds(exported, photographs, tmp_path, monkeypatch):
