@@ -229,39 +229,17 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
     Args:
         name: what the certificate calls the artefact; its file name where empty.
     """
-    spec, tolerance = reference.spec, TOLERANCES[artefact.spec.precision]
-    probabilities = artefact.spec.gives == "probabilities"
-    outputs, verdicts, reasons = {}, [], []
-    first: tuple[torch.Tensor, torch.Tensor] | None = None
-    for px in artefact.spec.sizes:
-        expected = reference.outputs(px)
-        got = run_batches(
-            lambda pixels: artefact.run(artefact.spec.feed(pixels)),
-            reference.pixels(replace(artefact.spec, img_size=px)),
-        )
-        _check_overflow(artefact)
-        first = first or (expected[0], got[0])
-        for output, wanted, found in zip(artefact.spec.outputs, expected, got, strict=True):
-            figures = compare(wanted, found, tolerance, probabilities)
-            verdict, why = judge(figures, tolerance, len(reference.photographs))
-            outputs[f"{output} at {px} px"] = figures
-            verdicts.append(verdict)
-            reasons += [each for each in why if each not in reasons]
-    assert first is not None
+    spec = reference.spec
+    outputs = _compare_outputs(artefact, reference)
     given = run_layers(artefact, reference)
     grey_levels, faults = preprocessing_faults(artefact.spec, reference, given)
     weights = compare_parameters(artefact.parameters(), _quantizable(artefact, reference))
     faults += [*weights.faults, *artefact.scale_faults(), *label_faults(artefact.labels, reference.labels)]
-    if faults:
-        verdicts.append("refused")
-        reasons = [*faults, *reasons]
-    worst: dict[str, Any] = worst_figures(list(outputs.values()))
-    layer, layer_snr_db = worst_layer(given, reference)
-    labels = torch.tensor([photograph.label for photograph in reference.photographs])
-    model_accuracy, accuracy = (_accuracy(side, labels) for side in first)
-    verdict = worst_verdict(verdicts)
+    verdict = "refused" if faults else outputs.verdict
+    worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
     shown = {each.name for each in fields(Certificate)}
     worst_image = reference.photographs[worst["worst_image"]].path
+    layer, layer_snr_db = worst_layer(given, reference)
     return Certificate(
         artefact=name or artefact.path.name,
         artefact_sha256=artefact_sha256(artefact.path),
@@ -276,24 +254,60 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         image_source=reference.image_source,
         **{key: value for key, value in worst.items() if key in shown and key != "worst_image"},
         worst_image=worst_image.name,
-        outputs=outputs,
-        accuracy=accuracy,
-        model_accuracy=model_accuracy,
+        outputs=outputs.figures,
+        accuracy=outputs.accuracy,
+        model_accuracy=outputs.model_accuracy,
         worst_layer=layer,
         worst_layer_snr_db=layer_snr_db,
         largest_values=dict(artefact.largest_values()),
         kept_macs=share_of_macs(reference.deployed, spec, artefact.spec.kept),
         compared_layers=weights.compared,
         grey_levels=grey_levels,
-        tolerance=tolerance,
+        tolerance=TOLERANCES[artefact.spec.precision],
         passed={"passed": True, "refused": False, "undecided": None}[verdict],
         faults=tuple(faults),
-        reasons=tuple(reasons),
+        reasons=(*faults, *outputs.reasons),
         notes=tuple(_saturation(artefact, reference)),
         versions=versions(),
         checkpoint=reference.checkpoint_name,
         ema=reference.ema,
     )
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    figures: dict[str, dict[str, float]]
+    """Of each output at each size."""
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    accuracy: float | None
+    model_accuracy: float | None
+
+
+def _compare_outputs(artefact: Artefact, reference: Reference) -> _Outputs:
+    """Runs all images at each of the artefact's sizes.
+
+    Raises:
+        CheckFailed: a value does not fit the artefact's half precision.
+    """
+    tolerance, probabilities = TOLERANCES[artefact.spec.precision], artefact.spec.gives == "probabilities"
+    labels = torch.tensor([photograph.label for photograph in reference.photographs])
+    figures, verdicts, reasons, accuracies = {}, [], [], []
+    for px in artefact.spec.sizes:
+        expected = reference.outputs(px)
+        got = run_batches(
+            lambda pixels: artefact.run(artefact.spec.feed(pixels)),
+            reference.pixels(replace(artefact.spec, img_size=px)),
+        )
+        _check_overflow(artefact)
+        accuracies.append((_accuracy(got[0], labels), _accuracy(expected[0], labels)))
+        for output, wanted, found in zip(artefact.spec.outputs, expected, got, strict=True):
+            figure = compare(wanted, found, tolerance, probabilities)
+            verdict, why = judge(figure, tolerance, len(reference.photographs))
+            figures[f"{output} at {px} px"] = figure
+            verdicts.append(verdict)
+            reasons += why
+    return _Outputs(figures, worst_verdict(verdicts), tuple(dict.fromkeys(reasons)), *accuracies[0])
 
 
 SATURATION_IMAGES = 32
