@@ -21,7 +21,6 @@ from . import report
 from .records import disturbance, measurements_from
 from .runtimes import Predict, open_artefact, torch_predict
 
-MODEL = "shvit_s1"
 TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SHOWN = 18  # photographs in the page
 SHOWN_WRONG = 6
@@ -64,8 +63,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
 
     options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs else ())]
     trained = step("train", "train", "demo", "--output", output / "train", *options)
-    source = ["--model", MODEL, "--checkpoint", trained["checkpoint"], "--img-size", trained["img_size"]]
-    source += ["--images", data or _cells()]  # what the model knows: others hardly move its outputs
+    source = ["--checkpoint", trained["checkpoint"], "--images", data or _cells()]  # others hardly move its outputs
     onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")
     coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
     model = torch_predict(_model(trained))
@@ -96,7 +94,7 @@ def _cells() -> Path:
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
     from shvit.checkpoint import create_model
 
-    return create_model(MODEL, trained["checkpoint"])
+    return create_model(trained["model"], trained["checkpoint"])
 
 
 def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
@@ -178,7 +176,7 @@ def _write_report(
         ),
         report.Section(
             "Training",
-            f"{MODEL} from scratch at {trained['img_size']} px for {trained['epochs']} epochs: "
+            f"{trained['model']} from scratch at {trained['img_size']} px for {trained['epochs']} epochs: "
             f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out photographs, which also chose the best epoch.",
             report.picture(output / "train" / "curves.png", "loss and accuracy over epochs"),
         ),
@@ -197,5 +195,5 @@ def _write_report(
         ),
     ]
     made_with = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
-    lead = f"{MODEL} trained on real photographs, exported, verified and timed. Photographs: {source}."
+    lead = f"{trained['model']} trained on real photographs, exported, verified and timed. Photographs: {source}."
     report.write_page(output / "report.html", "SHViT, from photographs to phone", lead, sections, made_with)

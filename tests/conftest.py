@@ -16,7 +16,9 @@ from torch import nn
 
 import shvit  # noqa: F401  (registers the models)
 from shvit import cli
+from shvit.train import data
 from shvit.train.recipe import Augment, Data, Optim, Recipe
+from shvit.train.recipes import RECIPES
 
 torch.set_num_threads(1)
 
@@ -170,6 +172,19 @@ def recipe(photographs):
 def small(recipe):
     """The same, with everything that draws random numbers, on a small model."""
     return replace(recipe, model=SMALL, epochs=4, augment=Augment(repeats=1), optim=Optim(lr=1e-1, warmup_epochs=1))
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The demo's recipe on a model that is trained and exported in seconds, and every sixth of its cells."""
+    cells = data.elpv
+
+    def few(split):
+        whole = cells(split)
+        return data.Photographs(whole.source, whole.classes, whole.indices[::6])
+
+    monkeypatch.setattr(data, "elpv", few)
+    monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], model=SMALL))
 
 
 def state(folder: Path) -> dict:

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from PIL import Image
 
 from shvit.cli import run
@@ -11,7 +12,7 @@ from shvit.export.records import read_measurements
 from shvit.export.report import Prediction, Section, gallery, table, write_page
 
 
-def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch):
+def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch, tiny_demo):
     rng = np.random.default_rng(0)
     for channel, name in ((0, "red"), (2, "<blue>")):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -20,7 +21,7 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch
             pixels[..., channel] += 150
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     out = tmp_path / "out"
-    monkeypatch.setattr("shvit.export.demo.TIMED", ("shvit_s1",))  # S2 to S4 take half a minute to export
+    monkeypatch.setattr("shvit.export.demo.TIMED", (SMALL,))
     monkeypatch.setattr("shvit.export.bench.TURN_S", 0.0)  # no time that is measured means anything
     monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
     result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
@@ -37,7 +38,7 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch
         "report.html",
     } <= names
     timed = {(each.model, each.runtime) for each in read_measurements(out / "bench" / "bench.json").results}
-    assert timed == {("shvit_s1", "torch"), ("shvit_s1", "onnxruntime"), ("model.onnx", "onnxruntime")}
+    assert timed == {(SMALL, "torch"), (SMALL, "onnxruntime"), ("model.onnx", "onnxruntime")}
     assert (out / "bench" / "report.html").exists()
     page = (out / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # nothing is fetched
