@@ -413,11 +413,22 @@ def test_refusal_is_not_accompanied_by_warnings(tiny, tmp_path):
     torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "sparse.pth")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps({"model": tiny.state_dict(), "args": Attack(tmp_path / "x")}))
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    for name in ("sparse.pth", "raw.pth", "script.pt"):
-        command = [sys.executable, "-m", "shvit.cli", "weights", "convert", name, "to.pth", "--to", "timm"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert done.stderr.splitlines() == [done.stderr.strip()]
+    names = ("sparse.pth", "raw.pth", "script.pt")
+    code = f"""
+import sys
+from shvit.cli import main
+for name in {names}:
+    sys.argv = ["shvit", "weights", "convert", name, "to.pth", "--to", "timm"]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"] * 3
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(names, lines, strict=True))
 
 
 def test_zip_that_unpacks_to_more_than_memory_is_refused_unread(tmp_path):
