@@ -122,15 +122,16 @@ def profile_openvino(subject: Subject, job: dict[str, Any], batch_size: int) -> 
     import openvino as ov
     from openvino import properties
 
-    core = ov.Core()
-    model = core.read_model(job["path"])
+    from .openvino import core
+
+    model = core().read_model(job["path"])
     model.reshape([batch_size, *subject.spec.shape])
     options = {
         properties.hint.inference_precision(): ov.Type.bf16 if job["bf16"] else ov.Type.f32,
         properties.inference_num_threads(): subject.settings.threads,
         properties.enable_profiling(): True,
     }
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    request = core().compile_model(model, "CPU", options).create_infer_request()
     batch = torch.rand(batch_size, *subject.spec.shape).numpy()
     times: dict[str, list[float]] = defaultdict(list)
     kinds: dict[str, str] = {}

@@ -14,6 +14,19 @@ from .spec import Spec
 SECTION = "shvit"  # of the IR's runtime information
 
 
+@cache
+def core() -> Any:
+    """OpenVINO itself, one for the whole process and never given up.
+
+    Its CPU plugin gives the thread that loads it a stack for signal handlers, and frees that when it is unloaded. Where
+    another thread lets go of the last reference, the first thread is left with freed memory, and the next signal that
+    Python handles (Ctrl-C, a loader's worker that ends) is a segmentation fault. Seen with OpenVINO 2026.4.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
     """Converts an ONNX file of ours, which for int8 is quantised already.
 
@@ -40,13 +53,11 @@ def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
     Raises:
         InputError: one of its two files is not there or damaged.
     """
-    import openvino as ov
-
     for file in (path, path.with_suffix(".bin")):
         if not file.is_file():
             raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
     try:
-        model = ov.Core().read_model(path)
+        model = core().read_model(path)
     except RuntimeError as error:
         raise InputError(f"{path}: not a readable OpenVINO IR ({first_line(error)})") from error
     if not model.has_rt_info([SECTION]):
@@ -76,7 +87,7 @@ def compile_openvino(
         options["LP_TRANSFORMS_MODE"] = "NO"
     if threads is not None:
         options[properties.inference_num_threads()] = threads
-    return ov.Core().compile_model(model, "CPU", options)
+    return core().compile_model(model, "CPU", options)
 
 
 @cache
@@ -100,7 +111,7 @@ def saturates() -> bool:
     sums = ops.convolution(levels, weight, [1, 1], [0, 0], [0, 0], [1, 1])
     again = ops.fake_quantize(sums, *map(ops.constant, [np.float32(0), np.float32(top * chans)] * 2), levels=256)
     model = ov.Model([ops.result(again)], [image], "saturation")
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled(np.full((1, chans, 8, 8), top, np.float32))[0]
     return bool(np.abs(found / (top * chans) - 1).max() > 0.05)
 

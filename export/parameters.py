@@ -323,11 +323,13 @@ def _evaluate(nodes: list[Any]) -> dict[str, np.ndarray]:
     """What constant parts of a graph give, by the operation's unique name."""
     import openvino as ov
 
+    from .openvino import core
+
     if not nodes:
         return {}
     results = [ov.opset13.result(node) for node in nodes]
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(ov.Model(results, [], "constants"), "CPU", options)
+    compiled = core().compile_model(ov.Model(results, [], "constants"), "CPU", options)
     outputs = compiled({})
     return {node.get_name(): np.array(outputs[index]) for index, node in enumerate(nodes)}
 

@@ -230,6 +230,8 @@ class RoundedOpenvino(_Rounded):
         import openvino as ov
         from openvino import properties
 
+        from .openvino import core
+
         graph = model.clone()
         _round_weights(graph, dtype)
         outputs = [output for op in graph.get_ordered_ops() for output in op.outputs() if _is_rounded(output)]
@@ -247,7 +249,7 @@ class RoundedOpenvino(_Rounded):
         if threads is not None:
             options[properties.inference_num_threads()] = threads
         try:
-            self.compiled = ov.Core().compile_model(graph, "CPU", options)
+            self.compiled = core().compile_model(graph, "CPU", options)
         except RuntimeError as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise InputError(f"the OpenVINO IR cannot be computed with rounding ({reason})") from error

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from shvit.export.bench import Running, ratio_of, run_rounds, summarize
 from shvit.export.bench_main import show_machine, show_results
 from shvit.export.cases import Case, Settings, Subject, case_of_file, check_runtimes, choose_cores, timms_own
 from shvit.export.layer_times import kind_of, kind_of_convolution, measure_layers
+from shvit.export.openvino import core
 from shvit.export.records import BenchResult, Machine, Measurements, measurements_from, read_measurements
 from shvit.export.roofline import measure_bandwidth, measure_peaks
 from shvit.export.scaling import exponent
@@ -328,7 +328,7 @@ def test_bench_times_runtimes_against_a_strangers_file(tmp_path, foreign):
     assert "tiny_vit" in (tmp_path / "out" / "report.html").read_text()
     rows = {(each["model"], each["runtime"]): each for each in result["results"]}
     assert list(rows) == [("foreign.onnx", "onnxruntime"), *(("tiny_vit", name) for name in options[1:6])]
-    here = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    here = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert rows["tiny_vit", "openvino-bf16"]["precision"] == ("bf16" if "BF16" in here else "fp32")
     assert {name for (_, name), each in rows.items() if each["precision"] == "int8"} == {options[2], options[5]}
     for each in rows.values():

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import timm
 import torch
@@ -20,6 +19,7 @@ from shvit.cli import run
 from shvit.errors import CheckFailed, InputError
 from shvit.export import formats, table, verdict
 from shvit.export.labels import find_labels
+from shvit.export.openvino import core
 from shvit.export.spec import Spec, randomize_norms
 from shvit.weights.imagenet import imagenet_names
 
@@ -86,7 +86,7 @@ def test_feature_maps_are_the_models_at_every_stride(source, tmp_path, kind, suf
         session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
         found = session.run(["stride_16", "stride_32", "stride_64"], {"image": batch.numpy()})
     else:
-        compiled = openvino.Core().compile_model(output, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core().compile_model(output, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         result = compiled(batch.numpy())
         found = [result[f"stride_{stride}"] for stride in (16, 32, 64)]
     for a, b in zip(found, expected, strict=True):
@@ -100,7 +100,7 @@ def test_openvino_ir_gives_the_models_answers_and_both_files_are_certified(sourc
     options, model, photographs = source
     output = tmp_path / "m.xml"
     certificate = run(["export", "openvino", *options, "--dynamic-batch", "--output", str(output)])["certificate"]
-    compiled = openvino.Core().compile_model(output, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(output, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     batch = normalized(photographs, model)
     with torch.no_grad():
         np.testing.assert_allclose(compiled(batch.numpy())[0], model(batch), rtol=1e-4, atol=1e-4)

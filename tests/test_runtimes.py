@@ -1,5 +1,7 @@
 """What runtimes give back, as the outputs that a spec names."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,3 +36,31 @@ def test_numbered_labels_without_a_list_are_in_the_order_in_which_people_count()
     chances = {f"class{i}": i / 100 for i in (0, 5, 11, 1, 6, 2, 10, 3, 9, 4, 8, 7)}
     (found,) = _by_name([{"probabilities": chances}], SPEC)
     torch.testing.assert_close(found, torch.arange(12)[None] / 100)
+
+
+GIVEN_UP = """
+import gc, signal, threading
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+from shvit.export.openvino import compile_openvino
+
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+x = ops.parameter([1, 3], np.float32)
+held = [compile_openvino(ov.Model([ops.result(ops.relu(x))], [x], "relu"), "fp32", 1)]
+
+def give_up():
+    held.clear()
+    gc.collect()
+
+thread = threading.Thread(target=give_up)
+thread.start()
+thread.join()
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_signal_is_handled_after_another_thread_gave_an_openvino_model_up():
+    """With a Core of its own for each model it is a segmentation fault."""
+    done = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
