@@ -142,6 +142,8 @@ def snr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
 def _db(signal: float, noise: float) -> float:
     if noise == 0:
         return MAX_DB
+    if not math.isfinite(noise):
+        return -MAX_DB
     return max(min(10 * math.log10(max(signal, TINY) / noise), MAX_DB), -MAX_DB)
 
 

@@ -23,7 +23,7 @@ from shvit.export.forms import Probabilities, layers
 from shvit.export.onnx import SPEC_KEY, metadata, save_onnx, spec_from, write_onnx
 from shvit.export.openvino import write_openvino
 from shvit.export.photographs import Photograph
-from shvit.export.quantize import LayerRanges, Unfolded, quantize_onnx
+from shvit.export.quantize import LayerRanges, Unfolded, activation_ranges, quantize_onnx
 from shvit.export.runtimes import Artefact, open_artefact
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
@@ -336,11 +336,8 @@ def overflowing(model: nn.Module) -> nn.Module:
     for norm, factor in ((first.bn, 2.0**15), (second.bn, 2.0**7)):
         norm.weight *= factor
         norm.bias *= factor
-    second.c.weight /= 2**15
-    second.bn.running_mean /= 2**15
-    second.bn.running_var /= 2**30
-    second.bn.weight /= 2**15
-    third.c.weight /= 2**7
+    second.c.weight /= 2.0**15
+    third.c.weight /= 2.0**7
     return model
 
 
@@ -507,11 +504,14 @@ class Workshop:
             wrong = inner_spec_defects(self.spec)[defect]
             return self._changed(precision, onnx_normalization(wrong.mean, wrong.std))
         ranges = dict(self.source.ranges()) if precision == "int8" else None
-        if ranges is not None and defect == "a ReLU missing":  # of what comes out of the layer before it
-            after = LAYER.replace("pw1", "pw2")
-            ranges[after] = LayerRanges(ranges[LAYER].output, ranges[after].output)
+        if ranges is not None and defect == "a ReLU missing":  # learnt with the ReLU they would cut off what it does
+            ranges = self._ranges_without_relu()
         place = "after" if defect == "logits given as probabilities" else "before"
         return self.onnx(precision, ranges=ranges, **{place: ONNX_GRAPH_DEFECTS[defect]})
+
+    def _ranges_without_relu(self) -> dict[str, LayerRanges]:
+        wrong = unfold_like(GRAPH_DEFECTS["a ReLU missing"](self.model), self.source.unfolded())
+        return activation_ranges(wrong, [self.spec.normalize(self.source.calibration_pixels())])
 
     def _changed(self, precision: Precision, change: OnnxDefect) -> Path:
         """The sound ONNX file, changed."""

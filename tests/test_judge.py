@@ -26,7 +26,7 @@ from shvit.export.parameters import LayerParameters, Stored, compare_parameters,
 from shvit.export.photographs import spread
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec
-from shvit.export.verdict import TOLERANCES, compare, judge
+from shvit.export.verdict import MAX_DB, TOLERANCES, compare, judge, snr_db
 from shvit.export.verify import (
     LAYER_IMAGES,
     Reference,
@@ -178,6 +178,9 @@ def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(refer
     levels, (fault,) = preprocessing_faults(spec, reference, first_output(reference, mean=one))
     assert levels == pytest.approx(3, rel=0.1)
     assert "the first layer is given colors that are off by" in fault
+    two = tuple(each + 2 / 255 for each in spec.mean)
+    for limit, refused in ((1.5, True), (4.0, False)):  # of 8-bit weights alone, and of 8-bit sums
+        assert bool(preprocessing_faults(spec, reference, first_output(reference, mean=two), limit)[1]) == refused
     wide = tuple(1.02 * each for each in spec.std)  # 2 per cent of the distance of black or white from the mean
     expected = 0.02 / 1.02 * 255 * max(max(mean, 1 - mean) for mean in spec.mean)
     assert stem_grey_levels(first_output(reference, std=wide), reference) == pytest.approx(expected, rel=0.1)
@@ -242,6 +245,11 @@ def test_scales_and_zero_points_stand_for_the_ranges_that_were_learnt():
     for wrong in ({"a": (0.01, 101.0)}, {"a": (0.02, 100.0)}, {"b": (0.01, 1.0)}, {"b": (0.0101, 0.0)}):
         (fault,) = range_faults(learnt, wrong)
         assert "in place of" in fault
+
+
+def test_infinite_outputs_are_as_far_as_can_be():
+    assert snr_db(torch.ones(2), torch.tensor([1.0, float("inf")])) == -MAX_DB
+    assert snr_db(torch.ones(2), torch.tensor([1.0, float("nan")])) == -MAX_DB
 
 
 def test_labels_are_the_models_in_its_order():
