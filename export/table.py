@@ -92,7 +92,7 @@ def _row(name: str, certificate: dict[str, Any]) -> tuple[str, ...]:
         f"{certificate['top1_agreement']:.1f}",
         f"{certificate['snr_db']:.1f}",
         f"{certificate['artefact_bytes'] / 1e6:.2f}",
-        f"{kept} layers, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
+        f"{kept} layer{'s' * (kept > 1)}, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
         holds,
     )
 
