@@ -165,7 +165,9 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
 
         certificate, path = attempt()
         if certificate.passed is False and not certificate.faults and spec.precision in ("int8", "w8a8"):
-            certificate, path = _keep_fewest(attempt, certificate, source.noise(kind != "coreml"))
+            noise = {name: each for name, each in source.noise(kind != "coreml").items() if name not in always_kept}
+            if noise:
+                certificate, path = _keep_fewest(attempt, certificate, noise)
         require(certificate)
         for partial, file in zip(partials, artefact_files(path), strict=True):
             shutil.move(file, partial)
@@ -223,7 +225,7 @@ def _keep_fewest(
     left = sum(noise.values()) * min(allowed, 1.0)
     sums = list(accumulate(reversed([*noise.values()])))[::-1]  # of the layers from each one on
     guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
-    limit = len(names) // 2
+    limit = max(1, len(names) // 2)
     count = smallest_passing(holds, limit, max(1, min(guess, limit)))
     return tried[count]
 
