@@ -24,8 +24,6 @@ MAX_DB = 200.0
 MIN_EVIDENCE = 0.1
 """Least spread, as a share of the outputs' own root mean square, that lets errors be told from rounding: random
 SHViTs have 0.001 to 0.003, trained ones above 0.5 on images of their classes."""
-GOOD_EVIDENCE = 0.5
-"""Above it, what is off by too much of the spread is refused; images of one class alone had 0.2."""
 MIN_IMAGES = 8
 """Fewer images are no evidence."""
 SIGMAS = 3.0
@@ -158,8 +156,7 @@ def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple
     """What the figures of `compare` mean, and why where that is not a pass.
 
     Without evidence, errors are held against the outputs' own size: what is wrong even so is refused, and the rest is
-    undecided. With little, images of one class say, a file may pass, but what is too far off for a spread that is so
-    small is undecided as well.
+    undecided.
     """
     undecided = lack_of_evidence(figures, images)
     if undecided:
@@ -174,11 +171,6 @@ def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple
         reasons.append(f"an image is off by {figures['max_rel_error']:.1e} of the outputs' spread "
                        f"(at most {tolerance.max_rel_error:g})")  # fmt: skip
     changed, decisions = int(figures["changed_decisions"]), int(figures["decisions"])
-    alike = figures["evidence"] < GOOD_EVIDENCE and figures["size_snr_db"] >= tolerance.snr_db
-    if reasons and alike and not changed:
-        share = 100 * figures["evidence"]
-        return "undecided", [f"the images are alike to the model, whose outputs differ between them by {share:.2g} % "
-                             "of their size; give others, of all classes"]  # fmt: skip
     if changed > allowed_changes(tolerance, decisions):
         reasons.append(f"{changed} of {decisions} decisions changed (at most {100 - tolerance.top1_agreement:g} %)")
     return ("refused" if reasons else "passed"), reasons

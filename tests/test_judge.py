@@ -120,9 +120,8 @@ def test_sound_files_are_accepted_for_any_number_of_classes_and_images(tmp_path,
     """The file is run once; fewer images are some of its outputs."""
     workshop = Workshop(tmp_path, classes, images=2600, seed=seed)
     reference = workshop.reference
-    order = torch.randperm(
-        2600, generator=torch.Generator().manual_seed(seed)
-    )  # classes take turns in the images' order
+    # At random: classes take turns in the images' order.
+    order = torch.randperm(2600, generator=torch.Generator().manual_seed(seed))
     few = [reference.photographs[index] for index in order[:26]]
     drawn = replace(reference, photographs=few, _pixels={}, _outputs={}, _grey_levels={})
     source = replace(workshop.source, reference=drawn)
