@@ -27,6 +27,7 @@ from .ranges import Range
 from .runtimes import artefact_files, open_artefact
 from .spec import Precision, Spec, open_weights
 from .tuning import TUNING
+from .verdict import lack_of_evidence
 from .verify import Certificate, Reference, certify, require
 
 Format = Literal["onnx", "openvino", "coreml"]
@@ -164,10 +165,11 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
             return certify(open_artefact(path, rounded=True), source.reference, output.name), path
 
         certificate, path = attempt()
-        if certificate.passed is False and not certificate.faults and spec.precision in ("int8", "w8a8"):
+        quantized = spec.precision in ("int8", "w8a8")
+        if quantized and not certificate.faults and not holds_as_far_as_seen(certificate):
             noise = {name: each for name, each in source.noise(kind != "coreml").items() if name not in always_kept}
             if noise:
-                certificate, path = _keep_fewest(attempt, certificate, noise)
+                certificate, path = _keep_fewest(attempt, (certificate, path), noise)
         require(certificate)
         for partial, file in zip(partials, artefact_files(path), strict=True):
             shutil.move(file, partial)
@@ -200,13 +202,17 @@ def check_calibration(kind: Format, source: Source) -> None:
 Attempt = tuple[Certificate, Path]
 
 
-def _keep_fewest(
-    attempt: Callable[[Sequence[str]], Attempt], whole: Certificate, noise: Mapping[str, float]
-) -> Attempt:
-    """The file with the fewest of the noisiest layers in higher precision that holds, and is there already.
+def holds_as_far_as_seen(certificate: Certificate) -> bool:
+    """Whether a file passes, or is undecided for images that could not tell in any case."""
+    lacking = lack_of_evidence(certificate.evidence, certificate.images)
+    return certificate.passed is True or (certificate.passed is None and bool(lacking))
+
+
+def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, noise: Mapping[str, float]) -> Attempt:
+    """The file with the fewest of the noisiest layers in higher precision that passes, and is there already.
 
     Args:
-        whole: of the file with none of them, which does not.
+        whole: the file with none of them, which does not pass; if it is undecided and none passes, it is taken.
         noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
     """
     from .quantize import smallest_passing
@@ -215,19 +221,21 @@ def _keep_fewest(
 
     def holds(count: int) -> bool:
         tried[count] = attempt(names[:count])
-        passing = tried[count][0].passed is not False
+        passing = holds_as_far_as_seen(tried[count][0])
         for number, (_, path) in list(tried.items()):
             if number > count if passing else number < count:  # is not wanted any more
                 shutil.rmtree(path.parent, ignore_errors=True)
         return passing
 
-    allowed = 10 ** ((whole.snr_db - whole.tolerance.snr_db) / 10)  # a share of the noise of `whole`
+    certificate, _ = whole
+    allowed = 10 ** ((certificate.snr_db - certificate.tolerance.snr_db) / 10)  # a share of the noise of `whole`
     left = sum(noise.values()) * min(allowed, 1.0)
     sums = list(accumulate(reversed([*noise.values()])))[::-1]  # of the layers from each one on
     guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
     limit = max(1, len(names) // 2)
     count = smallest_passing(holds, limit, max(1, min(guess, limit)))
-    return tried[count]
+    found, _ = tried[count]
+    return whole if certificate.passed is None and not holds_as_far_as_seen(found) else tried[count]
 
 
 def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, Spec], None]:

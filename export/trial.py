@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .photographs import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs,
 from .published import published_top1
 from .runtimes import open_artefact
 from .spec import Precision, Spec
-from .verdict import MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_changes
+from .verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures
 from .verify import Reference
 
 MOST_PHOTOGRAPHS = 8
@@ -248,11 +249,15 @@ def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict
 
 def tolerance(precision: Precision, images: int) -> dict[str, float]:
     """What the page holds answers against, as `verdict.judge` does."""
-    allowed = TOLERANCES[precision]
+    bounds = TOLERANCES[precision]
     return {
-        **asdict(allowed),
-        "max_changed": allowed_changes(allowed, images),
+        **asdict(bounds),
+        "max_changed": allowed_failures(100 - bounds.top1_agreement, images),
+        "max_far": allowed_failures(bounds.far_images, images),
+        "far": FAR,
         "min_evidence": MIN_EVIDENCE,
+        "full_evidence": FULL_EVIDENCE,
+        "confidence_sigmas": NormalDist().inv_cdf(CONFIDENCE),
         "sigmas": SIGMAS,
     }
 

@@ -74,8 +74,12 @@ class Certificate:
     max_rel_error: float
     worst_image: str
     """The file with the largest error."""
+    far_images: int
+    """Images with an error above the tolerance's."""
     snr_db: float
     """Power of that spread over the mean power of the errors, in dB; at most 200."""
+    snr_high_db: float
+    """What it may be over all images of this kind: the upper end of its one-sided 95 % interval."""
     evidence: float
     """The spread as a share of the outputs' size: how far the images tell a sound file from another."""
     cosine: float
