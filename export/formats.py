@@ -166,7 +166,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
 
         certificate, path = attempt()
         quantized = spec.precision in ("int8", "w8a8")
-        if quantized and not certificate.faults and not holds_as_far_as_seen(certificate):
+        if quantized and not certificate.faults and not holds_without_chance(certificate):
             noise = {name: each for name, each in source.noise(kind != "coreml").items() if name not in always_kept}
             if noise:
                 certificate, path = _keep_fewest(attempt, (certificate, path), noise)
@@ -202,17 +202,18 @@ def check_calibration(kind: Format, source: Source) -> None:
 Attempt = tuple[Certificate, Path]
 
 
-def holds_as_far_as_seen(certificate: Certificate) -> bool:
-    """Whether a file passes, or is undecided for images that could not tell in any case."""
+def holds_without_chance(certificate: Certificate) -> bool:
+    """Whether a file passes with nothing granted to chance, or is undecided for images that could not tell in any case."""
     lacking = lack_of_evidence(certificate.evidence, certificate.images)
-    return certificate.passed is True or (certificate.passed is None and bool(lacking))
+    sure = certificate.passed is True and certificate.snr_db >= certificate.tolerance.snr_db
+    return sure or (certificate.passed is None and bool(lacking))
 
 
 def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, noise: Mapping[str, float]) -> Attempt:
     """The file with the fewest of the noisiest layers in higher precision that passes, and is there already.
 
     Args:
-        whole: the file with none of them, which does not pass; if it is undecided and none passes, it is taken.
+        whole: the file with none of them; it is taken if no other passes more clearly and it is not refused.
         noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
     """
     from .quantize import smallest_passing
@@ -221,7 +222,7 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
 
     def holds(count: int) -> bool:
         tried[count] = attempt(names[:count])
-        passing = holds_as_far_as_seen(tried[count][0])
+        passing = holds_without_chance(tried[count][0])
         for number, (_, path) in list(tried.items()):
             if number > count if passing else number < count:  # is not wanted any more
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -235,7 +236,7 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
     limit = max(1, len(names) // 2)
     count = smallest_passing(holds, limit, max(1, min(guess, limit)))
     found, _ = tried[count]
-    return whole if certificate.passed is None and not holds_as_far_as_seen(found) else tried[count]
+    return whole if certificate.passed is not False and not holds_without_chance(found) else tried[count]
 
 
 def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, Spec], None]:

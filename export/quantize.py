@@ -1,8 +1,9 @@
 """int8 for ONNX Runtime and OpenVINO: a float ONNX file into one with quantised convolutions and linear layers.
 
 Activations are unsigned 8-bit with a range for each tensor, weights signed 8-bit with a scale for each output channel.
-What lies between the layers (additions, attention's softmax and products, norms, gates) stays in float32: quantising
-these too cost 0.8 to 2 dB on trained models.
+What lies between the layers (additions, attention's softmax and products, norms, gates) stays in float32, and is given
+what is not rounded: quantising these too cost 0.8 to 2 dB on trained models, and a signal that is rounded wherever a
+layer reads it, with rounded logits at the end, 6 to 10 dB.
 """
 
 import copy
@@ -21,6 +22,10 @@ from .forms import layers
 from .onnx import LAYERS, quiet, save_onnx
 from .ranges import LEVELS, Range, best_range, histogram
 from .spec import Spec
+
+
+FLOAT_OUTPUTS = ("Gemm",)
+"""Operators whose kernels in 8 bits give float32: logits are not rounded, nor cut at the range of those seen."""
 
 
 class LayerRanges(NamedTuple):
@@ -150,7 +155,8 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
         raise InputError(f"{spec.model} cannot be quantised: {unknown[0]} is no module of it; choose another precision")
     tensors: dict[str, Range] = {}
     for node in nodes:
-        tensors[node.output[0]] = ranges[node.name].output
+        if node.op_type not in FLOAT_OUTPUTS:
+            tensors[node.output[0]] = ranges[node.name].output
     for node in nodes:
         tensors[node.input[0]] = ranges[node.name].input
     others = [node.name for node in proto.graph.node if node.op_type == "Relu" and node.output[0] not in tensors]
@@ -173,8 +179,45 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=[*spec.kept, *others],
+            extra_options={"OpTypesToExcludeOutputQuantization": [*FLOAT_OUTPUTS]},
         )
-    save_onnx(onnx.load(path), path, spec, labels, tensors)
+    quantized = onnx.load(path)
+    _round_for_layers_alone(quantized, spec.kept)
+    save_onnx(quantized, path, spec, labels, tensors)
+
+
+def _round_for_layers_alone(proto: Any, kept: Sequence[str]) -> None:
+    """Gives whatever is no layer in 8 bits the float32 values themselves: a residual's sum, what the model gives.
+
+    ONNX Runtime's quantizer lets every reader of a rounded tensor have it rounded. What a layer in 8 bits gives stays
+    rounded, because that is what its kernel writes.
+    """
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    outputs = {output.name for output in proto.graph.output}
+
+    def in_8_bits(node: Any) -> bool:
+        return node.op_type in LAYERS and node.name not in kept
+
+    def is_exact(name: str) -> bool:
+        node = makers.get(name)
+        if node is not None and node.op_type == "Relu":  # is part of the layer before it
+            node = makers.get(node.input[0])
+        return node is None or not in_8_bits(node) or node.op_type in FLOAT_OUTPUTS
+
+    for node in [each for each in proto.graph.node if each.op_type == "DequantizeLinear"]:
+        rounding = makers.get(node.input[0])
+        if rounding is None or not is_exact(exact := rounding.input[0]):  # a weight, or a layer's
+            continue
+        rounded = node.output[0]
+        if rounded in outputs:
+            names = {exact: rounded, rounded: exact}
+            for each in proto.graph.node:
+                each.input[:] = [names.get(name, name) for name in each.input]
+                each.output[:] = [names.get(name, name) for name in each.output]
+            exact, rounded = rounded, exact
+        for each in proto.graph.node:
+            if not in_8_bits(each) and each is not rounding:
+                each.input[:] = [exact if name == rounded else name for name in each.input]
 
 
 # --- which layers cost most -------------------------------------------------------------------------------------------

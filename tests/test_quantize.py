@@ -10,6 +10,7 @@ from conftest import create_tiny
 from torch import nn
 
 from shvit.deploy import deploy
+from shvit.export.forms import feature_maps
 from shvit.export.onnx import LAYERS, read_onnx, write_onnx
 from shvit.export.quantize import (
     Unfolded,
@@ -106,6 +107,39 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
         assert tensors[weight.input[0]].data_type == onnx.TensorProto.INT8
         assert len(onnx.numpy_helper.to_array(tensors[weight.input[1]])) == tensors[weight.input[0]].dims[0]
     assert Spec.from_json({p.key: p.value for p in quantized.metadata_props}["shvit.spec"]) == spec
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features):
+    """Residual sums, layers in float32 and the model's outputs have the exact values; a layer's own are its kernel's."""
+    deployed, proto, spec, batch = tiny_file
+    if features:
+        model, outputs = feature_maps("tiny_vit", create_tiny().eval())
+        deployed, spec = unfold_identities(deploy(model, 64)), replace(spec, outputs=outputs)
+        write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
+        proto = read_onnx(tmp_path / "maps.onnx")
+    names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
+    kept = (names[0], names[7])
+    ranges = activation_ranges(deployed, [batch])
+    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8", kept=kept), [], ranges)
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    exact = 0
+    for node in graph.node:
+        for name in node.input:
+            reading = made_by.get(name)
+            if reading is None or reading.op_type != "DequantizeLinear" or reading.input[0] not in made_by:
+                continue  # not of an activation
+            maker = made_by[made_by[reading.input[0]].input[0]]
+            if maker.op_type == "Relu" and made_by[maker.input[0]].op_type in LAYERS:
+                maker = made_by[maker.input[0]]
+            if maker.op_type not in LAYERS or maker.name in kept:
+                assert node.op_type in LAYERS
+                assert node.name not in kept
+                exact += 1
+    assert exact > 10
+    makers = {made_by[output.name].op_type for output in graph.output}
+    assert makers == ({"Add"} if features else {"Gemm"})
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "repvit_m0_9"])
