@@ -203,7 +203,7 @@ Attempt = tuple[Certificate, Path]
 
 
 def holds_without_chance(certificate: Certificate) -> bool:
-    """Whether a file passes with nothing granted to chance, or is undecided for images that could not tell in any case."""
+    """Whether a file passes with nothing granted to chance, or is undecided for images that can tell nothing."""
     lacking = lack_of_evidence(certificate.evidence, certificate.images)
     sure = certificate.passed is True and certificate.snr_db >= certificate.tolerance.snr_db
     return sure or (certificate.passed is None and bool(lacking))

@@ -23,7 +23,6 @@ from .onnx import LAYERS, quiet, save_onnx
 from .ranges import LEVELS, Range, best_range, histogram
 from .spec import Spec
 
-
 FLOAT_OUTPUTS = ("Gemm",)
 """Operators whose kernels in 8 bits give float32: logits are not rounded, nor cut at the range of those seen."""
 

@@ -111,7 +111,7 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
 
 @pytest.mark.parametrize("features", [False, True])
 def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features):
-    """Residual sums, layers in float32 and the model's outputs have the exact values; a layer's own are its kernel's."""
+    """Residual sums, float layers and the model's outputs have exact values; what a layer gives is its kernel's."""
     deployed, proto, spec, batch = tiny_file
     if features:
         model, outputs = feature_maps("tiny_vit", create_tiny().eval())
