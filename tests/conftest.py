@@ -1,5 +1,7 @@
 """What several test files share: a small SHViT, and parameters that hide no mistake."""
 
+import functools
+import gc
 import subprocess
 from dataclasses import replace
 from math import prod
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import shvit  # noqa: F401  (registers the models)
 from shvit import cli
@@ -21,6 +24,11 @@ from shvit.train.recipe import Augment, Data, Optim, Recipe
 from shvit.train.recipes import RECIPES
 
 torch.set_num_threads(1)
+
+# PyTorch parses the source of 500 operators anew for every export, one second that gives the same table each time.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+# Tracing and conversion make millions of objects, and the default threshold of 700 looks through all of them often.
+gc.set_threshold(20_000, 20, 20)
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +56,19 @@ SLOW = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two processes end at about the same time."""
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a file's imports leave in memory is not looked through by the garbage collector in the next files' tests."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 TINY = {"embed_dim": (16, 24, 32), "depth": (1, 2, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
