@@ -179,6 +179,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture
 def recipe(photographs):
     return Recipe(
+        model="tiny_vit",
         img_size=32,
         epochs=2,
         batch_size=8,

@@ -211,7 +211,10 @@ def test_w8a8_keeps_close_to_its_model(w8a8):
     assert snr_db(got, expected) > 25
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mobilenetv4_conv_small")]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
 def test_peers_go_into_w8a8(tmp_path, name):
     model = timm.create_model(name, num_classes=4).eval()
     randomize_norms(model)

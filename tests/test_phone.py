@@ -399,7 +399,7 @@ class Run(threading.Thread):
 
 
 def test_the_command_from_a_name_to_a_report(browser, quick, tmp_path, monkeypatch):
-    run = Run("--models", "tiny_vit", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
+    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
@@ -422,7 +422,7 @@ def test_the_command_from_a_name_to_a_report(browser, quick, tmp_path, monkeypat
 
 
 def test_the_command_says_when_nobody_came(quick, tmp_path, monkeypatch):
-    run = Run("--models", "tiny_vit", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
+    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
     run.start()
     run.join(120)
     assert isinstance(run.error, CheckFailed)
@@ -490,7 +490,7 @@ def test_a_plain_web_host_can_carry_the_site(browser, site, tmp_path):
 
 
 def test_the_site_command(quick, tmp_path):
-    result = cli.run(["site", "--models", "tiny_vit", *SMALL, "--output", str(tmp_path / "site")])
+    result = cli.run(["site", "--models", "test_resnet", *SMALL, "--output", str(tmp_path / "site")])
     files = set(result["files"])
     assert {"index.html", "measure.html", "explorer.html", "trial.json", "_headers", "isolation.js"} <= files
     described = json.loads((tmp_path / "site" / "trial.json").read_text())

@@ -108,7 +108,10 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
     assert Spec.from_json({p.key: p.value for p in quantized.metadata_props}["shvit.spec"]) == spec
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "repvit_m0_9"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mobilenetv4_conv_small", "repvit_m0_9")]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
 def test_peers_go_into_int8(tmp_path, name):
     """With random weights and few photographs; what counts is that each range is the right tensor's."""
     torch.manual_seed(0)
