@@ -197,7 +197,15 @@ def small(recipe):
 
 
 @pytest.fixture
-def tiny_demo(monkeypatch):
+def quick_machine(monkeypatch):
+    """What the machine can do at best is measured for a moment, on small matrices; no time measured means anything."""
+    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("shvit.export.roofline.SIDES", (128,))
+    monkeypatch.setattr("shvit.export.roofline.READ_MB", 16)
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, quick_machine):
     """The demo's recipe on a model that is trained and exported in seconds, and every sixth of its cells."""
     cells = data.elpv
 

@@ -383,10 +383,7 @@ def test_pytorchs_profile_knows_convolutions(settings, tmp_path):
 # --- the machine and the records --------------------------------------------------------------------------------------
 
 
-def test_machine_is_measured(monkeypatch):
-    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
-    monkeypatch.setattr("shvit.export.roofline.SIDES", (128,))
-    monkeypatch.setattr("shvit.export.roofline.READ_MB", 16)
+def test_machine_is_measured(quick_machine):
     peaks = measure_peaks()
     assert {"fp32"} <= set(peaks) <= {"fp32", "bf16", "int8"}  # those that the processor has instructions for
     assert min(peaks.values()) == peaks["fp32"]
