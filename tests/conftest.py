@@ -44,12 +44,19 @@ def kept_files() -> set[str]:
 SLOW = (
     "test_detection.py",
     "test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
-    "test_readme.py",
-    "test_demo.py",
-    "test_train.py",
-    "test_phone.py",
-    "test_bench.py",
     "test_formats.py",
+    "test_train.py",
+    "test_distributed.py",
+    "test_export.py",
+    "test_coreml.py",
+    "test_bench.py",
+    "test_judge.py",
+    "test_shvit.py",
+    "test_phone.py",
+    "test_packaging.py",
+    "test_readme.py",
+    "test_rounding.py",
+    "test_deploy.py",
 )
 
 

@@ -75,6 +75,7 @@ def test_help_of_a_linked_program_imports_no_torch(tmp_path):
 USER = """
 import shvit, timm
 assert callable(shvit.deploy) and shvit.SHViT and shvit.load_checkpoint
+assert len(timm.list_models("shvit*")) == 4
 print(type(timm.create_model("shvit_s1", device="meta")).__module__)
 """
 
@@ -90,7 +91,8 @@ def test_users_script_of_the_same_name_gets_our_models(tmp_path, name):
 
 def test_users_script_gets_our_models_in_an_interpreter_of_its_own(tmp_path):
     (tmp_path / "shvit").write_text(USER)
-    done = subprocess.run([sys.executable, "shvit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "shvit"]  # nor is any library's warning ours
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("shvit.shvit\n", "")
 
 

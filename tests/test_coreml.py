@@ -60,9 +60,16 @@ def w8a8(tmp_path_factory):
     return path, deployed, spec, kept
 
 
-@pytest.mark.parametrize("takes_pixels", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_every_size_gives_the_models_answers(tmp_path, takes_pixels, precision):
+@pytest.mark.parametrize(
+    ("precision", "takes_pixels"),
+    [
+        ("fp32", False),
+        ("int8", True),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        pytest.param("int8", False, marks=pytest.mark.slow),
+    ],
+)
+def test_every_size_gives_the_models_answers(tmp_path, precision, takes_pixels):
     model = create_tiny()
     spec = spec_of(model, precision=precision, takes_pixels=takes_pixels, other_sizes=(96, 128))
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
