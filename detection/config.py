@@ -57,7 +57,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
     try:
-        with quiet(), nullcontext() if trust else _checked():
+        with quiet(), _found_bases(), nullcontext() if trust else _checked():
             config = Config.fromfile(str(path), import_custom_modules=False, lazy_import=None if trust else False)
         config.merge_from_dict(parse_options(options))
     except InputError:
@@ -169,6 +169,25 @@ def _checked() -> Iterator[None]:
         patch.object(Config, "_substitute_predefined_vars", staticmethod(recorded)),
         patch.object(Config, "_get_base_files", staticmethod(checked)),
     ):
+        yield
+
+
+@contextmanager
+def _found_bases() -> Iterator[None]:
+    """A block in which mmengine does not look for MMDetection's bases among its experiments, where they never are.
+
+    It reads the hundred metafiles of the model zoo for each base, half a second, before it looks into the folder.
+    """
+    from mmengine.config import utils
+
+    find = utils._get_cfg_metainfo
+
+    def found(package_path: str, cfg_path: str) -> dict[str, Any]:
+        if cfg_path.startswith("_base_/"):
+            raise ValueError(f"{cfg_path} is no experiment")  # mmengine goes on with the folder
+        return find(package_path, cfg_path)
+
+    with patch.object(utils, "_get_cfg_metainfo", found):
         yield
 
 

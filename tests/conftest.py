@@ -1,5 +1,7 @@
 """What several test files share: a small SHViT, and parameters that hide no mistake."""
 
+import functools
+import gc
 import subprocess
 from dataclasses import replace
 from math import prod
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import shvit  # noqa: F401  (registers the models)
 from shvit import cli
@@ -21,6 +24,11 @@ from shvit.train.recipe import Augment, Data, Optim, Recipe
 from shvit.train.recipes import RECIPES
 
 torch.set_num_threads(1)
+
+# PyTorch parses the source of 500 operators anew for every export, one second that gives the same table each time.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+# Tracing and conversion make millions of objects, and the default threshold of 700 looks through all of them often.
+gc.set_threshold(20_000, 20, 20)
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,18 +44,38 @@ def kept_files() -> set[str]:
 SLOW = (
     "test_detection.py",
     "test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
-    "test_readme.py",
-    "test_demo.py",
-    "test_train.py",
-    "test_phone.py",
-    "test_bench.py",
     "test_formats.py",
+    "test_train.py",
+    "test_distributed.py",
+    "test_export.py",
+    "test_coreml.py",
+    "test_bench.py",
+    "test_judge.py",
+    "test_shvit.py",
+    "test_phone.py",
+    "test_packaging.py",
+    "test_readme.py",
+    "test_rounding.py",
+    "test_deploy.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two processes end at about the same time."""
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a file's imports leave in memory is not looked through by the garbage collector in the next files' tests."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 TINY = {"embed_dim": (16, 24, 32), "depth": (1, 2, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
@@ -158,6 +186,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture
 def recipe(photographs):
     return Recipe(
+        model="tiny_vit",
         img_size=32,
         epochs=2,
         batch_size=8,
@@ -175,7 +204,15 @@ def small(recipe):
 
 
 @pytest.fixture
-def tiny_demo(monkeypatch):
+def quick_machine(monkeypatch):
+    """What the machine can do at best is measured for a moment, on small matrices; no time measured means anything."""
+    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("shvit.export.roofline.SIDES", (128,))
+    monkeypatch.setattr("shvit.export.roofline.READ_MB", 16)
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, quick_machine):
     """The demo's recipe on a model that is trained and exported in seconds, and every sixth of its cells."""
     cells = data.elpv
 

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import SMALL
 from torch import nn
 
 from shvit.cli import run
@@ -342,11 +343,11 @@ def test_bench_times_runtimes_against_a_strangers_file(tmp_path, foreign):
 
 @pytest.mark.usefixtures("quick")
 def test_bench_times_pytorch_and_exported_files(tmp_path):
-    run(["export", "onnx", "--model", "tiny_vit", "--img-size", "64", "--output", f"{tmp_path}/tiny.onnx"])
+    run(["export", "onnx", "--model", SMALL, "--img-size", "64", "--output", f"{tmp_path}/small.onnx"])
     options = ["--runtimes", "torch-bf16", "--img-size", "64", "--rounds", "1"]
-    result = run(["bench", "--models", f"{tmp_path}/tiny.onnx", "shvit_s1", *options])
+    result = run(["bench", "--models", f"{tmp_path}/small.onnx", "shvit_s1", *options])
     assert [(each["model"], each["precision"]) for each in result["results"]] == [
-        ("tiny.onnx", "fp32"),
+        ("small.onnx", "fp32"),
         ("shvit_s1", "bf16"),
     ]
     assert result["results"][1]["ratio_to_first"] is None  # one round decides nothing
@@ -357,7 +358,7 @@ def test_sweep_fits_time_and_memory(monkeypatch, tmp_path):
     monkeypatch.setattr("shvit.export.scaling.SIDES", (32, 64))
     monkeypatch.setattr("shvit.export.scaling.BATCHES", (1, 4))
     options = ["--runtimes", "onnxruntime", "--img-size", "64", "--rounds", "1", "--sweep"]
-    by_pixels, by_batch = run(["bench", "--models", "tiny_vit", *options])["scaling"]
+    by_pixels, by_batch = run(["bench", "--models", SMALL, *options])["scaling"]
     assert (by_pixels["over"], by_pixels["values"]) == ("pixels", (1024, 4096))
     assert (by_batch["over"], by_batch["values"]) == ("batch_size", (1, 4))
     assert all(value > 0 for each in (by_pixels, by_batch) for value in each["latency_ms"] + each["peak_memory_mb"])
@@ -382,10 +383,7 @@ def test_pytorchs_profile_knows_convolutions(settings, tmp_path):
 # --- the machine and the records --------------------------------------------------------------------------------------
 
 
-def test_machine_is_measured(monkeypatch):
-    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
-    monkeypatch.setattr("shvit.export.roofline.SIDES", (128,))
-    monkeypatch.setattr("shvit.export.roofline.READ_MB", 16)
+def test_machine_is_measured(quick_machine):
     peaks = measure_peaks()
     assert {"fp32"} <= set(peaks) <= {"fp32", "bf16", "int8"}  # those that the processor has instructions for
     assert min(peaks.values()) == peaks["fp32"]

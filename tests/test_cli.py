@@ -9,6 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import pytest
 
 import shvit
@@ -46,13 +47,11 @@ def main(monkeypatch, capsys):
 
 
 def modules_after(code: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print('\\n'.join(sys.modules), file=sys.stderr)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = subprocess.run([sys.executable, "-c", code + PRINT_MODULES], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
+
+
+PRINT_MODULES = "\nimport sys; print('\\n'.join(sys.modules), file=sys.stderr)"
 
 
 def test_help_names_every_command_and_imports_no_torch():
@@ -76,6 +75,7 @@ def test_help_of_a_linked_program_imports_no_torch(tmp_path):
 USER = """
 import shvit, timm
 assert callable(shvit.deploy) and shvit.SHViT and shvit.load_checkpoint
+assert len(timm.list_models("shvit*")) == 4
 print(type(timm.create_model("shvit_s1", device="meta")).__module__)
 """
 
@@ -85,8 +85,15 @@ def test_users_script_of_the_same_name_gets_our_models(tmp_path, name):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / name).write_text(USER)
     for script, folder in ((f"bin/{name}", tmp_path), (name, tmp_path / "bin"), (tmp_path / "bin" / name, "/")):
-        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
+        done = forks.run(script, cwd=folder)
         assert (done.stdout, done.stderr) == ("shvit.shvit\n", "")
+
+
+def test_users_script_gets_our_models_in_an_interpreter_of_its_own(tmp_path):
+    (tmp_path / "shvit").write_text(USER)
+    command = [sys.executable, "-W", "error", "shvit"]  # nor is any library's warning ours
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("shvit.shvit\n", "")
 
 
 @pytest.mark.parametrize(
@@ -100,8 +107,7 @@ def test_users_script_of_the_same_name_gets_our_models(tmp_path, name):
 def test_program_makes_our_models(imports, model):
     """In it importing shvit does not register them."""
     code = f"import sys; sys.argv = [{str(PROGRAM)!r}]; import {imports}; print(type({model}).__module__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "shvit.shvit\n"
+    assert forks.run(code=code).stdout == "shvit.shvit\n"
 
 
 HOOK = """
@@ -165,8 +171,8 @@ def test_processes_that_measure_get_the_users_environment():
 
 
 def test_importing_shvit_brings_no_tool_that_only_commands_need():
-    loaded = modules_after("import shvit")
-    assert "timm" in loaded
+    loaded = set(forks.run(code="import shvit" + PRINT_MODULES).stderr.split())
+    assert {"timm", "shvit.shvit"} <= loaded
     assert not loaded & {
         "onnx",
         "onnxruntime",
@@ -182,7 +188,7 @@ def test_importing_shvit_brings_no_tool_that_only_commands_need():
 
 
 def test_result_is_the_last_line_as_json():
-    done = program("info", "shvit_s1", "--img-size", "64")
+    done = forks.run(PROGRAM, "info", "shvit_s1", "--img-size", "64")
     assert done.returncode == 0
     assert done.stderr == ""
     assert json.loads(done.stdout.splitlines()[-1])["params"] == 6_330_808

@@ -60,9 +60,16 @@ def w8a8(tmp_path_factory):
     return path, deployed, spec, kept
 
 
-@pytest.mark.parametrize("takes_pixels", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_every_size_gives_the_models_answers(tmp_path, takes_pixels, precision):
+@pytest.mark.parametrize(
+    ("precision", "takes_pixels"),
+    [
+        ("fp32", False),
+        ("int8", True),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        pytest.param("int8", False, marks=pytest.mark.slow),
+    ],
+)
+def test_every_size_gives_the_models_answers(tmp_path, precision, takes_pixels):
     model = create_tiny()
     spec = spec_of(model, precision=precision, takes_pixels=takes_pixels, other_sizes=(96, 128))
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
@@ -211,7 +218,10 @@ def test_w8a8_keeps_close_to_its_model(w8a8):
     assert snr_db(got, expected) > 25
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mobilenetv4_conv_small")]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
 def test_peers_go_into_w8a8(tmp_path, name):
     model = timm.create_model(name, num_classes=4).eval()
     randomize_norms(model)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -176,8 +177,7 @@ def test_stock_tools_train_with_our_configs(trained, tmp_path):
     config, _ = trained["retinanet"]
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
     options = ["--cfg-options", "train_cfg.max_epochs=1", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
-    command = [sys.executable, str(tool), str(config), "--work-dir", str(tmp_path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = forks.run(tool, config, "--work-dir", tmp_path, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "epoch_1.pth").is_file()
 

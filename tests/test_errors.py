@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from conftest import ROOT
@@ -88,7 +89,7 @@ for name in ("fork", "killpg", "setsid", "sched_setaffinity", "sched_getaffinity
 def elsewhere(code: str, *words: object) -> str:
     """Runs code where what Windows does not have is missing; returns what it printed."""
     code = ELSEWHERE.format(posix=sorted(POSIX - {"posix"})) + code
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    done = forks.run(*words, code=code)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -160,14 +161,14 @@ def test_what_loaders_are_given_can_be_sent_to_workers(photographs):
 def test_signs_that_a_code_page_does_not_have_do_not_end_a_command():
     """A pipe on Windows is in cp1252, which has no →."""
     code = """
+import sys, sysconfig
+sys.argv = [sysconfig.get_path("scripts") + "/shvit", "list"]  # the program, which imports no torch by itself
 from shvit import cli
 cli.COMMANDS["list"] = cli.Entry("shvit.cli:show", "")
 cli.show = lambda options, prog: print("model → file") or type("Shown", (), {"run": lambda self: {}})()
-sys.argv = ["shvit", "list"]
 cli.main()
 """
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
-    code = "import sys" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(b"\r\n" if os.linesep == "\r\n" else b"\n")[0] == b"model ? file"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import forks
 import pytest
 import torch
 import yaml
@@ -96,7 +97,8 @@ try:
 except InputError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    done = forks.run(tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
     assert "last.pt: cannot be written: File too large; make room" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1

@@ -27,7 +27,15 @@ def described(request):
     return model, describe(model, spec)
 
 
-@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shvit_s1",
+        "shvit_s4",
+        pytest.param("shvit_s2", marks=pytest.mark.slow),
+        pytest.param("shvit_s3", marks=pytest.mark.slow),
+    ],
+)
 def test_counts_are_those_of_fvcore_and_torch_and_the_paper(name):
     """fvcore also counts BatchNorm, GroupNorm and the pooling, as a few operations for each value; the paper, torch and
     we do not. None of the counters counts additions, gates and softmax. Both see the attention's products as matmul."""

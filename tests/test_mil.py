@@ -108,11 +108,15 @@ def test_half_precision_overflows_as_hardware_does(tmp_path):
     assert Package(path, half=True)(x=x)["y"].isinf().all()
 
 
-@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "repvit_m0_9", "fastvit_t8", "efficientformer_l1"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("repvit_m0_9", "fastvit_t8", "efficientformer_l1")]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "test_vit", *LARGE])
 def test_peers_run(name, tmp_path):
     torch.manual_seed(0)
     model = randomize(timm.create_model(name, num_classes=7)).eval()
-    x = torch.randn(1, 3, 224, 224) if "former" in name else torch.randn(1, 3, 64, 64)
+    sizes = {"test_vit": 160, "efficientformer_l1": 224}
+    x = torch.randn(1, 3, sizes.get(name, 64), sizes.get(name, 64))
     got = Package(convert(model, x, tmp_path))(x=x)["y"]
     with torch.no_grad():
         expected = model(x)

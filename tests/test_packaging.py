@@ -26,12 +26,13 @@ def dist(tmp_path_factory):
 def clean_python(dist, tmp_path_factory):
     """A virtual environment with the wheel alone; the dependencies are those of the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("clean")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = (folder / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(str(Path(torch.__file__).parent.parent))  # its own .pth files are not read
     python = folder / "bin" / "python"
     (wheel,) = dist.glob("*.whl")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(pip, check=True)
     return python
 
 
@@ -79,7 +80,9 @@ def test_wheel_works_in_a_clean_environment_from_another_folder(clean_python, tm
 
 
 def test_installed_package_is_not_the_source_folder(clean_python, tmp_path):
-    code = "import shvit, shvit.train.recipe as r; print(shvit.__file__); print(r.__file__)"
+    code = f"import sys; sys.argv = [{str(clean_python.with_name('shvit'))!r}]; import shvit, importlib.util as u; "
+    code += "print(shvit.__file__); print(u.find_spec('shvit.train.recipe').origin)"  # without timm, as the program is
     done = subprocess.run([clean_python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 2
     for line in done.stdout.split():
         assert str(clean_python.parent.parent) in line

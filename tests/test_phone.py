@@ -368,12 +368,6 @@ def test_the_camera_is_classified_until_it_is_stopped(browser, serving):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """The machine's own peak is measured for a moment."""
-    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
-
-
 class Run(threading.Thread):
     """`shvit bench phone` beside the test, and what it prints."""
 
@@ -401,8 +395,8 @@ class Run(threading.Thread):
         raise AssertionError(self.error)
 
 
-def test_the_command_from_a_name_to_a_report(browser, quick, tmp_path, monkeypatch):
-    run = Run("--models", "tiny_vit", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
+def test_the_command_from_a_name_to_a_report(browser, quick_machine, tmp_path, monkeypatch):
+    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
@@ -424,8 +418,8 @@ def test_the_command_from_a_name_to_a_report(browser, quick, tmp_path, monkeypat
     assert again["results"] == run.result["results"][1:]
 
 
-def test_the_command_says_when_nobody_came(quick, tmp_path, monkeypatch):
-    run = Run("--models", "tiny_vit", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
+def test_the_command_says_when_nobody_came(quick_machine, tmp_path, monkeypatch):
+    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
     run.start()
     run.join(120)
     assert isinstance(run.error, CheckFailed)
@@ -492,8 +486,8 @@ def test_a_plain_web_host_can_carry_the_site(browser, site, tmp_path):
     assert max(row["threads"] for row in result["results"]) > 1
 
 
-def test_the_site_command(quick, tmp_path):
-    result = cli.run(["site", "--models", "tiny_vit", *SMALL, "--output", str(tmp_path / "site")])
+def test_the_site_command(quick_machine, tmp_path):
+    result = cli.run(["site", "--models", "test_resnet", *SMALL, "--output", str(tmp_path / "site")])
     files = set(result["files"])
     assert {"index.html", "measure.html", "explorer.html", "trial.json", "_headers", "isolation.js"} <= files
     described = json.loads((tmp_path / "site" / "trial.json").read_text())

@@ -72,12 +72,12 @@ def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
 @pytest.mark.parametrize(("machine", "name"), [(PHONES.machine, "A & B <cpu>"), (None, "this machine")])
 def test_every_device_has_panels_of_its_own(machine, name, tmp_path):
     measured = replace(PHONES, machine=machine)
-    for make in (pareto, bench):
-        axes = make(measured).axes
+    drawn = [make(measured) for make in (pareto, bench)]
+    for axes in (figure.axes for figure in drawn):
         assert [axis.get_title() for axis in axes] == [name, name, PHONE, OTHER]
         assert ["batch 16" in axis.get_xlabel() for axis in axes] == [False, True, False, False]
     assert [len(axis.patches) for axis in axes] == [2, 1, 4, 2]
-    fronts = [line for axis in pareto(measured).axes for line in axis.lines if line.get_gid() == "front"]
+    fronts = [line for axis in drawn[0].axes for line in axis.lines if line.get_gid() == "front"]
     assert [list(line.get_xdata()) for line in fronts] == [[4.0, 15.0], [3.0], [3.5, 5.0, 30.0], [19.0, 60.0]]
     assert len(draw(measured, tmp_path)) == 2
     assert pareto(MEASUREMENTS).axes[0].get_title() == ""
@@ -131,10 +131,10 @@ def test_names_lie_on_neither_the_front_nor_each_other():
         assert not any(path.intersects_bbox(box, filled=False) for box in boxes)
 
 
-@pytest.mark.parametrize("name", ["$x", "a$b$c", r"$\undefined$", "_hidden", "x" * 200, "\n"])
-def test_any_name_can_be_drawn(name, tmp_path):
+def test_any_name_can_be_drawn(tmp_path):
+    names = ["$x", "a$b$c", r"$\undefined$", "_hidden", "x" * 200, "\n"]
     renamed = [
-        tuple(replace(each, model=name) for each in records)
+        tuple(replace(each, model=name) for name in names for each in records)
         for records in (MEASUREMENTS.results[:2], MEASUREMENTS.layers, MEASUREMENTS.scaling)
     ]
     assert len(draw(Measurements(MEASUREMENTS.machine, *renamed), tmp_path)) == 5

@@ -142,7 +142,10 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
     assert makers == ({"Add"} if features else {"Gemm"})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "repvit_m0_9"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mobilenetv4_conv_small", "repvit_m0_9")]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
 def test_peers_go_into_int8(tmp_path, name):
     """With random weights and few photographs; what counts is that each range is the right tensor's."""
     torch.manual_seed(0)

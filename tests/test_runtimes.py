@@ -1,9 +1,8 @@
 """What runtimes give back, as the outputs that a spec names."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 
@@ -62,5 +61,5 @@ signal.raise_signal(signal.SIGINT)
 
 def test_a_signal_is_handled_after_another_thread_gave_an_openvino_model_up():
     """With a Core of its own for each model it is a segmentation fault."""
-    done = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True, check=False)
+    done = forks.run(code=GIVEN_UP)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

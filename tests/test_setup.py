@@ -170,7 +170,7 @@ def test_ways_to_compute_agree(recipe, compute):
 def test_run_begins_with_weights_and_a_new_head_for_other_classes(recipe, tmp_path):
     source = timm.create_model("shvit_s1", num_classes=5)
     write_checkpoint(source.state_dict(), tmp_path / "five.safetensors")
-    world = World(0, 1, torch.device("cpu"))
+    recipe, world = replace(recipe, model="shvit_s1"), World(0, 1, torch.device("cpu"))
     run = set_up(replace(recipe, checkpoint=tmp_path / "five.safetensors"), world, ["a", "b"], 4, 1)
     assert torch.equal(run.model.patch_embed[0].c.weight, source.patch_embed[0].c.weight)
     assert run.model.head.l.weight.shape[0] == 2
@@ -207,7 +207,7 @@ def test_teacher_teaches_the_second_head_in_its_own_normalisation(recipe, kind, 
     found.backward()
     assert all(p.grad is None for p in run.task.teacher.parameters() if p.requires_grad is False)
     result = train(replace(recipe, epochs=1), tmp_path / "run")
-    assert timm.create_model("shvit_s1", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
+    assert timm.create_model("tiny_vit", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
 
 
 @pytest.mark.parametrize("first_img_size", [None, 16])

@@ -2,9 +2,8 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
+import forks
 import pytest
 import timm
 import torch
@@ -20,21 +19,18 @@ from shvit.shvit import VARIANTS
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def python(code: str) -> str:
-    """What a fresh interpreter prints for `code`, which must end well; a warning is an error."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout
+def python(code: str) -> None:
+    """Runs `code` where timm is loaded and we are not; it must end well, and a warning is an error."""
+    done = forks.run(code=code, strict=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 OURS = "assert timm.create_model('shvit_s1', device='meta').__class__.__module__ == 'shvit.shvit'"
 
 
-@pytest.mark.parametrize("imports", ["import shvit, timm", "import timm; import shvit"])
-def test_import_registers_the_models_without_a_warning(imports):
-    python(f"{imports}; {OURS}; assert len(timm.list_models('shvit*')) == 4")
+def test_import_registers_the_models_without_a_warning():
+    """After timm; tests/test_cli.py imports us first, in an interpreter of its own."""
+    python(f"import timm; import shvit; {OURS}; assert len(timm.list_models('shvit*')) == 4")
 
 
 def test_import_changes_nothing_of_timm_but_the_four_models():

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import assert_same_end, state
+from conftest import SMALL, assert_same_end, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shvit.cli import run
@@ -39,7 +39,7 @@ def test_run_folder_holds_everything_that_was_promised(recipe, tmp_path):
 
 
 def test_weights_load_into_timm_and_score_what_the_log_says(recipe, photographs, tmp_path):
-    train(recipe, tmp_path)
+    train(replace(recipe, model="shvit_s1"), tmp_path)
     model = timm.create_model("shvit_s1", num_classes=2, checkpoint_path=tmp_path / "best.safetensors")
     assert not any(torch.isnan(p).any() for p in model.parameters())
     options = ["--model", "shvit_s1", "--data", str(photographs), "--img-size", "32"]
@@ -49,8 +49,11 @@ def test_weights_load_into_timm_and_score_what_the_log_says(recipe, photographs,
     assert result["n"] == 12
 
 
-def test_training_learns(recipe, tmp_path):
-    result = train(replace(recipe, epochs=16), tmp_path)
+@pytest.mark.parametrize(
+    ("model", "epochs", "lr"), [(SMALL, 10, 5e-2), pytest.param("shvit_s1", 16, 2e-2, marks=pytest.mark.slow)]
+)
+def test_training_learns(recipe, tmp_path, model, epochs, lr):
+    result = train(replace(recipe, model=model, epochs=epochs, optim=replace(recipe.optim, lr=lr)), tmp_path)
     assert result["top1"] >= 90
 
 

@@ -1,10 +1,10 @@
 """Published checkpoints: the manifest, the cache, what files hold, and conversion. Nothing here needs a network."""
 
 import json
-import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
+import forks
 import pytest
 import timm
 import torch
@@ -217,8 +217,8 @@ def test_check_at_the_command_line_exits_with_1(files, model, tmp_path):
         name: tensor for name, tensor in model.state_dict().items() if name != "stages.2.blocks.1.conv.m.c.weight"
     }
     write_checkpoint(broken, tmp_path / "broken.pth")
-    command = [sys.executable, "-m", "shvit.cli", "weights", "check", "broken.pth", str(files / "timm.safetensors")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    program = Path(sysconfig.get_path("scripts")) / "shvit"
+    done = forks.run(program, "weights", "check", "broken.pth", files / "timm.safetensors", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "missing stages.2.blocks.1.conv.m.c.weight" in done.stderr

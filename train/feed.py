@@ -33,10 +33,19 @@ Key = tuple[int, int]
 
 def seed_generators(*key: int) -> None:
     """Seeds Python's, NumPy's and PyTorch's generators (CUDA's too) from a few whole numbers."""
+    torch.manual_seed(seed_cpu_generators(*key))
+
+
+def seed_cpu_generators(*key: int) -> int:
+    """The same without those of devices, which an image's augmentation does not draw from; returns the seed.
+
+    `torch.manual_seed` takes a millisecond where a device is not in use: it notes each call's stack for later.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
 
 
 AUGMENTATION, MIXING, STREAM = 1, 2, 3  # what a seed is for, so that no two purposes share one
@@ -162,7 +171,7 @@ class Augmented(Dataset):
                 problems.append(str(error))
                 index = (index + 1) % len(self.dataset)
         transform = self.transform_at(place)
-        seed_generators(self.seed, AUGMENTATION, place)
+        seed_cpu_generators(self.seed, AUGMENTATION, place)
         return transform(image), target, tuple(problems)
 
 
@@ -178,7 +187,7 @@ class Streamed(IterableDataset):
         info = get_worker_info()
         worker = info.id if info else 0
         for place, (image, target) in enumerate(self.stream):
-            seed_generators(*self.key, AUGMENTATION, worker, place)
+            seed_cpu_generators(*self.key, AUGMENTATION, worker, place)
             yield self.transform(image), target, ()
 
 
