@@ -19,6 +19,7 @@ from shvit.weights.resolve import Weights, resolve_weights
 
 from .formats import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
 from .photographs import find_photographs
+from .runtimes import refuse_changed
 from .spec import Spec, open_weights
 from .tuning import TUNING
 from .verify import Reference
@@ -322,6 +323,7 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
         raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(FILES)}")
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    refuse_changed(path)
     runtime = FILES[path.suffix]
     check_runtimes([runtime])
     img_size, batch, precision = READERS[path.suffix](path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.errors import InputError
-from shvit.run_info import same_name
+from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 
 MOST_BYTES = 10 << 20
@@ -30,12 +30,15 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
     if path is None:
         return list(classes) if len(classes) == num_classes else []
     labels = _read_lines(path)
+    wrong = next((number for number, label in enumerate(labels, 1) if not is_name(label)), None)
+    if wrong is not None:
+        said = "is empty" if not labels[wrong - 1] else "holds control characters, or is longer than a name"
+        raise InputError(f"{path}: line {wrong} {said}; write a name of a class on each line, as UTF-8 text")
     if len(labels) != num_classes:
         raise InputError(f"{path}: has {len(labels)} lines, and the model {num_classes} classes; give one on each line")
     name, count = Counter(labels).most_common(1)[0]
-    if count > 1 or "" in labels:
-        raise InputError(f"{path}: {'an empty line' if '' in labels else f'{name!r} stands there twice'}; each class "
-                         "needs a name of its own")  # fmt: skip
+    if count > 1:
+        raise InputError(f"{path}: {name!r} stands there twice; each class needs a name of its own")
     if classes and (problem := contradiction(labels, classes)):
         raise InputError(f"{path}: {problem}; leave out --labels, and the model's own names are written")
     return labels

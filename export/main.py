@@ -9,7 +9,7 @@ import tyro
 from rich.table import Table
 
 from shvit import terminal
-from shvit.certificate import Origin, certificate_path, check_unchanged, read_origin
+from shvit.certificate import Origin, certificate_path, read_origin
 from shvit.checkpoint import holds_average
 from shvit.errors import CheckFailed, InputError, refuse
 from shvit.files import check_output_folder, sha256, write_whole
@@ -19,9 +19,9 @@ from shvit.weights.resolve import Weights, find_weights, resolve_weights
 from .formats import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .labels import find_labels, match_classes, refuse_unknown, some
 from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
-from .runtimes import Artefact, artefact_files, open_artefact, torch_predict
+from .runtimes import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
-from .verify import MAX_FLOAT_MACS, Certificate, Reference, artefact_sha256, certify, require
+from .verify import MAX_FLOAT_MACS, Certificate, Reference, certify, require
 
 console = terminal.console()
 MOST_CLASSES_PRINTED = 50
@@ -88,15 +88,19 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import open_eval_dataset, takes_split
+        from shvit.train.data import has_one_part, open_eval_dataset, takes_split
 
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         check_output_folder(self.output)
+        if not self.data:
+            raise InputError("--data is empty; give a folder of class folders, a tar or a name that timm knows")
         if not takes_split(self.data):
             refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
+        if not has_one_part(self.data):
+            refuse(f"{self.data} has a part of its own to evaluate on", all_images=self.all_images)
         predict, spec, transform, known, weights = self._predict()
-        trained_on = None if weights is None or self.all_images else _trained_on(weights)
+        trained_on = None if self.all_images else self._trained_on(weights)
         dataset = open_eval_dataset(self.data, self.split or "validation", trained_on)
         console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
@@ -119,7 +123,9 @@ class Eval:
         """
         if known and found:
             match = match_classes(found, known)
-            if not self.skip_unknown_classes or len(match.unknown) == len(found):
+            if len(match.unknown) == len(found):
+                refuse_unknown(match, known, self.data, "give the folder that holds them")
+            if not self.skip_unknown_classes:
                 refuse_unknown(match, known, self.data, "leave their images out with --skip-unknown-classes")
             if match.missing:
                 console.print(f"{self.data}: {len(match.missing)} of the model's {len(known)} classes are not in it "
@@ -130,6 +136,9 @@ class Eval:
         if len(classes) != spec.num_classes:
             raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
                              "the classes that it was trained for")  # fmt: skip
+        if found:
+            console.print(f"nothing tells the names of the model's classes; {self.data}'s are taken for them in order: "
+                          f"{some(classes)}")  # fmt: skip
         return classes, None
 
     def _evaluate(
@@ -176,6 +185,7 @@ class Eval:
             return torch_predict(model), spec, spec.transform(), known_classes(weights, spec), weights
         refuse(f"{self.artefact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
                pretrained=self.pretrained, ema=self.ema)  # fmt: skip
+        refuse_changed(self.artefact)
         artefact = open_artefact(self.artefact)
         spec = artefact.spec
         if spec.gives == "features":
@@ -185,13 +195,15 @@ class Eval:
         known = tuple(artefact.labels) if len(artefact.labels) == spec.num_classes else ()
         return _to_logits(artefact), spec, spec.transform(normalize=False), known, None
 
+    def _trained_on(self, weights: Weights | None) -> Any:
+        """The images of the run that weights or file are of, where its folder, they or the certificate tell."""
+        from shvit.train.data import TrainedOn, read_trained_on
 
-def _trained_on(weights: Weights) -> Any:
-    """The images of the run that the weights are of, where its folder or they themselves tell."""
-    from shvit.train.data import TrainedOn, read_trained_on
-
-    beside = None if weights.checkpoint is None else read_trained_on(weights.checkpoint)
-    return beside or TrainedOn.from_weights(weights.info.data if weights.info else None)
+        if weights is None:
+            origin = read_origin(self.artefact)  # type: ignore[arg-type]
+            return TrainedOn.from_weights(origin.data if origin else None)
+        beside = None if weights.checkpoint is None else read_trained_on(weights.checkpoint)
+        return beside or TrainedOn.from_weights(weights.info.data if weights.info else None)
 
 
 class Renumbered:
@@ -274,6 +286,7 @@ class _FromModel:
             checkpoint=weights.checkpoint,
             checkpoint_name=weights.name,
             ema=weights.ema,
+            data=weights.info.data if weights.info else None,
         )
         return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION, part="train"))
 
@@ -297,6 +310,9 @@ class _Export(_FromModel):
             refuse(f"--precision {self.precision} learns nothing from images", calibration=self.calibration)
         self._check_output()
         source = self._source(self._outputs)
+        if source.spec.num_classes == 1:
+            refuse("the model has one output, of which there are no probabilities", softmax=self.softmax,
+                   classifier=self._classifies)  # fmt: skip
         source = replace(source, spec=self._complete(source.spec))
         if self._classifies and not source.labels:
             raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
@@ -441,8 +457,7 @@ class Verify:
     """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
 
     def run(self) -> dict[str, Any]:
-        if all(file.exists() for file in artefact_files(self.artefact)):
-            check_unchanged(self.artefact, artefact_sha256(self.artefact))  # before anything reads what it holds
+        refuse_changed(self.artefact)
         artefact = open_artefact(self.artefact, native=self.runtime == "coreml", rounded=True)
         weights = self._weights(read_origin(self.artefact), artefact.spec)
         model, spec = open_source_model(weights, artefact.spec.img_size, artefact.spec.gives, console.print)
@@ -456,6 +471,7 @@ class Verify:
             checkpoint=weights.checkpoint,
             checkpoint_name=weights.name,
             ema=weights.ema,
+            data=weights.info.data if weights.info else None,
         )
         certificate = certify(artefact, reference)
         show(certificate)

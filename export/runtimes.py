@@ -1,5 +1,6 @@
 """A model or an artefact as a function from a batch to its outputs, with a fixed number of threads."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ import torch
 from timm.utils import natural_key
 from torch import nn
 
+from shvit.certificate import check_unchanged
 from shvit.errors import InputError, first_line
+from shvit.files import sha256
 from shvit.train.evaluate import Predict
 
 from .onnx import INPUT, LAYERS, labels_from, metadata, operators, ranges_from, read_onnx, spec_from
@@ -123,6 +126,18 @@ def _rounded(artefact: Artefact, threads: int | None) -> Artefact:
 def artefact_files(path: Path) -> list[Path]:
     """The files or folders that an artefact consists of."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def artefact_sha256(path: Path) -> str:
+    """Of its file; of two, of their digests one after the other."""
+    digests = [sha256(file) for file in artefact_files(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def refuse_changed(path: Path) -> None:
+    """For before anything reads an artefact that is given: raises CheckFailed if its certificate is of other bytes."""
+    if all(file.exists() for file in artefact_files(path)):
+        check_unchanged(path, artefact_sha256(path))
 
 
 def _checked(path: Path, spec: Spec, outputs: Sequence[str]) -> Spec:

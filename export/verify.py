@@ -19,7 +19,7 @@ from .labels import contradiction
 from .parameters import compare_parameters, holds_shvit
 from .photographs import Photograph, read_pixels, spread
 from .quantize import unfold_identities
-from .runtimes import Artefact, artefact_files
+from .runtimes import Artefact, artefact_files, artefact_sha256
 from .spec import Spec
 from .verdict import (
     TOLERANCES,
@@ -125,6 +125,8 @@ class Certificate:
     """What the weights were called: a path, or a published name; None of random ones."""
     ema: bool = False
     """Whether the checkpoint's EMA weights were taken."""
+    data: Mapping[str, Any] | None = None
+    """The identity of the images that the weights were trained on, where their run told it."""
 
     @property
     def verdict(self) -> Verdict:
@@ -141,7 +143,8 @@ class Reference:
         image_source: what certificates say of where the images are from.
         labels: names of the classes in the order of the model's outputs; empty where they have none.
         checkpoint: the file with the model's weights, for its hash; None for random weights.
-        checkpoint_name: what the weights were called, and `ema`, whether their average was taken, for the certificate.
+        checkpoint_name: what the weights were called, `ema`, whether their average was taken, and `data`, the identity
+            of the images that they were trained on, for the certificate.
     """
 
     model: nn.Module
@@ -152,6 +155,7 @@ class Reference:
     checkpoint: Path | None = None
     checkpoint_name: str | None = None
     ema: bool = False
+    data: Mapping[str, Any] | None = None
     _pixels: dict[Spec, torch.Tensor] = field(default_factory=dict)
     _outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _grey_levels: dict[Spec, float] = field(default_factory=dict)
@@ -277,6 +281,7 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         versions=versions(),
         checkpoint=reference.checkpoint_name,
         ema=reference.ema,
+        data=reference.data,
     )
 
 
@@ -511,14 +516,6 @@ def share_of_macs(model: nn.Module, spec: Spec, names: Sequence[str]) -> float:
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
-
-
-def artefact_sha256(artefact: Path) -> str:
-    """Of its file; of two, of their digests one after the other."""
-    import hashlib
-
-    digests = [sha256(file) for file in artefact_files(artefact)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def require(certificate: Certificate) -> None:

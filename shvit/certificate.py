@@ -25,6 +25,8 @@ class Origin:
     checkpoint_sha256: str | None
     """None of random weights."""
     ema: bool
+    data: dict[str, Any] | None
+    """The identity of the images that the weights were trained on, where their run told it."""
 
 
 def read_origin(artefact: Path) -> Origin | None:
@@ -40,7 +42,14 @@ def read_origin(artefact: Path) -> Origin | None:
     texts = all(value is None or (isinstance(value, str) and len(value) < 4096) for value in values.values())
     if not texts or values["model"] is None:
         raise InputError(f"{certificate_path(artefact)}: not a readable certificate; export again, or remove it")
-    return Origin(str(values["model"]), values["checkpoint"], values["checkpoint_sha256"], record.get("ema") is True)
+    data = record.get("data")
+    return Origin(
+        model=str(values["model"]),
+        checkpoint=values["checkpoint"],
+        checkpoint_sha256=values["checkpoint_sha256"],
+        ema=record.get("ema") is True,
+        data=data if isinstance(data, dict) else None,
+    )
 
 
 def _read(artefact: Path) -> dict[str, Any] | None:

@@ -438,6 +438,8 @@ def create_model(
             rest, None if checkpoint is None else Path(checkpoint)
         )
     if not timm.is_model(name):
+        if Path(name).suffix in (".safetensors", ".pth", ".pt", ".bin"):
+            raise InputError(f"{name} is a file of weights and no model's name; such a file is given as --checkpoint")
         raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
     if checkpoint is None:
         return timm.create_model(name, num_classes=num_classes, **kwargs).eval()

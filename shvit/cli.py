@@ -11,8 +11,10 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +105,23 @@ def _one_line(panel: str) -> str:
     lines = [line.strip(" ╭╮╰╯│─\n") for line in panel.splitlines()]
     title, *rest = [line for line in lines if line.strip("-")]  # rules are dashes where stdout is not UTF-8
     said = [line for line in rest if not line.startswith(("For full helptext", "shvit ", "in shvit "))]
+    if misplaced := _misplaced(rest):
+        return misplaced
     suggested = next((line for line in said if line.startswith("--")), None)
     if suggested and not said[0].endswith(":"):
         return f"{said[0]}; did you mean {suggested}?"
     message = " ".join(said) or title
     return message if message.startswith(title) else f"{title}: {message}"
+
+
+def _misplaced(lines: Sequence[str]) -> str | None:
+    """What is to be said of an option that other commands have, if tyro's lines tell of one."""
+    found = (re.match(r"(--\S+) \(applied to (shvit .*)\)$", line) for line in lines)
+    given = next((match for match in found if match), None)
+    others = [match[1] for line in lines if (match := re.match(r"in shvit (.*) --help$", line))]
+    if given is None or not any(re.match(rf"{re.escape(given[1])}\b(?! \()", line) for line in lines):
+        return None
+    return f"{given[1]} is no option of `{given[2]}`, but of {' and '.join(others)}"
 
 
 def _unknown(name: str) -> str:

@@ -1,5 +1,10 @@
 """The two ways in which a command ends other than well, and what other errors say in one line."""
 
+import re
+
+PLACE = re.compile(r"Exception from \S+:|Traceback .*|File .*, line \d+.*")
+"""A line that only tells where in a library's source an error was raised."""
+
 
 class InputError(ValueError):
     """Unusable input: one line that says what was got, what is allowed and what to do. Exit status 2."""
@@ -11,7 +16,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     Messages of libraries may be empty, begin with empty lines, or be a hundred lines long.
     """
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:limit]
+    return next((line for line in lines if line and not PLACE.fullmatch(line)), type(error).__name__)[:limit]
 
 
 class CheckFailed(Exception):

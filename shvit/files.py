@@ -74,16 +74,23 @@ def remove(path: Path) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file's content; of a folder, of its files' names and digests in order."""
+    """Hex digest of a file's content; of a folder, of its files' names and digests in order.
+
+    What file managers leave in a folder does not count: files whose names begin with a dot, Thumbs.db, desktop.ini.
+    """
     path, digest = Path(path), hashlib.sha256()
     if path.is_dir():
-        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+        for file in sorted(each for each in path.rglob("*") if each.is_file() and not _is_left_behind(each)):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _is_left_behind(file: Path) -> bool:
+    return file.name.startswith(".") or file.name in ("Thumbs.db", "desktop.ini")
 
 
 def size(path: str | os.PathLike) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["RUN_KEY", "RunInfo", "read_run_info", "same_name"]
+__all__ = ["RUN_KEY", "RunInfo", "is_name", "read_run_info", "same_name"]
 
 RUN_KEY = "shvit.run"
 """The entry of a checkpoint's metadata (a top-level key of a `torch.save` file) that holds it, as JSON."""
@@ -59,11 +59,11 @@ class RunInfo:
             raise InputError(problem)
 
     def _problem(self) -> str | None:
-        if not _is_name(self.model) or ":" in self.model:  # a prefix would have something else opened
+        if not is_name(self.model) or ":" in self.model:  # a prefix would have something else opened
             return f"model is {str(self.model)[:80]!r}; it must be a name that timm knows"
         if not isinstance(self.classes, tuple) or len(self.classes) > MAX_CLASSES:
             return f"classes must be at most {MAX_CLASSES:,} names"
-        wrong = next((name for name in self.classes if not _is_name(name)), None)
+        wrong = next((name for name in self.classes if not is_name(name)), None)
         if wrong is not None:
             return (
                 f"class name {str(wrong)[:80]!r} cannot be used; names have 1 to {MAX_NAME} characters, none of them a "
@@ -194,7 +194,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {reason}") from error
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
     """Whether it can be printed and written anywhere: text without control characters and halves of characters."""
     return (
         isinstance(value, str)

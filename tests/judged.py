@@ -356,11 +356,12 @@ class Workshop:
 
     def __init__(self, folder: Path, classes: int = 10, images: int = 26, seed: int = 0):
         self.folder = folder
-        training = draw_images(folder / "train", classes, max(128, classes), seed=1)
-        self.model, plain = trained(classes, training, seed)
+        training = draw_images(folder / "train", classes, max(128, 2 * classes), seed=1)
+        self.model, plain = trained(classes, training, seed, steps=max(40, classes // 5))
         self.spec = replace(plain, takes_pixels=True)
         drawn = draw_images(folder / "val", classes, images, seed=2)
-        self.source = source_of(self.model, self.spec, drawn, draw_images(folder / "calibration", classes, 64, seed=3))
+        calibration = draw_images(folder / "calibration", classes, max(64, min(classes, 256)), seed=3)
+        self.source = source_of(self.model, self.spec, drawn, calibration)
         self.count = 0
         self.made: dict[Any, Any] = {}
 

@@ -165,7 +165,9 @@ def test_a_run_is_evaluated_on_what_it_kept_for_validation(flat, name, tmp_path_
     assert open_eval_dataset(root, trained_on=told).samples == splits.val.samples
     assert TrainedOn.from_weights({"count": 3}) is TrainedOn.from_weights(None) is None
     others = TrainedOn({"train": {"count": 1}, "val": {"count": 1}}, None, moved.root)
-    assert len(open_eval_dataset(root, trained_on=others)) == 120
+    unknown = open_eval_dataset(root, trained_on=others)
+    assert len(unknown) == 120
+    assert unknown.part == "all images; which of them this run was trained on, if any, is not known"
     grown = TrainedOn(others.images, None, root)  # images were added since
     assert len(open_eval_dataset(root, trained_on=grown)) == len(splits.val)
 

@@ -32,6 +32,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).glob(
         (ValueError(""), "ValueError"),
         (AssertionError(), "AssertionError"),
         (RuntimeError("\n\n"), "RuntimeError"),
+        (RuntimeError("Exception from src/core.cpp:84:\nException from src/a.cpp:8:\nno such file"), "no such file"),
         (KeyError("name"), "'name'"),
         (OSError(2, "No such file or directory"), "[Errno 2] No such file or directory"),
         (ValueError("x" * 500), "x" * 200),

@@ -137,3 +137,12 @@ def test_read_only_file_system_is_said_before_anything_is_computed(tmp_path, mon
 def test_hash_is_hashlibs(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    folder = tmp_path / "package"
+    (folder / "Data").mkdir(parents=True)
+    (folder / "Data" / "weights").write_bytes(b"1")
+    before = sha256(folder)
+    for left in (".DS_Store", "Data/._weights", "Data/Thumbs.db"):  # by file managers that looked into it
+        (folder / left).write_bytes(b"x")
+    assert sha256(folder) == before
+    (folder / "Data" / "more").write_bytes(b"x")
+    assert sha256(folder) != before

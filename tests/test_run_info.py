@@ -24,9 +24,10 @@ from shvit.export.labels import contradiction, find_labels, match_classes
 from shvit.export.spec import open_model
 from shvit.files import sha256
 from shvit.run_info import RUN_KEY, RunInfo, read_run_info
+from shvit.train.data import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
-from shvit.train.recipe import Distill
+from shvit.train.recipe import Data, Distill
 from shvit.train.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
@@ -315,6 +316,23 @@ def test_labels_are_read_as_every_editor_writes_them(tmp_path, content):
     assert find_labels(tmp_path / "labels.txt", 2) == ["bar", "disc"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TEXT.encode("utf-16-le"), "line 1 holds control characters"),
+        (TEXT.encode("utf-32-be"), "line 1 holds control characters"),
+        ("bar\u2028x\ndisc".encode(), "line 1 holds control characters"),
+        (b"bar\n\ndisc\n", "line 2 is empty"),
+        (b"bar\nbar\n", "'bar' stands there twice"),
+        (b"bar\n", "has 1 lines, and the model 2 classes"),
+    ],
+)
+def test_labels_that_are_no_names_are_refused(tmp_path, content, message):
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        find_labels(tmp_path / "labels.txt", 2)
+
+
 def test_labels_that_contradict_the_runs_are_refused(tmp_path):
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")
     assert find_labels(tmp_path / "labels.txt", 3, ("a", "b", "c")) == ["a", "b", "c"]
@@ -382,8 +400,26 @@ def test_a_truncated_file_has_changed_and_is_not_opened(exported, tmp_path):
     for name in ("m.onnx", "m.onnx.certificate.json"):
         shutil.copy(exported / name, tmp_path)
     (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:1000])
-    with pytest.raises(CheckFailed, match="has changed since it was certified"):
-        run(["verify", f"{tmp_path}/m.onnx"])
+    for command in ("verify", f"eval --data {exported} --artefact", "bench --models"):
+        with pytest.raises(CheckFailed, match="has changed since it was certified"):
+            run([*command.split(), f"{tmp_path}/m.onnx"])
+
+
+def test_a_file_is_evaluated_on_what_its_run_kept_for_validation(tmp_path, capsys):
+    """As its checkpoint is: the certificate tells the images that the weights were trained on."""
+    data = class_folders(tmp_path / "data", {"a": 40, "b": 40, "c": 40})
+    identity = {**open_splits(Data(root=data)).identity(), "group": None}
+    info = replace(INFO, data=identity)
+    write_checkpoint(create_tiny(num_classes=3).state_dict(), tmp_path / "m.safetensors", info.metadata)
+    run(["export", "onnx", "--checkpoint", f"{tmp_path}/m.safetensors", "--output", f"{tmp_path}/m.onnx"])
+    evaluate = ["eval", "--data", str(data), "--artefact", f"{tmp_path}/m.onnx"]
+    assert run(evaluate)["n"] == identity["val"]["count"] < 40
+    assert "the part that this run kept for validation" in capsys.readouterr().out
+    assert run([*evaluate, "--all-images"])["n"] == 120
+    for index in range(30):  # of which some would have been kept
+        shutil.copy(data / "a" / "a0.png", data / "a" / f"new{index}.png")
+    assert run(evaluate)["n"] == 150
+    assert "which of them this run was trained on, if any, is not known" in capsys.readouterr().out
 
 
 def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path):
@@ -407,6 +443,12 @@ def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path)
         ("eval --data D --checkpoint m.safetensors --ema", "has no averaged weights"),
         ("eval --data D --checkpoint m.safetensors --pretrained", "--checkpoint does not apply"),
         ("eval --data D --model shvit_s1", "nothing trained to evaluate"),
+        ("eval --data V --checkpoint m.safetensors --all-images", "--all-images does not apply: V has a part"),
+        ("eval --data= --checkpoint m.safetensors", "--data is empty"),
+        ("export onnx --output x.onnx --checkpoint one.safetensors --img-size 64 --softmax", "has one output"),
+        ("export onnx --output x.onnx --classifier", "no option of `shvit export onnx`, but of coreml"),
+        ("export coreml --output x.mlpackage --raw-pixels", "but of onnx and openvino"),
+        ("bench --models m.safetensors", "is a file of weights and no model's name; .* --checkpoint"),
         ("export onnx --output x.onnx", "which model"),
         ("export onnx --output x.onnx --pretrained", "of which model"),
         ("export onnx --output x.onnx --model tiny_vit --ema", "--ema does not apply"),
@@ -424,5 +466,7 @@ def test_options_that_do_not_apply_are_refused(exported, monkeypatch, command, m
     monkeypatch.setattr("shvit.export.ort_web.runtime_files", lambda *_: {})
     if not (exported / "D").exists():
         class_folders(exported / "D", {"a": 1, "b": 1, "c": 1})
+        class_folders(exported / "V" / "val", {"a": 1, "b": 1, "c": 1})
+        write_checkpoint(timm.create_model("shvit_s1", num_classes=1).state_dict(), exported / "one.safetensors")
     with pytest.raises((InputError, CheckFailed), match=message):
         run(command.split())

@@ -284,6 +284,11 @@ def open_eval_dataset(
     return everything
 
 
+def has_one_part(data: str | Path) -> bool:
+    """Whether `open_eval_dataset` takes all images of it, or those that a run kept: a folder or tar without val/."""
+    return not (str(data) == "elpv" or takes_split(data)) and find_parts(Path(data)).val is None
+
+
 def takes_split(data: str | Path) -> bool:
     """Whether `open_eval_dataset` looks at its `split`: the data are shards, or a dataset with a name."""
     root = Path(data)
@@ -292,8 +297,10 @@ def takes_split(data: str | Path) -> bool:
 
 def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) -> Photographs:
     """Of a run's own folder without splits, the part that the run kept for validation."""
-    if identity(everything) == trained_on.images["train"]:
+    found = identity(everything)
+    if found == trained_on.images["train"]:
         everything.part = "images that this run was trained on"
+    if found in (trained_on.images["train"], trained_on.images["val"]):
         return everything
     keys = group_keys(everything.source.names, trained_on.group)
     held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
@@ -302,6 +309,7 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
     own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
     if held_out and (own_folder or identity(validation) == trained_on.images["val"]):
         return validation
+    everything.part = "all images; which of them this run was trained on, if any, is not known"
     return everything
 
 
