@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
 
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7
@@ -39,14 +40,16 @@ def load_content(path: Path) -> dict[str, Any]:
 def repair(content: dict[str, Any]) -> list[str]:
     """Change what is harmless to what pycocotools needs, in place; what is wrong stays for the check to name.
 
-    Backslashes in file names become slashes; an absent area is computed and an absent iscrowd is 0; a category without
-    annotations that has the name of another is removed; annotation ids that are absent, text or below 1 are replaced
-    (pycocotools' evaluation takes id 0 for "not matched").
+    Category names that are numbers become text, and accents in them one character with their letter, as
+    `AnnotationFile` looks them up; backslashes in file names become slashes; an absent area is computed and an absent
+    iscrowd is 0; a category without annotations that has the name of another is removed; annotation ids that are
+    absent, text or below 1 are replaced (pycocotools' evaluation takes id 0 for "not matched").
 
     Returns:
         A line for each repair that a user should know of.
     """
     annotations = [each for each in content["annotations"] if isinstance(each, dict)]
+    _repair_category_names(content)
     notes = [
         *_remove_unused_doubles(content, annotations),
         *_repair_names(content),
@@ -64,16 +67,20 @@ def repair(content: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _repair_category_names(content: dict[str, Any]) -> None:
+    for category in content["categories"]:
+        name = category.get("name") if isinstance(category, dict) else None
+        if isinstance(name, str | int | float):
+            category["name"] = same_name(str(name))
+
+
 def _remove_unused_doubles(content: dict[str, Any], annotations: list[dict[str, Any]]) -> list[str]:
     """Remove categories without annotations whose name another category has, as Roboflow's category 0."""
     used = Counter(key_of(each.get("category_id")) for each in annotations)
     by_name = defaultdict(list)
     for category in content["categories"]:
-        if isinstance(category, dict):
-            if isinstance(category.get("name"), int | float):
-                category["name"] = str(category["name"])
-            if isinstance(category.get("name"), str):
-                by_name[category["name"]].append(category)
+        if isinstance(category, dict) and isinstance(category.get("name"), str):
+            by_name[category["name"]].append(category)
     notes = []
     for name, same in by_name.items():
         kept = [each for each in same if used[key_of(each.get("id"))]] or same[-1:]

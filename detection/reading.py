@@ -4,11 +4,14 @@ Importing it, as a config does with `custom_imports`, has MMDetection's dataset 
 `AnnotationFile`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import coco_metric
+
+from shvit.run_info import same_name
 
 from .coco import load_content, repair
 
@@ -26,6 +29,13 @@ class AnnotationFile(COCO):
             repair(self.dataset)
             self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+
+    def get_cat_ids(
+        self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
+    ) -> list[int]:
+        """Return ids of categories, whichever way the accents in `cat_names` are written."""
+        names = [cat_names] if isinstance(cat_names, str) else cat_names
+        return super().get_cat_ids([same_name(name) for name in names], sup_names, cat_ids)
 
 
 CocoDataset.COCOAPI = AnnotationFile

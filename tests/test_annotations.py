@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import unicodedata
 from collections import Counter
 
 import mmcv
@@ -526,6 +527,25 @@ def test_there_must_be_something_to_evaluate_against(coco, tmp_path, change):
     assert "without validation: --options val_dataloader=None" in report.refusal()
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_may_be_written_in_either_way(coco, tmp_path, ours, theirs):
+    """As macOS and others write them; MMDetection itself finds no category then, and learns from nothing."""
+    from mmdet.registry import DATASETS, METRICS
+
+    path = changed(coco, tmp_path, lambda c: c["categories"][0].update(name=unicodedata.normalize(theirs, "café")))
+    config = open_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
+    config.train_dataloader.dataset.ann_file = str(path)
+    config.train_dataloader.dataset.metainfo.classes = classes = (unicodedata.normalize(ours, "café"), "blue")
+    config.test_dataloader.dataset.metainfo.classes = ("café", "blue")
+    (report,) = check_datasets(config, ("train",))
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    labels = [label for item in dataset for label in item["data_samples"].gt_instances.labels.tolist()]
+    assert list(report.by_class.values()) == [(3, 4), (4, 8)]
+    assert [labels.count(0), labels.count(1)] == [4, 8]
+    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(path)})
+    assert metric._coco_api.get_cat_ids(cat_names=classes) == [1, 2]
+
+
 def quirks(content):
     for number, annotation in enumerate(content["annotations"]):
         del annotation["area"], annotation["iscrowd"]
@@ -641,6 +661,7 @@ def test_validation_images_that_are_trained_with_are_counted(coco, tmp_path):
     [
         ("train_dataloader.dataset.metainfo", {"classes": "red"}, r"is the text 'red'; write a tuple, with a comma"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red", "red")}, "has 'red' twice"),
+        ("train_dataloader.dataset.metainfo", {"classes": ("\u00e9", "e\u0301")}, "has 'é' twice"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red", 3)}, "write the names of one class or more"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red",)}, "has red, and test_dataloader's red, blue"),
         ("train_dataloader.dataset.metainfo", None, "has person, bicycle, .*, and test_dataloader's red, blue"),
