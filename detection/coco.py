@@ -152,6 +152,11 @@ def is_box(value: Any) -> TypeGuard[list[float]]:
     return is_numbers(value) and len(value) == 4 and value[2] >= 0 and value[3] >= 0
 
 
+def is_zero_box(value: Any) -> bool:
+    """Whether a value is a box without width or height, which no detection can overlap."""
+    return is_box(value) and min(value[2:]) == 0
+
+
 def is_polygon(value: Any) -> TypeGuard[list[float]]:
     """Whether a value is [x1, y1, x2, y2, x3, y3, …] with three corners or more."""
     return is_numbers(value) and len(value) >= 6 and len(value) % 2 == 0

@@ -6,7 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from .boxes import SLACK, BoxForms, MaskFits, Pair, Rectangle, extent, mask_extent
-from .coco import count, is_box, is_number, is_polygon, is_side, is_text_of, key_of, names_of, run_lengths, short
+from .coco import (
+    count,
+    is_box,
+    is_number,
+    is_polygon,
+    is_side,
+    is_text_of,
+    is_zero_box,
+    key_of,
+    names_of,
+    run_lengths,
+    short,
+)
 from .headers import Reader
 from .report import LISTED, Report
 
@@ -77,7 +89,7 @@ class Objects:
         if image is None or name is None or not is_box(box) or not _is_area(entry.get("area")):
             return
         image.boxes.append((name, *box))
-        image.of_classes |= name in self.use.classes
+        image.of_classes |= name in self.use.classes and not is_zero_box(box)
         segmentation = entry.get("segmentation")
         runs = run_lengths(segmentation.get("counts")) if isinstance(segmentation, dict) else None
         mask = mask_extent(segmentation, runs, image.width, image.height)
@@ -124,6 +136,8 @@ class Objects:
         """Why MMDetection does not learn from a sound annotation, or pycocotools not evaluate against it, if so."""
         if name not in self.use.classes:
             return "of other categories"
+        if is_zero_box(box):
+            return "without width or height"
         if self.use.learn:
             if entry.get("ignore"):
                 return "with ignore set"
@@ -136,8 +150,7 @@ class Objects:
     def _hold_box(self, box: list[float], image: ListedImage, where: str) -> None:
         x, y, width, height = box
         if max(x, 0) >= min(x + width, image.width) or max(y, 0) >= min(y + height, image.height):
-            if self.use.learn or width * height > 0:
-                self.outside.append((where, f"has bbox {short(box)} in {image.width}×{image.height}"))
+            self.outside.append((where, f"has bbox {short(box)} in {image.width}×{image.height}"))
             return
         beyond = max(-x, -y, x + width - image.width, y + height - image.height)
         if beyond > SLACK:

@@ -13,13 +13,14 @@ from mmdet.evaluation.metrics import coco_metric
 
 from shvit.run_info import same_name
 
-from .coco import load_content, repair
+from .coco import is_zero_box, load_content, repair
 
 
 class AnnotationFile(COCO):
     """pycocotools' COCO of a file that `load_content` reads and `repair` has been at.
 
-    A file without quirks is read as pycocotools itself reads it.
+    Boxes without width or height are left out: MMDetection does not learn from them, and would evaluate against them as
+    objects that nothing can find. A file without quirks is read as pycocotools itself reads it.
     """
 
     def __init__(self, annotation_file: str | None = None) -> None:
@@ -27,6 +28,8 @@ class AnnotationFile(COCO):
         if annotation_file is not None:
             self.dataset = load_content(Path(annotation_file))
             repair(self.dataset)
+            kept = [each for each in self.dataset["annotations"] if not is_zero_box(each.get("bbox"))]
+            self.dataset["annotations"] = kept
             self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 

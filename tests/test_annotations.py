@@ -13,7 +13,6 @@ import torch
 from detection_data import CLASSES, write_coco, write_config
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from shvit.cli import run
 from shvit.detection.annotations import check_annotations, check_datasets, inspect
@@ -556,26 +555,47 @@ def quirks(content):
 
 def test_a_repaired_file_is_evaluated_as_a_clean_one(coco, tmp_path):
     """What is annotated, given back as detections, has an AP of 1 in MMDetection's metric."""
+    content = json.loads((coco / "annotations.json").read_text())
+    (tmp_path / "a.json").write_bytes(json.dumps(quirks(copy.deepcopy(content))).encode("utf-8-sig"))
+    result = own_precision(content, tmp_path / "a.json")
+    assert result["coco/bbox_mAP"] == result["coco/segm_mAP"] == 1
+
+
+def own_precision(content, path):
+    """Figures of MMDetection's metric where what is annotated in `content` is what is found."""
     from mmdet.registry import METRICS
 
     from shvit.detection import reading  # noqa: F401
 
-    content = json.loads((coco / "annotations.json").read_text())
-    (tmp_path / "a.json").write_bytes(json.dumps(quirks(copy.deepcopy(content))).encode("utf-8-sig"))
-    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(tmp_path / "a.json"), "metric": ["bbox", "segm"]})
+    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(path), "metric": ["bbox", "segm"]})
     metric.dataset_meta = {"classes": CLASSES}
-    clean = COCO(str(coco / "annotations.json"))
     for image in content["images"]:
         found = [each for each in content["annotations"] if each["image_id"] == image["id"]]
         x, y, width, height = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).T
+        masks = [coco_mask.decode(coco_mask.frPyObjects(each["segmentation"], 96, 128))[..., 0] for each in found]
         predicted = {
             "bboxes": torch.stack([x, y, x + width, y + height], dim=1),
             "scores": torch.ones(len(found)),
             "labels": torch.tensor([each["category_id"] - 1 for each in found]),
-            "masks": torch.tensor(np.stack([clean.annToMask(each) for each in found])).bool(),
+            "masks": torch.tensor(np.stack(masks)).bool(),
         }
         metric.process({}, [{"pred_instances": predicted, "img_id": image["id"], "ori_shape": (96, 128)}])
-    result = metric.evaluate(size=len(content["images"]))
+    return metric.evaluate(size=len(content["images"]))
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_boxes_without_width_or_height_are_nothing_to_find(coco, tmp_path, learn):
+    def change(content):
+        content["annotations"][0].update(bbox=[5, 5, 0, 10], area=0)
+        content["annotations"][1].update(bbox=[5, 5, 10, 0])
+
+    report = report_of(coco, tmp_path, change, Use(CLASSES, masks=True, learn=learn))
+    assert not report.counts
+    assert report.skipped == {"without width or height": 2}
+    assert report.annotations == 10
+    content = json.loads((coco / "annotations.json").read_text())
+    content["annotations"] = content["annotations"][2:]
+    result = own_precision(content, tmp_path / "a.json")
     assert result["coco/bbox_mAP"] == result["coco/segm_mAP"] == 1
 
 
