@@ -13,6 +13,14 @@ from shvit.run_info import same_name
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7
 LISTS = ("images", "annotations", "categories")
+COMPRESSED = {  # how files of a format begin
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
 
 
 def load_content(path: Path) -> dict[str, Any]:
@@ -26,9 +34,18 @@ def load_content(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
     try:
-        content = json.loads(path.read_bytes())  # of bytes, it finds the encoding
+        read = path.read_bytes()
+        if how := next((name for begin, name in COMPRESSED.items() if read.startswith(begin)), None):
+            raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
+        content = json.loads(read)  # of bytes, it finds the encoding
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        several = error.msg == "Extra data" and error.colno == 1
+        why = (
+            "a JSON value on each line, as JSON Lines; write one object with all three lists" if several else str(error)
+        )
+        raise InputError(f"{path}: not a COCO annotation file ({why[:200]})") from error
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path}: not a COCO annotation file ({str(error)[:200]})") from error
     for key in LISTS:

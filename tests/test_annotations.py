@@ -1,9 +1,13 @@
 """COCO files as tools write them, held against images that Pillow writes, and against MMDetection and pycocotools."""
 
+import bz2
 import copy
+import gzip
 import io
 import json
+import lzma
 import unicodedata
+import zipfile
 from collections import Counter
 
 import mmcv
@@ -199,6 +203,29 @@ def test_what_is_not_a_coco_file_is_one_line(coco, tmp_path):
         load_content(tmp_path / "b.json")
     (tmp_path / "a.json").write_bytes('{"images": ["é"]}'.encode("latin-1"))
     with pytest.raises(InputError, match="save it as UTF-8"):
+        load_content(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_compressed_files_are_named(tmp_path, pack, name):
+    (tmp_path / "a.json").write_bytes(pack(b'{"images": []}'))
+    with pytest.raises(InputError, match=rf"is compressed \({name}\); unpack it"):
+        load_content(tmp_path / "a.json")
+
+
+def test_a_zip_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.json", "w") as file:
+        file.writestr("annotations.json", "{}")
+    with pytest.raises(InputError, match=r"is compressed \(zip\)"):
+        load_content(tmp_path / "a.json")
+
+
+def test_json_lines_are_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"id": 1}\n{"id": 2}\n')
+    with pytest.raises(InputError, match="a JSON value on each line, as JSON Lines; write one object"):
+        load_content(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"id": 1} {"id": 2}')
+    with pytest.raises(InputError, match="Extra data"):
         load_content(tmp_path / "a.json")
 
 
