@@ -1,7 +1,8 @@
 """Whether boxes are what COCO calls boxes, and around their masks; which mistake explains those that are not."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -225,6 +226,9 @@ FORMS: dict[str, Put] = {
         lambda a, b, c, d, w, h: (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
     ),
     "the boxes are [x, y, height, width]: convert them": _form(lambda a, b, c, d, w, h: (a, b, a + d, b + c)),
+    "the boxes have half the width and height of their masks: double both": _form(
+        lambda a, b, c, d, w, h: (a, b, a + 2 * c, b + 2 * d)
+    ),
     "the boxes are [y, x, height, width], or the masks have x and y exchanged: convert them": _form(
         lambda a, b, c, d, w, h: (b, a, b + d, a + c)
     ),
@@ -246,28 +250,35 @@ FORMS: dict[str, Put] = {
 """Mistakes in the form of boxes or masks, and what to do about each."""
 
 
-def _scales(pairs: list[Pair]) -> Iterable[tuple[str, Put]]:
-    """Yield the mistakes of boxes or masks that are for images of another size: one factor, or one size, for all."""
+def _scales(pairs: list[Pair]) -> list[tuple[str, Put]]:
+    """Return the mistakes of boxes or masks that are for images of another size: one factor, or one size, for all.
+
+    Where all images have one size, both explain the same; a factor that differs across and down is a size.
+    """
     ratios = [_ratio(pair) for pair in pairs]
     factor = _medians(ratios)
-    yield (
-        f"the boxes are {_figures(factor, ' by ')} times their masks, as when images are resized after annotation: "
-        "scale boxes and masks as the images were",
-        lambda pair: (pair.drawn, _scaled(pair.mask, *factor)),
+    boxes = _medians(
+        [(across * pair.width, down * pair.height) for (across, down), pair in zip(ratios, pairs, strict=True)]
     )
-    sizes = [(across * pair.width, down * pair.height) for (across, down), pair in zip(ratios, pairs, strict=True)]
-    size = _medians(sizes)
-    yield (
-        f"the boxes are for images of about {_figures(size, '×')}: scale them to the images' sizes",
-        lambda pair: (pair.drawn, _scaled(pair.mask, size[0] / pair.width, size[1] / pair.height)),
-    )
-    drawn = _medians(
+    masks = _medians(
         [(pair.width / across, pair.height / down) for (across, down), pair in zip(ratios, pairs, strict=True)]
     )
-    yield (
-        f"the masks are for images of about {_figures(drawn, '×')}: scale them to the images' sizes",
-        lambda pair: (_scaled(pair.drawn, drawn[0] / pair.width, drawn[1] / pair.height), pair.mask),
-    )
+    mistakes: list[tuple[str, Put]] = [
+        (
+            f"the boxes are {factor[0]:.2g} times their masks, as when images are resized after annotation: scale "
+            "boxes and masks as the images were",
+            lambda pair: (pair.drawn, _scaled(pair.mask, factor[0], factor[1])),
+        ),
+        (
+            f"the boxes are for images of about {boxes[0]:.0f}×{boxes[1]:.0f}: scale them to the images' sizes",
+            lambda pair: (pair.drawn, _scaled(pair.mask, boxes[0] / pair.width, boxes[1] / pair.height)),
+        ),
+        (
+            f"the masks are for images of about {masks[0]:.0f}×{masks[1]:.0f}: scale them to the images' sizes",
+            lambda pair: (_scaled(pair.drawn, masks[0] / pair.width, masks[1] / pair.height), pair.mask),
+        ),
+    ]
+    return mistakes if math.isclose(*factor, rel_tol=0.02) else mistakes[1:]
 
 
 def _shift(pairs: list[Pair]) -> tuple[str, Put]:
@@ -303,11 +314,3 @@ def _scaled(rectangle: Rectangle, across: float, down: float) -> Rectangle:
 def _shifted(rectangle: Rectangle, across: float, down: float) -> Rectangle:
     left, top, right, bottom = rectangle
     return left + across, top + down, right + across, bottom + down
-
-
-def _figures(pair: tuple[float, float], between: str) -> str:
-    """`0.5` where both are alike within 2 %, `0.5 by 0.7` otherwise; sizes always have both."""
-    one, other = pair
-    if between == " by " and abs(one - other) <= 0.02 * max(abs(one), abs(other)):
-        return f"{(one + other) / 2:.2g}"
-    return f"{one:.3g}{between}{other:.3g}"

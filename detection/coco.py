@@ -34,24 +34,30 @@ def load_content(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
     try:
-        read = path.read_bytes()
-        if how := next((name for begin, name in COMPRESSED.items() if read.startswith(begin)), None):
-            raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
-        content = json.loads(read)  # of bytes, it finds the encoding
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({str(error)[:200]})") from error
+    if how := next((name for begin, name in COMPRESSED.items() if text.startswith(begin)), None):
+        raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
+    try:
+        content = json.loads(text)  # of bytes, it finds the encoding
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        several = error.msg == "Extra data" and error.colno == 1
-        why = (
-            "a JSON value on each line, as JSON Lines; write one object with all three lists" if several else str(error)
-        )
-        raise InputError(f"{path}: not a COCO annotation file ({why[:200]})") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({str(error)[:200]})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a COCO annotation file ({_reason(error)})") from error
     for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Return why a text is not JSON."""
+    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.colno == 1:
+        return (
+            "it has a JSON value on each line, as JSON Lines; write one object with images, annotations and categories"
+        )
+    return str(error)[:200]
 
 
 def repair(content: dict[str, Any]) -> list[str]:

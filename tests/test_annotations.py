@@ -209,8 +209,9 @@ def test_what_is_not_a_coco_file_is_one_line(coco, tmp_path):
 @pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
 def test_compressed_files_are_named(tmp_path, pack, name):
     (tmp_path / "a.json").write_bytes(pack(b'{"images": []}'))
-    with pytest.raises(InputError, match=rf"is compressed \({name}\); unpack it"):
+    with pytest.raises(InputError, match=rf"a.json: is compressed \({name}\); unpack it") as caught:
         load_content(tmp_path / "a.json")
+    assert str(caught.value).startswith(str(tmp_path))
 
 
 def test_a_zip_is_named(tmp_path):
@@ -222,7 +223,7 @@ def test_a_zip_is_named(tmp_path):
 
 def test_json_lines_are_named(tmp_path):
     (tmp_path / "a.json").write_text('{"id": 1}\n{"id": 2}\n')
-    with pytest.raises(InputError, match="a JSON value on each line, as JSON Lines; write one object"):
+    with pytest.raises(InputError, match=r"file \(it has a JSON value on each line, as JSON Lines; write one object"):
         load_content(tmp_path / "a.json")
     (tmp_path / "a.json").write_text('{"id": 1} {"id": 2}')
     with pytest.raises(InputError, match="Extra data"):
@@ -335,7 +336,8 @@ def by_rows(annotation, _):
     ("change", "explanation"),
     [
         (box(lambda x, y, w, h: [x / 2, y / 2, w / 2, h / 2]), "the boxes are 0.5 times their masks"),
-        (box(lambda x, y, w, h: [x / 2, y / 3, w / 2, h / 3]), "the boxes are 0.5 by 0.333 times their masks"),
+        (box(lambda x, y, w, h: [x / 2, y / 3, w / 2, h / 3]), "the boxes are for images of about 64×32"),
+        (box(lambda x, y, w, h: [x, y, w / 2, h / 2]), "the boxes have half the width and height"),
         (polygon(lambda x, y, a: (x / 2, y / 2)), "the boxes are 2 times their masks"),
         (box(lambda x, y, w, h: [y, x, h, w]), "the boxes are [y, x, height, width], or the masks have x and y"),
         (polygon(lambda x, y, a: (y, x)), "the boxes are [y, x, height, width], or the masks have x and y"),
