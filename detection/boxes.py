@@ -217,7 +217,12 @@ def _share(pairs: list[Pair], put: Put) -> float:
 
 def _form(corners: Callable[[float, float, float, float, int, int], Rectangle]) -> Put:
     """Return what reads a box's four numbers, given the image's width and height, in another way."""
-    return lambda pair: (corners(*pair.box, pair.width, pair.height), pair.mask)
+
+    def put(pair: Pair) -> tuple[Rectangle, Rectangle]:
+        a, b, c, d = pair.box
+        return corners(a, b, c, d, pair.width, pair.height), pair.mask
+
+    return put
 
 
 FORMS: dict[str, Put] = {
