@@ -8,12 +8,14 @@ import difflib
 import math
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
 from shvit.train.images import MAX_PIXELS
 
 from .coco import count, is_side, key_of, load_content, names_of, repair, short
@@ -93,13 +95,13 @@ def _check_class_names(config: Config, split: str, loader: Any, classes: tuple[s
         raise InputError(f"{where} is the text {short(said)}; write a tuple, with a comma: ({short(said)},)")
     if said is not None and (not said or not all(isinstance(each, str) for each in said)):
         raise InputError(f"{where} is {short(said)}; write the names of one class or more")
-    if twice := [name for name, number in Counter(said or ()).items() if number > 1]:
+    if twice := [name for name, number in Counter(map(same_name, said or ())).items() if number > 1]:
         raise InputError(f"{where} has {short(twice[0])} twice; name each class once")
     if loader is not None and said is None and innermost(loader.dataset).type.rpartition(".")[2] == "CocoDataset":
         from mmdet.datasets import CocoDataset
 
         said = CocoDataset.METAINFO["classes"]
-    if said is not None and tuple(said) != classes:
+    if said is not None and [*map(same_name, said)] != [*map(same_name, classes)]:
         raise InputError(
             f"{where} has {names_of(said)}, and test_dataloader's {names_of(classes)}; give all loaders the same"
         )
@@ -176,6 +178,7 @@ def inspect(path: Path, folder: Path, use: Use, known: dict[Path, Header] | None
     Raises:
         InputError: it is not there, or not a COCO file. What is wrong inside is in the report.
     """
+    use = replace(use, classes=tuple(map(same_name, use.classes)))  # as `repair` writes the file's
     content = load_content(path)
     report = Report(path, "training" if use.learn else "evaluation")
     raw_ids = [each.get("id") if isinstance(each, dict) else None for each in content["annotations"]]

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
 
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7
 LISTS = ("images", "annotations", "categories")
+COMPRESSED = {  # how files of a format begin
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
 
 
 def load_content(path: Path) -> dict[str, Any]:
@@ -25,28 +34,45 @@ def load_content(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
     try:
-        content = json.loads(path.read_bytes())  # of bytes, it finds the encoding
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({str(error)[:200]})") from error
+    if how := next((name for begin, name in COMPRESSED.items() if text.startswith(begin)), None):
+        raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
+    try:
+        content = json.loads(text)  # of bytes, it finds the encoding
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({str(error)[:200]})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a COCO annotation file ({_reason(error)})") from error
     for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
     return content
 
 
+def _reason(error: Exception) -> str:
+    """Return why a text is not JSON."""
+    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.colno == 1:
+        return (
+            "it has a JSON value on each line, as JSON Lines; write one object with images, annotations and categories"
+        )
+    return str(error)[:200]
+
+
 def repair(content: dict[str, Any]) -> list[str]:
     """Change what is harmless to what pycocotools needs, in place; what is wrong stays for the check to name.
 
-    Backslashes in file names become slashes; an absent area is computed and an absent iscrowd is 0; a category without
-    annotations that has the name of another is removed; annotation ids that are absent, text or below 1 are replaced
-    (pycocotools' evaluation takes id 0 for "not matched").
+    Category names that are numbers become text, and accents in them one character with their letter, as
+    `AnnotationFile` looks them up; backslashes in file names become slashes; an absent area is computed and an absent
+    iscrowd is 0; a category without annotations that has the name of another is removed; annotation ids that are
+    absent, text or below 1 are replaced (pycocotools' evaluation takes id 0 for "not matched").
 
     Returns:
         A line for each repair that a user should know of.
     """
     annotations = [each for each in content["annotations"] if isinstance(each, dict)]
+    _repair_category_names(content)
     notes = [
         *_remove_unused_doubles(content, annotations),
         *_repair_names(content),
@@ -64,16 +90,20 @@ def repair(content: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _repair_category_names(content: dict[str, Any]) -> None:
+    for category in content["categories"]:
+        name = category.get("name") if isinstance(category, dict) else None
+        if isinstance(name, str | int | float):
+            category["name"] = same_name(str(name))
+
+
 def _remove_unused_doubles(content: dict[str, Any], annotations: list[dict[str, Any]]) -> list[str]:
     """Remove categories without annotations whose name another category has, as Roboflow's category 0."""
     used = Counter(key_of(each.get("category_id")) for each in annotations)
     by_name = defaultdict(list)
     for category in content["categories"]:
-        if isinstance(category, dict):
-            if isinstance(category.get("name"), int | float):
-                category["name"] = str(category["name"])
-            if isinstance(category.get("name"), str):
-                by_name[category["name"]].append(category)
+        if isinstance(category, dict) and isinstance(category.get("name"), str):
+            by_name[category["name"]].append(category)
     notes = []
     for name, same in by_name.items():
         kept = [each for each in same if used[key_of(each.get("id"))]] or same[-1:]
@@ -143,6 +173,11 @@ def is_numbers(values: Any) -> TypeGuard[list[float]]:
 def is_box(value: Any) -> TypeGuard[list[float]]:
     """Whether a value is [x, y, width, height], where sides may be 0 but not negative."""
     return is_numbers(value) and len(value) == 4 and value[2] >= 0 and value[3] >= 0
+
+
+def is_zero_box(value: Any) -> bool:
+    """Whether a value is a box without width or height, which no detection can overlap."""
+    return is_box(value) and min(value[2:]) == 0
 
 
 def is_polygon(value: Any) -> TypeGuard[list[float]]:

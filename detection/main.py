@@ -14,7 +14,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError
 from shvit.files import check_output_folder, sha256, write_whole
-from shvit.run_info import read_run_info
+from shvit.run_info import read_run_info, same_name
 
 from .config import CONFIGS, bundled, open_config, set_data_root
 from .detector import (
@@ -137,7 +137,7 @@ class _Detects(_Command):
             check_unchanged(self.artefact, sha256(self.artefact))
             if size not in (None, artefact.spec.img_size):
                 raise InputError(f"{self.artefact} takes {artefact.spec.img_size} px; leave out --img-size")
-            if artefact.spec.classes != classes:
+            if [*map(same_name, artefact.spec.classes)] != [*map(same_name, classes)]:
                 raise InputError(f"{self.artefact} knows {len(artefact.spec.classes)} classes, not the config's "
                                  f"{len(classes)}; give the config that it was exported with")  # fmt: skip
             size = artefact.spec.img_size

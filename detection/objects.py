@@ -5,12 +5,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .coco import count, is_box, is_number, is_polygon, is_side, is_text_of, key_of, names_of, run_lengths, short
+from .boxes import SLACK, BoxForms, MaskFits, Pair, Rectangle, extent, mask_extent
+from .coco import (
+    count,
+    is_box,
+    is_number,
+    is_polygon,
+    is_side,
+    is_text_of,
+    is_zero_box,
+    key_of,
+    names_of,
+    run_lengths,
+    short,
+)
 from .headers import Reader
 from .report import LISTED, Report
 
 CROWD = "iscrowd"
-SLACK = 2  # pixels by which boxes may reach beyond their image unmentioned: annotation tools round
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Objects:
         self.images = images
         self.names = names
         self.use = use
-        self.forms = _BoxForms()
+        self.forms = BoxForms()
+        self.mask_fits = MaskFits()
         self.outside: list[tuple[str, str]] = []
         self.beyond: list[float] = []
         self.others: Counter[str] = Counter()
@@ -76,10 +89,15 @@ class Objects:
         if image is None or name is None or not is_box(box) or not _is_area(entry.get("area")):
             return
         image.boxes.append((name, *box))
-        image.of_classes |= name in self.use.classes
+        image.of_classes |= name in self.use.classes and not is_zero_box(box)
+        segmentation = entry.get("segmentation")
+        runs = run_lengths(segmentation.get("counts")) if isinstance(segmentation, dict) else None
+        mask = mask_extent(segmentation, runs, image.width, image.height)
         if image.width and name in self.use.classes:
-            self.forms.add(box, image, entry.get("segmentation"))
+            self.forms.add(box, image.width, image.height, mask)
         reason = self._skipped(entry, name, box)
+        if image.width and name in self.use.classes and mask is not None and not _is_normalized(mask):
+            self.mask_fits.add(Pair(where, box, mask, image.width, image.height), used=reason in ("", CROWD))
         if reason:
             report.skipped[reason] += 1
         else:
@@ -88,7 +106,7 @@ class Objects:
             if image.width:
                 self._hold_box(box, image, where)
             if self.use.masks:
-                self._check_mask(entry.get("segmentation"), box, image, where)
+                self._check_mask(segmentation, runs, box, image, where)
 
     def _image(self, entry: dict[str, Any], where: str) -> ListedImage | None:
         given = entry.get("image_id")
@@ -118,6 +136,8 @@ class Objects:
         """Why MMDetection does not learn from a sound annotation, or pycocotools not evaluate against it, if so."""
         if name not in self.use.classes:
             return "of other categories"
+        if is_zero_box(box):
+            return "without width or height"
         if self.use.learn:
             if entry.get("ignore"):
                 return "with ignore set"
@@ -130,17 +150,18 @@ class Objects:
     def _hold_box(self, box: list[float], image: ListedImage, where: str) -> None:
         x, y, width, height = box
         if max(x, 0) >= min(x + width, image.width) or max(y, 0) >= min(y + height, image.height):
-            if self.use.learn or width * height > 0:
-                self.outside.append((where, f"has bbox {short(box)} in {image.width}×{image.height}"))
+            self.outside.append((where, f"has bbox {short(box)} in {image.width}×{image.height}"))
             return
         beyond = max(-x, -y, x + width - image.width, y + height - image.height)
         if beyond > SLACK:
             self.beyond.append(beyond)
 
-    def _check_mask(self, segmentation: Any, box: list[float], image: ListedImage, where: str) -> None:
+    def _check_mask(
+        self, segmentation: Any, runs: list[int] | None, box: list[float], image: ListedImage, where: str
+    ) -> None:
         report = self.report
         if isinstance(segmentation, dict):
-            self._check_run_lengths(segmentation, image, where)
+            self._check_run_lengths(segmentation, runs, image, where)
         elif not isinstance(segmentation, list) or not segmentation:
             report.add("no polygon, which the masks need", where, "" if not segmentation else short(segmentation))
         elif all(map(is_number, segmentation)):
@@ -153,16 +174,16 @@ class Objects:
             self._check_extent(segmentation, image, where)
 
     def _check_extent(self, polygons: list[list[float]], image: ListedImage, where: str) -> None:
-        left, top, right, bottom = extent(polygons)
-        if left >= 0 and top >= 0 and right <= 1 and bottom <= 1:
+        left, top, right, bottom = rectangle = extent(polygons)
+        if _is_normalized(rectangle):
             self.report.add("polygon is normalized to 0..1", where, f"has {short(polygons[0])}")
         elif left == right or top == bottom:
             self.report.add("mask is empty", where, f"has {short(polygons[0])}")
         elif image.width and (right <= 0 or bottom <= 0 or left >= image.width or top >= image.height):
             self.report.add("polygon outside of the image", where, f"in {image.width}×{image.height}")
 
-    def _check_run_lengths(self, mask: dict[str, Any], image: ListedImage, where: str) -> None:
-        size, runs = mask.get("size"), run_lengths(mask.get("counts"))
+    def _check_run_lengths(self, mask: dict[str, Any], runs: list[int] | None, image: ListedImage, where: str) -> None:
+        size = mask.get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(map(is_side, size))) or (
             image.width and size != [image.height, image.width]
         ):
@@ -184,6 +205,7 @@ class Objects:
         else:
             for where, detail in self.outside:
                 report.add("bbox outside of the image", where, detail)
+            self._conclude_mask_fits()
         if self.beyond:
             report.notes.append(
                 f"{count(len(self.beyond), 'box')} beyond the image by more than {SLACK} px (up to "
@@ -203,6 +225,25 @@ class Objects:
             elif len(report.skipped) == 1:
                 why = f"all are {next(iter(report.skipped))}"
             report.add("no annotation is left to learn from" if use.learn else "nothing to evaluate against", "", why)
+
+    def _conclude_mask_fits(self) -> None:
+        """Add boxes that are not around their masks, where they are many, and a note where they are few."""
+        fits, kind = self.mask_fits, "bbox is not around its mask"
+        wrong, why = fits.wrong()
+        for pair in wrong:
+            left, top, right, bottom = pair.mask
+            around = [round(each, 1) for each in (left, top, right - left, bottom - top)]
+            self.report.add(kind, pair.where, f"has bbox {short(pair.box)} and a mask with bbox {around}")
+        if why:
+            self.report.hints[kind] = why
+        elif not wrong and fits.misplaced:
+            self._note_pairs("beside their masks", fits.misplaced)
+        if not why and fits.loose:
+            self._note_pairs("far larger or far smaller than their masks", fits.loose)
+
+    def _note_pairs(self, how: str, pairs: list[Pair]) -> None:
+        named = f"{', '.join(pair.where for pair in pairs[:LISTED])}{', …' if len(pairs) > LISTED else ''}"
+        self.report.notes.append(f"boxes {how}: {len(pairs):,} of {self.mask_fits.compared:,} ({named})")
 
     def _check_same_files(self) -> None:
         """Add files that several entries name, unless the entries have the same annotations."""
@@ -269,51 +310,6 @@ def _has_pairs(value: Any) -> bool:
     )
 
 
-def extent(polygons: list[list[float]]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of polygons."""
-    xs = [x for polygon in polygons for x in polygon[::2]]
-    ys = [y for polygon in polygons for y in polygon[1::2]]
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-class _BoxForms:
-    """Which form boxes have, by the image, and by the polygons where there are any."""
-
-    NAMES = (
-        "bbox is [x1, y1, x2, y2], not [x, y, width, height]",
-        "bbox is [center x, center y, width, height], not [x, y, width, height]",
-    )
-    NORMALIZED = "bbox is normalized to 0..1"
-
-    def __init__(self) -> None:
-        self.total = self.normalized = self.right = self.drawn = 0
-        self.fits: Counter[str] = Counter()
-
-    def add(self, box: list[float], image: ListedImage, segmentation: Any) -> None:
-        """Count the forms in which a box is inside of its image, and around its polygons."""
-        a, b, c, d = box
-        drawn = None
-        if isinstance(segmentation, list) and segmentation and all(map(is_polygon, segmentation)):
-            drawn = extent(segmentation)
-
-        def fits(left: float, top: float, right: float, bottom: float) -> bool:
-            if drawn is not None:
-                corners = (left, top, right, bottom)
-                return all(abs(one - other) <= SLACK for one, other in zip(corners, drawn, strict=True))
-            inside = min(left, top) >= -SLACK and right <= image.width + SLACK and bottom <= image.height + SLACK
-            return inside and right > left and bottom > top
-
-        self.total += 1
-        self.drawn += drawn is not None
-        self.normalized += max(box) <= 1 and min(c, d) > 0
-        self.right += fits(a, b, a + c, b + d)
-        self.fits[self.NAMES[0]] += fits(a, b, c, d)
-        self.fits[self.NAMES[1]] += fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-
-    def named(self) -> str | None:
-        """Return the kind of problem, where nearly all boxes have another form and many cannot have the right one."""
-        if self.total and self.normalized > self.total / 2:
-            return self.NORMALIZED
-        wrong = self.total - self.right
-        few = wrong <= self.total / 2 if self.drawn else wrong < max(3, self.total / 10)
-        return None if few else next((name for name in self.NAMES if self.fits[name] >= 0.95 * self.total), None)
+def _is_normalized(rectangle: Rectangle) -> bool:
+    """Whether a mask is inside of the image's first pixel, as coordinates in 0..1 are."""
+    return min(rectangle) >= 0 and max(rectangle) <= 1

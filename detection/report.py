@@ -60,6 +60,10 @@ KINDS = {  # kind of problem: what it is counted in, and what to do
         "multiply by the image's width and height; YOLO's x and y are centers",
     ),
     "bbox outside of the image": ("annotation", "correct or remove them"),
+    "bbox is not around its mask": (
+        "annotation",
+        "correct the boxes or the masks, or leave segmentation out where the detector takes boxes only",
+    ),
     "area is not a number": ("annotation", "correct it, or leave it out to have it computed"),
     "iscrowd is not 0 or 1": ("annotation", "correct them"),
     "no polygon, which the masks need": (

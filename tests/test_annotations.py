@@ -1,8 +1,13 @@
 """COCO files as tools write them, held against images that Pillow writes, and against MMDetection and pycocotools."""
 
+import bz2
 import copy
+import gzip
 import io
 import json
+import lzma
+import unicodedata
+import zipfile
 from collections import Counter
 
 import mmcv
@@ -12,10 +17,10 @@ import torch
 from detection_data import CLASSES, write_coco, write_config
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from shvit.cli import run
 from shvit.detection.annotations import check_annotations, check_datasets, inspect
+from shvit.detection.boxes import MaskFits, Pair, extent_of_runs
 from shvit.detection.coco import is_numbers, load_content, repair, run_lengths
 from shvit.detection.config import open_config
 from shvit.detection.headers import Reader, read_headers
@@ -201,6 +206,30 @@ def test_what_is_not_a_coco_file_is_one_line(coco, tmp_path):
         load_content(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_compressed_files_are_named(tmp_path, pack, name):
+    (tmp_path / "a.json").write_bytes(pack(b'{"images": []}'))
+    with pytest.raises(InputError, match=rf"a.json: is compressed \({name}\); unpack it") as caught:
+        load_content(tmp_path / "a.json")
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_zip_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.json", "w") as file:
+        file.writestr("annotations.json", "{}")
+    with pytest.raises(InputError, match=r"is compressed \(zip\)"):
+        load_content(tmp_path / "a.json")
+
+
+def test_json_lines_are_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"id": 1}\n{"id": 2}\n')
+    with pytest.raises(InputError, match=r"file \(it has a JSON value on each line, as JSON Lines; write one object"):
+        load_content(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"id": 1} {"id": 2}')
+    with pytest.raises(InputError, match="Extra data"):
+        load_content(tmp_path / "a.json")
+
+
 def test_missing_files_are_looked_for(coco, tmp_path):
     report = report_of(coco, tmp_path, every("images", file_name=lambda e: f"photographs\\{e['file_name']}"))
     assert report.counts["file not found"] == 4
@@ -233,7 +262,8 @@ def test_missing_files_are_looked_for(coco, tmp_path):
         (every("annotations", id=lambda e: f"a{e['id']}"), "annotation ids that are absent, text or below 1"),
         (every("annotations", id=lambda e: e["id"] - 1), "annotation ids that are absent, text or below 1"),
         (without("annotations", "id"), "annotation ids that are absent, text or below 1"),
-        (first("annotations", bbox=[100, 50, 40, 20]), "1 box beyond the image by more than 2 px (up to 12)"),
+        (first("annotations", bbox=[100, 50, 40, 20], segmentation=[[100, 50, 128, 50, 128, 70, 100, 70]]),
+         "1 box beyond the image by more than 2 px (up to 12)"),
         (first("images", width=127), "the size of 1 image is a pixel off"),
     ],
 )  # fmt: skip
@@ -262,6 +292,134 @@ def test_loose_boxes_are_not_taken_for_another_form(coco, tmp_path):
     )
     for use in (LEARN, Use(CLASSES, masks=False, learn=True)):
         assert not report_of(coco, tmp_path, wide, use).counts
+
+
+# --- boxes and masks --------------------------------------------------------------------------------------------------
+
+APART = "bbox is not around its mask"
+
+
+def edited(change):
+    """Changes each annotation, given it and its number."""
+
+    def edit(content):
+        for number, annotation in enumerate(content["annotations"]):
+            change(annotation, number)
+
+    return edit
+
+
+def box(corners):
+    """Writes every box anew from its x, y, width and height."""
+    return edited(lambda a, _: a.update(bbox=corners(*a["bbox"])))
+
+
+def polygon(point):
+    """Writes every polygon anew from its points and its box."""
+    return edited(
+        lambda a, _: a.update(
+            segmentation=[[v for p in np.reshape(a["segmentation"][0], (-1, 2)) for v in map(float, point(*p, a))]]
+        )
+    )
+
+
+def by_rows(annotation, _):
+    x, y, width, height = annotation["bbox"]
+    mask = np.zeros((96, 128), bool)
+    mask[y : y + height, x : x + width] = True
+    edges = np.flatnonzero(np.diff(mask.ravel(), prepend=0, append=0))
+    runs = np.diff(edges, prepend=0, append=mask.size).tolist()
+    annotation["segmentation"] = {"size": [96, 128], "counts": runs}
+
+
+@pytest.mark.parametrize(
+    ("change", "explanation"),
+    [
+        (box(lambda x, y, w, h: [x / 2, y / 2, w / 2, h / 2]), "the boxes are 0.5 times their masks"),
+        (box(lambda x, y, w, h: [x / 2, y / 3, w / 2, h / 3]), "the boxes are for images of about 64×32"),
+        (box(lambda x, y, w, h: [x, y, w / 2, h / 2]), "the boxes have half the width and height"),
+        (polygon(lambda x, y, a: (x / 2, y / 2)), "the boxes are 2 times their masks"),
+        (box(lambda x, y, w, h: [y, x, h, w]), "the boxes are [y, x, height, width], or the masks have x and y"),
+        (polygon(lambda x, y, a: (y, x)), "the boxes are [y, x, height, width], or the masks have x and y"),
+        (box(lambda x, y, w, h: [y / 2, x / 2, h / 2, w / 2]), "leave segmentation out"),
+        (polygon(lambda x, y, a: (x + 40, y)), "the boxes are 40 px left of and 0 px above their masks"),
+        (polygon(lambda x, y, a: (128 - x, y)), "the boxes are mirrored"),
+        (polygon(lambda x, y, a: (x - a["bbox"][0], y - a["bbox"][1])), "the masks begin at their box's corner"),
+        (every("annotations", segmentation=[[100, 80, 110, 80, 110, 90, 100, 90]]), "leave segmentation out"),
+        (edited(by_rows), "the run lengths go along the rows"),
+        (edited(lambda a, number: number % 2 and a.update(bbox=PARTS["bbox"](a))), "the boxes are normalized to 0..1"),
+        (edited(lambda a, number: number % 2 and a.update(bbox=CENTERS["bbox"](a))), "the boxes are [center x"),
+        (first("annotations", segmentation={"size": [96, 128], "counts": [0, 5, 96 * 128 - 5]}), "leave segmentation"),
+    ],
+)  # fmt: skip
+def test_boxes_that_are_not_around_their_masks_are_refused_and_explained(coco, tmp_path, change, explanation):
+    for use in (LEARN, Use(CLASSES, masks=True, learn=False), Use(CLASSES, masks=False, learn=True)):
+        report = report_of(coco, tmp_path, change, use)
+        assert list(report.counts) in ([APART], ["bbox outside of the image", APART]), report.counts
+        assert explanation in report.refusal()
+        assert "annotation 1 has bbox" in report.refusal() or report.counts[APART] < 12
+
+
+def test_boxes_of_images_of_another_size_are_explained_by_that_size(tmp_path):
+    """Images of two sizes, and boxes as of a network's square input."""
+    fits = MaskFits()
+    for number, (width, height) in enumerate([(640, 480), (1280, 2000)] * 4):
+        box, mask = [2.0 + 9 * number, 50.0, 9.0, 12.0], (2.0 + 9 * number, 50.0, 11.0 + 9 * number, 62.0)
+        scaled = tuple(each * side / 100 for each, side in zip(mask, (width, height) * 2, strict=True))
+        fits.add(Pair(f"annotation {number}", box, scaled, width, height))
+    wrong, explanation = fits.wrong()
+    assert len(wrong) == 8
+    assert explanation.startswith("the boxes are for images of about 100×100")
+
+
+def fitting(boxes_and_masks):
+    fits = MaskFits()
+    for number, (box, mask) in enumerate(boxes_and_masks):
+        fits.add(Pair(f"annotation {number}", box, mask, 640, 480))
+    return fits
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "mask"),
+    [
+        ("a tiny object, a pixel off", [10, 10, 1, 1], (11, 11, 12, 12)),
+        ("a tiny object with a box around it", [10, 10, 9, 9], (13, 13, 15, 15)),
+        ("last pixels counted or not", [10, 10, 3, 3], (10, 10, 14, 14)),
+        ("drawn by hand, the mask made later", [100, 100, 60, 60], (110, 108, 152, 157)),
+        ("a mask that ends at the image's border", [-300, 100, 350, 200], (0, 102, 50, 298)),
+        ("a box that ends there", [0, 100, 50, 200], (-300, 102, 50, 298)),
+        ("an occluded object in two parts", [100, 100, 200, 80], (100, 101, 299, 180)),
+    ],
+)
+def test_sound_boxes_are_not_in_doubt(name, box, mask):
+    assert not fitting([(box, mask)] * 20).doubtful, name
+
+
+def test_loose_boxes_are_a_note_however_many(coco, tmp_path):
+    """A box around a whole object, of which the mask has what is seen, is what its annotator meant."""
+    hidden = polygon(lambda x, y, a: (a["bbox"][0] + (x - a["bbox"][0]) / 4, a["bbox"][1] + (y - a["bbox"][1]) / 2))
+    report = report_of(coco, tmp_path, hidden)
+    assert not report.counts
+    assert report.notes[0].startswith("boxes far larger or far smaller than their masks: 12 of 12 (annotation 1, ")
+
+
+def test_a_slip_among_many_boxes_is_a_note(coco, tmp_path):
+    def change(content):
+        content["annotations"] = [{**each, "id": n} for n, each in enumerate(content["annotations"] * 3, 1)]
+        content["annotations"][4]["segmentation"] = [[0, 0, 9, 0, 9, 5]]
+
+    report = report_of(coco, tmp_path, change)
+    assert not report.counts
+    assert report.notes == ["boxes beside their masks: 1 of 36 (annotation 5)"]
+
+
+def test_the_extent_of_run_lengths_is_pycocotools():
+    rng = np.random.default_rng(0)
+    for density in (0, 0.0005, 0.002, 0.02, 1):
+        mask = np.asfortranarray(rng.random((37, 53)) < density, np.uint8)
+        encoded = coco_mask.encode(mask)
+        left, top, right, bottom = extent_of_runs(run_lengths(encoded["counts"].decode()), 37)
+        assert [left, top, right - left, bottom - top] == coco_mask.toBbox(encoded).tolist()
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -397,6 +555,25 @@ def test_there_must_be_something_to_evaluate_against(coco, tmp_path, change):
     assert "without validation: --options val_dataloader=None" in report.refusal()
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_may_be_written_in_either_way(coco, tmp_path, ours, theirs):
+    """As macOS and others write them; MMDetection itself finds no category then, and learns from nothing."""
+    from mmdet.registry import DATASETS, METRICS
+
+    path = changed(coco, tmp_path, lambda c: c["categories"][0].update(name=unicodedata.normalize(theirs, "café")))
+    config = open_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
+    config.train_dataloader.dataset.ann_file = str(path)
+    config.train_dataloader.dataset.metainfo.classes = classes = (unicodedata.normalize(ours, "café"), "blue")
+    config.test_dataloader.dataset.metainfo.classes = ("café", "blue")
+    (report,) = check_datasets(config, ("train",))
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    labels = [label for item in dataset for label in item["data_samples"].gt_instances.labels.tolist()]
+    assert list(report.by_class.values()) == [(3, 4), (4, 8)]
+    assert [labels.count(0), labels.count(1)] == [4, 8]
+    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(path)})
+    assert metric._coco_api.get_cat_ids(cat_names=classes) == [1, 2]
+
+
 def quirks(content):
     for number, annotation in enumerate(content["annotations"]):
         del annotation["area"], annotation["iscrowd"]
@@ -407,26 +584,47 @@ def quirks(content):
 
 def test_a_repaired_file_is_evaluated_as_a_clean_one(coco, tmp_path):
     """What is annotated, given back as detections, has an AP of 1 in MMDetection's metric."""
+    content = json.loads((coco / "annotations.json").read_text())
+    (tmp_path / "a.json").write_bytes(json.dumps(quirks(copy.deepcopy(content))).encode("utf-8-sig"))
+    result = own_precision(content, tmp_path / "a.json")
+    assert result["coco/bbox_mAP"] == result["coco/segm_mAP"] == 1
+
+
+def own_precision(content, path):
+    """Figures of MMDetection's metric where what is annotated in `content` is what is found."""
     from mmdet.registry import METRICS
 
     from shvit.detection import reading  # noqa: F401
 
-    content = json.loads((coco / "annotations.json").read_text())
-    (tmp_path / "a.json").write_bytes(json.dumps(quirks(copy.deepcopy(content))).encode("utf-8-sig"))
-    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(tmp_path / "a.json"), "metric": ["bbox", "segm"]})
+    metric = METRICS.build({"type": "CocoMetric", "ann_file": str(path), "metric": ["bbox", "segm"]})
     metric.dataset_meta = {"classes": CLASSES}
-    clean = COCO(str(coco / "annotations.json"))
     for image in content["images"]:
         found = [each for each in content["annotations"] if each["image_id"] == image["id"]]
         x, y, width, height = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).T
+        masks = [coco_mask.decode(coco_mask.frPyObjects(each["segmentation"], 96, 128))[..., 0] for each in found]
         predicted = {
             "bboxes": torch.stack([x, y, x + width, y + height], dim=1),
             "scores": torch.ones(len(found)),
             "labels": torch.tensor([each["category_id"] - 1 for each in found]),
-            "masks": torch.tensor(np.stack([clean.annToMask(each) for each in found])).bool(),
+            "masks": torch.tensor(np.stack(masks)).bool(),
         }
         metric.process({}, [{"pred_instances": predicted, "img_id": image["id"], "ori_shape": (96, 128)}])
-    result = metric.evaluate(size=len(content["images"]))
+    return metric.evaluate(size=len(content["images"]))
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_boxes_without_width_or_height_are_nothing_to_find(coco, tmp_path, learn):
+    def change(content):
+        content["annotations"][0].update(bbox=[5, 5, 0, 10], area=0)
+        content["annotations"][1].update(bbox=[5, 5, 10, 0])
+
+    report = report_of(coco, tmp_path, change, Use(CLASSES, masks=True, learn=learn))
+    assert not report.counts
+    assert report.skipped == {"without width or height": 2}
+    assert report.annotations == 10
+    content = json.loads((coco / "annotations.json").read_text())
+    content["annotations"] = content["annotations"][2:]
+    result = own_precision(content, tmp_path / "a.json")
     assert result["coco/bbox_mAP"] == result["coco/segm_mAP"] == 1
 
 
@@ -512,6 +710,7 @@ def test_validation_images_that_are_trained_with_are_counted(coco, tmp_path):
     [
         ("train_dataloader.dataset.metainfo", {"classes": "red"}, r"is the text 'red'; write a tuple, with a comma"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red", "red")}, "has 'red' twice"),
+        ("train_dataloader.dataset.metainfo", {"classes": ("\u00e9", "e\u0301")}, "has 'é' twice"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red", 3)}, "write the names of one class or more"),
         ("train_dataloader.dataset.metainfo", {"classes": ("red",)}, "has red, and test_dataloader's red, blue"),
         ("train_dataloader.dataset.metainfo", None, "has person, bicycle, .*, and test_dataloader's red, blue"),
