@@ -16,7 +16,7 @@ from shvit.train.data import open_image
 
 from .forms import layers
 from .labels import contradiction
-from .parameters import compare_parameters, holds_shvit
+from .parameters import LayerParameters, compare_parameters, holds_shvit
 from .photographs import Photograph, read_pixels, spread
 from .quantize import unfold_identities
 from .runtimes import Artefact, artefact_files, artefact_sha256
@@ -36,8 +36,7 @@ BATCH = 16  # images at a time through model and artefact
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
 MAX_GREY_LEVELS = 1.0
-MAX_8_BIT_GREY_LEVELS = 4.0  # of a first layer that is in 8 bits itself, whose range may be cut
-MAX_8_BIT_WEIGHTS_GREY_LEVELS = 1.5  # of one whose weights alone are; sound files had 0.3 to 0.8
+MAX_8_BIT_GREY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
 PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -242,8 +241,10 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
     outputs = _compare_outputs(artefact, reference)
     given = run_layers(artefact, reference)
     limit = _grey_level_limit(artefact, reference)
-    grey_levels, faults = preprocessing_faults(artefact.spec, reference, given, limit)
-    weights = compare_parameters(artefact.parameters(), _quantizable(artefact, reference))
+    parameters = artefact.parameters()
+    stem = parameters.get(reference.stem or "")
+    grey_levels, faults = preprocessing_faults(artefact.spec, reference, given, limit, stem)
+    weights = compare_parameters(parameters, _quantizable(artefact, reference))
     faults += [*weights.faults, *artefact.scale_faults(), *label_faults(artefact.labels, reference.labels)]
     verdict = "refused" if faults else outputs.verdict
     worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
@@ -369,7 +370,11 @@ def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
 
 
 def preprocessing_faults(
-    told: Spec, reference: Reference, found: Mapping[str, torch.Tensor], limit: float = MAX_GREY_LEVELS
+    told: Spec,
+    reference: Reference,
+    found: Mapping[str, torch.Tensor],
+    limit: float = MAX_GREY_LEVELS,
+    stem: LayerParameters | None = None,
 ) -> tuple[float, list[str]]:
     """By how many grey levels of 255 an artefact's preprocessing differs from timm's, and what is wrong with it.
 
@@ -377,6 +382,7 @@ def preprocessing_faults(
         told: what the artefact says of itself.
         found: what its layers give, of `run_layers`: the first shows what was done inside.
         limit: of the grey levels that the first layer shows; those of the preprocessing outside may be 1.
+        stem: what the artefact holds of the first layer, where that is known.
     """
     spec = reference.spec
     told = replace(told, img_size=spec.img_size)
@@ -387,19 +393,19 @@ def preprocessing_faults(
     levels = reference.grey_levels(told)
     if levels > MAX_GREY_LEVELS:
         faults.append(f"preprocessing is off by {levels:.1f} grey levels (at most {MAX_GREY_LEVELS:g})")
-    inside = stem_grey_levels(found, reference)
+    inside = stem_grey_levels(found, reference, stem)
     if inside > limit:
         faults.append(f"the first layer is given colors that are off by {inside:.1f} grey levels (at most {limit:g})")
     return levels if limit > MAX_GREY_LEVELS and inside <= limit else max(levels, inside), faults
 
 
 def _grey_level_limit(artefact: Artefact, reference: Reference) -> float:
-    """By how much the first layer's colors may seem to be off: 8 bits round them too."""
+    """By how much the first layer's colors may seem to be off: where its input is in 8 bits, these round them too."""
     spec = artefact.spec
     if spec.precision not in ("int8", "w8a8") or reference.stem in spec.kept:
         return MAX_GREY_LEVELS
     weights_alone = spec.precision == "int8" and artefact.path.suffix == ".mlpackage"
-    return MAX_8_BIT_WEIGHTS_GREY_LEVELS if weights_alone else MAX_8_BIT_GREY_LEVELS
+    return MAX_GREY_LEVELS if weights_alone else MAX_8_BIT_GREY_LEVELS
 
 
 def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
@@ -456,11 +462,14 @@ def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
     return names[0] if names else None
 
 
-def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) -> float:
+def stem_grey_levels(
+    found: Mapping[str, torch.Tensor], reference: Reference, stem: LayerParameters | None = None
+) -> float:
     """By how many grey levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
 
-    A wrong constant of the normalization moves each color by some levels at black and some at white: these are
-    fitted. Rounding has no direction, and hardly moves either.
+    What the file's own weights make of the image, `stem`, is no sign of another image: they are compared elsewhere. A
+    wrong constant of the normalization moves each color by some levels at black and some at white: these are fitted.
+    Other rounding has no direction, and hardly moves either.
     """
     name, spec = reference.stem, reference.spec
     if name is None or name not in found or found[name].shape != reference.layers[name].shape:
@@ -470,6 +479,8 @@ def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) ->
     output, expected = found[name].double(), expected.double()
     if not holds_shvit(reference.deployed):  # a converter may have put a scale that follows into the weights
         output = output * ((output * expected).sum((0, 2, 3)) / output.square().sum((0, 2, 3)))[:, None, None]
+    elif stem is not None and stem.weight.value.shape == layer.weight.shape:
+        expected = expected + _of_rounding(layer, stem, spec.normalize(reference.pixels(spec)[:LAYER_IMAGES]).double())
     pixels = reference.pixels(spec)[:LAYER_IMAGES].double() / 255
     moves = []
     for channel in range(spec.in_chans):
@@ -483,10 +494,17 @@ def stem_grey_levels(found: Mapping[str, torch.Tensor], reference: Reference) ->
     return torch.linalg.solve(normal, basis.T @ error).abs().max().item()
 
 
-def _without_bias(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight.detach().double()
-    padding = layer.padding
-    return nn.functional.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
+def _of_rounding(layer: Any, stored: LayerParameters, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution gives more because a file holds other weights and another bias."""
+    more = _without_bias(layer, x, stored.weight.value.double() - layer.weight.detach().double())
+    if stored.bias is None or layer.bias is None:
+        return more
+    return more + (stored.bias.value.double() - layer.bias.detach().double())[:, None, None]
+
+
+def _without_bias(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    weight = layer.weight.detach().double() if weight is None else weight
+    return nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def layer_outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The judge is judged: files with one deliberate defect are refused, sound ones are not."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -186,7 +187,7 @@ def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(refer
     assert levels == pytest.approx(3, rel=0.1)
     assert "the first layer is given colors that are off by" in fault
     two = tuple(each + 2 / 255 for each in spec.mean)
-    for limit, refused in ((1.5, True), (4.0, False)):  # of 8-bit weights alone, and of 8-bit sums
+    for limit, refused in ((1.0, True), (4.0, False)):  # of 8-bit weights alone, and of 8-bit sums
         assert bool(preprocessing_faults(spec, reference, first_output(reference, mean=two), limit)[1]) == refused
     wide = tuple(1.02 * each for each in spec.std)  # 2 per cent of the distance of black or white from the mean
     expected = 0.02 / 1.02 * 255 * max(max(mean, 1 - mean) for mean in spec.mean)
@@ -194,6 +195,22 @@ def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(refer
     noisy = {name: output * (1 + 2**-8 * torch.randn(output.shape)) for name, output in first_output(reference).items()}
     assert stem_grey_levels(noisy, reference) < 0.2
     assert stem_grey_levels({}, reference) == 0
+
+
+@torch.no_grad()
+def test_what_the_rounding_of_the_first_layers_weights_moves_is_no_other_color(reference):
+    coarse = replace(reference, model=copy.deepcopy(reference.model))
+    layer = coarse.deployed.get_submodule(reference.stem)
+    steps = layer.weight.flatten(1).abs().amax(1)[:, None, None, None] / 7
+    layer.weight.copy_((layer.weight / steps).round() * steps)
+    layer.bias += 0.01
+    stem = read_back(coarse.deployed)[reference.stem]
+    given = first_output(coarse)
+    assert stem_grey_levels(given, reference) > 1
+    assert stem_grey_levels(given, reference, stem) < 1e-3
+    two = tuple(each + 2 / 255 for each in reference.spec.mean)
+    levels, _ = preprocessing_faults(reference.spec, reference, first_output(coarse, mean=two), 1.0, stem)
+    assert levels == pytest.approx(2, rel=0.2)
 
 
 def read_back(model: nn.Module, weight=lambda weight: weight, bias=lambda bias: bias, rounding: float = 2.0**-9):
