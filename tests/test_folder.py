@@ -123,6 +123,13 @@ def test_folder_of_another_run_is_refused(folder):
         folder.claim(DEMO, ["a", "b"])
 
 
+def test_states_without_their_recipe_are_refused(folder):
+    fill(folder, range(1, 3))
+    with pytest.raises(InputError, match=r"holds last\.pt and no recipe\.yaml .* put that run's recipe\.yaml back, or"):
+        folder.claim(DEMO, ["a", "b"])
+    assert not (folder.path / "recipe.yaml").exists()
+
+
 def test_other_images_are_refused_or_continued_on_request(folder):
     before, after = {"train": {"count": 96, "names_sha256": "a"}}, {"train": {"count": 288, "names_sha256": "b"}}
     folder.claim(DEMO, ["a", "b"], before)

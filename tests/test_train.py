@@ -208,6 +208,14 @@ def test_state_of_another_model_is_refused(small, tmp_path):
         train(small, tmp_path)
 
 
+def test_state_of_a_step_that_the_run_does_not_have_is_refused(small, tmp_path):
+    train(small, tmp_path)
+    for step in (-3, 17, 10**9):
+        torch.save({**state(tmp_path), "step": step}, tmp_path / "last.pt")
+        with pytest.raises(InputError, match=rf"does not fit its recipe \(step {step} of 4 epochs with 4 steps each\)"):
+            train(small, tmp_path)
+
+
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 

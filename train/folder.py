@@ -68,7 +68,8 @@ class RunFolder:
                 `recipe.data.changed` may ask for, recipe.yaml has the present ones.
 
         Raises:
-            InputError: the folder cannot be written to, or holds a run of another recipe or on other images.
+            InputError: the folder cannot be written to, or holds a run of another recipe, on other images, or of
+                which nothing tells the recipe.
         """
         import yaml
 
@@ -79,6 +80,9 @@ class RunFolder:
                 partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
         if not path.exists():
+            if self.states:
+                raise InputError(f"{self.path} holds {self.states[0].name} and no recipe.yaml that tells its run; put "
+                                 "that run's recipe.yaml back, or choose another --output")  # fmt: skip
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": versions()})
             return
         try:

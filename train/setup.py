@@ -285,7 +285,7 @@ class Run:
         """Takes over a state; of a run on more or fewer images, so that finished epochs stay finished.
 
         Raises:
-            InputError: it is of another model.
+            InputError: it is of another model, or of a step that the run does not have.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -294,6 +294,8 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
             before = state.get("steps_per_epoch", self.steps_per_epoch)
+            if before < 1 or not 0 <= self.step <= self.recipe.epochs * before:
+                raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {before} steps each")
             if before == self.steps_per_epoch:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:
