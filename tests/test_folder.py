@@ -123,6 +123,13 @@ def test_folder_of_another_run_is_refused(folder):
         folder.claim(DEMO, ["a", "b"])
 
 
+def test_classes_are_the_same_however_their_accents_are_written(folder):
+    folder.claim(DEMO, ["bar", "caf\u00e9"])
+    folder.claim(DEMO, ["bar", "cafe\u0301"])
+    with pytest.raises(InputError, match="other classes"):
+        folder.claim(DEMO, ["bar", "cafe"])
+
+
 def test_states_without_their_recipe_are_refused(folder):
     fill(folder, range(1, 3))
     with pytest.raises(InputError, match=r"holds last\.pt and no recipe\.yaml .* put that run's recipe\.yaml back, or"):

@@ -14,6 +14,7 @@ import torch
 import shvit
 from shvit.errors import InputError
 from shvit.files import write_whole
+from shvit.run_info import same_name
 
 from .recipe import Recipe, differences
 
@@ -88,11 +89,12 @@ class RunFolder:
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
             unequal = differences(stored["recipe"], recipe.as_dict())
+            known = list(map(same_name, stored.get("classes", classes)))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a readable recipe; choose another --output") from error
         if unequal:
             raise InputError(f"{self.path} holds a run that differs in {', '.join(unequal)}; choose another --output")
-        if stored.get("classes", classes) != classes:
+        if known != list(map(same_name, classes)):
             raise InputError(f"{self.path} holds a run on other classes; choose another --output")
         before = stored.get("data")
         if before is None or images is None or before == images:
