@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from shvit.errors import InputError
+from shvit.run_info import read_recipe_file
 from shvit.train.folder import RunFolder, check_apart, git_revision
 from shvit.train.recipes import DEMO
 
@@ -109,6 +111,14 @@ def test_recipe_is_written_with_what_made_it(folder):
     assert stored["classes"] == ["mono", "poly"]
     assert stored["versions"]["torch"] == str(torch.__version__)
     assert stored["versions"].keys() >= {"shvit", "timm", "python", "git"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_recipe_of_a_path_that_is_not_utf_8_can_be_read_again(folder):
+    recipe = replace(DEMO, data=replace(DEMO.data, root=Path(os.fsdecode(b"photographs\xff"))))
+    folder.claim(recipe, ["a", "b"])
+    folder.claim(recipe, ["a", "b"])
+    assert read_recipe_file(folder.path / "recipe.yaml").classes == ("a", "b")
 
 
 def test_folder_of_another_run_is_refused(folder):

@@ -237,9 +237,9 @@ class Recipe:
         return 2 if self.mixes else 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, as YAML and JSON hold them."""
+        """Plain nested values, as YAML and JSON hold them; of paths, what is not UTF-8 is escaped."""
         plain = asdict(self)
-        return json.loads(json.dumps(plain, default=str))
+        return json.loads(json.dumps(plain, default=lambda path: str(path).encode(errors="backslashreplace").decode()))
 
 
 MAY_CHANGE = (
