@@ -270,8 +270,23 @@ def test_too_many_damaged_photographs_are_an_error(small, damaged, tmp_path):
 def test_only_damaged_photographs_are_an_error(small, damaged, tmp_path):
     for path in (damaged / "train").rglob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match="damaged photographs"):
+    with pytest.raises(InputError, match=r"none of the 16 training photographs of .* can be read"):
         train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=1000)), tmp_path / "run")
+
+
+def test_validation_images_of_which_none_can_be_read_are_refused_before_training(small, damaged, tmp_path):
+    for path in (damaged / "val").rglob("*.png"):
+        path.write_text("x")
+    with pytest.raises(InputError, match=r"none of the 12 validation photographs can be read, .*\.png for one"):
+        train(replace(small, data=Data(root=damaged, workers=0)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_of_which_no_image_can_be_read_ends_the_run(small, damaged, tmp_path):
+    for path in (damaged / "train" / "red").glob("*.png"):
+        path.write_text("x")
+    with pytest.raises(InputError, match=r"none of the 16 training photographs of red can be read, .*\.png for one"):
+        train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=100)), tmp_path / "run")
 
 
 def test_empty_class_is_named(small, damaged, tmp_path):
@@ -307,6 +322,8 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--compute.precision", "fp16"], "fp16 needs CUDA"),
         (["demo", "--augment.mixup", "1", "--batch-size", "63"], "mixup and cutmix pair photographs"),
         (["demo", "--distill.teacher", "nobody"], "unknown teacher 'nobody'"),
+        (["demo", "--distill.teacher", "nobody", "--distill.checkpoint", "x.pt"], "unknown teacher 'nobody'"),
+        (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a dataset with a name"),
         (["demo", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such file"),
         (["demo", "--benchmark", "0"], "--benchmark 0 must be 1 or more"),
     ],

@@ -3,8 +3,8 @@
 import hashlib
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -216,6 +216,29 @@ def duplicates_note(splits: Splits) -> str | None:
         splits.train.source, splits.train.indices, splits.val.source, splits.val.indices
     )
     return f"{found} of {looked_at} validation images are in training too, byte for byte" if found else None
+
+
+def any_readable(dataset: Photographs, indices: Iterable[int]) -> bool:
+    """Whether one of these images can be read; the first that can ends the search."""
+    for index in indices:
+        with suppress(InputError):
+            return bool(dataset[index])
+    return False
+
+
+def check_class_of(dataset: Photographs | None, index: int) -> None:
+    """For a damaged image of a folder or a tar: whether others of its class can be read.
+
+    Raises:
+        InputError: none can, so that the class would not be learned.
+    """
+    if dataset is None or not isinstance(dataset.source, Files | TarFiles):
+        return
+    targets = [dataset.source.samples[place][1] for place in dataset.indices]
+    alike = [other for other, target in enumerate(targets) if target == targets[index]]
+    if not any_readable(dataset, alike):
+        raise InputError(f"none of the {len(alike)} training photographs of {dataset.classes[targets[index]]} can be "
+                         f"read, {dataset.name(index)} for one; replace them, or remove the class")  # fmt: skip
 
 
 def identity(dataset: "Photographs | Stream") -> dict[str, Any]:

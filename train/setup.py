@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
-from shvit.errors import InputError, first_line
+from shvit.errors import InputError, first_line, refuse
 from shvit.run_info import read_run_info, same_name
 
-from .data import IGNORED, Photographs, Splits, eval_loader, is_stream, open_splits, open_stream
+from .data import IGNORED, Photographs, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
-from .recipe import Recipe
+from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
     ("img_size", 1, 4096),
@@ -78,7 +78,7 @@ def check_recipe(recipe: Recipe, world: World) -> int:
     """The number of turns in which a process does its share of a batch.
 
     Raises:
-        InputError: a field is out of range, or the batch cannot be divided.
+        InputError: a field is out of range or does not apply, or the batch cannot be divided.
     """
     if not timm.is_model(recipe.model):
         raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
@@ -99,12 +99,34 @@ def check_recipe(recipe: Recipe, world: World) -> int:
         raise InputError("--compute.sync-bn needs CUDA; PyTorch has no SyncBatchNorm on the CPU")
     if recipe.compute.precision == "fp16" and world.device.type != "cuda":
         raise InputError("--compute.precision fp16 needs CUDA; the CPU has bf16")
+    _refuse_ignored(recipe)
+    if recipe.distill.teacher is not None and not timm.is_model(recipe.distill.teacher):
+        raise InputError(f"unknown teacher {recipe.distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     turns = _turns(recipe, world)
     alone = micro_batch_sizes(recipe.batch_size // world.size, turns, recipe.pairs)[-1] == 1
     if alone and not (recipe.compute.sync_bn and world.size > 1):
         untrained = replace(recipe, checkpoint=None, pretrained=False)
         check_model(_create_model(untrained, 2), recipe, 2, alone=True)
     return turns
+
+
+def _refuse_ignored(recipe: Recipe) -> None:
+    """Refuse fields that another one, which is not given, has looked at."""
+    data, distill = Data(), Distill()
+    if not recipe.distill.teacher:
+        others = [each.name for each in fields(distill) if each.name != "teacher"]
+        refuse("there is no --distill.teacher", **_changed(recipe.distill, distill, "distill", others))
+    if not recipe.data.name:
+        named = ["train_split", "val_split", "num_classes"]
+        refuse("there is no --data.name", **_changed(recipe.data, data, "data", named))
+    else:
+        refuse("a dataset with a name has splits of its own", **_changed(recipe.data, data, "data", ["group"]))
+
+
+def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:
+    """Those of the fields whose values are not the defaults, as text."""
+    values = {f"{prefix}.{name}": (getattr(part, name), getattr(default, name)) for name in names}
+    return {name: repr(value) for name, (value, standard) in values.items() if value != standard}
 
 
 def _turns(recipe: Recipe, world: World) -> int:
@@ -508,8 +530,6 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     """The teacher in eval mode, with weights that fit these classes."""
     distill = recipe.distill
     assert distill.teacher is not None
-    if not timm.is_model(distill.teacher):
-        raise InputError(f"unknown teacher {distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     if distill.checkpoint is not None:
         teacher = _load_teacher(distill.teacher, distill.checkpoint, recipe)
     else:
@@ -585,5 +605,8 @@ def open_held_out(
     if splits is None:
         return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
     dataset = splits.val
+    if not any_readable(dataset, range(len(dataset))):
+        raise InputError(f"none of the {len(dataset)} validation photographs can be read, {dataset.name(0)} for one; "
+                         "replace them")  # fmt: skip
     mine = dataset.every(world.size, world.rank)
     return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)
