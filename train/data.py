@@ -31,6 +31,7 @@ from .splits import (
     find_parts,
     group_keys,
     is_held_out,
+    may_be_split,
 )
 
 NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
@@ -144,6 +145,8 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
         assert found is not None
         name = found.name if isinstance(found, Path) else found.label
         hint = f", or --data.root {root / name} to keep a tenth of it" if parts.train and root.is_dir() else ""
+        if other := next(filter(may_be_split, parts.others), None):
+            hint = f"; if {other} is the other one, rename it to {'val' if parts.train else 'train'}{hint}"
         raise InputError(f"{root} holds {name} but {missing}; give both, or class folders alone{hint}")
     training, validation = as_listing(parts.train), as_listing(parts.val)
     classes = class_names(training)

@@ -31,6 +31,8 @@ class Parts:
     train: Path | Listing | None = None
     val: Path | Listing | None = None
     whole: Path | Listing | None = None
+    others: tuple[str, ...] = ()
+    """Folders and tars beside the splits."""
     notes: tuple[str, ...] = ()
 
 
@@ -44,15 +46,15 @@ def find_parts(root: Path) -> Parts:
         entries = [entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)]
         folders = [entry.name for entry in entries if entry.is_dir()]
         tars = [entry.name for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
-        chosen, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
+        chosen, others, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
         parts = {split: root / name for split, name in chosen.items()}
-        return Parts(parts.get("train"), parts.get("val"), None if parts else root, notes)
+        return Parts(parts.get("train"), parts.get("val"), None if parts else root, others, notes)
     listing = list_images(root)
-    chosen, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
+    chosen, others, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
     inside = {split: listing.below(name) for split, name in chosen.items()}
     if inside and listing.skipped:
         notes = (*notes, describe_skipped(listing.skipped))
-    return Parts(inside.get("train"), inside.get("val"), None if inside else listing, notes)
+    return Parts(inside.get("train"), inside.get("val"), None if inside else listing, others, notes)
 
 
 def _has_folders(folder: Path) -> bool:
@@ -61,8 +63,8 @@ def _has_folders(folder: Path) -> bool:
 
 def _choose(
     folders: Sequence[str], tars: Sequence[str], has_folders: Callable[[str], bool]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Folder or tar of each split, by name, and what is to be said of it.
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """Folder or tar of each split, by name; those that are left beside them, and what is to be said of it.
 
     A single folder of such a name is a split if it holds folders, and else a class ("train", among vehicles).
     """
@@ -74,16 +76,21 @@ def _choose(
             found.setdefault(split, []).extend(named)
     roles = [split for split, names in found.items() if names]
     if len(roles) == 1 and not any(name in tars or has_folders(name) for name in found[roles[0]]):
-        return {}, ()
+        return {}, (), ()
     notes = []
     if not found["val"] and found["train"] and found["test"]:
         found["val"] = found.pop("test")
         notes.append(f"{found['val'][0]} is taken for validation, as there is no val/")
     chosen = {split: names[0] for split, names in found.items() if names and split != "test"}
-    others = [name for name in (*folders, *(tars if chosen else ())) if chosen and name not in chosen.values()]
+    others = tuple(name for name in (*folders, *tars) if chosen and name not in chosen.values())
     if others:
         notes.append(f"not used: {_some(others)}")
-    return chosen, tuple(notes)
+    return chosen, others, tuple(notes)
+
+
+def may_be_split(name: str) -> bool:
+    """Whether a folder's name has a word that splits are called by, as `dev` or `eval`."""
+    return any(word in SPLIT_WORDS for word in re.findall("[a-z]+", name.lower()))
 
 
 def as_listing(part: Path | Listing) -> Listing:
@@ -139,8 +146,9 @@ def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--dat
     """What is to be said where class folders hold folders of the same names alone, which may be the classes.
 
     Raises:
-        InputError: and they have names of splits.
+        InputError: and they have names of splits, or hold splits themselves.
     """
+    _check_inner_splits(listing)
     inner: dict[str, set[str]] = {name: set() for name in map(same_name, classes)}
     for name in map(same_name, listing.names):
         folder, _, rest = name.partition("/")
@@ -148,13 +156,31 @@ def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--dat
             inner[folder].add(rest.rpartition("/")[0].rpartition("/")[2])
     alike = [(a, b) for a, b in pairwise(inner) if inner[a] == inner[b] and len(inner[a]) > 1 and "" not in inner[a]]
     for a, b in alike:
-        if any(word in SPLIT_WORDS for word in re.findall("[a-z]+", f"{a} {b}".lower())):
+        if may_be_split(a) or may_be_split(b):
             raise InputError(f"{listing.label}: {a}/ and {b}/ hold the same folders ({_some(sorted(inner[a]))}) and "
                              "look like splits, not like classes; call them train/ and val/, or give "
                              f"{option} {listing.label}/{a}")  # fmt: skip
     if len(alike) == len(classes) - 1:
         return f"every class folder holds folders of the same names ({_some(sorted(inner[alike[0][0]]))}): its parts?"
     return None
+
+
+def _check_inner_splits(listing: Listing) -> None:
+    """Refuse classes that are split inside: all of a class's folders are called as splits are, two or more."""
+    inner: dict[str, set[str]] = defaultdict(set)
+    for name in listing.names:
+        folder, *below = name.split("/")
+        inner[folder].add(below[0] if len(below) > 1 else "")
+    for folder, names in inner.items():
+        if "" not in names and len({_split_of(name) for name in names} - {None}) == len(names) > 1:
+            found = " and ".join(f"{folder}/{name}" for name in sorted(names))
+            raise InputError(f"{listing.label}: {found} are splits inside of a class; put the classes into the splits, "
+                             f"as train/{folder} and val/{folder}")  # fmt: skip
+
+
+def _split_of(name: str) -> str | None:
+    """Of which split a folder has the name, if of any."""
+    return next((split for split, known in SPLIT_NAMES.items() if name.lower() in known), None)
 
 
 def _some(names: Sequence[str]) -> str:
