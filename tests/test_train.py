@@ -325,6 +325,7 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--distill.teacher", "nobody", "--distill.checkpoint", "x.pt"], "unknown teacher 'nobody'"),
         (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a dataset with a name"),
         (["demo", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["demo", "--checkpoint", "shvit_s1.in1k"], "a name of published weights; `shvit weights pull shvit_s1.in1k`"),
         (["demo", "--benchmark", "0"], "--benchmark 0 must be 1 or more"),
     ],
 )

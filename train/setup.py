@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +22,15 @@ from torch.utils.data import DataLoader
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
-from shvit.errors import InputError, first_line, refuse
+from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
+from .checks import check_fields
 from .data import IGNORED, Photographs, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
-from .recipe import Data, Distill, Recipe
+from .recipe import Recipe
 
-RANGES = (  # a field, the lowest and the highest value
-    ("img_size", 1, 4096),
-    ("epochs", 1, 1e6),
-    ("batch_size", 1, 1e6),
-    ("drop_path", 0, 0.99),
-    ("ema_decay", 0, 1),
-    ("seed", 0, 2**31),
-    ("data.workers", 0, 1024),
-    ("data.max_corrupt", 0, 1e9),
-    ("data.num_classes", 1, 1e6),
-    ("augment.hflip", 0, 1),
-    ("augment.vflip", 0, 1),
-    ("augment.color_jitter", 0, 1),
-    ("augment.random_erasing", 0, 1),
-    ("augment.mixup", 0, 100),
-    ("augment.cutmix", 0, 100),
-    ("augment.mixup_prob", 0, 1),
-    ("augment.mixup_switch_prob", 0, 1),
-    ("augment.smoothing", 0, 0.99),
-    ("augment.repeats", 1, 100),
-    ("optim.lr", 1e-12, 1e30),
-    ("optim.eps", 1e-30, 1),
-    ("optim.weight_decay", 0, 1e3),
-    ("optim.warmup_epochs", 0, 1e6),
-    ("optim.warmup_lr", 0, 1e30),
-    ("optim.min_lr", 0, 1e30),
-    ("optim.clip_grad", 1e-12, 1e30),
-    ("optim.layer_decay", 1e-3, 1),
-    ("distill.alpha", 0, 1),
-    ("distill.tau", 1e-3, 1e3),
-    ("compute.device_batch_size", 1, 1e6),
-    ("save.every_minutes", 0, 1e6),
-    ("save.keep", 1, 1000),
-    ("save.log_steps", 1, 1e6),
-    ("save.eval_epochs", 1, 1e6),
-)
-PAIRS = (  # a field of two ends, the lowest and the highest value
-    ("augment.scale", 1e-4, 1),
-    ("augment.ratio", 1e-2, 1e2),
-)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,53 +40,17 @@ def check_recipe(recipe: Recipe, world: World) -> int:
     Raises:
         InputError: a field is out of range or does not apply, or the batch cannot be divided.
     """
-    if not timm.is_model(recipe.model):
-        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    for name, lowest, highest in RANGES:
-        value = attrgetter(name)(recipe)
-        if value is not None and not lowest <= value <= highest:
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
-    for name, lowest, highest in PAIRS:
-        low, high = attrgetter(name)(recipe)
-        if not lowest <= low <= high <= highest:
-            raise InputError(f"--{name} {low} {high} is out of range; choose {lowest:g} to {highest:g} for both, the "
-                             "lower one first")  # fmt: skip
-    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
-        raise InputError(f"--optim.betas {' '.join(map(str, recipe.optim.betas))}: choose from 0 to below 1")
-    if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
-        raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
+    check_fields(recipe)
     if recipe.compute.sync_bn and world.device.type != "cuda":
         raise InputError("--compute.sync-bn needs CUDA; PyTorch has no SyncBatchNorm on the CPU")
     if recipe.compute.precision == "fp16" and world.device.type != "cuda":
         raise InputError("--compute.precision fp16 needs CUDA; the CPU has bf16")
-    _refuse_ignored(recipe)
-    if recipe.distill.teacher is not None and not timm.is_model(recipe.distill.teacher):
-        raise InputError(f"unknown teacher {recipe.distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     turns = _turns(recipe, world)
     alone = micro_batch_sizes(recipe.batch_size // world.size, turns, recipe.pairs)[-1] == 1
     if alone and not (recipe.compute.sync_bn and world.size > 1):
         untrained = replace(recipe, checkpoint=None, pretrained=False)
         check_model(_create_model(untrained, 2), recipe, 2, alone=True)
     return turns
-
-
-def _refuse_ignored(recipe: Recipe) -> None:
-    """Refuse fields that another one, which is not given, has looked at."""
-    data, distill = Data(), Distill()
-    if not recipe.distill.teacher:
-        others = [each.name for each in fields(distill) if each.name != "teacher"]
-        refuse("there is no --distill.teacher", **_changed(recipe.distill, distill, "distill", others))
-    if not recipe.data.name:
-        named = ["train_split", "val_split", "num_classes"]
-        refuse("there is no --data.name", **_changed(recipe.data, data, "data", named))
-    else:
-        refuse("a dataset with a name has splits of its own", **_changed(recipe.data, data, "data", ["group"]))
-
-
-def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:
-    """Those of the fields whose values are not the defaults, as text."""
-    values = {f"{prefix}.{name}": (getattr(part, name), getattr(default, name)) for name in names}
-    return {name: repr(value) for name, (value, standard) in values.items() if value != standard}
 
 
 def _turns(recipe: Recipe, world: World) -> int:
