@@ -94,6 +94,7 @@ def test_orientation_is_applied_to_what_another_library_decoded():
     decoded.load()
     assert np.array_equal(to_rgb(decoded, "x"), np.rot90(COLOR, -1))
     assert np.array_equal(to_rgb(decoded.convert("RGB"), "x"), np.rot90(COLOR, -1))
+    assert np.array_equal(to_rgb(to_rgb(decoded, "x"), "x"), np.rot90(COLOR, -1))
 
 
 def test_damaged_exif_does_not_cost_the_image(tmp_path):

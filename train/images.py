@@ -195,7 +195,11 @@ def _upright(image: Image.Image) -> Image.Image:
         image.info.pop("xmp", None)  # by which Pillow would turn it
     image.load()  # Pillow turns a TIFF by itself
     turn = UPRIGHT.get(exif_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    upright.info.pop("exif", None)  # so that nothing turns it again
+    return upright
 
 
 def exif_orientation(image: Image.Image) -> int:
