@@ -16,8 +16,8 @@ from rich.progress import track
 
 from shvit import terminal
 from shvit.files import sha256
+from shvit.train.images import exif_orientation
 
-ORIENTATION = 0x0112  # Exif's tag
 TURNED_BY_OPENCV = ("JPEG", "MPO", "PNG")
 """Pillow's names of the formats in which OpenCV looks for Exif's orientation; measured with 4.12."""
 TAIL = 4096
@@ -92,7 +92,7 @@ def _read_header(path: Path) -> Header | str | None:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             width, height = image.size
-            orientation = _orientation(image)
+            orientation = exif_orientation(image)
             if image.format == "TIFF" and orientation > 4:  # Pillow tells the size as shown
                 width, height = height, width
             number = file.seek(0, os.SEEK_END)
@@ -105,20 +105,6 @@ def _read_header(path: Path) -> Header | str | None:
         return "not an image, or of a format that Pillow does not know"
     except Exception as error:  # whatever a plug-in of Pillow's raises for a damaged file
         return f"not readable ({type(error).__name__})"
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return Exif's orientation, without what Pillow would decode or read from XMP, which OpenCV does not."""
-    if image.format == "TIFF":
-        found = getattr(image, "tag_v2", {}).get(ORIENTATION)
-    else:
-        exif = Image.Exif()
-        try:
-            exif.load(image.info.get("exif", b""))
-            found = exif.get(ORIENTATION)
-        except Exception:  # of damaged metadata, with which viewers show the image as stored
-            found = None
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def copies(one: dict[Path, Header], other: dict[Path, Header]) -> list[tuple[Path, Path]]:

@@ -93,13 +93,25 @@ class ClassMatch:
 
 
 def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
-    """Matches a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number."""
-    known = {same_name(name): number for number, name in enumerate(classes)}
+    """Matches a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number.
+
+    A class that the model does not know letter by letter may have its accents written in another way, unless the
+    dataset or the model has a second class of that name.
+    """
+    known = {name: number for number, name in enumerate(classes)}
     if is_imagenet(tuple(classes)):
         for names in (imagenet_ids(), imagenet_names(), map(str, range(1000))):
             for number, name in enumerate(names):
                 known.setdefault(name, number)
-    index = tuple(known.get(same_name(name), -1) for name in found)
+    spellings, counts = Counter(map(same_name, found)), Counter(map(same_name, classes))
+    alike = {same_name(name): number for number, name in enumerate(classes) if counts[same_name(name)] == 1}
+
+    def index_of(name: str) -> int:
+        if name in known:
+            return known[name]
+        return alike.get(same_name(name), -1) if spellings[same_name(name)] == 1 else -1
+
+    index = tuple(map(index_of, found))
     return ClassMatch(
         index=index,
         unknown=tuple(name for name, place in zip(found, index, strict=True) if place < 0),

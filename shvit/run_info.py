@@ -69,8 +69,8 @@ class RunInfo:
                 f"class name {str(wrong)[:80]!r} cannot be used; names have 1 to {MAX_NAME} characters, none of them a "
                 "control character"
             )
-        if len(set(self.classes)) < len(self.classes):
-            return "a class name is given twice; each class needs a name of its own"
+        if len(set(map(same_name, self.classes))) < len(self.classes):
+            return "a class name is given twice, if only with its accents written in two ways; each needs its own"
         if type(self.img_size) is not int or not 1 <= self.img_size <= MAX_IMG_SIZE:
             return f"img_size is {str(self.img_size)[:80]}; it must be 1 to {MAX_IMG_SIZE}"
         constants = (self.mean, self.std)

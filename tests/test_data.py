@@ -172,6 +172,14 @@ def test_a_run_is_evaluated_on_what_it_kept_for_validation(flat, name, tmp_path_
     assert len(open_eval_dataset(root, trained_on=grown)) == len(splits.val)
 
 
+def test_a_run_that_was_split_otherwise_is_not_said_to_have_kept_what_it_trained_on(flat):
+    images = open_splits(Data(root=flat)).identity()
+    images["val"]["names_sha256"] = "of other names"
+    everything = open_eval_dataset(flat, trained_on=TrainedOn(images, None, flat))
+    assert len(everything) == 120
+    assert "most of which this run was trained on" in everything.part
+
+
 def test_evaluating_on_training_images_is_said(tmp_path):
     for split in ("train", "val"):
         for kind in ("a", "b"):

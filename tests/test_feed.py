@@ -154,7 +154,7 @@ def test_damaged_photograph_is_named_and_its_place_taken(recipe, photographs):
     path = photographs.samples[7][0]
     path.write_bytes(path.read_bytes()[:100])
     batches = drain(Feed(replace(recipe, batch_size=40), photographs, world(), 1), 0, 1)
-    assert [str(path) in problem for problem in batches[0].problems] == [True]
+    assert [str(path) in problem for problem, _ in batches[0].problems] == [True]
     assert len(batches[0].targets) == 40
     assert int(batches[0].targets.sum()) == 19  # the next one, of the other class, came twice
 

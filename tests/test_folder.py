@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import forks
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from shvit.errors import InputError
+from shvit.run_info import read_recipe_file
 from shvit.train.folder import RunFolder, check_apart, git_revision
 from shvit.train.recipes import DEMO
 
@@ -113,6 +115,14 @@ def test_recipe_is_written_with_what_made_it(folder):
     assert stored["versions"].keys() >= {"shvit", "timm", "python", "git"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_recipe_of_a_path_that_is_not_utf_8_can_be_read_again(folder):
+    recipe = replace(DEMO, data=replace(DEMO.data, root=Path(os.fsdecode(b"photographs\xff"))))
+    folder.claim(recipe, ["a", "b"])
+    folder.claim(recipe, ["a", "b"])
+    assert read_recipe_file(folder.path / "recipe.yaml").classes == ("a", "b")
+
+
 def test_folder_of_another_run_is_refused(folder):
     folder.claim(DEMO, ["a", "b"])
     folder.claim(replace(DEMO, data=replace(DEMO.data, workers=3)), ["a", "b"])
@@ -123,6 +133,20 @@ def test_folder_of_another_run_is_refused(folder):
     (folder.path / "recipe.yaml").write_text("recipe: [")
     with pytest.raises(InputError, match="not a readable recipe"):
         folder.claim(DEMO, ["a", "b"])
+
+
+def test_classes_are_the_same_however_their_accents_are_written(folder):
+    folder.claim(DEMO, ["bar", "caf\u00e9"])
+    folder.claim(DEMO, ["bar", "cafe\u0301"])
+    with pytest.raises(InputError, match="other classes"):
+        folder.claim(DEMO, ["bar", "cafe"])
+
+
+def test_states_without_their_recipe_are_refused(folder):
+    fill(folder, range(1, 3))
+    with pytest.raises(InputError, match=r"holds last\.pt and no recipe\.yaml .* put that run's recipe\.yaml back, or"):
+        folder.claim(DEMO, ["a", "b"])
+    assert not (folder.path / "recipe.yaml").exists()
 
 
 def test_other_images_are_refused_or_continued_on_request(folder):

@@ -1,8 +1,10 @@
 """Folders as people have them: what is listed, what is a split, what is a class, and what is kept together."""
 
 import os
+import shutil
 import sys
 import tarfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from shvit.errors import InputError
 from shvit.export.photographs import find_photographs, spread
-from shvit.train.data import duplicates_note, identity, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data import Splits, duplicates_note, identity, open_dataset, open_eval_dataset, open_splits
 from shvit.train.folders import list_images
 from shvit.train.recipe import Data
 from shvit.train.splits import group_keys
@@ -166,6 +168,13 @@ def test_a_class_without_validation_images_is_said(tmp_path):
           "seg_pred/seg_pred"], "look like splits"),
         (["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"], "look like splits"),
         (["train/1", "test2"], "holds train but neither val"),
+        (["train/cat", "train/dog", "dev/cat", "dev/dog"], "if dev is the other one, rename it to val, or --data.root"),
+        (["train/cat", "train/dog", "eval_set/cat", "more/dog"], "if eval_set is the other one, rename it to val"),
+        (["trn/cat", "trn/dog", "val/cat", "val/dog"], "if trn is the other one, rename it to train"),
+        (["cat/train", "cat/val", "dog/train", "dog/val"], "cat/train and cat/val are splits inside of a class; put "
+         "the classes into the splits, as train/cat and val/cat"),
+        (["cat/Train/2019", "cat/test", "dog"], "cat/Train and cat/test are splits inside of a class"),
+        (["cat/train", "cat/plane", "dog"], None),
         (["cat/2019", "cat/2020", "dog/2019", "dog/2020"], None),
     ],
 )  # fmt: skip
@@ -199,6 +208,37 @@ def test_copies_have_the_key_of_their_original():
              "cat.jpg", "x_augmented.png", "img_august_01.jpg", "_aug_1.png", "plain.png"]  # fmt: skip
     assert group_keys(names, None) == ["IMG_1", "IMG_1", "IMG_1", "cat", "cat", "cat", "x", "img_august_01.jpg",
                                        "_aug_1.png", "plain.png"]  # fmt: skip
+
+
+def test_images_of_one_file_name_in_folders_of_their_own_stand_alone(tmp_path):
+    names = [f"{number:04}/image.png" for number in range(60)]
+    assert group_keys(names, None) == names
+    splits = open_splits(Data(root=fill(tmp_path, *(f"{c}/{n:04}" for c in "ab" for n in range(60)), count=1)))
+    assert len(splits.val) > 0
+    assert not any("groups" in note for note in splits.notes)
+
+
+def test_copies_find_their_original_in_its_folder():
+    names = [
+        "1/image.png",
+        "1/image_aug_1.png",
+        "2/image.png",
+        "2/image_aug_1.png",
+        "3/image.png",  # in its own
+        "raw/a.png",
+        "aug/a_aug.png",
+        "more/a_jpg.rf.0.jpg",
+        "b.png",
+        "aug/b_aug_2.png",  # in another
+        "x/c.png",
+        "y/c.png",
+        "aug/c_aug.png",
+        "x/c_aug.png",
+        "x/d_aug.png",
+        "y/d_aug.png",
+    ]  # who knows
+    assert group_keys(names, None) == ["1/image", "1/image", "2/image", "2/image", "3/image.png", "raw/a", "raw/a",
+                                       "raw/a", "b", "b", "c", "c", "c", "c", "d", "d"]  # fmt: skip
 
 
 def test_a_pattern_tells_the_groups():
@@ -291,6 +331,53 @@ def test_images_to_verify_with_are_the_validation_part_and_labels_go_by_name(tmp
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_accents_written_in_two_ways_are_one_name(packed, tmp_path):
+    def splits_of(form: str) -> Splits:
+        names = [unicodedata.normalize(form, name) for name in ("é", "f", "ü")]
+        root = fill(tmp_path / form, *names, count=40, name=names[0] + "{}.png")
+        return open_splits(Data(root=archive(root, tmp_path / f"{form}.tar") if packed else root))
+
+    composed, apart = splits_of("NFC"), splits_of("NFD")
+    assert apart.train.classes != composed.train.classes == ["f", "é", "ü"]
+    assert apart.identity() == composed.identity()
+    assert [target for _, target in apart.val.samples] == [target for _, target in composed.val.samples]
+    assert apart.val[0][0].size == (8, 8)
+
+
+def test_classes_are_matched_between_splits_however_their_accents_are_written(tmp_path):
+    fill(tmp_path, "train/bar", "train/café", "val/bar", unicodedata.normalize("NFD", "val/café"))
+    assert open_splits(Data(root=tmp_path)).val.class_counts == [2, 2]
+
+
+@pytest.mark.parametrize("place", ["", "train/", "val/"])
+def test_two_folders_of_one_name_are_refused(place, tmp_path):
+    fill(tmp_path, *(f"{split}{name}" for split in {place, "train/", "val/"} - {""} for name in ("bar", "café")))
+    fill(tmp_path, *(f"{place}{name}" for name in ("bar", "café", unicodedata.normalize("NFD", "café"))))
+    for part in ("train", "val"):
+        if not place:
+            shutil.rmtree(tmp_path / part)
+    with pytest.raises(InputError, match=r"the folders 'cafe\\u0301' and 'caf\\xe9' have one name"):
+        open_splits(Data(root=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Cat", "cat "])
+def test_classes_that_differ_in_case_or_blanks_are_both_named(name, tmp_path):
+    fill(tmp_path, "train/cat", "train/dog", f"val/{name}", "val/dog")
+    with pytest.raises(InputError, match=f"'{name}' and 'cat' differ in letter case or blanks alone"):
+        open_splits(Data(root=tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+@pytest.mark.parametrize("packed", [False, True])
+def test_file_names_need_not_be_utf_8(packed, tmp_path):
+    root = fill(tmp_path / "all", "a", "b", count=40)
+    for name in ("a", "b"):
+        image(root / name / os.fsdecode(b"\xff\xe9.png"))
+    splits = open_splits(Data(root=archive(root, tmp_path / "all.tar") if packed else root))
+    assert sum(part["count"] for part in splits.identity().values()) == 82
 
 
 def test_identity_is_of_the_names_wherever_they_are(tmp_path):

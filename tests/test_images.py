@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage.color import lab2rgb
 
 from shvit.errors import InputError
@@ -55,6 +56,35 @@ def test_orientation_is_applied(orientation, suffix, tmp_path):
         assert np.abs(pixels(path).astype(int) - opencv(path)).max() <= 2
 
 
+@pytest.mark.parametrize("gray", [COLOR[..., 0], SIXTEEN], ids=["8 bits", "16 bits"])
+def test_a_tiff_is_upright_by_its_path_too(gray, tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", gray, compression=None, extratags=[(0x0112, "H", 1, 6, True)])
+    expected = np.rot90(gray if gray.dtype == np.uint8 else gray >> 8, -1)
+    assert np.array_equal(pixels(tmp_path / "x.tif")[..., 0], expected)
+    assert np.array_equal(pixels(io.BytesIO((tmp_path / "x.tif").read_bytes()))[..., 0], expected)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_orientation_of_xmp_alone_is_not_applied(suffix, tmp_path):
+    path = tmp_path / f"x.{suffix}"
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if suffix == "tif":
+        tifffile.imwrite(path, COLOR, photometric="rgb", extratags=[(700, "B", len(xmp), xmp, True)])
+    else:
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        Image.fromarray(COLOR).save(path, **({"pnginfo": info} if suffix == "png" else {"xmp": xmp}))
+    assert Image.open(path).getexif()[0x0112] == 6  # Pillow sees it
+    assert pixels(path).shape == opencv(path).shape == COLOR.shape
+
+
+def test_warnings_of_pillow_are_not_shown(tmp_path, recwarn):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, 6)  # a second entry is missing
+    Image.fromarray(COLOR).save(tmp_path / "x.jpg", exif=exif)
+    pixels(tmp_path / "x.jpg")
+    assert not recwarn.list
+
+
 def test_orientation_is_applied_to_what_another_library_decoded():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -64,6 +94,7 @@ def test_orientation_is_applied_to_what_another_library_decoded():
     decoded.load()
     assert np.array_equal(to_rgb(decoded, "x"), np.rot90(COLOR, -1))
     assert np.array_equal(to_rgb(decoded.convert("RGB"), "x"), np.rot90(COLOR, -1))
+    assert np.array_equal(to_rgb(to_rgb(decoded, "x"), "x"), np.rot90(COLOR, -1))
 
 
 def test_damaged_exif_does_not_cost_the_image(tmp_path):
@@ -118,16 +149,28 @@ def test_12_bits_are_shown_in_their_range(tmp_path):
     ("array", "message"),
     [
         (SIXTEEN.astype(np.float32), "its pixels are floats"),
-        (SIXTEEN.astype(np.float64), "pixels that are not integers of up to 16 bits"),
-        (np.dstack([SIXTEEN] * 3).astype(np.float32), "pixels that are not integers of up to 16 bits"),
+        (SIXTEEN.astype(np.float64), "a TIFF whose pixels are stored in a way"),
+        (
+            np.dstack([SIXTEEN] * 3).astype(np.float32),
+            "a TIFF whose pixels are stored in a way",
+        ),
         (SIXTEEN.astype(np.uint32), "its pixels are 32-bit integers"),
         (SIXTEEN.astype(np.int32) % 200, "its pixels are 32-bit integers"),
         (SIXTEEN.view(np.int16), "values from -.* and 16 bits hold 0 to 65535"),
+        (SIXTEEN.astype(np.int8), "values from -.* and 8 bits hold 0 to 255"),
     ],
 )
 def test_pixels_without_a_white_are_refused_by_name(array, message, tmp_path):
     tifffile.imwrite(tmp_path / "scan.tif", array)
     with pytest.raises(InputError, match=f"scan.tif: .*{message}"):
+        open_image(tmp_path / "scan.tif")
+
+
+def test_a_tiff_that_pillow_does_not_read_is_not_said_to_be_of_other_pixels(tmp_path):
+    tifffile.imwrite(tmp_path / "scan.tif", SIXTEEN, byteorder=">", photometric="miniswhite")
+    with pytest.raises(
+        InputError, match=r"a TIFF whose pixels are stored in a way that Pillow does not read\); convert"
+    ):
         open_image(tmp_path / "scan.tif")
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from shvit.errors import InputError
 from shvit.train.folder import RunFolder
+from shvit.train.main import Train, parse
 from shvit.train.recipe import Recipe, differences, read_recipe
 from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
 
@@ -53,7 +54,8 @@ def test_every_recipe_has_a_description_and_a_model_of_ours():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
     recipe = replace(RECIPES[name], checkpoint=tmp_path / "x.pth", first_img_size=64)
-    for content in (recipe.as_dict(), {"recipe": recipe.as_dict(), "versions": {"torch": "2"}}):
+    run = {"recipe": recipe.as_dict(), "data": {"train": {"count": 1}, "val": None}, "versions": {"torch": "2"}}
+    for content in (recipe.as_dict(), run):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
         assert read_recipe(tmp_path / "recipe.yaml") == recipe
 
@@ -87,6 +89,11 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("freeze_bn: 'yes'", "freeze_bn is 'yes'; input should be a valid boolean"),
         ("epochs: 3\nepochs: 4", "epochs stands there twice; keep one"),
         ("optim: {lr: 1, opt: sgd, lr: 2}", "optim.lr stands there twice; keep one"),
+        ("recipe: {epochs: 3}\nrecipe: {epochs: 4}", "recipe stands there twice; keep one"),
+        ("recipe: {epochs: 3}\nseed: 4", "seed stands beside recipe and would not be read; move it below recipe"),
+        ("optim: {lr: 1}\nrecipe: {epochs: 3}", "optim stands beside recipe and would not be read"),
+        ("recipe: {epochs: 3}\ndata: {root: x}", "data stands beside recipe and would not be read"),
+        ("optim.lr: 1e-3", "'optim.lr' is no field of its own; write lr below optim, as optim: {lr: …}"),
         ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
     ],
 )
@@ -147,6 +154,17 @@ def test_odd_values_come_back_from_a_run_folder(text, tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.yaml: not a readable recipe"):
         read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_home_is_found_in_files_and_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("data: {root: ~/images}\ndistill: {checkpoint: ~nobody-of-that-name/t.pt}")
+    command = parse(["--recipe=~/r.yaml", "--checkpoint=~/s.pt", "--output=~/run"], "shvit train")
+    assert isinstance(command, Train)
+    assert (command.recipe.data.root, command.recipe.checkpoint) == (tmp_path / "images", tmp_path / "s.pt")
+    assert command.recipe.distill.checkpoint == Path("~nobody-of-that-name/t.pt")
+    assert command.output == tmp_path / "run"
 
 
 def test_learning_rate_scales_with_the_batch():

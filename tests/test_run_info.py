@@ -286,6 +286,10 @@ def test_names_are_equal_however_their_accents_are_written():
     apart = unicodedata.normalize("NFD", "café")
     assert apart != "café"
     assert match_classes(["bar", apart], ["café", "bar"]).index == (1, 0)
+    assert match_classes(["café", apart], ["café", "bar"]).index == (0, -1)
+    assert match_classes(["café", apart], [apart, "café"]).index == (1, 0)
+    with pytest.raises(InputError, match="a class name is given twice"):
+        RunInfo("shvit_s1", ("café", apart), 32)
 
 
 def test_imagenets_folders_may_be_ids_names_or_numbers():

@@ -1,6 +1,7 @@
 """What a step computes: against plain PyTorch, in turns, in other precisions, and with a teacher."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +267,12 @@ def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, tmp_path):
         ({"augment": Augment(scale=(0.0, 0.0))}, r"--augment\.scale 0\.0 0\.0 is out of range"),
         ({"augment": Augment(ratio=(float("nan"), 1.0))}, r"--augment\.ratio nan 1\.0 is out of range"),
         ({"data": Data(num_classes=-1)}, "--data.num-classes -1 is out of range"),
+        ({"data": Data(num_classes=3)}, "--data.num-classes does not apply: there is no --data.name; leave it out"),
+        ({"data": Data(val_split="test")}, "--data.val-split does not apply: there is no --data.name"),
+        (
+            {"distill": Distill(checkpoint=Path("x.pt"), tau=2.0)},
+            "--distill.checkpoint and --distill.tau do not apply: there is no --distill.teacher; leave them out",
+        ),
         ({"model": "test_resnet", "distill": Distill("test_vit")}, "test_resnet has no second head for a teacher"),
     ],
 )

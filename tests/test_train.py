@@ -211,6 +211,14 @@ def test_state_of_another_model_is_refused(small, tmp_path):
         train(small, tmp_path)
 
 
+def test_state_of_a_step_that_the_run_does_not_have_is_refused(small, tmp_path):
+    train(small, tmp_path)
+    for step in (-3, 17, 10**9):
+        torch.save({**state(tmp_path), "step": step}, tmp_path / "last.pt")
+        with pytest.raises(InputError, match=rf"does not fit its recipe \(step {step} of 4 epochs with 4 steps each\)"):
+            train(small, tmp_path)
+
+
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,8 +273,23 @@ def test_too_many_damaged_photographs_are_an_error(small, damaged, tmp_path):
 def test_only_damaged_photographs_are_an_error(small, damaged, tmp_path):
     for path in (damaged / "train").rglob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match="damaged photographs"):
+    with pytest.raises(InputError, match=r"none of the 16 training photographs of .* can be read"):
         train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=1000)), tmp_path / "run")
+
+
+def test_validation_images_of_which_none_can_be_read_are_refused_before_training(small, damaged, tmp_path):
+    for path in (damaged / "val").rglob("*.png"):
+        path.write_text("x")
+    with pytest.raises(InputError, match=r"none of the 12 validation photographs can be read, .*\.png for one"):
+        train(replace(small, data=Data(root=damaged, workers=0)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_of_which_no_image_can_be_read_ends_the_run(small, damaged, tmp_path):
+    for path in (damaged / "train" / "red").glob("*.png"):
+        path.write_text("x")
+    with pytest.raises(InputError, match=r"none of the 16 training photographs of red can be read, .*\.png for one"):
+        train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=100)), tmp_path / "run")
 
 
 def test_empty_class_is_named(small, damaged, tmp_path):
@@ -302,7 +325,10 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--compute.precision", "fp16"], "fp16 needs CUDA"),
         (["demo", "--augment.mixup", "1", "--batch-size", "63"], "mixup and cutmix pair photographs"),
         (["demo", "--distill.teacher", "nobody"], "unknown teacher 'nobody'"),
+        (["demo", "--distill.teacher", "nobody", "--distill.checkpoint", "x.pt"], "unknown teacher 'nobody'"),
+        (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a dataset with a name"),
         (["demo", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["demo", "--checkpoint", "shvit_s1.in1k"], "a name of published weights; `shvit weights pull shvit_s1.in1k`"),
         (["demo", "--benchmark", "0"], "--benchmark 0 must be 1 or more"),
     ],
 )

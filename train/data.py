@@ -3,8 +3,8 @@
 import hashlib
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shvit.errors import InputError, first_line
+from shvit.run_info import same_name
 
 from .folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
 from .images import open_image, to_rgb
@@ -30,6 +31,7 @@ from .splits import (
     find_parts,
     group_keys,
     is_held_out,
+    may_be_split,
 )
 
 NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
@@ -121,7 +123,8 @@ def open_dataset(root: Path | None, split: Split, group: str | None = None) -> P
     Args:
         root: a folder with train/ and val/ (also Training/, validation/, valid/; test/ where there is no val/) of class
             folders, or .tar files of these names; or a folder or a tar of class folders alone, of which about every
-            tenth image, chosen by a hash of its file name or group, is kept for validation; None for `elpv`.
+            tenth image, chosen by a hash of its name below the class folder or its group, is kept for validation; None
+            for `elpv`.
         group: see `folders.group_keys`.
 
     Raises:
@@ -142,15 +145,18 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
         assert found is not None
         name = found.name if isinstance(found, Path) else found.label
         hint = f", or --data.root {root / name} to keep a tenth of it" if parts.train and root.is_dir() else ""
+        if other := next(filter(may_be_split, parts.others), None):
+            hint = f"; if {other} is the other one, rename it to {'val' if parts.train else 'train'}{hint}"
         raise InputError(f"{root} holds {name} but {missing}; give both, or class folders alone{hint}")
     training, validation = as_listing(parts.train), as_listing(parts.val)
     classes = class_names(training)
-    if unknown := sorted(set(validation.classes) - set(classes)):
+    trained = set(map(same_name, classes))
+    if unknown := [name for name in validation.classes if same_name(name) not in trained]:
         splits = " and ".join(
             part.label.removeprefix(f"{root}/") + ("" if part.members is not None else "/")
             for part in (training, validation)
         )
-        raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unknown)}")
+        raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unknown)}{_nearly(unknown, classes)}")
     if not validation.names:
         raise InputError(f"{validation.label}: no photographs to validate with")
     notes = [*parts.notes, *_listing_notes(training, classes), *_listing_notes(validation, classes)]
@@ -158,6 +164,15 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
     if copies := count_copies(*readers, group):
         notes.append(f"{copies} validation images are copies of training images, by their names")
     return _noted(Photographs(readers[0], classes), Photographs(readers[1], classes), notes)
+
+
+def _nearly(unknown: Sequence[str], classes: Sequence[str]) -> str:
+    """A hint where a class differs from one of `classes` by letter case or blanks alone."""
+    known = {same_name(name).casefold().strip(): name for name in classes}
+    for name in unknown:
+        if close := known.get(same_name(name).casefold().strip()):
+            return f"; {name!r} and {close!r} differ in letter case or blanks alone, so give both one name"
+    return ""
 
 
 def _split(listing: Listing, notes: Sequence[str], group: str | None) -> Splits:
@@ -169,8 +184,8 @@ def _split(listing: Listing, notes: Sequence[str], group: str | None) -> Splits:
     parts = [[i for i, key in enumerate(keys) if held_out[key] == wanted] for wanted in (False, True)]
     if not all(parts):
         raise InputError(f"{listing.label}: {len(keys)} photographs in {len(held_out)} groups are too few to hold some "
-                         "out; give train/ and val/")  # fmt: skip
-    if any(key != name.rpartition("/")[2] for key, name in zip(keys, reader.names, strict=True)):
+                         "out; give train/ and val/, or groups by --data.group")  # fmt: skip
+    if keys != reader.names:
         how = "by --data.group" if group else "copies stay with their original"
         notes = (*notes, f"{len(keys)} images are in {len(held_out)} groups, none of which is on both sides: {how}")
     training, validation = (Photographs(reader, classes, part) for part in parts)
@@ -206,13 +221,37 @@ def duplicates_note(splits: Splits) -> str | None:
     return f"{found} of {looked_at} validation images are in training too, byte for byte" if found else None
 
 
+def any_readable(dataset: Photographs, indices: Iterable[int]) -> bool:
+    """Whether one of these images can be read; the first that can ends the search."""
+    for index in indices:
+        with suppress(InputError):
+            return bool(dataset[index])
+    return False
+
+
+def check_class_of(dataset: Photographs | None, index: int) -> None:
+    """For a damaged image of a folder or a tar: whether others of its class can be read.
+
+    Raises:
+        InputError: none can, so that the class would not be learned.
+    """
+    if dataset is None or not isinstance(dataset.source, Files | TarFiles):
+        return
+    targets = [dataset.source.samples[place][1] for place in dataset.indices]
+    alike = [other for other, target in enumerate(targets) if target == targets[index]]
+    if not any_readable(dataset, alike):
+        raise InputError(f"none of the {len(alike)} training photographs of {dataset.classes[targets[index]]} can be "
+                         f"read, {dataset.name(index)} for one; replace them, or remove the class")  # fmt: skip
+
+
 def identity(dataset: "Photographs | Stream") -> dict[str, Any]:
     """What tells a dataset's images from others: `count`, and of folders and tars `names_sha256`."""
     if isinstance(dataset, Stream) or not isinstance(dataset.source, Files | TarFiles):
         return {"count": len(dataset)}
-    source = dataset.source
-    names = sorted(f"{dataset.classes[source.samples[i][1]]}/{source.names[i]}\n" for i in dataset.indices)
-    return {"count": len(names), "names_sha256": hashlib.sha256("".join(names).encode()).hexdigest()}
+    source, classes = dataset.source, list(map(same_name, dataset.classes))
+    names = sorted(f"{classes[source.samples[i][1]]}/{source.names[i]}\n" for i in dataset.indices)
+    content = "".join(names).encode(errors="surrogateescape")  # file names need not be UTF-8
+    return {"count": len(names), "names_sha256": hashlib.sha256(content).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -224,6 +263,12 @@ class TrainedOn:
     group: str | None
     root: Path | None
     """None where weights alone tell."""
+
+    @property
+    def count(self) -> int:
+        """How many images the run had, on both sides of its split."""
+        parts = (self.images.get(part) for part in ("train", "val"))
+        return sum(part.get("count", 0) for part in parts if isinstance(part, Mapping))
 
     @classmethod
     def from_weights(cls, data: Mapping[str, Any] | None) -> "TrainedOn | None":
@@ -307,9 +352,14 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
     source, classes = everything.source, everything.classes
     validation = Photographs(source, classes, held_out, "the part that this run kept for validation")
     own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
-    if held_out and (own_folder or identity(validation) == trained_on.images["val"]):
+    grown = trained_on.count != len(everything)
+    if held_out and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
         return validation
-    everything.part = "all images; which of them this run was trained on, if any, is not known"
+    everything.part = (
+        "images most of which this run was trained on, as it split them otherwise"
+        if own_folder and not grown
+        else "all images; which of them this run was trained on, if any, is not known"
+    )
     return everything
 
 

@@ -121,6 +121,10 @@ class Share:
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
+Problem = tuple[str, int]
+"""(what is said of a damaged photograph, its index)."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a loader gives: augmented photographs as bytes, and what went wrong with others."""
@@ -129,15 +133,15 @@ class Batch:
     """(B, 3, H, W), uint8."""
     targets: torch.Tensor
     """(B,), int64."""
-    problems: tuple[str, ...] = ()
-    """Messages of damaged photographs, whose places others have taken."""
+    problems: tuple[Problem, ...] = ()
+    """Damaged photographs, whose places others have taken."""
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader."""
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.problems)
 
 
-Item = tuple[np.ndarray, int, tuple[str, ...]]
+Item = tuple[np.ndarray, int, tuple[Problem, ...]]
 Transform = Callable[[Image.Image], np.ndarray]
 BLACK = Image.new("RGB", (8, 8))
 
@@ -161,14 +165,14 @@ class Augmented(Dataset):
 
     def __getitem__(self, key: Key) -> Item:
         place, index = key
-        problems: list[str] = []
+        problems: list[Problem] = []
         image, target = BLACK, 0
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
                 break
             except InputError as error:
-                problems.append(str(error))
+                problems.append((str(error), index))
                 index = (index + 1) % len(self.dataset)
         transform = self.transform_at(place)
         seed_cpu_generators(self.seed, AUGMENTATION, place)

@@ -14,6 +14,7 @@ import torch
 import shvit
 from shvit.errors import InputError
 from shvit.files import write_whole
+from shvit.run_info import same_name
 
 from .recipe import Recipe, differences
 
@@ -68,7 +69,8 @@ class RunFolder:
                 `recipe.data.changed` may ask for, recipe.yaml has the present ones.
 
         Raises:
-            InputError: the folder cannot be written to, or holds a run of another recipe or on other images.
+            InputError: the folder cannot be written to, or holds a run of another recipe, on other images, or of
+                which nothing tells the recipe.
         """
         import yaml
 
@@ -79,16 +81,20 @@ class RunFolder:
                 partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
         if not path.exists():
+            if self.states:
+                raise InputError(f"{self.path} holds {self.states[0].name} and no recipe.yaml that tells its run; put "
+                                 "that run's recipe.yaml back, or choose another --output")  # fmt: skip
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": versions()})
             return
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
             unequal = differences(stored["recipe"], recipe.as_dict())
+            known = list(map(same_name, stored.get("classes", classes)))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a readable recipe; choose another --output") from error
         if unequal:
             raise InputError(f"{self.path} holds a run that differs in {', '.join(unequal)}; choose another --output")
-        if stored.get("classes", classes) != classes:
+        if known != list(map(same_name, classes)):
             raise InputError(f"{self.path} holds a run on other classes; choose another --output")
         before = stored.get("data")
         if before is None or images is None or before == images:

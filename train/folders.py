@@ -13,6 +13,7 @@ from pathlib import Path
 from timm.data.readers.reader import Reader
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
 
 from .images import is_readable
 
@@ -65,8 +66,8 @@ class Listing:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the folders right in it, sorted."""
-        return sorted(name for name in self.folders if "/" not in name)
+        """The names of the folders right in it, in one order however their accents are written."""
+        return sorted((name for name in self.folders if "/" not in name), key=same_name)
 
     @property
     def loose(self) -> int:
@@ -168,8 +169,8 @@ def _is_image(name: str, file: Callable[[], Path | io.BytesIO]) -> bool:
 
 
 def _in_parts(name: str) -> list[str]:
-    """Sorts names as paths are sorted: by folder, then within it."""
-    return name.split("/")
+    """Sorts names as paths are sorted, by folder, then within it; alike however their accents are written."""
+    return same_name(name).split("/")
 
 
 def _member(path: Path, offset: int, size: int) -> io.BytesIO:
@@ -273,13 +274,14 @@ class TarFiles(Reader):
 
 
 def class_reader(listing: Listing, classes: Sequence[str]) -> "Files | TarFiles":
-    """A reader of the images in the folders of `classes`, in their order."""
-    places = {name: index for index, name in enumerate(classes)}
+    """A reader of the images in the folders of `classes`, in their order; its names are those of `same_name`."""
+    places = {same_name(name): index for index, name in enumerate(classes)}
     found = []
     for name in listing.names:
         folder, inside, rest = name.partition("/")
-        if inside and folder in places:
-            found.append((places[folder], name, rest))
+        target = places.get(same_name(folder))
+        if inside and target is not None:
+            found.append((target, name, same_name(rest)))
     found.sort(key=lambda each: each[0])  # stable: by class, then as listed
     names = [rest for _, _, rest in found]
     if listing.members is not None:

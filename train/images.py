@@ -2,7 +2,7 @@
 
 | in the file | what is made of it |
 | --- | --- |
-| Exif (or TIFF) orientation | applied |
+| Exif (or TIFF) orientation | applied; that of XMP is not, as in browsers and OpenCV |
 | transparency: alpha, a transparent palette entry or color | composited on white, the ground of a page |
 | 16-bit grayscale | divided by 256, as OpenCV and browsers do; 12-bit TIFF by 16 |
 | 32-bit integers, floats, signed values below 0 | refused: no file says which value is white |
@@ -15,6 +15,7 @@
 import mmap
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from shvit.errors import InputError
 
@@ -34,7 +35,19 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"
 WHITE = (255, 255, 255)
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
+SIGNED = 2  # TIFF's SampleFormat
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+ORIENTATION = 0x0112  # Exif's tag, and TIFF's
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows an image upright, by Exif's orientation."""
 
 EpsImagePlugin.gs_binary = False  # images that other libraries open must not run Ghostscript either
 
@@ -51,7 +64,7 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             has no one way to be shown, or whose package is missing.
     """
     name = name or str(file)
-    with _named(name), _open(file, name) as image:
+    with _named(name), _opened(file) as stream, _open(stream, name) as image:
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
         if image.format in MAY_HAVE_FRAMES and getattr(image, "is_animated", False):
@@ -72,9 +85,9 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 def is_readable(file: Path | BinaryIO) -> bool:
     """Whether a file's header is that of an image that can be opened here."""
     try:
-        with _open(file, ""):
+        with _named(""), _opened(file) as stream, _open(stream, ""):
             return True
-    except (InputError, *UNREADABLE):
+    except InputError:
         return False
 
 
@@ -84,14 +97,17 @@ UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFErro
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into one line that names the file."""
+    """Turn what Pillow raises into one line that names the file; what it warns of is tolerated, and not shown."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not a readable photograph (not one of {', '.join(FORMATS)}, or with pixels that are "
-                         "not integers of up to 16 bits); convert, replace or remove it") from error  # fmt: skip
+        raise InputError(f"{name}: not a readable photograph (not one of {', '.join(FORMATS)}, or a TIFF whose pixels "
+                         "are stored in a way that Pillow does not read); convert, replace or remove "
+                         "it") from error  # fmt: skip
     except UNREADABLE as error:
         raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
 
@@ -106,7 +122,17 @@ def _formats() -> list[str]:
     return [each for each in FORMATS if each in Image.OPEN]
 
 
-def _open(file: Path | BinaryIO, name: str) -> Image.Image:
+@contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """The file, open for reading: of a path, Pillow would map a TIFF into memory by the size that it is turned to."""
+    if not isinstance(file, Path):
+        yield file
+        return
+    with file.open("rb") as opened:
+        yield opened
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
@@ -120,15 +146,11 @@ def _open(file: Path | BinaryIO, name: str) -> Image.Image:
     return Image.open(file, formats=["HEIF"])
 
 
-def _brand(file: Path | BinaryIO) -> bytes:
+def _brand(file: BinaryIO) -> bytes:
     """The kind of an ISO media file; empty for any other file."""
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            head = opened.read(12)
-    else:
-        file.seek(0)
-        head = file.read(12)
-        file.seek(0)
+    file.seek(0)
+    head = file.read(12)
+    file.seek(0)
     return head[8:12] if head[4:8] == b"ftyp" else b""
 
 
@@ -152,6 +174,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise InputError(f"{name}: its pixels are {kind}, and nothing says which value is white; save it with 8 or "
                          "16 bits")  # fmt: skip
     image = _upright(image)
+    if image.mode == "L" and _first(tags.get(SAMPLE_FORMAT, 1)) == SIGNED:
+        _check_range(np.asarray(image).view(np.int8), bits, name)
     if image.mode.startswith("I"):
         return _from_16_bits(image, bits, white_is_zero, key, name)
     if image.mode == "LAB":
@@ -167,12 +191,29 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":
+        image.info.pop("xmp", None)  # by which Pillow would turn it
     image.load()  # Pillow turns a TIFF by itself
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except UNREADABLE:
-        return image  # as viewers do where Exif is damaged
-    return ImageOps.exif_transpose(image) if turned else image
+    turn = UPRIGHT.get(exif_orientation(image))
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    upright.info.pop("exif", None)  # so that nothing turns it again
+    return upright
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return Exif's orientation, 1 to 8, and 1 without one; what XMP says is left out, as in browsers and OpenCV."""
+    if image.format == "TIFF":
+        found = getattr(image, "tag_v2", {}).get(ORIENTATION)
+    else:
+        exif = Image.Exif()
+        try:
+            exif.load(image.info.get("exif", b""))
+            found = exif.get(ORIENTATION)
+        except Exception:  # of damaged metadata, with which viewers show the image as stored
+            found = None
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _first(value: int | tuple[int, ...]) -> int:
@@ -190,10 +231,7 @@ def _transparent_gray(image: Image.Image) -> int | None:
 
 def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int | None, name: str) -> Image.Image:
     levels = np.asarray(image).astype(np.int64)
-    lowest, highest = int(levels.min()), int(levels.max())
-    if lowest < 0 or highest >= 2**bits:
-        raise InputError(f"{name}: values from {lowest} to {highest}, and {bits} bits hold 0 to {2**bits - 1}; save it "
-                         "with 8 or 16 bits, without a sign")  # fmt: skip
+    highest = _check_range(levels, bits, name)
     if bits == 16 and 0 < highest < 4096:
         _report_once("dark", f"{name}: 16 bits, and no value above {highest}")
     gray = levels >> (bits - 8)
@@ -202,6 +240,15 @@ def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int |
     if key is not None:
         gray[levels == key] = 255
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+
+
+def _check_range(levels: np.ndarray, bits: int, name: str) -> int:
+    """Return the highest value; refuse an image with values that `bits` bits without a sign do not hold."""
+    lowest, highest = int(levels.min()), int(levels.max())
+    if lowest < 0 or highest >= 2**bits:
+        raise InputError(f"{name}: values from {lowest} to {highest}, and {bits} bits hold 0 to {2**bits - 1}; save it "
+                         "with 8 or 16 bits, without a sign")  # fmt: skip
+    return highest
 
 
 def _from_lab(image: Image.Image) -> Image.Image:

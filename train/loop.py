@@ -19,10 +19,10 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo, read_recipe_file
 
-from .data import Splits, is_stream, open_splits
+from .data import Splits, check_class_of, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
-from .feed import Batch, Feed
+from .feed import Batch, Feed, Problem
 from .folder import RunFolder, check_apart
 from .interrupt import Interrupt, Stopped
 from .journal import Journal
@@ -180,12 +180,13 @@ class Training:
         """To stderr, from whichever process."""
         print(message, file=sys.stderr)
 
-    def _report_corrupt(self, problems: Iterable[str]) -> None:
+    def _report_corrupt(self, problems: Iterable[Problem]) -> None:
         problem = ""
-        for problem in problems:
+        for problem, index in problems:
             if problem not in self.corrupt:
                 self.corrupt.add(problem)
                 self.warn(f"passed over: {problem}")
+                check_class_of(self.feed.dataset, index)
         limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
         if len(self.corrupt) > limit:
             raise InputError(f"{len(self.corrupt)} damaged photographs, and {limit} are allowed; mend or remove them, "

@@ -1,6 +1,6 @@
 """The command train; see shvit/cli.py for how it is called."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ import tyro
 
 from shvit.errors import InputError
 
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe, at_home, read_recipe
 from .recipes import DESCRIPTIONS, RECIPES
 
 HELP = "\n".join(
@@ -78,7 +78,9 @@ def parse(options: list[str], prog: str) -> Train | Plot:
     name, recipe, rest = _choose(options)
     default = Train(recipe, Path("runs") / name)
     kind = tyro.conf.configure(tyro.conf.AvoidSubcommands)(Train)
-    return tyro.cli(kind, default=default, prog=f"{prog} {' '.join(options[: len(options) - len(rest)])}", args=rest)
+    prog = f"{prog} {' '.join(options[: len(options) - len(rest)])}"
+    given = tyro.cli(kind, default=default, prog=prog, args=rest)
+    return replace(given, recipe=given.recipe.at_home(), output=at_home(given.output))
 
 
 def _choose(options: list[str]) -> tuple[str, Recipe, list[str]]:
@@ -89,7 +91,7 @@ def _choose(options: list[str]) -> tuple[str, Recipe, list[str]]:
         words = [value, *rest] if joined else rest
         if not words or not words[0]:
             raise InputError("--recipe wants a YAML file; `shvit train --help` tells more")
-        path = Path(words[0])
+        path = at_home(Path(words[0]))
         name = path.parent.name if path.name == "recipe.yaml" and path.parent.name else path.stem
         return name, read_recipe(path), words[1:]
     if first not in RECIPES:

@@ -5,12 +5,13 @@ engine.py of ysj9909/SHViT); every other recipe says where it differs.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shvit.errors import InputError
 
+PathOrNone = TypeVar("PathOrNone", Path, Path | None)
 STRICT = {
     "extra": "forbid",
     "strict": True,
@@ -214,6 +215,12 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
     save: Save = field(default_factory=Save)
 
+    def at_home(self) -> "Recipe":
+        """With the user's home in place of a leading ~, which shells replace in words alone."""
+        data = replace(self.data, root=at_home(self.data.root))
+        distill = replace(self.distill, checkpoint=at_home(self.distill.checkpoint))
+        return replace(self, checkpoint=at_home(self.checkpoint), data=data, distill=distill)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: `optim.lr` per 512 photographs of a batch."""
@@ -237,9 +244,17 @@ class Recipe:
         return 2 if self.mixes else 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, as YAML and JSON hold them."""
+        """Plain nested values, as YAML and JSON hold them; of paths, what is not UTF-8 is escaped."""
         plain = asdict(self)
-        return json.loads(json.dumps(plain, default=str))
+        return json.loads(json.dumps(plain, default=lambda path: str(path).encode(errors="backslashreplace").decode()))
+
+
+def at_home(path: PathOrNone) -> PathOrNone:
+    """The path with the user's home in place of a leading ~; as it is where there is no such user."""
+    try:
+        return path and path.expanduser()
+    except RuntimeError:
+        return path
 
 
 MAY_CHANGE = (
@@ -286,6 +301,10 @@ def _first_problem(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         import difflib
+
+        if name in _field_names(Recipe) and len(error["loc"]) == 1:
+            part, _, field_name = name.rpartition(".")
+            return f"{name!r} is no field of its own; write {field_name} below {part}, as {part}: {{{field_name}: …}}"
 
         close = difflib.get_close_matches(name, _field_names(Recipe), n=1)
         return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

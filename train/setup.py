@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +25,12 @@ from shvit.checkpoint import create_model
 from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
-from .data import IGNORED, Photographs, Splits, eval_loader, is_stream, open_splits, open_stream
+from .checks import check_fields
+from .data import IGNORED, Photographs, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
 
-RANGES = (  # a field, the lowest and the highest value
-    ("img_size", 1, 4096),
-    ("epochs", 1, 1e6),
-    ("batch_size", 1, 1e6),
-    ("drop_path", 0, 0.99),
-    ("ema_decay", 0, 1),
-    ("seed", 0, 2**31),
-    ("data.workers", 0, 1024),
-    ("data.max_corrupt", 0, 1e9),
-    ("data.num_classes", 1, 1e6),
-    ("augment.hflip", 0, 1),
-    ("augment.vflip", 0, 1),
-    ("augment.color_jitter", 0, 1),
-    ("augment.random_erasing", 0, 1),
-    ("augment.mixup", 0, 100),
-    ("augment.cutmix", 0, 100),
-    ("augment.mixup_prob", 0, 1),
-    ("augment.mixup_switch_prob", 0, 1),
-    ("augment.smoothing", 0, 0.99),
-    ("augment.repeats", 1, 100),
-    ("optim.lr", 1e-12, 1e30),
-    ("optim.eps", 1e-30, 1),
-    ("optim.weight_decay", 0, 1e3),
-    ("optim.warmup_epochs", 0, 1e6),
-    ("optim.warmup_lr", 0, 1e30),
-    ("optim.min_lr", 0, 1e30),
-    ("optim.clip_grad", 1e-12, 1e30),
-    ("optim.layer_decay", 1e-3, 1),
-    ("distill.alpha", 0, 1),
-    ("distill.tau", 1e-3, 1e3),
-    ("compute.device_batch_size", 1, 1e6),
-    ("save.every_minutes", 0, 1e6),
-    ("save.keep", 1, 1000),
-    ("save.log_steps", 1, 1e6),
-    ("save.eval_epochs", 1, 1e6),
-)
-PAIRS = (  # a field of two ends, the lowest and the highest value
-    ("augment.scale", 1e-4, 1),
-    ("augment.ratio", 1e-2, 1e2),
-)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,23 +38,9 @@ def check_recipe(recipe: Recipe, world: World) -> int:
     """The number of turns in which a process does its share of a batch.
 
     Raises:
-        InputError: a field is out of range, or the batch cannot be divided.
+        InputError: a field is out of range or does not apply, or the batch cannot be divided.
     """
-    if not timm.is_model(recipe.model):
-        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    for name, lowest, highest in RANGES:
-        value = attrgetter(name)(recipe)
-        if value is not None and not lowest <= value <= highest:
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
-    for name, lowest, highest in PAIRS:
-        low, high = attrgetter(name)(recipe)
-        if not lowest <= low <= high <= highest:
-            raise InputError(f"--{name} {low} {high} is out of range; choose {lowest:g} to {highest:g} for both, the "
-                             "lower one first")  # fmt: skip
-    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
-        raise InputError(f"--optim.betas {' '.join(map(str, recipe.optim.betas))}: choose from 0 to below 1")
-    if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
-        raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
+    check_fields(recipe)
     if recipe.compute.sync_bn and world.device.type != "cuda":
         raise InputError("--compute.sync-bn needs CUDA; PyTorch has no SyncBatchNorm on the CPU")
     if recipe.compute.precision == "fp16" and world.device.type != "cuda":
@@ -285,7 +231,7 @@ class Run:
         """Takes over a state; of a run on more or fewer images, so that finished epochs stay finished.
 
         Raises:
-            InputError: it is of another model.
+            InputError: it is of another model, or of a step that the run does not have.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -294,6 +240,8 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
             before = state.get("steps_per_epoch", self.steps_per_epoch)
+            if before < 1 or not 0 <= self.step <= self.recipe.epochs * before:
+                raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {before} steps each")
             if before == self.steps_per_epoch:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:
@@ -506,8 +454,6 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     """The teacher in eval mode, with weights that fit these classes."""
     distill = recipe.distill
     assert distill.teacher is not None
-    if not timm.is_model(distill.teacher):
-        raise InputError(f"unknown teacher {distill.teacher!r}; `shvit list '*'` shows all that timm knows")
     if distill.checkpoint is not None:
         teacher = _load_teacher(distill.teacher, distill.checkpoint, recipe)
     else:
@@ -583,5 +529,8 @@ def open_held_out(
     if splits is None:
         return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
     dataset = splits.val
+    if not any_readable(dataset, range(len(dataset))):
+        raise InputError(f"none of the {len(dataset)} validation photographs can be read, {dataset.name(0)} for one; "
+                         "replace them")  # fmt: skip
     mine = dataset.every(world.size, world.rank)
     return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)

@@ -6,13 +6,15 @@ Everything is decided by names, alike for a folder and for a tar of it.
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from shvit.errors import InputError
+from shvit.run_info import same_name
 
 from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
 
@@ -29,6 +31,8 @@ class Parts:
     train: Path | Listing | None = None
     val: Path | Listing | None = None
     whole: Path | Listing | None = None
+    others: tuple[str, ...] = ()
+    """Folders and tars beside the splits."""
     notes: tuple[str, ...] = ()
 
 
@@ -42,15 +46,15 @@ def find_parts(root: Path) -> Parts:
         entries = [entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)]
         folders = [entry.name for entry in entries if entry.is_dir()]
         tars = [entry.name for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
-        chosen, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
+        chosen, others, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
         parts = {split: root / name for split, name in chosen.items()}
-        return Parts(parts.get("train"), parts.get("val"), None if parts else root, notes)
+        return Parts(parts.get("train"), parts.get("val"), None if parts else root, others, notes)
     listing = list_images(root)
-    chosen, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
+    chosen, others, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
     inside = {split: listing.below(name) for split, name in chosen.items()}
     if inside and listing.skipped:
         notes = (*notes, describe_skipped(listing.skipped))
-    return Parts(inside.get("train"), inside.get("val"), None if inside else listing, notes)
+    return Parts(inside.get("train"), inside.get("val"), None if inside else listing, others, notes)
 
 
 def _has_folders(folder: Path) -> bool:
@@ -59,8 +63,8 @@ def _has_folders(folder: Path) -> bool:
 
 def _choose(
     folders: Sequence[str], tars: Sequence[str], has_folders: Callable[[str], bool]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Folder or tar of each split, by name, and what is to be said of it.
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """Folder or tar of each split, by name; those that are left beside them, and what is to be said of it.
 
     A single folder of such a name is a split if it holds folders, and else a class ("train", among vehicles).
     """
@@ -72,21 +76,35 @@ def _choose(
             found.setdefault(split, []).extend(named)
     roles = [split for split, names in found.items() if names]
     if len(roles) == 1 and not any(name in tars or has_folders(name) for name in found[roles[0]]):
-        return {}, ()
+        return {}, (), ()
     notes = []
     if not found["val"] and found["train"] and found["test"]:
         found["val"] = found.pop("test")
         notes.append(f"{found['val'][0]} is taken for validation, as there is no val/")
     chosen = {split: names[0] for split, names in found.items() if names and split != "test"}
-    others = [name for name in (*folders, *(tars if chosen else ())) if chosen and name not in chosen.values()]
+    others = tuple(name for name in (*folders, *tars) if chosen and name not in chosen.values())
     if others:
         notes.append(f"not used: {_some(others)}")
-    return chosen, tuple(notes)
+    return chosen, others, tuple(notes)
+
+
+def may_be_split(name: str) -> bool:
+    """Whether a folder's name has a word that splits are called by, as `dev` or `eval`."""
+    return any(word in SPLIT_WORDS for word in re.findall("[a-z]+", name.lower()))
 
 
 def as_listing(part: Path | Listing) -> Listing:
-    """The listing of a part of `find_parts`."""
-    return list_images(part) if isinstance(part, Path) else part
+    """The listing of a part of `find_parts`.
+
+    Raises:
+        InputError: it cannot be read, or two of its class folders have one name.
+    """
+    listing = list_images(part) if isinstance(part, Path) else part
+    for name, other in pairwise(listing.classes):
+        if same_name(name) == same_name(other):
+            raise InputError(f"{listing.label}: the folders {name!a} and {other!a} have one name, whose "
+                             "accents are written in two ways; put their photographs into one of them")  # fmt: skip
+    return listing
 
 
 def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
@@ -128,22 +146,41 @@ def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--dat
     """What is to be said where class folders hold folders of the same names alone, which may be the classes.
 
     Raises:
-        InputError: and they have names of splits.
+        InputError: and they have names of splits, or hold splits themselves.
     """
-    inner: dict[str, set[str]] = {name: set() for name in classes}
-    for name in listing.names:
+    _check_inner_splits(listing)
+    inner: dict[str, set[str]] = {name: set() for name in map(same_name, classes)}
+    for name in map(same_name, listing.names):
         folder, _, rest = name.partition("/")
         if folder in inner:
             inner[folder].add(rest.rpartition("/")[0].rpartition("/")[2])
-    alike = [(a, b) for a, b in pairwise(classes) if inner[a] == inner[b] and len(inner[a]) > 1 and "" not in inner[a]]
+    alike = [(a, b) for a, b in pairwise(inner) if inner[a] == inner[b] and len(inner[a]) > 1 and "" not in inner[a]]
     for a, b in alike:
-        if any(word in SPLIT_WORDS for word in re.findall("[a-z]+", f"{a} {b}".lower())):
+        if may_be_split(a) or may_be_split(b):
             raise InputError(f"{listing.label}: {a}/ and {b}/ hold the same folders ({_some(sorted(inner[a]))}) and "
                              "look like splits, not like classes; call them train/ and val/, or give "
                              f"{option} {listing.label}/{a}")  # fmt: skip
     if len(alike) == len(classes) - 1:
-        return f"every class folder holds folders of the same names ({_some(sorted(inner[classes[0]]))}): its parts?"
+        return f"every class folder holds folders of the same names ({_some(sorted(inner[alike[0][0]]))}): its parts?"
     return None
+
+
+def _check_inner_splits(listing: Listing) -> None:
+    """Refuse classes that are split inside: all of a class's folders are called as splits are, two or more."""
+    inner: dict[str, set[str]] = defaultdict(set)
+    for name in listing.names:
+        folder, *below = name.split("/")
+        inner[folder].add(below[0] if len(below) > 1 else "")
+    for folder, names in inner.items():
+        if "" not in names and len({_split_of(name) for name in names} - {None}) == len(names) > 1:
+            found = " and ".join(f"{folder}/{name}" for name in sorted(names))
+            raise InputError(f"{listing.label}: {found} are splits inside of a class; put the classes into the splits, "
+                             f"as train/{folder} and val/{folder}")  # fmt: skip
+
+
+def _split_of(name: str) -> str | None:
+    """Of which split a folder has the name, if of any."""
+    return next((split for split, known in SPLIT_NAMES.items() if name.lower() in known), None)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -162,26 +199,63 @@ def group_keys(names: Sequence[str], pattern: str | None) -> list[str]:
 
     Args:
         names: relative to their class's folder.
-        pattern: a regular expression whose first group is the key; where it matches nothing, the file's name is.
+        pattern: a regular expression whose first group is the key; where it matches nothing, the image's name is.
             By default copies belong to their original, and any other image stands alone.
 
     Raises:
         InputError: the pattern is no regular expression with a group.
     """
-    bases = [name.rpartition("/")[2] for name in names]
-    if pattern is not None:
-        compiled = _compile(pattern)
-        matches = [compiled.search(name) for name in names]
-        return [
-            match[1] if match and match[1] is not None else base for match, base in zip(matches, bases, strict=True)
-        ]
-    originals = [_original(base) for base in bases]
-    copied = {original for original in originals if original is not None}
+    if pattern is None:
+        return _keys_of_copies(names)
+    matches = map(_compile(pattern).search, names)
+    return [match[1] if match and match[1] is not None else name for match, name in zip(matches, names, strict=True)]
+
+
+class _Origin(NamedTuple):
+    """What an image's name says of it."""
+
+    folder: str
+    """With the slash behind it; empty right in the class's folder."""
+    stem: str
+    """The file name of its original without suffix; its own if it is no copy."""
+    is_copy: bool
+
+
+def _keys_of_copies(names: Sequence[str]) -> list[str]:
+    """For a copy and its original the original's name without suffix, for any other image its own name.
+
+    A copy's original is that in its own folder, or else the only one of that name. Where several in other folders may
+    be it, or none is there, all images of that name belong together.
+    """
+    origins = [_origin(name) for name in names]
+    folders: dict[str, set[str]] = defaultdict(set)
+    for origin in origins:
+        if not origin.is_copy:
+            folders[origin.stem].add(origin.folder)
+
+    def place(origin: _Origin) -> tuple[str, str | None]:
+        """Stem and folder of its original; None where it is not clear which folder's it is."""
+        choice = folders.get(origin.stem, set())
+        folder = origin.folder if origin.folder in choice else next(iter(choice)) if len(choice) == 1 else None
+        return origin.stem, folder
+
+    copied = {place(origin) for origin in origins if origin.is_copy}
+    unclear = {stem for stem, folder in copied if folder is None}
     keys = []
-    for base, original in zip(bases, originals, strict=True):
-        stem = os.path.splitext(base)[0]  # noqa: PTH122
-        keys.append(original if original is not None else stem if stem in copied else base)
+    for name, origin in zip(names, origins, strict=True):
+        stem, folder = place(origin)
+        if stem in unclear:
+            keys.append(stem)
+        else:
+            keys.append(f"{folder}{stem}" if (stem, folder) in copied else name)
     return keys
+
+
+def _origin(name: str) -> _Origin:
+    before, slash, base = name.rpartition("/")
+    original = _original(base)
+    stem = os.path.splitext(base)[0] if original is None else original  # noqa: PTH122
+    return _Origin(before + slash, stem, original is not None)
 
 
 def count_copies(training: Files | TarFiles, validation: Files | TarFiles, pattern: str | None) -> int:
@@ -189,10 +263,7 @@ def count_copies(training: Files | TarFiles, validation: Files | TarFiles, patte
     names = [*training.names, *validation.names]
     classes = [target for _, target in (*training.samples, *validation.samples)]
     keys = group_keys(names, pattern)
-    grouped = [
-        (target, key) if key != name.rpartition("/")[2] else None
-        for name, target, key in zip(names, classes, keys, strict=True)
-    ]
+    grouped = [(target, key) if key != name else None for name, target, key in zip(names, classes, keys, strict=True)]
     trained = set(grouped[: len(training)]) - {None}
     return sum(group in trained for group in grouped[len(training) :])
 
@@ -217,8 +288,8 @@ def _original(base: str) -> str | None:
 
 
 def is_held_out(key: str) -> bool:
-    """About every tenth key, the same on every machine."""
-    return hashlib.sha256(key.encode()).digest()[0] < 256 / 10
+    """About every tenth key, the same on every machine; file names need not be UTF-8."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[0] < 256 / 10
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------

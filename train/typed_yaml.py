@@ -32,7 +32,8 @@ def load_typed(text: bytes, kind: type, below: str = "") -> Any:
     function that refuses them.
 
     Args:
-        below: where the file has a field of that name, what stands below it is for `kind`, in place of the whole.
+        below: where the file has a field of that name, what stands below it is for `kind`, in place of the whole;
+            fields of `kind` beside it, which would not be read, are refused.
 
     Raises:
         yaml.YAMLError: not YAML, or tags that are not safe.
@@ -41,8 +42,10 @@ def load_typed(text: bytes, kind: type, below: str = "") -> Any:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        if isinstance(node, yaml.MappingNode) and below:
-            node = next((value for key, value in node.value if key.value == below), node)
+        if isinstance(node, yaml.MappingNode) and below in [key.value for key, _ in node.value]:
+            _check_names(node, "")
+            _check_beside(node, kind, below)
+            node = next(value for key, value in node.value if key.value == below)
         return _read(loader, node, kind, "")
     finally:
         loader.dispose()
@@ -62,12 +65,30 @@ def _read(loader: yaml.SafeLoader, node: yaml.Node | None, kind: Any, name: str)
     return _read_scalar(node.value, kind, name) if isinstance(node, yaml.ScalarNode) and not node.style else node.value
 
 
-def _read_fields(loader: yaml.SafeLoader, node: yaml.MappingNode, kind: Any, name: str) -> dict[str, Any]:
+def _check_beside(node: yaml.MappingNode, kind: type, below: str) -> None:
+    """Refuse fields of `kind` beside the one that it stands below; what else has the name of a field may be there."""
+    kinds = get_type_hints(kind)
+    for key, value in node.value:
+        part = kinds.get(key.value)
+        if is_dataclass(part):
+            names = [inner.value for inner, _ in value.value] if isinstance(value, yaml.MappingNode) else []
+            is_field = not get_type_hints(part).keys().isdisjoint(names)
+        else:
+            is_field = part is not None
+        if is_field and key.value != below:
+            raise Unclear(f"{key.value} stands beside {below} and would not be read; move it below {below}")
+
+
+def _check_names(node: yaml.MappingNode, name: str) -> None:
     if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
         raise yaml.YAMLError(f"a name in {name.rstrip('.') or 'the recipe'} is no word")
     twice = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
     if twice:
         raise Unclear(f"{name}{twice[0]} stands there twice; keep one")
+
+
+def _read_fields(loader: yaml.SafeLoader, node: yaml.MappingNode, kind: Any, name: str) -> dict[str, Any]:
+    _check_names(node, name)
     if kind is None:
         return {}
     loader.flatten_mapping(node)  # of `<<: *other`

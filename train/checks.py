@@ -1,0 +1,112 @@
+"""Which values a recipe's fields can have, and which of them another one makes useless."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import Path
+
+import timm
+
+import shvit.shvit  # noqa: F401  (registers the models)
+from shvit.errors import InputError, refuse
+from shvit.weights.manifest import read_manifest
+
+from .recipe import Data, Distill, Recipe
+
+RANGES = (  # a field, the lowest and the highest value
+    ("img_size", 1, 4096),
+    ("epochs", 1, 1e6),
+    ("batch_size", 1, 1e6),
+    ("drop_path", 0, 0.99),
+    ("ema_decay", 0, 1),
+    ("seed", 0, 2**31),
+    ("data.workers", 0, 1024),
+    ("data.max_corrupt", 0, 1e9),
+    ("data.num_classes", 1, 1e6),
+    ("augment.hflip", 0, 1),
+    ("augment.vflip", 0, 1),
+    ("augment.color_jitter", 0, 1),
+    ("augment.random_erasing", 0, 1),
+    ("augment.mixup", 0, 100),
+    ("augment.cutmix", 0, 100),
+    ("augment.mixup_prob", 0, 1),
+    ("augment.mixup_switch_prob", 0, 1),
+    ("augment.smoothing", 0, 0.99),
+    ("augment.repeats", 1, 100),
+    ("optim.lr", 1e-12, 1e30),
+    ("optim.eps", 1e-30, 1),
+    ("optim.weight_decay", 0, 1e3),
+    ("optim.warmup_epochs", 0, 1e6),
+    ("optim.warmup_lr", 0, 1e30),
+    ("optim.min_lr", 0, 1e30),
+    ("optim.clip_grad", 1e-12, 1e30),
+    ("optim.layer_decay", 1e-3, 1),
+    ("distill.alpha", 0, 1),
+    ("distill.tau", 1e-3, 1e3),
+    ("compute.device_batch_size", 1, 1e6),
+    ("save.every_minutes", 0, 1e6),
+    ("save.keep", 1, 1000),
+    ("save.log_steps", 1, 1e6),
+    ("save.eval_epochs", 1, 1e6),
+)
+PAIRS = (  # a field of two ends, the lowest and the highest value
+    ("augment.scale", 1e-4, 1),
+    ("augment.ratio", 1e-2, 1e2),
+)
+
+
+def check_fields(recipe: Recipe) -> None:
+    """Check what can be checked without a device, images and weights.
+
+    Raises:
+        InputError: a name is not known, a field is out of range, or one is given that would be ignored.
+    """
+    if not timm.is_model(recipe.model):
+        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
+    if recipe.distill.teacher is not None and not timm.is_model(recipe.distill.teacher):
+        raise InputError(f"unknown teacher {recipe.distill.teacher!r}; `shvit list '*'` shows all that timm knows")
+    for name, lowest, highest in RANGES:
+        value = attrgetter(name)(recipe)
+        if value is not None and not lowest <= value <= highest:
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range; choose {lowest:g} to {highest:g}")
+    for name, lowest, highest in PAIRS:
+        low, high = attrgetter(name)(recipe)
+        if not lowest <= low <= high <= highest:
+            raise InputError(f"--{name} {low} {high} is out of range; choose {lowest:g} to {highest:g} for both, the "
+                             "lower one first")  # fmt: skip
+    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
+        raise InputError(f"--optim.betas {' '.join(map(str, recipe.optim.betas))}: choose from 0 to below 1")
+    if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
+        raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
+    _refuse_ignored(recipe)
+    _refuse_published(
+        recipe.checkpoint, "--checkpoint", f", or begin with timm's: --model {recipe.model} --pretrained True"
+    )
+    _refuse_published(recipe.distill.checkpoint, "--distill.checkpoint")
+
+
+def _refuse_ignored(recipe: Recipe) -> None:
+    """Refuse fields that another one, which is not given, has looked at."""
+    data, distill = Data(), Distill()
+    if not recipe.distill.teacher:
+        others = [each.name for each in fields(distill) if each.name != "teacher"]
+        refuse("there is no --distill.teacher", **_changed(recipe.distill, distill, "distill", others))
+    if not recipe.data.name:
+        named = ["train_split", "val_split", "num_classes"]
+        refuse("there is no --data.name", **_changed(recipe.data, data, "data", named))
+    else:
+        refuse("a dataset with a name has splits of its own", **_changed(recipe.data, data, "data", ["group"]))
+
+
+def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:
+    """Those of the fields whose values are not the defaults, as text."""
+    values = {f"{prefix}.{name}": (getattr(part, name), getattr(default, name)) for name in names}
+    return {name: repr(value) for name, (value, standard) in values.items() if value != standard}
+
+
+def _refuse_published(checkpoint: Path | None, option: str, other: str = "") -> None:
+    """Refuse the name of published weights in place of a file: no process of many could fetch it for the others."""
+    if checkpoint is None or checkpoint.exists() or str(checkpoint) not in {each.name for each in read_manifest()}:
+        return
+    raise InputError(f"{option} {checkpoint}: no such file, but a name of published weights; `shvit weights pull "
+                     f"{checkpoint}` fetches their file and tells where it is{other}")  # fmt: skip
