@@ -8,6 +8,9 @@ from conftest import TINY
 from PIL import Image
 from yapf.yapflib import yapf_api
 
+from shvit.detection.annotations import inspect
+from shvit.detection.objects import Use
+
 format_code, formatted = yapf_api.FormatCode, {}
 
 
@@ -120,3 +123,42 @@ def _configs() -> Path:
     from shvit.detection.config import CONFIGS
 
     return CONFIGS
+
+
+# --- changed annotations ----------------------------------------------------------------------------------------------
+
+CORNERS = {"bbox": lambda a: [a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]]}
+CENTERS = {"bbox": lambda a: [a["bbox"][0] + a["bbox"][2] / 2, a["bbox"][1] + a["bbox"][3] / 2, *a["bbox"][2:]]}
+PARTS = {"bbox": lambda a: [a["bbox"][0] / 128, a["bbox"][1] / 96, a["bbox"][2] / 128, a["bbox"][3] / 96]}
+LEARN = Use(CLASSES, masks=True, learn=True, filter_empty=True, min_size=32)
+
+
+def changed(coco, tmp_path, change):
+    """A file beside, after `change` has been at its content."""
+    content = json.loads((coco / "annotations.json").read_text())
+    change(content)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def report_of(coco, tmp_path, change, use=LEARN):
+    return inspect(changed(coco, tmp_path, change), coco / "photographs", use)
+
+
+def every(entries, **fields):
+    """Updates all; a value that can be called is called with the entry."""
+
+    def change(content):
+        for entry in content[entries]:
+            entry.update({key: value(entry) if callable(value) else value for key, value in fields.items()})
+
+    return change
+
+
+def without(entries, field):
+    return lambda content: [entry.pop(field) for entry in content[entries]]
+
+
+def first(entries, **fields):
+    return lambda content: content[entries][0].update(fields)
