@@ -164,7 +164,7 @@ def test_labels_are_imagenets_only_where_that_is_known_and_each_is_unique(tmp_pa
     for text, message in (
         ("a\nb\n", "has 2 lines"),
         ("a\na\nb\n", "'a' stands there twice"),
-        ("a\n\nb\n", "empty line"),
+        ("a\n\nb\n", "line 2 is empty"),
     ):
         (tmp_path / "labels.txt").write_text(text)
         with pytest.raises(InputError, match=message):
