@@ -24,13 +24,13 @@ class LoadPhotograph(LoadImageFromFile):
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such photograph") from error
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable photograph ({error}); remove or replace it") from error
+            raise InputError(f"{path}: not a readable image ({error}); remove or replace it") from error
         if pixels > MAX_PIXELS:
             raise InputError(f"{path}: {pixels:,} pixels are more than the {MAX_PIXELS:,} allowed")
         try:
             return super().transform(results)
         except Exception as error:  # OpenCV gives None, on which the next line of theirs fails
-            raise InputError(f"{path}: not a readable photograph (damaged); remove or replace it") from error
+            raise InputError(f"{path}: not a readable image (damaged); remove or replace it") from error
 
 
 @TRANSFORMS.register_module()

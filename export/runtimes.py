@@ -135,7 +135,7 @@ def artefact_sha256(path: Path) -> str:
 
 
 def refuse_changed(path: Path) -> None:
-    """For before anything reads an artefact that is given: raises CheckFailed if its certificate is of other bytes."""
+    """Raises CheckFailed if a file is not the one that its certificate is of; called before anything reads it."""
     if all(file.exists() for file in artefact_files(path)):
         check_unchanged(path, artefact_sha256(path))
 

@@ -382,7 +382,7 @@ def preprocessing_faults(
         told: what the artefact says of itself.
         found: what its layers give, of `run_layers`: the first shows what was done inside.
         limit: of the grey levels that the first layer shows; those of the preprocessing outside may be 1.
-        stem: what the artefact holds of the first layer, where that is known.
+        stem: what the file holds of the first layer, where that is known.
     """
     spec = reference.spec
     told = replace(told, img_size=spec.img_size)

@@ -97,7 +97,7 @@ def test_eval_loader_gives_every_photograph_once_in_order(flat):
 def test_damaged_photograph_is_named(flat):
     path = flat / "cat" / "cat3.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match=r"cat3\.png: not a readable photograph"):
+    with pytest.raises(InputError, match=r"cat3\.png: not a readable image"):
         open_image(path)
     (flat / "cat" / "cat4.png").write_text("no photograph")
     with pytest.raises(InputError, match=r"cat4\.png"):

@@ -529,7 +529,7 @@ def test_a_corrupt_photograph_is_named(tmp_path, workers):
     path.write_bytes(path.read_bytes()[:700])
     config = write_config(tmp_path / "c.py", "retinanet", coco)
     options = [f"train_dataloader.num_workers={workers}"]
-    with pytest.raises(InputError, match=r"2\.png: not a readable photograph") as caught:
+    with pytest.raises(InputError, match=r"2\.png: not a readable image") as caught:
         run(["detect", "train", str(config), "--output", str(tmp_path / "run"), "--options", *options])
     assert "\n" not in str(caught.value)
     path.write_bytes(b"nothing")

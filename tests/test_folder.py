@@ -117,7 +117,7 @@ def test_recipe_is_written_with_what_made_it(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
 def test_recipe_of_a_path_that_is_not_utf_8_can_be_read_again(folder):
-    recipe = replace(DEMO, data=replace(DEMO.data, root=Path(os.fsdecode(b"photographs\xff"))))
+    recipe = replace(DEMO, data=replace(DEMO.data, root=Path(os.fsdecode(b"images\xff"))))
     folder.claim(recipe, ["a", "b"])
     folder.claim(recipe, ["a", "b"])
     assert read_recipe_file(folder.path / "recipe.yaml").classes == ("a", "b")

@@ -316,7 +316,7 @@ def test_formats_that_run_programs_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", run)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
-    with pytest.raises(InputError, match=r"x\.jpg: not a readable photograph \(not one of PNG, JPEG"):
+    with pytest.raises(InputError, match=r"x\.jpg: not a readable image \(not one of PNG, JPEG"):
         open_image(tmp_path / "x.jpg")
     with pytest.raises(OSError, match="Ghostscript"), Image.open(tmp_path / "x.jpg") as image:
         image.load()  # as timm's readers of shards do

@@ -1,6 +1,7 @@
 """int8's parts against brute force, numpy and PyTorch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ from conftest import create_tiny
 from torch import nn
 
 from shvit.deploy import deploy
+from shvit.export.formats import _keep_fewest
 from shvit.export.forms import feature_maps
 from shvit.export.onnx import LAYERS, read_onnx, write_onnx
 from shvit.export.quantize import (
@@ -22,7 +24,7 @@ from shvit.export.quantize import (
 )
 from shvit.export.runtimes import open_artefact
 from shvit.export.spec import Spec, randomize_norms
-from shvit.export.verdict import snr_db
+from shvit.export.verdict import TOLERANCES, snr_db
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,33 @@ def test_smallest_passing_is_found_and_was_tried(smallest, guess):
     assert found in tried
     assert tried[0] == guess
     assert len(set(tried)) == len(tried) <= 8
+
+
+@pytest.mark.parametrize(
+    ("passed", "snr_db", "chosen"),
+    [
+        (None, {0: 18.0, 2: 22.0, 5: 27.0}, 5),  # undecided without: the search goes on
+        (None, {0: 18.0}, 0),  # and takes that file where no other passes
+        (True, {0: 25.5, 2: 25.8, 5: 26.5}, 5),  # what passes by chance alone is not good enough for our own file
+        (True, {0: 25.5}, 0),
+        (False, {0: 18.0, 3: 30.0}, 3),
+    ],
+)
+def test_layers_stay_in_float_until_a_file_passes_without_chance(tmp_path, passed, snr_db, chosen):
+    def attempt(kept):
+        level = max(count for count in snr_db if count <= len(kept))
+        path = tmp_path / f"{len(kept)}" / "m.onnx"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        above = snr_db[level] >= TOLERANCES["int8"].snr_db
+        figures = {"evidence": 0.5, "images": 26, "tolerance": TOLERANCES["int8"], "snr_db": snr_db[level]}
+        return SimpleNamespace(passed=True if above else passed, **figures), path
+
+    noise = {str(layer): 1.0 for layer in range(16)}
+    certificate, path = _keep_fewest(attempt, attempt(()), noise)
+    assert certificate.snr_db == snr_db[chosen]
+    assert path == tmp_path / str(chosen) / "m.onnx"
+    assert path.is_file()
 
 
 def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny_file):

@@ -264,23 +264,21 @@ def test_damaged_photographs_are_named_once_and_passed_over(small, damaged, tmp_
 
 def test_too_many_damaged_photographs_are_an_error(small, damaged, tmp_path):
     recipe = replace(small, data=Data(root=damaged, workers=0, max_corrupt=2))
-    with pytest.raises(
-        InputError, match=r"3 damaged photographs, and 2 are allowed; .*\.png: not a readable photograph"
-    ):
+    with pytest.raises(InputError, match=r"3 damaged photographs, and 2 are allowed; .*\.png: not a readable image"):
         train(recipe, tmp_path / "run")
 
 
 def test_only_damaged_photographs_are_an_error(small, damaged, tmp_path):
     for path in (damaged / "train").rglob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"none of the 16 training photographs of .* can be read"):
+    with pytest.raises(InputError, match=r"none of the 16 training images of .* can be read"):
         train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=1000)), tmp_path / "run")
 
 
 def test_validation_images_of_which_none_can_be_read_are_refused_before_training(small, damaged, tmp_path):
     for path in (damaged / "val").rglob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"none of the 12 validation photographs can be read, .*\.png for one"):
+    with pytest.raises(InputError, match=r"none of the 12 validation images can be read, .*\.png for one"):
         train(replace(small, data=Data(root=damaged, workers=0)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -288,7 +286,7 @@ def test_validation_images_of_which_none_can_be_read_are_refused_before_training
 def test_class_of_which_no_image_can_be_read_ends_the_run(small, damaged, tmp_path):
     for path in (damaged / "train" / "red").glob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"none of the 16 training photographs of red can be read, .*\.png for one"):
+    with pytest.raises(InputError, match=r"none of the 16 training images of red can be read, .*\.png for one"):
         train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=100)), tmp_path / "run")
 
 

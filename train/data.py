@@ -240,7 +240,7 @@ def check_class_of(dataset: Photographs | None, index: int) -> None:
     targets = [dataset.source.samples[place][1] for place in dataset.indices]
     alike = [other for other, target in enumerate(targets) if target == targets[index]]
     if not any_readable(dataset, alike):
-        raise InputError(f"none of the {len(alike)} training photographs of {dataset.classes[targets[index]]} can be "
+        raise InputError(f"none of the {len(alike)} training images of {dataset.classes[targets[index]]} can be "
                          f"read, {dataset.name(index)} for one; replace them, or remove the class")  # fmt: skip
 
 

@@ -122,7 +122,7 @@ class Share:
 
 
 Problem = tuple[str, int]
-"""(what is said of a damaged photograph, its index)."""
+"""(what is said of a damaged image, its index)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Batch:
     targets: torch.Tensor
     """(B,), int64."""
     problems: tuple[Problem, ...] = ()
-    """Damaged photographs, whose places others have taken."""
+    """Damaged images, whose places others have taken."""
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader."""

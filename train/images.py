@@ -105,11 +105,11 @@ def _named(name: str) -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not a readable photograph (not one of {', '.join(FORMATS)}, or a TIFF whose pixels "
+        raise InputError(f"{name}: not a readable image (not one of {', '.join(FORMATS)}, or a TIFF whose pixels "
                          "are stored in a way that Pillow does not read); convert, replace or remove "
                          "it") from error  # fmt: skip
     except UNREADABLE as error:
-        raise InputError(f"{name}: not a readable photograph ({error}); remove or replace it") from error
+        raise InputError(f"{name}: not a readable image ({error}); remove or replace it") from error
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

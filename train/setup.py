@@ -530,7 +530,7 @@ def open_held_out(
         return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
     dataset = splits.val
     if not any_readable(dataset, range(len(dataset))):
-        raise InputError(f"none of the {len(dataset)} validation photographs can be read, {dataset.name(0)} for one; "
+        raise InputError(f"none of the {len(dataset)} validation images can be read, {dataset.name(0)} for one; "
                          "replace them")  # fmt: skip
     mine = dataset.every(world.size, world.rank)
     return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)

@@ -103,7 +103,7 @@ def as_listing(part: Path | Listing) -> Listing:
     for name, other in pairwise(listing.classes):
         if same_name(name) == same_name(other):
             raise InputError(f"{listing.label}: the folders {name!a} and {other!a} have one name, whose "
-                             "accents are written in two ways; put their photographs into one of them")  # fmt: skip
+                             "accents are written in two ways; put their images into one of them")  # fmt: skip
     return listing
 
 
