@@ -4,8 +4,9 @@ Meant for verification, not for speed. Float32 throughout; or rounded to float16
 program declares as such, which stands in for hardware that computes in half precision, such as the Neural Engine.
 """
 
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,17 @@ from PIL import Image
 
 from shvit.errors import InputError, first_line
 
+from .guards import Port, check_elements, one_line
 from .mil_ops import OPERATIONS
 from .onnx import quiet
+from .spec import Spec
 
 MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
 """How PIL calls the colours that Core ML can be given."""
 
 
+MAIN = "main"
+"""The function that is run, of those that a program may have."""
 LAYERS = ("conv", "linear")
 """Operations that have a module's weights."""
 
@@ -116,7 +121,8 @@ class Package:
         self.half = half
         if not (path / "Manifest.json").is_file():
             raise InputError(f"{path}: not a Core ML package (a folder with a Manifest.json)")
-        try:
+        _check_files(path)
+        with one_line(path, "not a readable Core ML package"):
             with quiet():
                 import coremltools as ct
                 from coremltools.converters.mil.frontend.milproto.load import load
@@ -126,12 +132,12 @@ class Package:
                 if self.proto.WhichOneof("Type") != "mlProgram":
                     raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
                 program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a damaged file makes coremltools stumble over
-            raise InputError(f"{path}: not a readable Core ML package ({first_line(error)})") from error
-        self.program = Program(program.functions["main"], str(path))
-        self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+            if MAIN not in program.functions:
+                found = ", ".join(sorted(program.functions)) or "none"
+                raise InputError(f"{path}: has no function {MAIN} (it has {found}); export the model again")
+            self.program = Program(program.functions[MAIN], str(path))
+            self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+        check_elements(path, self._shapes())
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
         if unknown:
             raise InputError(f"{path}: holds operations that are not known here: {', '.join(sorted(unknown))}")
@@ -146,6 +152,25 @@ class Package:
     def outputs(self) -> list[str]:
         """Names of what it gives."""
         return [var.name for var in self.program.function.outputs]
+
+    @property
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """What it takes and gives, as it declares them."""
+        feeds = [Port(feed.name, "image" if feed.colors else "float32", feed.shapes[0]) for feed in self.feeds]
+        return feeds, [_port(var) for var in self.program.function.outputs]
+
+    def check_sizes(self, spec: Spec) -> None:
+        """Raise InputError where it does not take one of the sizes that its spec names."""
+        for px in spec.sizes:
+            shape = (1, spec.in_chans, px, px)
+            if shape not in self.feeds[0].shapes:
+                raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
+
+    def _shapes(self) -> Iterator[tuple[str, list[int | None]]]:
+        """Of everything that is computed, constants included; lengths that depend on the input are open."""
+        for op in self.program.function.operations:
+            for var in op.outputs:
+                yield var.name, _lengths(var)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -197,6 +222,37 @@ def _is_half(var: Any) -> bool:
     from coremltools.converters.mil.mil import types
 
     return types.builtin_to_string(var.dtype) == "fp16"
+
+
+def _lengths(var: Any) -> list[int | None]:
+    """A variable's shape; empty where it is no tensor."""
+    shape = getattr(var, "shape", None)
+    return [int(each) if isinstance(each, int | np.integer) else None for each in shape or ()]
+
+
+def _port(var: Any) -> Port:
+    from coremltools.converters.mil.mil import types
+
+    if types.is_dict(var.sym_type):  # a classifier's probabilities by label
+        return Port(var.name, "float32", None)
+    kind = types.builtin_to_string(var.dtype)
+    return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
+
+
+MAX_FILES = 1000  # of a package; those that are written here have three
+
+
+def _check_files(path: Path) -> None:
+    """Raise InputError unless a package holds readable files and folders alone: a FIFO would be waited for."""
+    count = 0
+    for folder, folders, files in os.walk(path, followlinks=True):
+        count += len(folders) + len(files)
+        if count > MAX_FILES:
+            raise InputError(f"{path}: has more than {MAX_FILES} files, or folders in a circle; export the model again")
+        for name in files:
+            file = Path(folder) / name
+            if not file.is_file():
+                raise InputError(f"{file}: is not a file that can be read; export the model again")
 
 
 def _feed(description: Any) -> Feed:

@@ -18,6 +18,7 @@ from shvit import __version__
 from shvit.errors import InputError
 
 from .forms import ChannelsLast, Half, Normalized, layer_name
+from .guards import check_elements, check_operators
 from .ranges import Range
 from .spec import Spec
 
@@ -138,10 +139,90 @@ def read_onnx(path: Path) -> Any:
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB of one ONNX file")
     try:
-        return onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable ONNX file") from error
+    _check_external(proto, path)
+    return proto
+
+
+MAX_BYTES = (2 << 30) - 1
+"""The most that protobuf, in which ONNX is written, can hold."""
+
+
+def _graphs(proto: Any) -> Iterator[Any]:
+    """The graph, the graphs in its nodes' attributes at any depth, and the bodies of functions."""
+    import onnx
+
+    left = [proto.graph, *proto.functions]
+    while left:
+        graph = left.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    left.append(attribute.g)
+                elif attribute.type == onnx.AttributeProto.GRAPHS:
+                    left.extend(attribute.graphs)
+
+
+def external_files(proto: Any) -> list[str]:
+    """What a model calls the files that hold weights of it, in order; empty where it is one file."""
+    import onnx
+
+    names: dict[str, None] = {}
+    for graph in _graphs(proto):
+        tensors = list(getattr(graph, "initializer", ()))
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            tensors += [sparse.values, sparse.indices]
+        for node in graph.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t, *attribute.tensors]
+                tensors += [attribute.sparse_tensor.values, attribute.sparse_tensor.indices]
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                names[next((each.value for each in tensor.external_data if each.key == "location"), "")] = None
+    return list(names)
+
+
+def _check_external(proto: Any, path: Path) -> None:
+    """Raise InputError where weights are to be read from elsewhere than from files in the model's own folder."""
+    folder = path.resolve().parent
+    for name in external_files(proto):
+        where = folder / name
+        if not name or Path(name).is_absolute() or "\\" in name or not where.resolve().is_relative_to(folder):
+            raise InputError(f"{path}: has weights in {name!r}, outside of its own folder; save the model as one file")
+        if not where.is_file():
+            raise InputError(f"{path}: has weights in {name}, which is not beside it")
+
+
+def check_graph(proto: Any, path: Path) -> None:
+    """Raise InputError for what no file of `shvit export` has, and what could take this machine with it.
+
+    That is weights in other files (no hash of the artifact covers them), loops, and tensors that are too large, as far
+    as shapes can be told without running the model.
+    """
+    import onnx
+
+    if names := external_files(proto):
+        raise InputError(f"{path}: keeps weights in another file, {names[0]}; an artifact is one file, export it again")
+    operators = {node.op_type for graph in _graphs(proto) for node in graph.node}
+    check_operators(path, operators)
+    light = onnx.ModelProto()  # shapes do not depend on what is in large tensors
+    light.CopyFrom(proto)
+    for tensor in light.graph.initializer:
+        if len(tensor.raw_data) > MAX_SHAPE_BYTES:
+            tensor.ClearField("raw_data")
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    values = [(each.name, each.type.tensor_type.shape) for each in (*graph.value_info, *graph.output)]
+    check_elements(path, [(name, [dim.dim_value or None for dim in shape.dim]) for name, shape in values])
+    check_elements(path, [(tensor.name, list(tensor.dims)) for tensor in graph.initializer])
+
+
+MAX_SHAPE_BYTES = 4096  # of a tensor whose values may be a shape
 
 
 def metadata(proto: Any) -> dict[str, str]:
