@@ -15,9 +15,11 @@ from torch import nn
 
 from shvit.deploy import deploy
 from shvit.errors import InputError
+from shvit.files import is_there
 from shvit.weights.resolve import Weights, resolve_weights
 
 from .formats import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
+from .guards import one_line
 from .photographs import find_photographs
 from .runtimes import refuse_changed
 from .spec import Spec, open_weights
@@ -321,12 +323,13 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
     """
     if path.suffix not in FILES:
         raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(FILES)}")
-    if not path.exists():
+    if not is_there(path):
         raise InputError(f"{path}: no such file")
     refuse_changed(path)
     runtime = FILES[path.suffix]
     check_runtimes([runtime])
-    img_size, batch, precision = READERS[path.suffix](path)
+    with one_line(path, "cannot be opened"):
+        img_size, batch, precision = READERS[path.suffix](path)
     if batch not in (None, batch_size):
         raise InputError(f"{path} takes batches of {batch}, not of {batch_size}; choose --batch-sizes {batch}")
     job = {

@@ -4,19 +4,20 @@ Meant for verification, not for speed. Float32 throughout; or rounded to float16
 program declares as such, which stands in for hardware that computes in half precision, such as the Neural Engine.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from shvit.documents import load_json
 from shvit.errors import InputError, first_line
+from shvit.files import files_below, is_file, is_folder
 
 from .guards import Port, check_elements, one_line
 from .mil_ops import OPERATIONS
@@ -119,7 +120,7 @@ class Package:
     def __init__(self, path: Path, half: bool = False):
         self.path = path
         self.half = half
-        if not (path / "Manifest.json").is_file():
+        if not is_folder(path) or not is_file(path / "Manifest.json"):
             raise InputError(f"{path}: not a Core ML package (a folder with a Manifest.json)")
         _check_files(path)
         with one_line(path, "not a readable Core ML package"):
@@ -131,6 +132,7 @@ class Package:
                 self.proto = model.get_spec()
                 if self.proto.WhichOneof("Type") != "mlProgram":
                     raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
+                _check_weights(path, self.proto)
                 program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
             if MAIN not in program.functions:
                 found = ", ".join(sorted(program.functions)) or "none"
@@ -243,16 +245,39 @@ MAX_FILES = 1000  # of a package; those that are written here have three
 
 
 def _check_files(path: Path) -> None:
-    """Raise InputError unless a package holds readable files and folders alone: a FIFO would be waited for."""
-    count = 0
-    for folder, folders, files in os.walk(path, followlinks=True):
-        count += len(folders) + len(files)
-        if count > MAX_FILES:
-            raise InputError(f"{path}: has more than {MAX_FILES} files, or folders in a circle; export the model again")
-        for name in files:
-            file = Path(folder) / name
-            if not file.is_file():
-                raise InputError(f"{file}: is not a file that can be read; export the model again")
+    """Raise InputError unless a package holds files and folders alone, all of which its hash covers.
+
+    A FIFO would be waited for; a link leads to what may change; and names that begin with a dot, which file managers
+    use, are left out of the hash.
+    """
+    if len(files_below(path)) > MAX_FILES:
+        raise InputError(f"{path}: has more than {MAX_FILES} files; export the model again")
+    manifest = load_json(path / "Manifest.json", MAX_MANIFEST_BYTES)
+    items = manifest.get("itemInfoEntries") if isinstance(manifest, dict) else None
+    for item in items.values() if isinstance(items, dict) else ():
+        name = item.get("path") if isinstance(item, dict) else None
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
+        if any(part.startswith((".", "/")) for part in parts):
+            raise InputError(f"{path}: its Manifest.json names {name!r}, which is no file of a package; export the "
+                             "model again")  # fmt: skip
+
+
+MAX_MANIFEST_BYTES = 1 << 20
+
+
+def _check_weights(path: Path, proto: Any) -> None:
+    """Raise InputError where weights are in a file that the package's hash leaves out."""
+    left = [function.block_specializations[function.opset] for function in proto.mlProgram.functions.values()
+            if function.opset in function.block_specializations]  # fmt: skip
+    while left:
+        for op in left.pop().operations:
+            left.extend(op.blocks)
+            bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
+            for value in (*op.attributes.values(), *bound):
+                name = value.blobFileValue.fileName.rpartition("/")[2]
+                if name.startswith("."):
+                    raise InputError(f"{path}: has weights in {name!r}, which is no file of a package; export the "
+                                     "model again")  # fmt: skip
 
 
 def _feed(description: Any) -> Feed:

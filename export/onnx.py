@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections import Counter
@@ -15,7 +14,10 @@ import torch
 from torch import nn
 
 from shvit import __version__
+from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
+from shvit.files import check_file, is_file
+from shvit.run_info import is_name
 
 from .forms import ChannelsLast, Half, Normalized, layer_name
 from .guards import check_elements, check_operators
@@ -90,8 +92,8 @@ def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range]
     """What every artefact says of itself: its spec, labels, learnt ranges, license and the versions that made it."""
     import timm
 
-    named = {LABELS_KEY: json.dumps(list(labels))} if labels else {}
-    learnt = {RANGES_KEY: json.dumps(ranges)} if ranges else {}
+    named = {LABELS_KEY: to_json(list(labels))} if labels else {}
+    learnt = {RANGES_KEY: to_json(ranges)} if ranges else {}
     return {
         SPEC_KEY: spec.to_json(),
         **named,
@@ -137,8 +139,7 @@ def read_onnx(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     if (size := path.stat().st_size) > MAX_BYTES:
         raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB of one ONNX file")
     try:
@@ -195,7 +196,7 @@ def _check_external(proto: Any, path: Path) -> None:
         where = folder / name
         if not name or Path(name).is_absolute() or "\\" in name or not where.resolve().is_relative_to(folder):
             raise InputError(f"{path}: has weights in {name!r}, outside of its own folder; save the model as one file")
-        if not where.is_file():
+        if not is_file(where):
             raise InputError(f"{path}: has weights in {name}, which is not beside it")
 
 
@@ -235,26 +236,24 @@ def spec_from(metadata: dict[str, str], path: Path) -> Spec:
     if SPEC_KEY not in metadata:
         raise InputError(f"{path}: was not written by `shvit export`, so its preprocessing is not known; "
                          "export the model again with it")  # fmt: skip
-    return Spec.from_json(metadata[SPEC_KEY])
+    return Spec.from_json(metadata[SPEC_KEY], str(path))
 
 
-def labels_from(metadata: dict[str, str]) -> tuple[str, ...]:
-    """The names of the classes among what a file says of itself; none where they are not a list of names."""
-    try:
-        labels = json.loads(metadata.get(LABELS_KEY, "[]"))
-    except (ValueError, RecursionError):
-        return ()
-    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
-    return tuple(labels) if named else ()
+def labels_from(metadata: dict[str, str], path: Path) -> tuple[str, ...]:
+    """Return the names of the classes among what a file says of itself; InputError where they are no list of names."""
+    where = f"{path}: its labels"
+    labels = parse_model(list[str], parse_json(metadata.get(LABELS_KEY, "[]"), where), where, "export the model again")
+    if wrong := next((each for each in labels if not is_name(each)), None):
+        raise InputError(f"{where}: {wrong[:80]!r} cannot be a name; export the model again")
+    return tuple(labels)
 
 
-def ranges_from(metadata: dict[str, str]) -> dict[str, Range]:
-    """The ranges learnt for 8-bit tensors among what a file says of itself; none where they are not such."""
-    try:
-        ranges = json.loads(metadata.get(RANGES_KEY, "{}"))
-        return {str(name): (float(low), float(high)) for name, (low, high) in ranges.items()}
-    except (ValueError, TypeError, AttributeError):
-        return {}
+def ranges_from(metadata: dict[str, str], path: Path) -> dict[str, Range]:
+    """Return the ranges learned for 8-bit tensors among what a file says of itself; InputError where they are none."""
+    where = f"{path}: its ranges"
+    return parse_model(
+        dict[str, Range], parse_json(metadata.get(RANGES_KEY, "{}"), where), where, "export the model again"
+    )
 
 
 @contextlib.contextmanager

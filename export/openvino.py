@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shvit.errors import InputError
+from shvit.files import is_file
 
 from .guards import check_elements, check_operators, one_line
 from .onnx import describe, metadata, quiet, ranges_from, read_onnx
@@ -42,7 +43,7 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     with quiet():
         model = ov.convert_model(source)
-        ranges = ranges_from(metadata(read_onnx(source)))
+        ranges = ranges_from(metadata(read_onnx(source)), source)
         for key, value in describe(spec, labels, ranges).items():
             model.set_rt_info(value, [SECTION, key])
         ov.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "bf16"))
@@ -55,7 +56,7 @@ def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
         InputError: one of its two files is not there or damaged.
     """
     for file in (path, path.with_suffix(".bin")):
-        if not file.is_file():
+        if not is_file(file):
             raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
     if (size := path.stat().st_size) > MAX_XML_BYTES:
         raise InputError(f"{path}: {size / 1e6:.0f} MB is more than the {MAX_XML_BYTES / 1e6:.0f} MB of a graph")

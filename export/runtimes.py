@@ -13,7 +13,7 @@ from torch import nn
 
 from shvit.certificate import check_unchanged
 from shvit.errors import InputError, first_line
-from shvit.files import sha256
+from shvit.files import check_file, is_there, sha256
 from shvit.train.evaluate import Predict
 
 from .guards import Port, check_ports, checked_run, finite, guarded, one_line, rows_that_fit
@@ -159,7 +159,7 @@ def artefact_sha256(path: Path) -> str:
 
 def refuse_changed(path: Path) -> None:
     """Raises CheckFailed if a file is not the one that its certificate is of; called before anything reads it."""
-    if all(file.exists() for file in artefact_files(path)):
+    if all(is_there(file) for file in artefact_files(path)):
         check_unchanged(path, artefact_sha256(path))
 
 
@@ -184,8 +184,8 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_onnx(session, batch),
         lambda batch: _run_onnx_layers(path, threads, batch),
         lambda: onnx_parameters(proto),
-        lambda: [*onnx_scale_faults(proto), *range_faults(ranges_from(metadata(proto)), onnx_steps(proto))],
-        labels_from(metadata(proto)),
+        lambda: [*onnx_scale_faults(proto), *range_faults(ranges_from(metadata(proto), path), onnx_steps(proto))],
+        labels_from(metadata(proto), path),
         run_as_usual=run_as_usual if spec.precision == "int8" else None,
     )
 
@@ -219,8 +219,8 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
     import onnxruntime
 
     name = source if isinstance(source, Path) else "the ONNX file"
-    if isinstance(source, Path) and not source.is_file():
-        raise InputError(f"{source}: no such file")
+    if isinstance(source, Path):
+        check_file(source)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -272,7 +272,7 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
 
     def scale_faults() -> list[str]:
         whole, _ = read_openvino(path)
-        return [*openvino_scale_faults(whole), *range_faults(ranges_from(said), openvino_steps(whole))]
+        return [*openvino_scale_faults(whole), *range_faults(ranges_from(said, path), openvino_steps(whole))]
 
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_openvino(compile_openvino(model, spec.precision, threads, exact=False), batch)
@@ -286,7 +286,7 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_openvino_layers(path, spec, threads, batch),
         lambda: openvino_parameters(read_openvino(path)[0]),
         scale_faults,
-        labels_from(said),
+        labels_from(said, path),
         run_as_usual=run_as_usual if spec.precision == "int8" and saturates() else None,
     )
 
@@ -348,7 +348,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
         return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
-    labels = labels_from(package.metadata)
+    labels = labels_from(package.metadata, path)
     if package.labels not in ((), labels):
         raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
     return Artefact(
@@ -361,7 +361,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         lambda: coreml_parameters(package),
         lambda: [
             *coreml_scale_faults(package),
-            *range_faults(ranges_from(package.metadata), coreml_steps(package)),
+            *range_faults(ranges_from(package.metadata, path), coreml_steps(package)),
         ],
         labels,
     )

@@ -181,8 +181,9 @@ class Reference:
             spec = replace(self.spec, img_size=px)
             outputs = run_batches(lambda batch: run_model(self.model, spec.normalize(batch)), self.pixels(spec))
             if not all(torch.isfinite(output).all() for output in outputs):
-                raise InputError(f"{self.checkpoint_name or self.spec.model} gives NaN or infinite outputs itself at "
-                                 f"{px} px; no artifact can be held against it, take an earlier checkpoint")  # fmt: skip
+                name = self.checkpoint_name or self.spec.model
+                raise InputError(f"{name} itself gives NaN or infinite outputs at {px} px, so that nothing can be held "
+                                 "against it; take an earlier checkpoint")  # fmt: skip
             self._outputs[px] = outputs
         return self._outputs[px]
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, first_line
-from .files import write_whole
+from .files import check_file, is_folder, write_whole
 
 __all__ = [
     "Checkpoint",
@@ -260,10 +260,9 @@ def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_size(path: Path) -> None:
-    if path.is_dir():
+    if is_folder(path):
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     size = path.stat().st_size
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):  # torch.save's container
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
