@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from shvit.errors import CheckFailed, InputError, first_line
+from shvit.files import is_file, is_folder, is_there, open_file
 
 from .spec import Spec
 
@@ -186,3 +187,48 @@ def images_that_fit(limit: int, *specs: Spec) -> int:
 def rows_that_fit(batch_size: int, spec: Spec) -> int:
     """Return the batch size, or as many images as may be computed at once where that is less."""
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // math.prod(spec.shape)))
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def check_apart(output: Path | None, **read: object) -> None:
+    """For the beginning of a command that writes `output`.
+
+    Args:
+        read: paths that the command reads, by their options' names; what is None or no path that is there is left out.
+
+    Raises:
+        InputError: it would write over one of them, or into a folder of images.
+    """
+    for option, given in read.items() if output is not None else ():
+        path = Path(str(given)) if given is not None else None
+        if path is None or output is None or not is_there(path):
+            continue
+        target, source, name = output.resolve(), path.resolve(), f"--{option.replace('_', '-')}"
+        if target == source or (output.exists() and output.samefile(path)):
+            raise InputError(f"--output {output}: is what {name} reads; choose another name")
+        if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
+            raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")
+
+
+def check_own(folder: Path | None, record: str, marker: bytes, others: Sequence[str] = ()) -> None:
+    """For the beginning of a command that writes several files into a folder, which may be anyone's.
+
+    Args:
+        record: the file by which a folder is known to be an earlier run's of the same command.
+        marker: what stands in its first 4096 bytes.
+        others: further files that are written.
+
+    Raises:
+        InputError: one of these files is there, and is not of an earlier run.
+    """
+    if folder is None or not is_folder(folder):
+        return
+    ours = False
+    if is_file(folder / record):
+        with open_file(folder / record) as file:
+            ours = marker in file.read(4096)
+    if not ours and (foreign := [name for name in (record, *others) if is_there(folder / name)]):
+        raise InputError(f"--output {folder}: holds {foreign[0]}, which no earlier run of this command wrote; choose "
+                         "another folder")  # fmt: skip

@@ -273,8 +273,10 @@ def _problem(row: Any, measurements: Measurements) -> str | None:
                     return f"{kind}.{name} is {value:.3g}, out of the range of what is measured"
     if isinstance(row, Scaling):
         lengths = {len(row.values), len(row.latency_ms), len(row.peak_memory_mb)}
-        if len(lengths) > 1 or min(lengths) < 2 or min((*row.values, *row.latency_ms, *row.peak_memory_mb)) <= 0:
-            return f"{kind} of {row.model} does not have as many latencies and memories as values, above 0, at least 2"
+        if len(lengths) > 1 or not row.values:
+            return f"{kind} of {row.model} does not have a latency and a memory for each of at least one value"
+        if min((*row.values, *row.latency_ms, max(row.peak_memory_mb))) <= 0:
+            return f"{kind} of {row.model} has values, latencies or memories of 0"
     if isinstance(row, Sustained) and not row.latency_ms:
         return f"{kind} of {row.model} holds no latencies"
     if isinstance(row, BenchResult) and min(row.img_size, row.batch_size) < 1:
