@@ -357,11 +357,18 @@ def _read_onnx_file(path: Path) -> tuple[int, int | None, str]:
     from .onnx import SPEC_KEY, metadata, read_onnx, spec_from
     from .runtimes import onnx_session
 
-    session = onnx_session(path, 1)
-    size, batch = _image_input(path, [each.shape for each in session.get_inputs()])
     said = metadata(read_onnx(path))
+    session = onnx_session(path, 1)
+    inputs = session.get_inputs()
+    size, batch = _image_input(path, [each.shape for each in inputs])
+    if inputs[0].type not in ONNX_INPUTS:
+        raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(ONNX_INPUTS)} are timed here")
     precision = spec_from(said, path).precision if SPEC_KEY in said else _onnx_precision(path)
     return size, batch, precision
+
+
+ONNX_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
+"""What the worker makes inputs of."""
 
 
 def _onnx_precision(path: Path) -> str:

@@ -219,6 +219,10 @@ class Measurements:
     placements: tuple[Placement, ...] = ()
 
 
+for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placement, Scaling, Measurements):
+    setattr(_kind, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010  (of how they are read from a file)
+
+
 def write_measurements(measurements: Measurements, path: Path) -> None:
     """Writes them as JSON, whole or not at all."""
     with write_whole(path) as partial:

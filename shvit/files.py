@@ -220,7 +220,9 @@ def _made_folder(path: Path | None) -> Iterator[Path]:
         remove(folder)
 
 
-NO_ROOM_WORDS = re.compile(r"no space left|disk quota|file too large|file write failed|unexpected pos \d+ vs|iostream error", re.I)
+NO_ROOM_WORDS = re.compile(
+    r"no space left|disk quota|file too large|file write failed|unexpected pos \d+ vs|iostream error", re.I
+)
 """What libraries say that do not pass on the system's error: PyTorch's and OpenVINO's writers among them."""
 FULL_BYTES = 1 << 16
 
@@ -304,6 +306,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
             replace: a symbolic link, a device, a file of another format, a folder with other things than a package's.
     """
     path = Path(path)
+    is_there(path)  # or that cannot be told
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link; give the path that it leads to, or remove the link")
     if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):
@@ -354,7 +357,7 @@ def check_output_folder(path: Path | None) -> None:
         InputError: a file lies where the folder of `--output` is to be.
     """
     for each in (path, *path.parents) if path is not None else ():
-        if each.exists() and not each.is_dir():
+        if is_there(each) and not is_folder(each):
             raise InputError(f"{each}: is a file; choose another folder for --output")
 
 
