@@ -1,5 +1,4 @@
-"""What stands between a third-party artifact and this program: its declarations are checked when it is opened, and
-whatever a runtime raises, then or while it runs, is one line."""
+"""What stands between a third-party artifact and this program: declarations checked at opening, errors as one line."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
