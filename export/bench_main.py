@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Column, Table
 
 from shvit import terminal
-from shvit.errors import CheckFailed, InputError, refuse
+from shvit.errors import CheckFailed, InputError, printable, refuse
 from shvit.files import check_output_folder, scratch_folder, sha256
 
 PACKAGE = ".mlpackage"
@@ -203,7 +204,7 @@ def _status(what: str, lines: bool = False) -> Iterator[Callable[[str], None]]:
         yield console.print if lines else lambda _: None
         return
     with console.status(what) as status:
-        yield status.update
+        yield lambda line: status.update(escape(printable(line)))
 
 
 def show_results(results: Sequence[Any]) -> None:

@@ -132,7 +132,7 @@ class Package:
                 self.proto = model.get_spec()
                 if self.proto.WhichOneof("Type") != "mlProgram":
                     raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
-                _check_weights(path, self.proto)
+                _check_program(path, self.proto)
                 program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
             if MAIN not in program.functions:
                 found = ", ".join(sorted(program.functions)) or "none"
@@ -265,13 +265,30 @@ def _check_files(path: Path) -> None:
 MAX_MANIFEST_BYTES = 1 << 20
 
 
-def _check_weights(path: Path, proto: Any) -> None:
-    """Raise InputError where weights are in a file that the package's hash leaves out."""
+MADE = ("fill", "tile", "range_1d", "one_hot")
+"""Operations whose result has as many numbers as their constants say; coremltools computes it when it loads them."""
+
+
+def _check_program(path: Path, proto: Any) -> None:
+    """For a program that was not loaded yet.
+
+    Raises:
+        InputError: it has weights in a file that the package's hash leaves out, or tensors that are too large.
+    """
+    numbers: dict[str, list[int]] = {}
     left = [function.block_specializations[function.opset] for function in proto.mlProgram.functions.values()
             if function.opset in function.block_specializations]  # fmt: skip
     while left:
         for op in left.pop().operations:
             left.extend(op.blocks)
+            declared = [(each.name, each.type.tensorType.dimensions) for each in op.outputs]
+            check_elements(path, [(name, [dim.constant.size or None for dim in dims]) for name, dims in declared])
+            if op.type == "const" and op.outputs:
+                value = op.attributes["val"].immediateValue.tensor
+                numbers[op.outputs[0].name] = [*value.ints.values, *value.longInts.values]
+            if op.type in MADE:
+                names = (each.name for argument in op.inputs.values() for each in argument.arguments)
+                check_elements(path, [(op.outputs[0].name, [abs(n) for name in names for n in numbers.get(name, ())])])
             bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
             for value in (*op.attributes.values(), *bound):
                 name = value.blobFileValue.fileName.rpartition("/")[2]

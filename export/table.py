@@ -61,7 +61,8 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
         partial.write_text(text, encoding="utf-8")
     with write_whole(folder / "formats.json") as partial:
         partial.write_text(to_json(certificates, indent=2) + "\n")
-    console.print(text, markup=False, highlight=False)
+    for line in text.splitlines():
+        console.print(line)
     return {"output": str(folder), "passed": {name: each["passed"] for name, each in certificates.items()}}
 
 

@@ -284,6 +284,13 @@ def _proto(path: Path, change) -> None:
     file.write_bytes(proto.SerializeToString())
 
 
+def _declare_large(proto) -> None:
+    main = proto.mlProgram.functions["main"]
+    op = next(each for each in main.block_specializations[main.opset].operations if each.type == "conv")
+    for dim in op.outputs[0].type.tensorType.dimensions:
+        dim.constant.size = 10**6
+
+
 def _rename_main(proto) -> None:
     functions = proto.mlProgram.functions
     functions["evil"].CopyFrom(functions["main"])
@@ -319,7 +326,24 @@ def _linked(path: Path) -> None:
     (path / "Data").symlink_to(path.parent / "real")
 
 
+def _bomb(path: Path) -> None:
+    """What coremltools would compute when it loads the program, whatever size is declared."""
+
+    def change(proto) -> None:
+        main = proto.mlProgram.functions["main"]
+        operations = main.block_specializations[main.opset].operations
+        shape = next(each for each in operations if each.type == "const")
+        made = operations.add(type="fill")
+        made.inputs["shape"].arguments.add(name=shape.outputs[0].name)
+        made.outputs.add(name="bomb")
+        shape.attributes["val"].immediateValue.tensor.ints.values[:] = [10**6, 10**6]
+
+    _proto(path, change)
+
+
 PACKAGES = {
+    "bomb": _bomb,
+    "declared bomb": lambda path: _proto(path, _declare_large),
     "main": lambda path: _proto(path, _rename_main),
     "no input": lambda path: _proto(path, lambda proto: proto.description.ClearField("input")),
     "other name": lambda path: _proto(path, lambda proto: setattr(proto.description.input[0], "name", "x")),
