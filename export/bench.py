@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ import torch
 
 from shvit.environment import users_environment
 from shvit.errors import InputError
+from shvit.files import scratch_folder
 
 from . import worker
 from .cases import (
@@ -245,8 +245,8 @@ def bench(
         if value < 1:
             raise InputError(f"{option} {value} must be 1 or more")
     cores = choose_cores(settings.threads)
-    with tempfile.TemporaryDirectory() as folder, pinned(cores, settings.threads):
-        subjects = {name: Subject(name, settings, Path(folder)) for name in models if Path(name).suffix not in FILES}
+    with scratch_folder() as folder, pinned(cores, settings.threads):
+        subjects = {name: Subject(name, settings, folder) for name in models if Path(name).suffix not in FILES}
         for subject in subjects.values():
             _ = subject.opened  # an unknown name before anything is measured
         plan = []

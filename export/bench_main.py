@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Column, Table
 
 from shvit import terminal
-from shvit.errors import CheckFailed, InputError, refuse
-from shvit.files import check_output_folder, sha256
+from shvit.errors import CheckFailed, InputError, printable, refuse
+from shvit.files import check_output_folder, scratch_folder, sha256
 
 PACKAGE = ".mlpackage"
 console = terminal.console()
@@ -68,7 +69,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         from .worker import peak_memory
 
-        check_output_folder(self.output)
+        check_report_folder(self.output)
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not tell; leave it out")
         if self.compute_units != "all" and not self._uses_coreml():
@@ -120,7 +121,6 @@ class Bench:
 
     def _placements(self, settings: Any, progress: Any) -> Iterator[Any]:
         """Of every package that Core ML has run."""
-        import tempfile
 
         from .cases import FILES, Subject
         from .compute_plan import measure_placement
@@ -129,25 +129,24 @@ class Bench:
             if path.suffix == PACKAGE:
                 progress(f"planning {path.name} in coreml")
                 yield measure_placement(path, self.compute_units, path.name)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             for name in self._chosen if "coreml" in self.runtimes else ():
                 if Path(name).suffix not in FILES:
                     progress(f"planning {name} in coreml")
-                    package = Subject(name, settings, Path(folder)).coreml
+                    package = Subject(name, settings, folder).coreml
                     yield measure_placement(package, self.compute_units, name)
 
     def _layers(self, settings: Any, progress: Any) -> Iterator[Any]:
-        import tempfile
 
         from .bench import pinned
         from .cases import FILES, Subject, choose_cores
         from .layer_times import has_profiler, measure_layers
 
-        with tempfile.TemporaryDirectory() as folder, pinned(choose_cores(settings.threads), settings.threads):
+        with scratch_folder() as folder, pinned(choose_cores(settings.threads), settings.threads):
             for name in self._chosen:
                 if Path(name).suffix in FILES:
                     continue
-                subject = Subject(name, settings, Path(folder))
+                subject = Subject(name, settings, folder)
                 for runtime in filter(has_profiler, self.runtimes):
                     for batch_size in self.batch_sizes:
                         progress(f"profiling {name} in {runtime}")
@@ -156,15 +155,14 @@ class Bench:
                         yield from rows
 
     def _scaling(self, settings: Any, progress: Any) -> Iterator[Any]:
-        import tempfile
 
         from .cases import FILES
         from .scaling import sweep
 
         for name in self._chosen:
             for runtime in self.runtimes if Path(name).suffix not in FILES else ():
-                with tempfile.TemporaryDirectory() as folder:
-                    rows = sweep(name, runtime, settings, Path(folder), progress)
+                with scratch_folder() as folder:
+                    rows = sweep(name, runtime, settings, folder, progress)
                 show_scaling(rows)
                 yield from rows
 
@@ -206,7 +204,7 @@ def _status(what: str, lines: bool = False) -> Iterator[Callable[[str], None]]:
         yield console.print if lines else lambda _: None
         return
     with console.status(what) as status:
-        yield status.update
+        yield lambda line: status.update(escape(printable(line)))
 
 
 def show_results(results: Sequence[Any]) -> None:
@@ -411,8 +409,11 @@ class BenchPhone(_BrowserOptions):
     """A folder for the files, the records, bench.json, pictures, and report.html."""
 
     def _check(self) -> None:
+        from .guards import check_apart
+
         super()._check()
-        check_output_folder(self.output)
+        check_report_folder(self.output)
+        check_apart(self.output, images=self.images, checkpoint=self.checkpoint)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
         if not 1 <= self.records <= MOST_RECORDS:
@@ -479,7 +480,7 @@ class BenchImport:
         from .phone_record import add_record, describe_record, read_record_file
         from .records import Measurements, read_measurements
 
-        check_output_folder(self.output)
+        check_report_folder(self.output)
         if not self.records:
             raise InputError("nothing to import; give at least one file that the page saved")
         measured = Measurements(None, ()) if self.beside is None else read_measurements(self.beside)
@@ -497,15 +498,26 @@ def _report(measured: Any, output: Path) -> dict[str, Any]:
     return asdict(measured)
 
 
+def check_report_folder(output: Path | None) -> None:
+    """For the beginning; raises InputError where files that are no report's would be overwritten."""
+    from .guards import check_own
+    from .pictures import FIGURES
+
+    check_output_folder(output)
+    check_own(output, "bench.json", b'"machine"', ("report.html", *FIGURES))
+
+
 def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Path]:
     """bench.json, report.html and, if wanted, pictures."""
     from .explorer import write_explorer
+    from .guards import one_line
     from .pictures import draw
     from .records import write_measurements
 
     write_measurements(measured, output / "bench.json")
     write_explorer(output / "report.html", measured)
-    return [output / "bench.json", output / "report.html", *(draw(measured, output) if pictures else ())]
+    with one_line(output, "the pictures cannot be drawn"):  # of numbers from a third party's bench.json
+        return [output / "bench.json", output / "report.html", *(draw(measured, output) if pictures else ())]
 
 
 def show_devices(measured: Any) -> None:
@@ -532,16 +544,19 @@ class Site(_BrowserOptions):
     """A bench.json whose results the explorer shows; those of this machine and the site's files by default."""
 
     def run(self) -> dict[str, Any]:
-        import tempfile
 
+        from .guards import check_apart, check_own
         from .records import read_measurements
-        from .site import write_site
+        from .site import SITE_FILES, write_site
+        from .trial import SCRIPTS
 
         self._check()
         check_output_folder(self.output)
+        check_apart(self.output, images=self.images, checkpoint=self.checkpoint, measured=self.measured)
+        check_own(self.output, "index.html", b"<title>SHViT", (*SITE_FILES, *SCRIPTS))
         given = None if self.measured is None else read_measurements(self.measured)
-        with tempfile.TemporaryDirectory() as folder, _status("site", lines=True) as progress:
-            tried, served = self._prepare(Path(folder), None, progress)
+        with scratch_folder() as folder, _status("site", lines=True) as progress:
+            tried, served = self._prepare(folder, None, progress)
             written = write_site(self.output, served, tried, given or self._measure_here(tried, progress), self._hosted)
         megabytes = sum(path.stat().st_size for path in written) / 1e6
         console.print(f"wrote {len(written)} files, {megabytes:.0f} MB, to {self.output}; any web host can carry them, "

@@ -15,9 +15,11 @@ from torch import nn
 
 from shvit.deploy import deploy
 from shvit.errors import InputError
+from shvit.files import is_there
 from shvit.weights.resolve import Weights, resolve_weights
 
 from .formats import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
+from .guards import one_line
 from .photographs import find_photographs
 from .runtimes import refuse_changed
 from .spec import Spec, open_weights
@@ -321,12 +323,13 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
     """
     if path.suffix not in FILES:
         raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(FILES)}")
-    if not path.exists():
+    if not is_there(path):
         raise InputError(f"{path}: no such file")
     refuse_changed(path)
     runtime = FILES[path.suffix]
     check_runtimes([runtime])
-    img_size, batch, precision = READERS[path.suffix](path)
+    with one_line(path, "cannot be opened"):
+        img_size, batch, precision = READERS[path.suffix](path)
     if batch not in (None, batch_size):
         raise InputError(f"{path} takes batches of {batch}, not of {batch_size}; choose --batch-sizes {batch}")
     job = {
@@ -354,11 +357,18 @@ def _read_onnx_file(path: Path) -> tuple[int, int | None, str]:
     from .onnx import SPEC_KEY, metadata, read_onnx, spec_from
     from .runtimes import onnx_session
 
-    session = onnx_session(path, 1)
-    size, batch = _image_input(path, [each.shape for each in session.get_inputs()])
     said = metadata(read_onnx(path))
+    session = onnx_session(path, 1)
+    inputs = session.get_inputs()
+    size, batch = _image_input(path, [each.shape for each in inputs])
+    if inputs[0].type not in ONNX_INPUTS:
+        raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(ONNX_INPUTS)} are timed here")
     precision = spec_from(said, path).precision if SPEC_KEY in said else _onnx_precision(path)
     return size, batch, precision
+
+
+ONNX_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
+"""What the worker makes inputs of."""
 
 
 def _onnx_precision(path: Path) -> str:

@@ -3,13 +3,13 @@
 A plan is made by Core ML on this Mac, for this Mac; an iPhone's comes from Xcode's performance report (DEVICES.md).
 """
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shvit.errors import InputError
+from shvit.files import scratch_folder
 
 from .cases import COMPUTE_UNITS
 from .records import Placement
@@ -37,8 +37,8 @@ def measure_placement(package: Path, compute_units: str, model: str) -> Placemen
     import coremltools as ct
     from coremltools.models.compute_plan import MLComputePlan
 
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = str(Path(folder) / "model.mlmodelc")
+    with scratch_folder() as folder:
+        compiled = str(folder / "model.mlmodelc")
         ct.models.utils.compile_model(str(package), compiled)
         units = ct.ComputeUnit[COMPUTE_UNITS[compute_units]]
         plan = MLComputePlan.load_from_path(compiled, compute_units=units)

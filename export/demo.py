@@ -13,7 +13,7 @@ import torch
 from shvit import terminal
 from shvit.cli import run
 from shvit.errors import CheckFailed
-from shvit.files import check_output_folder
+from shvit.files import check_output_folder, check_replaceable
 from shvit.train.data import eval_loader, open_dataset
 from shvit.train.evaluate import Evaluation, evaluate
 
@@ -50,6 +50,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
         CheckFailed: an artefact drifts, or the ONNX file's accuracy is further from PyTorch's than near-ties explain.
     """
     check_output_folder(output)
+    check_replaceable(output / "report.html")
     seconds: dict[str, float] = {}
 
     def step(name: str, *argv: object) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 import base64
 import hashlib
-import json
-import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import Any
 
+from shvit.documents import to_json
 from shvit.files import write_whole
 
 from .content import WEB
@@ -31,7 +29,7 @@ def write_explorer(path: Path, measurements: Measurements) -> None:
 
 def explorer_body(measurements: Measurements) -> str:
     """The explorer's place in a page, and its data; `explorer_script`, after it, fills it."""
-    data = json.dumps(_finite(asdict(measurements)), allow_nan=False).replace("<", "\\u003c")  # no name ends the block
+    data = to_json(asdict(measurements)).replace("<", "\\u003c")  # no name ends the block
     return (
         '<main class="explorer" id="shvit-explorer"><noscript>This page needs JavaScript.</noscript></main>\n'
         f'<script type="application/json" id="shvit-measurements">{data}</script>'
@@ -63,12 +61,3 @@ def _source(text: str) -> str:
 
 def _read(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """With None for what is not a number: JSON has no word for it."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

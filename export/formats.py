@@ -1,6 +1,5 @@
 """From a model to a verified file of any format: deploy → write → certify, with layers kept out of int8 if need be."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from torch import nn
 
 from shvit.certificate import certificate_path
 from shvit.deploy import deploy
+from shvit.documents import to_json
 from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.files import scratch_folder, write_whole
 from shvit.weights.resolve import Log, Weights
 
 from .forms import Probabilities, feature_maps, layers, without_softmax
@@ -156,7 +156,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
     with ExitStack() as stack:
         record = stack.enter_context(write_whole(certificate_path(output)))
         partials = [stack.enter_context(write_whole(file)) for file in artefact_files(output)]
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.")))
+        folder = stack.enter_context(scratch_folder(output))
         write = _writer(kind, source, options)
 
         def attempt(kept: Sequence[str] = ()) -> tuple[Certificate, Path]:
@@ -173,7 +173,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
         require(certificate)
         for partial, file in zip(partials, artefact_files(path), strict=True):
             shutil.move(file, partial)
-        record.write_text(json.dumps(asdict(certificate), indent=2) + "\n")
+        record.write_text(to_json(asdict(certificate), indent=2) + "\n")
     return certificate
 
 
@@ -272,8 +272,8 @@ def int8_onnx_writer(
     from .onnx import read_onnx, write_onnx
     from .quantize import quantize_onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "float.onnx"
+    with scratch_folder() as folder:
+        path = folder / "float.onnx"
         write_onnx(unfolded, path, spec, dynamic_batch)
         proto = read_onnx(path)
     return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
@@ -283,8 +283,8 @@ def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -
     from .openvino import write_openvino
 
     def write(path: Path, spec: Spec) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            between = Path(folder) / "model.onnx"
+        with scratch_folder() as folder:
+            between = folder / "model.onnx"
             write_onnx(between, replace(spec, precision="int8" if spec.precision == "int8" else "fp32"))
             write_openvino(between, path, spec, source.labels)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.errors import InputError
+from shvit.files import read_bytes
 from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 
@@ -46,15 +47,12 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
 
 def _read_lines(path: Path) -> list[str]:
     """Lines without blanks around them, and without the empty ones at the end."""
+    content = read_bytes(path, MOST_BYTES)
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: too large for a list of labels; give one on each line")
-        content = path.read_bytes()
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         text = content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text, nor UTF-16 with its mark"
-        raise InputError(f"{path}: cannot be read as labels: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as labels: not UTF-8 text, nor UTF-16 with its mark") from error
     return [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
 
 

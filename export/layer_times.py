@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from shvit.files import scratch_folder
 
 from .cases import RUNTIMES, Subject
 from .records import LayerTime
@@ -80,8 +81,8 @@ def profile_onnx(subject: Subject, job: dict[str, Any], batch_size: int) -> list
     options.log_severity_level = 3
     options.intra_op_num_threads = subject.settings.threads
     options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
+    with scratch_folder() as folder:
+        options.profile_file_prefix = str(folder / "profile")
         session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
         batch = {session.get_inputs()[0].name: torch.rand(batch_size, *subject.spec.shape).numpy()}
         for _ in range(RUNS):

@@ -1,6 +1,5 @@
 """The commands info, eval, export, verify and demo; see shvit/cli.py for how they are called."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,22 +8,26 @@ import tyro
 from rich.table import Table
 
 from shvit import terminal
-from shvit.certificate import Origin, certificate_path, read_origin
+from shvit.certificate import Origin, certificate_path, read_certificate, read_origin
 from shvit.checkpoint import holds_average
+from shvit.documents import to_json
 from shvit.errors import CheckFailed, InputError, refuse
-from shvit.files import check_output_folder, sha256, write_whole
+from shvit.files import check_output_folder, check_replaceable, is_file, sha256, write_whole
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
 from .formats import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
+from .guards import check_apart, check_own, images_that_fit, rows_that_fit
 from .labels import find_labels, match_classes, refuse_unknown, some
-from .photographs import BUNDLED, MAX_CALIBRATION, find_photographs
+from .photographs import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
-from .verify import MAX_FLOAT_MACS, Certificate, Reference, certify, require
+from .summary import show
+from .verify import Reference, certify, require
 
 console = terminal.console()
 MOST_CLASSES_PRINTED = 50
+MOST_CLASSES_COUNTED = 50_000  # the matrix of their confusions has 20 GB; ImageNet-21k has 21,841
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Eval:
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
         check_output_folder(self.output)
+        check_own(self.output, "accuracy.json", b'"model"', ("confusion.png", "confusion_ema.png"))
+        check_apart(self.output, data=self.data, checkpoint=self.checkpoint, artefact=self.artefact)
         if not self.data:
             raise InputError("--data is empty; give a folder of class folders, a tar or a name that timm knows")
         if not takes_split(self.data):
@@ -112,7 +117,7 @@ class Eval:
             result["ema"] = self._evaluate("averaged weights", averaged, spec, *found)
         if self.output is not None:
             with write_whole(self.output / "accuracy.json") as partial:
-                partial.write_text(json.dumps({**result, "classes": classes}, indent=2) + "\n")
+                partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")
         return result
 
     def _match(self, found: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:
@@ -155,7 +160,10 @@ class Eval:
         from shvit.train.data import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
-        loader = eval_loader(dataset, transform, self.batch_size, self.workers)
+        if spec.num_classes > MOST_CLASSES_COUNTED:
+            raise InputError(f"{spec.num_classes:,} classes are more than the {MOST_CLASSES_COUNTED:,} whose "
+                             "confusions can be counted; evaluate a model with fewer")  # fmt: skip
+        loader = eval_loader(dataset, transform, rows_that_fit(self.batch_size, spec), self.workers)
         batches = loader if index is None else Renumbered(loader, index)
         counts = count(predict, batches, spec.num_classes)
         result = counts.evaluation()
@@ -268,6 +276,10 @@ class _FromModel:
     """A text file with the name of a class on each line; those that the checkpoint's run knows by default, and
     ImageNet's for published weights."""
 
+    def _check_apart(self, output: Path) -> None:
+        check_apart(output, checkpoint=self.checkpoint, labels=self.labels, images=self.images,
+                    calibration=self.calibration)  # fmt: skip
+
     def _source(self, outputs: str) -> Source:
         weights = resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
         model, spec = open_source_model(weights, self.img_size, outputs, console.print)
@@ -280,7 +292,9 @@ class _FromModel:
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(self.images, spec.num_classes, classes=labels),
+            photographs=find_photographs(
+                self.images, spec.num_classes, most=images_that_fit(MAX_IMAGES, spec), classes=labels
+            ),
             image_source=str(self.images or BUNDLED),
             labels=labels,
             checkpoint=weights.checkpoint,
@@ -288,7 +302,8 @@ class _FromModel:
             ema=weights.ema,
             data=weights.info.data if weights.info else None,
         )
-        return Source(reference, spec, find_photographs(self.calibration, most=MAX_CALIBRATION, part="train"))
+        most = images_that_fit(MAX_CALIBRATION, spec)
+        return Source(reference, spec, find_photographs(self.calibration, most=most, part="train"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +332,7 @@ class _Export(_FromModel):
         if self._classifies and not source.labels:
             raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
         certificate = export(self.kind, self.output, source, self._options())
-        show(certificate)
+        show(certificate, console)
         return {"artefact": str(self.output), "certificate": asdict(certificate)}
 
     @property
@@ -342,9 +357,16 @@ class _Export(_FromModel):
             raise InputError(f"--output {self.output} must end in {suffix}")
         check_output_folder(self.output.parent)
         for path in (*artefact_files(self.output), certificate_path(self.output)):
-            folder = path.suffix == ".mlpackage"
-            if path.exists() and path.is_dir() != folder:
-                raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name for --output")
+            check_replaceable(path)
+            if path.suffix == ".mlpackage" and is_file(path):
+                raise InputError(f"{path}: is a file; choose another name for --output")
+            self._check_apart(path)
+        if is_file(certificate := certificate_path(self.output)):
+            try:
+                read_certificate(self.output)
+            except InputError as error:
+                raise InputError(f"{certificate}: is there already and is no certificate; choose another name for "
+                                 "--output") from error  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +450,8 @@ class ExportAll(_FromModel):
         from .table import export_all
 
         check_output_folder(self.output)
+        self._check_apart(self.output)
+        check_own(self.output, "formats.json", b'"artefact"', ("formats.md",))
         return export_all(self.output, self._source("logits"), console)
 
 
@@ -465,7 +489,12 @@ class Verify:
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(self.images, spec.num_classes, classes=classes or artefact.labels),
+            photographs=find_photographs(
+                self.images,
+                spec.num_classes,
+                most=images_that_fit(MAX_IMAGES, spec, artefact.spec),
+                classes=classes or artefact.labels,
+            ),
             image_source=str(self.images or BUNDLED),
             labels=classes,
             checkpoint=weights.checkpoint,
@@ -474,7 +503,7 @@ class Verify:
             data=weights.info.data if weights.info else None,
         )
         certificate = certify(artefact, reference)
-        show(certificate)
+        show(certificate, console)
         require(certificate)
         return asdict(certificate)
 
@@ -516,7 +545,7 @@ class Verify:
         if origin.checkpoint is None:
             raise InputError(f"{self.artefact}: its certificate does not name its weights; give --checkpoint")
         named, folder = Path(origin.checkpoint), self.artefact.parent
-        found = [path for path in (named, folder / named, folder / named.name) if path.is_file()]
+        found = [path for path in (named, folder / named, folder / named.name) if is_file(path)]
         for path in found:
             if sha256(path) == origin.checkpoint_sha256:
                 return path
@@ -527,55 +556,6 @@ class Verify:
         except InputError as error:
             raise InputError(f"{self.artefact}: its certificate names {named}, which is not there; give --checkpoint"
                              ) from error  # fmt: skip
-
-
-def show(certificate: Certificate) -> None:
-    """Prints a certificate for people."""
-    console.print(_headline(certificate))
-    table = Table("figure", _right("value"), show_header=False)
-    rows = [
-        ("signal to noise", f"{certificate.snr_db:.1f} dB below the outputs' spread"),
-        (
-            "error of an image, of the spread",
-            f"median {certificate.median_rel_error:.1e}, 99 % within {certificate.p99_rel_error:.1e}, "
-            f"largest {certificate.max_rel_error:.1e} ({certificate.worst_image})",
-        ),
-        ("largest difference", f"{certificate.max_abs_error:.1e}"),
-        ("top-1 / top-5 agreement", f"{certificate.top1_agreement:.1f} / {certificate.top5_agreement:.1f} %"),
-    ]
-    if certificate.changed:
-        near_ties = certificate.changed - certificate.changed_decisions
-        rows.append(("other top-1", f"{certificate.changed_decisions} decisions, {near_ties} near-ties"))
-    if certificate.accuracy is not None:
-        rows.append(("accuracy, model → file", f"{certificate.model_accuracy:.2f} → {certificate.accuracy:.2f} %"))
-    if certificate.worst_layer is not None:
-        rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
-    if largest := certificate.largest_values:
-        rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
-    if kept := certificate.spec.kept:
-        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.kept_macs:.1f} % of the multiplications"))
-    rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
-    rows.append(("preprocessing", f"within {certificate.grey_levels:.2g} grey levels of timm's"))
-    rows.append(("weights' file", "none: random weights" if certificate.random_weights else "trained"))
-    rows += [("note", note) for note in certificate.notes]
-    rows.append(("size", f"{certificate.artefact_bytes / 1e6:.2f} MB"))
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _headline(certificate: Certificate) -> str:
-    """The verdict in a sentence, with what must not be overlooked."""
-    random = " with random weights" if certificate.random_weights else ""
-    compared = f"{certificate.images} photographs in {certificate.runtime}"
-    if certificate.passed is None:
-        return f"{certificate.artefact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
-    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
-    floats = ""
-    if certificate.kept_macs > MAX_FLOAT_MACS:
-        floats = (f"; {certificate.kept_macs:.0f} % of its multiplications are not in int8, without which it would "
-                  "not keep to the bounds")  # fmt: skip
-    return f"{certificate.artefact}{random} {verdict}: {compared}{floats}"
 
 
 @dataclass(frozen=True)

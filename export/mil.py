@@ -5,25 +5,31 @@ program declares as such, which stands in for hardware that computes in half pre
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from shvit.documents import load_json
 from shvit.errors import InputError, first_line
+from shvit.files import files_below, is_file, is_folder
 
+from .guards import Port, check_elements, one_line
 from .mil_ops import OPERATIONS
 from .onnx import quiet
+from .spec import Spec
 
 MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
 """How PIL calls the colours that Core ML can be given."""
 
 
+MAIN = "main"
+"""The function that is run, of those that a program may have."""
 LAYERS = ("conv", "linear")
 """Operations that have a module's weights."""
 
@@ -114,9 +120,10 @@ class Package:
     def __init__(self, path: Path, half: bool = False):
         self.path = path
         self.half = half
-        if not (path / "Manifest.json").is_file():
+        if not is_folder(path) or not is_file(path / "Manifest.json"):
             raise InputError(f"{path}: not a Core ML package (a folder with a Manifest.json)")
-        try:
+        _check_files(path)
+        with one_line(path, "not a readable Core ML package"):
             with quiet():
                 import coremltools as ct
                 from coremltools.converters.mil.frontend.milproto.load import load
@@ -125,13 +132,14 @@ class Package:
                 self.proto = model.get_spec()
                 if self.proto.WhichOneof("Type") != "mlProgram":
                     raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
+                _check_program(path, self.proto)
                 program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a damaged file makes coremltools stumble over
-            raise InputError(f"{path}: not a readable Core ML package ({first_line(error)})") from error
-        self.program = Program(program.functions["main"], str(path))
-        self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+            if MAIN not in program.functions:
+                found = ", ".join(sorted(program.functions)) or "none"
+                raise InputError(f"{path}: has no function {MAIN} (it has {found}); export the model again")
+            self.program = Program(program.functions[MAIN], str(path))
+            self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+        check_elements(path, self._shapes())
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
         if unknown:
             raise InputError(f"{path}: holds operations that are not known here: {', '.join(sorted(unknown))}")
@@ -146,6 +154,25 @@ class Package:
     def outputs(self) -> list[str]:
         """Names of what it gives."""
         return [var.name for var in self.program.function.outputs]
+
+    @property
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """What it takes and gives, as it declares them."""
+        feeds = [Port(feed.name, "image" if feed.colors else "float32", feed.shapes[0]) for feed in self.feeds]
+        return feeds, [_port(var) for var in self.program.function.outputs]
+
+    def check_sizes(self, spec: Spec) -> None:
+        """Raise InputError where it does not take one of the sizes that its spec names."""
+        for px in spec.sizes:
+            shape = (1, spec.in_chans, px, px)
+            if shape not in self.feeds[0].shapes:
+                raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
+
+    def _shapes(self) -> Iterator[tuple[str, list[int | None]]]:
+        """Of everything that is computed, constants included; lengths that depend on the input are open."""
+        for op in self.program.function.operations:
+            for var in op.outputs:
+                yield var.name, _lengths(var)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -197,6 +224,77 @@ def _is_half(var: Any) -> bool:
     from coremltools.converters.mil.mil import types
 
     return types.builtin_to_string(var.dtype) == "fp16"
+
+
+def _lengths(var: Any) -> list[int | None]:
+    """A variable's shape; empty where it is no tensor."""
+    shape = getattr(var, "shape", None)
+    return [int(each) if isinstance(each, int | np.integer) else None for each in shape or ()]
+
+
+def _port(var: Any) -> Port:
+    from coremltools.converters.mil.mil import types
+
+    if types.is_dict(var.sym_type):  # a classifier's probabilities by label
+        return Port(var.name, "float32", None)
+    kind = types.builtin_to_string(var.dtype)
+    return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
+
+
+MAX_FILES = 1000  # of a package; those that are written here have three
+
+
+def _check_files(path: Path) -> None:
+    """Raise InputError unless a package holds files and folders alone, all of which its hash covers.
+
+    A FIFO would be waited for; a link leads to what may change; and names that begin with a dot, which file managers
+    use, are left out of the hash.
+    """
+    if len(files_below(path)) > MAX_FILES:
+        raise InputError(f"{path}: has more than {MAX_FILES} files; export the model again")
+    manifest = load_json(path / "Manifest.json", MAX_MANIFEST_BYTES)
+    items = manifest.get("itemInfoEntries") if isinstance(manifest, dict) else None
+    for item in items.values() if isinstance(items, dict) else ():
+        name = item.get("path") if isinstance(item, dict) else None
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
+        if any(part.startswith((".", "/")) for part in parts):
+            raise InputError(f"{path}: its Manifest.json names {name!r}, which is no file of a package; export the "
+                             "model again")  # fmt: skip
+
+
+MAX_MANIFEST_BYTES = 1 << 20
+
+
+MADE = ("fill", "tile", "range_1d", "one_hot")
+"""Operations whose result has as many numbers as their constants say; coremltools computes it when it loads them."""
+
+
+def _check_program(path: Path, proto: Any) -> None:
+    """For a program that was not loaded yet.
+
+    Raises:
+        InputError: it has weights in a file that the package's hash leaves out, or tensors that are too large.
+    """
+    numbers: dict[str, list[int]] = {}
+    left = [function.block_specializations[function.opset] for function in proto.mlProgram.functions.values()
+            if function.opset in function.block_specializations]  # fmt: skip
+    while left:
+        for op in left.pop().operations:
+            left.extend(op.blocks)
+            declared = [(each.name, each.type.tensorType.dimensions) for each in op.outputs]
+            check_elements(path, [(name, [dim.constant.size or None for dim in dims]) for name, dims in declared])
+            if op.type == "const" and op.outputs:
+                value = op.attributes["val"].immediateValue.tensor
+                numbers[op.outputs[0].name] = [*value.ints.values, *value.longInts.values]
+            if op.type in MADE:
+                names = (each.name for argument in op.inputs.values() for each in argument.arguments)
+                check_elements(path, [(op.outputs[0].name, [abs(n) for name in names for n in numbers.get(name, ())])])
+            bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
+            for value in (*op.attributes.values(), *bound):
+                name = value.blobFileValue.fileName.rpartition("/")[2]
+                if name.startswith("."):
+                    raise InputError(f"{path}: has weights in {name!r}, which is no file of a package; export the "
+                                     "model again")  # fmt: skip
 
 
 def _feed(description: Any) -> Feed:

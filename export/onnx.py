@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections import Counter
@@ -15,9 +14,13 @@ import torch
 from torch import nn
 
 from shvit import __version__
+from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
+from shvit.files import check_file, is_file
+from shvit.run_info import is_name
 
 from .forms import ChannelsLast, Half, Normalized, layer_name
+from .guards import check_elements, check_operators
 from .ranges import Range
 from .spec import Spec
 
@@ -89,8 +92,8 @@ def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range]
     """What every artefact says of itself: its spec, labels, learnt ranges, license and the versions that made it."""
     import timm
 
-    named = {LABELS_KEY: json.dumps(list(labels))} if labels else {}
-    learnt = {RANGES_KEY: json.dumps(ranges)} if ranges else {}
+    named = {LABELS_KEY: to_json(list(labels))} if labels else {}
+    learnt = {RANGES_KEY: to_json(ranges)} if ranges else {}
     return {
         SPEC_KEY: spec.to_json(),
         **named,
@@ -136,12 +139,91 @@ def read_onnx(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB of one ONNX file")
     try:
-        return onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable ONNX file") from error
+    _check_external(proto, path)
+    return proto
+
+
+MAX_BYTES = (2 << 30) - 1
+"""The most that protobuf, in which ONNX is written, can hold."""
+
+
+def _graphs(proto: Any) -> Iterator[Any]:
+    """The graph, the graphs in its nodes' attributes at any depth, and the bodies of functions."""
+    import onnx
+
+    left = [proto.graph, *proto.functions]
+    while left:
+        graph = left.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    left.append(attribute.g)
+                elif attribute.type == onnx.AttributeProto.GRAPHS:
+                    left.extend(attribute.graphs)
+
+
+def external_files(proto: Any) -> list[str]:
+    """What a model calls the files that hold weights of it, in order; empty where it is one file."""
+    import onnx
+
+    names: dict[str, None] = {}
+    for graph in _graphs(proto):
+        tensors = list(getattr(graph, "initializer", ()))
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            tensors += [sparse.values, sparse.indices]
+        for node in graph.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t, *attribute.tensors]
+                tensors += [attribute.sparse_tensor.values, attribute.sparse_tensor.indices]
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                names[next((each.value for each in tensor.external_data if each.key == "location"), "")] = None
+    return list(names)
+
+
+def _check_external(proto: Any, path: Path) -> None:
+    """Raise InputError where weights are to be read from elsewhere than from files in the model's own folder."""
+    folder = path.resolve().parent
+    for name in external_files(proto):
+        where = folder / name
+        if not name or Path(name).is_absolute() or "\\" in name or not where.resolve().is_relative_to(folder):
+            raise InputError(f"{path}: has weights in {name!r}, outside of its own folder; save the model as one file")
+        if not is_file(where):
+            raise InputError(f"{path}: has weights in {name}, which is not beside it")
+
+
+def check_graph(proto: Any, path: Path) -> None:
+    """Raise InputError for what no file of `shvit export` has, and what could take this machine with it.
+
+    That is weights in other files (no hash of the artifact covers them), loops, and tensors that are too large, as far
+    as shapes can be told without running the model.
+    """
+    import onnx
+
+    if names := external_files(proto):
+        raise InputError(f"{path}: keeps weights in another file, {names[0]}; an artifact is one file, export it again")
+    operators = {node.op_type for graph in _graphs(proto) for node in graph.node}
+    check_operators(path, operators)
+    light = onnx.ModelProto()  # shapes do not depend on what is in large tensors
+    light.CopyFrom(proto)
+    for tensor in light.graph.initializer:
+        if len(tensor.raw_data) > MAX_SHAPE_BYTES:
+            tensor.ClearField("raw_data")
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    values = [(each.name, each.type.tensor_type.shape) for each in (*graph.value_info, *graph.output)]
+    check_elements(path, [(name, [dim.dim_value or None for dim in shape.dim]) for name, shape in values])
+    check_elements(path, [(tensor.name, list(tensor.dims)) for tensor in graph.initializer])
+
+
+MAX_SHAPE_BYTES = 4096  # of a tensor whose values may be a shape
 
 
 def metadata(proto: Any) -> dict[str, str]:
@@ -154,26 +236,24 @@ def spec_from(metadata: dict[str, str], path: Path) -> Spec:
     if SPEC_KEY not in metadata:
         raise InputError(f"{path}: was not written by `shvit export`, so its preprocessing is not known; "
                          "export the model again with it")  # fmt: skip
-    return Spec.from_json(metadata[SPEC_KEY])
+    return Spec.from_json(metadata[SPEC_KEY], str(path))
 
 
-def labels_from(metadata: dict[str, str]) -> tuple[str, ...]:
-    """The names of the classes among what a file says of itself; none where they are not a list of names."""
-    try:
-        labels = json.loads(metadata.get(LABELS_KEY, "[]"))
-    except (ValueError, RecursionError):
-        return ()
-    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
-    return tuple(labels) if named else ()
+def labels_from(metadata: dict[str, str], path: Path) -> tuple[str, ...]:
+    """Return the names of the classes among what a file says of itself; InputError where they are no list of names."""
+    where = f"{path}: its labels"
+    labels = parse_model(list[str], parse_json(metadata.get(LABELS_KEY, "[]"), where), where, "export the model again")
+    if wrong := next((each for each in labels if not is_name(each)), None):
+        raise InputError(f"{where}: {wrong[:80]!r} cannot be a name; export the model again")
+    return tuple(labels)
 
 
-def ranges_from(metadata: dict[str, str]) -> dict[str, Range]:
-    """The ranges learnt for 8-bit tensors among what a file says of itself; none where they are not such."""
-    try:
-        ranges = json.loads(metadata.get(RANGES_KEY, "{}"))
-        return {str(name): (float(low), float(high)) for name, (low, high) in ranges.items()}
-    except (ValueError, TypeError, AttributeError):
-        return {}
+def ranges_from(metadata: dict[str, str], path: Path) -> dict[str, Range]:
+    """Return the ranges learned for 8-bit tensors among what a file says of itself; InputError where they are none."""
+    where = f"{path}: its ranges"
+    return parse_model(
+        dict[str, Range], parse_json(metadata.get(RANGES_KEY, "{}"), where), where, "export the model again"
+    )
 
 
 @contextlib.contextmanager

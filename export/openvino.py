@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shvit.errors import InputError, first_line
+from shvit.errors import InputError
+from shvit.files import is_file
 
+from .guards import check_elements, check_operators, one_line
 from .onnx import describe, metadata, quiet, ranges_from, read_onnx
 from .spec import Spec
 
@@ -41,7 +43,7 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     with quiet():
         model = ov.convert_model(source)
-        ranges = ranges_from(metadata(read_onnx(source)))
+        ranges = ranges_from(metadata(read_onnx(source)), source)
         for key, value in describe(spec, labels, ranges).items():
             model.set_rt_info(value, [SECTION, key])
         ov.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "bf16"))
@@ -54,15 +56,28 @@ def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
         InputError: one of its two files is not there or damaged.
     """
     for file in (path, path.with_suffix(".bin")):
-        if not file.is_file():
+        if not is_file(file):
             raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
-    try:
+    if (size := path.stat().st_size) > MAX_XML_BYTES:
+        raise InputError(f"{path}: {size / 1e6:.0f} MB is more than the {MAX_XML_BYTES / 1e6:.0f} MB of a graph")
+    with one_line(path, "not a readable OpenVINO IR"):
         model = core().read_model(path)
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a readable OpenVINO IR ({first_line(error)})") from error
-    if not model.has_rt_info([SECTION]):
-        return model, {}
-    return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
+        if not model.has_rt_info([SECTION]):
+            return model, {}
+        return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
+
+
+MAX_XML_BYTES = 64 << 20  # S4's is 0.4 MB; weights are in the other file
+
+
+def check_model(model: Any, path: Path) -> None:
+    """Raise InputError for loops, and for tensors that are too large, as far as shapes can be told."""
+    check_operators(path, operators(model))
+    for op in model.get_ops():
+        shapes = [each.partial_shape for each in map(op.output, range(op.get_output_size()))]
+        lengths = [[dim.get_length() if dim.is_static else None for dim in shape]
+                   for shape in shapes if shape.rank.is_static]  # fmt: skip
+        check_elements(path, [(op.get_friendly_name(), each) for each in lengths])
 
 
 def compile_openvino(

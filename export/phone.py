@@ -82,7 +82,8 @@ def receive_phones(
     signed = self_signed([host, LOOPBACK, "localhost"]) if door.tls else None
     url = f"{'https' if signed else 'http'}://{host}:{sockets[0].getsockname()[1]}/{token}/"
     if "utf" in (sys.stdout.encoding or "").lower():
-        say(qr_code(url))
+        for line in qr_code(url).splitlines():
+            say(line)
     say(f"open {url}")
     if signed:
         say(f"the browser will warn, as nobody vouches for this certificate; its SHA-256 is {signed.fingerprint}")

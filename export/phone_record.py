@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shvit.documents import parse_json
 from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.files import is_there, read_bytes, write_whole
 
 from .bench import percentiles, ratio_of
 from .published import published_top1
@@ -112,6 +113,7 @@ def read_record(content: bytes) -> PhoneRecord:
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"a record of {len(content):,} bytes is larger than the {MAX_BYTES:,} allowed")
+    parse_json(content, "not a record of `shvit bench phone`")  # stricter than pydantic: no key twice, short numbers
     try:
         record = PhoneRecord.model_validate_json(content)
     except ValidationError as error:
@@ -129,11 +131,9 @@ def read_record_file(path: Path) -> PhoneRecord:
     Raises:
         InputError: as `read_record`, or the file cannot be read.
     """
+    content = read_bytes(path, MAX_BYTES)
     try:
-        with path.open("rb") as file:
-            return read_record(file.read(MAX_BYTES + 1))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_record(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -249,7 +249,7 @@ def describe_record(record: PhoneRecord) -> str:
 def save_record(record: PhoneRecord, folder: Path) -> Path:
     """Writes it as the page would save it, beside those of earlier runs."""
     number = 1
-    while (path := folder / f"record-{number}.json").exists():
+    while is_there(path := folder / f"record-{number}.json"):
         number += 1
     with write_whole(path) as partial:
         partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 
 from shvit import terminal
 from shvit.errors import InputError
+from shvit.files import is_folder
 from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, list_images, photograph_files
 from shvit.train.images import open_image
 from shvit.train.splits import find_parts
@@ -64,7 +65,7 @@ def find_photographs(
 
 
 def _list_part(folder: Path, part: str) -> Listing:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such folder of photographs")
     parts = find_parts(folder)
     chosen = (parts.val or parts.train) if part == "val" else (parts.train or parts.val)

@@ -7,7 +7,6 @@ layer reads it, with rounded logits at the end, 4 to 8 dB.
 """
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from shvit.errors import InputError
+from shvit.files import scratch_folder
 
 from .forms import layers
 from .onnx import LAYERS, quiet, save_onnx
@@ -159,19 +159,19 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
     for node in nodes:
         tensors[node.input[0]] = ranges[node.name].input
     others = [node.name for node in proto.graph.node if node.op_type == "Relu" and node.output[0] not in tensors]
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), scratch_folder() as folder:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
         data = {
             name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in tensors.items()
         }
-        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), Path(folder) / "ranges.json")
+        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), folder / "ranges.json")
         quantize_static(
             copy.deepcopy(proto),
             path,
             None,  # the ranges are known
-            calibration_cache_path=Path(folder) / "ranges.json",
+            calibration_cache_path=folder / "ranges.json",
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=[*LAYERS, "Relu"],  # Relu, so that it is the tensor behind it that is rounded
             per_channel=True,

@@ -1,16 +1,17 @@
 """What measurements say: frozen records with units in their names, written as JSON and read back.
 
-Times are of one image: a batch's time over its size. Nothing here needs more than the standard library.
+Times are of one image: a batch's time over its size.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.files import write_whole
+from shvit.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
 PREEMPTED_PERCENT = 5.0
@@ -218,10 +219,14 @@ class Measurements:
     placements: tuple[Placement, ...] = ()
 
 
+for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placement, Scaling, Measurements):
+    setattr(_kind, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010  (of how they are read from a file)
+
+
 def write_measurements(measurements: Measurements, path: Path) -> None:
     """Writes them as JSON, whole or not at all."""
     with write_whole(path) as partial:
-        partial.write_text(json.dumps(asdict(measurements), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(to_json(asdict(measurements), indent=2) + "\n", encoding="utf-8")
 
 
 def read_measurements(path: Path) -> Measurements:
@@ -230,52 +235,67 @@ def read_measurements(path: Path) -> Measurements:
     Raises:
         InputError: no such file, or something else is in it.
     """
-    try:
-        return measurements_from(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: holds no measurements of `shvit bench` ({error})") from error
+    return measurements_from(load_json(path), str(path))
 
 
-def measurements_from(said: dict[str, Any]) -> Measurements:
-    """From what `asdict` and JSON made of them."""
-    return Measurements(
-        machine=None if said["machine"] is None else _record(Machine, said["machine"]),
-        results=tuple(_record(BenchResult, each) for each in said["results"]),
-        layers=tuple(_record(LayerTime, each) for each in said.get("layers", ())),
-        scaling=tuple(_record(Scaling, each) for each in said.get("scaling", ())),
-        devices=tuple(_record(Device, each) for each in said.get("devices", ())),
-        checks=tuple(_record(Check, each) for each in said.get("checks", ())),
-        sustained=tuple(_record(Sustained, each) for each in said.get("sustained", ())),
-        placements=tuple(_record(Placement, each) for each in said.get("placements", ())),
-    )
+def measurements_from(content: Any, name: str = "the measurements") -> Measurements:
+    """From what `asdict` and JSON made of them.
 
-
-def _record(kind: Any, said: dict[str, Any]) -> Any:
-    """One record, every field of which is of its type.
+    Args:
+        name: what messages call them.
 
     Raises:
-        TypeError, AttributeError: it is not.
+        InputError: a value is not of its field's type, or none that is measured.
     """
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
-    for name, wanted in get_type_hints(kind).items():
-        if name in fields and not _fits(fields[name], wanted):
-            raise TypeError(f"{name} is {str(fields[name])[:60]!r}")
-    return kind(**fields)
+    where = f"{name}: holds no measurements of `shvit bench`"
+    measurements = parse_model(Measurements, content, where)
+    if problem := next((each for row in _rows(measurements) if (each := _problem(row, measurements))), None):
+        raise InputError(f"{where}: {problem}")
+    return measurements
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value from JSON is of a field's type; names and words hold no control characters."""
-    inner = get_args(wanted)
-    if get_origin(wanted) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
-    if get_origin(wanted) is dict:
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_fits(key, inner[0]) and _fits(each, inner[1]) for key, each in pairs)
-    if inner:
-        return any(_fits(value, each) for each in inner)
-    if wanted is str:
-        return isinstance(value, str) and value.isprintable()
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number if wanted is float else isinstance(value, wanted)
+MAX_NUMBER = 1e12  # of anything that is measured here, whatever its unit
+ANY_SIGN = ("exponent", "memory_exponent", "snr_db")
+
+
+def _rows(measurements: Measurements) -> Iterator[Any]:
+    for each in fields(measurements):
+        value = getattr(measurements, each.name)
+        yield from value if isinstance(value, tuple) else [] if value is None else [value]
+
+
+def _problem(row: Any, measurements: Measurements) -> str | None:
+    """What no measurement has: names that steer a terminal, numbers out of range, lists that do not belong together."""
+    kind = type(row).__name__
+    for name in (each.name for each in fields(row)):
+        for value in _leaves(getattr(row, name)):
+            if isinstance(value, str) and value and not is_name(value):
+                return f"{kind}.{name} {value[:60]!r} holds control characters, or is longer than a name"
+            if isinstance(value, int | float):
+                lowest = -MAX_NUMBER if name in ANY_SIGN else 0
+                if not lowest <= value <= MAX_NUMBER:  # NaN is in no range
+                    return f"{kind}.{name} is {value:.3g}, out of the range of what is measured"
+    if isinstance(row, Scaling):
+        lengths = {len(row.values), len(row.latency_ms), len(row.peak_memory_mb)}
+        if len(lengths) > 1 or not row.values:
+            return f"{kind} of {row.model} does not have a latency and a memory for each of at least one value"
+        if min((*row.values, *row.latency_ms, max(row.peak_memory_mb))) <= 0:
+            return f"{kind} of {row.model} has values, latencies or memories of 0"
+    if isinstance(row, Sustained) and not row.latency_ms:
+        return f"{kind} of {row.model} holds no latencies"
+    if isinstance(row, BenchResult) and min(row.img_size, row.batch_size) < 1:
+        return f"{kind} of {row.model} is of {row.img_size} px and batches of {row.batch_size}"
+    device = getattr(row, "device", None)
+    if device is not None and device not in {each.name for each in measurements.devices}:
+        if device or not isinstance(row, BenchResult):
+            return f"{kind} of {row.model} is of the device {device!r}, which is not described"
+        if measurements.machine is None:
+            return f"{kind} of {row.model} names no device, and no machine is described"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.keys()
+        value = tuple(value.values())
+    yield from value if isinstance(value, tuple) else (value,)

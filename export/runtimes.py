@@ -13,10 +13,11 @@ from torch import nn
 
 from shvit.certificate import check_unchanged
 from shvit.errors import InputError, first_line
-from shvit.files import sha256
+from shvit.files import check_file, is_there, sha256
 from shvit.train.evaluate import Predict
 
-from .onnx import INPUT, LAYERS, labels_from, metadata, operators, ranges_from, read_onnx, spec_from
+from .guards import Port, check_ports, checked_run, finite, guarded, one_line, rows_that_fit
+from .onnx import INPUT, LAYERS, check_graph, labels_from, metadata, operators, ranges_from, read_onnx, spec_from
 from .parameters import (
     LayerParameters,
     coreml_parameters,
@@ -72,8 +73,13 @@ class Artefact:
     """`run` with the runtime's own settings, where `run` has others that keep 8-bit sums from overflowing."""
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → its first output, logits (B, classes) mostly."""
-        return self.run(self.spec.feed(pixels))[0]
+        """uint8 (B, C, H, W), from `spec.transform(normalize=False)` → its first output, logits (B, classes) mostly.
+
+        Raises:
+            InputError: it does not run, or gives something that is no prediction.
+        """
+        parts = pixels.split(rows_that_fit(max(len(pixels), 1), self.spec))
+        return finite(self.path, torch.cat([self.run(self.spec.feed(part))[0] for part in parts]))
 
 
 def open_artefact(path: Path, threads: int | None = None, native: bool = False, rounded: bool = False) -> Artefact:
@@ -90,10 +96,27 @@ def open_artefact(path: Path, threads: int | None = None, native: bool = False, 
     """
     if path.suffix not in OPENERS:
         raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(OPENERS)}")
-    artefact = OPENERS[path.suffix](path, threads)
-    if native:
-        return _in_coreml(artefact)
-    return _rounded(artefact, threads) if rounded and artefact.spec.precision in HALVES else artefact
+    with one_line(path, "cannot be opened"):
+        artefact = OPENERS[path.suffix](path, threads)
+        if native:
+            artefact = _in_coreml(artefact)
+        elif rounded and artefact.spec.precision in HALVES:
+            artefact = _rounded(artefact, threads)
+    return _guarded(artefact)
+
+
+def _guarded(artefact: Artefact) -> Artefact:
+    """The same file; what its runtime raises is one line, and its outputs are those that it says it gives."""
+    path, spec = artefact.path, artefact.spec
+    usual = artefact.run_as_usual
+    return replace(
+        artefact,
+        run=checked_run(artefact.run, path, spec),
+        run_layers=guarded(artefact.run_layers, path),
+        parameters=guarded(artefact.parameters, path, "its weights cannot be read"),
+        scale_faults=guarded(artefact.scale_faults, path, "its scales cannot be read"),
+        run_as_usual=None if usual is None else checked_run(usual, path, spec),
+    )
 
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -136,16 +159,8 @@ def artefact_sha256(path: Path) -> str:
 
 def refuse_changed(path: Path) -> None:
     """Raises CheckFailed if a file is not the one that its certificate is of; called before anything reads it."""
-    if all(file.exists() for file in artefact_files(path)):
+    if all(is_there(file) for file in artefact_files(path)):
         check_unchanged(path, artefact_sha256(path))
-
-
-def _checked(path: Path, spec: Spec, outputs: Sequence[str]) -> Spec:
-    """The spec, if the file has the outputs that it names (a classifier's label may come besides)."""
-    if [name for name in outputs if name in spec.outputs] != list(spec.outputs):
-        raise InputError(f"{path}: says that it gives {', '.join(map(str, spec.outputs))}, and gives "
-                         f"{', '.join(outputs)}; export the model again")  # fmt: skip
-    return spec
 
 
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
@@ -153,9 +168,10 @@ def _checked(path: Path, spec: Spec, outputs: Sequence[str]) -> Spec:
 
 def _open_onnx(path: Path, threads: int | None) -> Artefact:
     proto = read_onnx(path)
-    said = metadata(proto)
-    spec = _checked(path, spec_from(said, path), [output.name for output in proto.graph.output])
+    spec = spec_from(metadata(proto), path)
+    check_graph(proto, path)
     session = onnx_session(path, threads)
+    check_ports(path, spec, _ports(session.get_inputs()), _ports(session.get_outputs()), INPUT)
 
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_onnx(onnx_session(path, threads, exact=False), batch)
@@ -168,10 +184,24 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_onnx(session, batch),
         lambda batch: _run_onnx_layers(path, threads, batch),
         lambda: onnx_parameters(proto),
-        lambda: [*onnx_scale_faults(proto), *range_faults(ranges_from(metadata(proto)), onnx_steps(proto))],
-        labels_from(metadata(proto)),
+        lambda: [*onnx_scale_faults(proto), *range_faults(ranges_from(metadata(proto), path), onnx_steps(proto))],
+        labels_from(metadata(proto), path),
         run_as_usual=run_as_usual if spec.precision == "int8" else None,
     )
+
+
+ONNX_TYPES = {"float": "float32", "double": "float64"}
+"""ONNX Runtime's words for types that others call otherwise."""
+
+
+def _ports(arguments: Sequence[Any]) -> list[Port]:
+    """What a session takes or gives."""
+    ports = []
+    for each in arguments:
+        inner = each.type.removeprefix("tensor(").removesuffix(")") if each.type.startswith("tensor(") else each.type
+        lengths = tuple(length if isinstance(length, int) else None for length in each.shape)
+        ports.append(Port(each.name, ONNX_TYPES.get(inner, inner), lengths or None))
+    return ports
 
 
 def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool = True) -> Any:
@@ -189,8 +219,8 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
     import onnxruntime
 
     name = source if isinstance(source, Path) else "the ONNX file"
-    if isinstance(source, Path) and not source.is_file():
-        raise InputError(f"{source}: no such file")
+    if isinstance(source, Path):
+        check_file(source)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -231,16 +261,18 @@ def _run_onnx_layers(path: Path, threads: int | None, batch: torch.Tensor) -> di
 
 
 def _open_openvino(path: Path, threads: int | None) -> Artefact:
-    from .openvino import compile_openvino, read_openvino, saturates
+    from .openvino import check_model, compile_openvino, read_openvino, saturates
     from .openvino import operators as operations
 
     model, said = read_openvino(path)
-    spec = _checked(path, spec_from(said, path), [output.any_name for output in model.outputs])
+    spec = spec_from(said, path)
+    check_model(model, path)
+    check_ports(path, spec, _openvino_ports(model.inputs), _openvino_ports(model.outputs), INPUT)
     compiled = compile_openvino(model, spec.precision, threads)
 
     def scale_faults() -> list[str]:
         whole, _ = read_openvino(path)
-        return [*openvino_scale_faults(whole), *range_faults(ranges_from(said), openvino_steps(whole))]
+        return [*openvino_scale_faults(whole), *range_faults(ranges_from(said, path), openvino_steps(whole))]
 
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_openvino(compile_openvino(model, spec.precision, threads, exact=False), batch)
@@ -254,9 +286,24 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
         lambda batch: _run_openvino_layers(path, spec, threads, batch),
         lambda: openvino_parameters(read_openvino(path)[0]),
         scale_faults,
-        labels_from(said),
+        labels_from(said, path),
         run_as_usual=run_as_usual if spec.precision == "int8" and saturates() else None,
     )
+
+
+OPENVINO_TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}
+"""OpenVINO's words for types."""
+
+
+def _openvino_ports(ports: Sequence[Any]) -> list[Port]:
+    """What a model takes or gives."""
+    found = []
+    for port in ports:
+        kind, shape = port.element_type.get_type_name(), port.partial_shape
+        lengths = [dim.get_length() if dim.is_static else None for dim in shape] if shape.rank.is_static else None
+        name = port.any_name if port.names else port.node.get_friendly_name()
+        found.append(Port(name, OPENVINO_TYPES.get(kind, kind), None if lengths is None else tuple(lengths)))
+    return found
 
 
 def _run_openvino(compiled: Any, batch: torch.Tensor) -> Outputs:
@@ -289,7 +336,9 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
     from .mil import Package
 
     package = Package(path)
-    spec = _checked(path, spec_from(package.metadata, path), package.outputs)
+    spec = spec_from(package.metadata, path)
+    check_ports(path, spec, *package.ports, INPUT)
+    package.check_sizes(spec)
     package.half = spec.precision != "fp32"
 
     def run(batch: torch.Tensor) -> Outputs:
@@ -299,7 +348,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
         return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
-    labels = labels_from(package.metadata)
+    labels = labels_from(package.metadata, path)
     if package.labels not in ((), labels):
         raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
     return Artefact(
@@ -312,7 +361,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
         lambda: coreml_parameters(package),
         lambda: [
             *coreml_scale_faults(package),
-            *range_faults(ranges_from(package.metadata), coreml_steps(package)),
+            *range_faults(ranges_from(package.metadata, path), coreml_steps(package)),
         ],
         labels,
     )

@@ -13,6 +13,8 @@ from .records import Measurements
 from .trial import TrialModel, policy
 
 ISOLATION = "isolation.js"
+SITE_FILES = ("measure.html", "explorer.html", "trial.json", "_headers", ISOLATION)
+"""The site's own files beside index.html and the page's scripts; models are in folders."""
 HEADERS = """/*
   Cross-Origin-Opener-Policy: same-origin
   Cross-Origin-Embedder-Policy: require-corp

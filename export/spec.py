@@ -1,15 +1,16 @@
 """What a model wants to be fed: written into every artefact, and read back from it."""
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from shvit.checkpoint import create_model
+from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.run_info import RunInfo
 from shvit.weights.resolve import Log, Weights, resolve_weights
@@ -18,6 +19,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MAX_CLASSES = 1_000_000
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
+MAX_SIZES = 64
+MAX_RESIZED = 2 * MAX_IMG_SIZE
+"""Pixels of the shorter side before the crop: 200 MB for a square image. timm's smallest crop_pct is 0.5."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Spec:
     Photographs are resized so that the shorter side is `img_size / crop_pct`, centre-cropped to `img_size`, scaled to
     0–1 and normalised as (x - mean) / std, channel order RGB; in grey levels first for a model of one channel.
     """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
     model: str
     img_size: int
@@ -81,6 +87,9 @@ class Spec:
         size = own_size if img_size is None else img_size
         if not 1 <= size <= MAX_IMG_SIZE:
             raise InputError(f"--img-size {size} is out of range; choose 1 to {MAX_IMG_SIZE}, {own_size} by default")
+        if size / config["crop_pct"] > MAX_RESIZED:
+            raise InputError(f"{name}: {size} px at crop_pct {config['crop_pct']} would resize images to more than "
+                             f"{MAX_RESIZED} px; choose a smaller --img-size")  # fmt: skip
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
         return cls(
@@ -131,37 +140,43 @@ class Spec:
         return pixels.permute(0, 2, 3, 1).contiguous() if self.takes_pixels else self.normalize(pixels)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return to_json(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Spec":
-        """Raises InputError for anything that `to_json` did not write."""
-        try:
-            said = json.loads(text).items()
-            fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said}
-            spec = cls(**fields)
-            if not all(1 <= int(size) <= MAX_IMG_SIZE for size in spec.sizes):
-                raise ValueError(f"img_size {spec.sizes}")
-            if spec.precision not in get_args(Precision):
-                raise ValueError(f"precision {spec.precision}")
-            if not spec.outputs or not isinstance(spec.outputs, tuple) or not all(map(_is_name, spec.outputs)):
-                raise ValueError(f"outputs {spec.outputs!r}")
-            spec._check_preprocessing()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"the artefact's description of its input is not readable ({error})") from error
+    def from_json(cls, text: str, name: str = "the artifact") -> "Spec":
+        """Return what `to_json` wrote.
+
+        Args:
+            name: what messages call the file that holds it.
+
+        Raises:
+            InputError: it is anything else.
+        """
+        where = f"{name}: its description of its input"
+        spec = parse_model(cls, parse_json(text, where), where, "export the model again")
+        if problem := spec._problem():
+            raise InputError(f"{where}: {problem}; export the model again")
         return spec
 
-    def _check_preprocessing(self) -> None:
-        """Raises ValueError or TypeError for what no model of timm's is fed with."""
-        if not _is_name(self.model) or self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"model {self.model!r}, in_chans {self.in_chans}, interpolation {self.interpolation!r}")
+    def _problem(self) -> str | None:
+        """What no model of timm's is fed with, or no artifact of ours gives."""
+        if min(self.sizes) < 1 or max(self.sizes) > MAX_IMG_SIZE or len(self.sizes) > MAX_SIZES:
+            return f"img_size is {_some(self.sizes)}; up to {MAX_SIZES} sizes of 1 to {MAX_IMG_SIZE} px are read"
+        names = (self.model, *self.outputs, *self.kept)
+        if not self.outputs or len(set(self.outputs)) < len(self.outputs) or not all(map(_is_name, names)):
+            return f"outputs {_some(self.outputs)} or other names of it cannot be names"
+        if self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
+            return f"in_chans {self.in_chans} or interpolation {self.interpolation[:40]!r} is none of timm's"
         if self.crop_mode not in ("center", "squash", "border") or not 0.05 <= self.crop_pct <= 2:
-            raise ValueError(f"crop_mode {self.crop_mode!r}, crop_pct {self.crop_pct}")
+            return f"crop_mode {self.crop_mode[:40]!r} or crop_pct {self.crop_pct} is none of timm's"
+        if max(self.sizes) / self.crop_pct > MAX_RESIZED:
+            return f"{max(self.sizes)} px at crop_pct {self.crop_pct} would resize images to more than {MAX_RESIZED} px"
         constants = (*self.mean, *self.std)
         if len(constants) != 2 * self.in_chans or not all(map(math.isfinite, constants)) or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean}, std {self.std}")
+            return f"mean {_some(self.mean)}, std {_some(self.std)} must be a number for each channel, std above 0"
         if not 0 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(f"num_classes {self.num_classes}")
+            return f"num_classes is {self.num_classes}; 0 to {MAX_CLASSES:,} are read"
+        return None
 
     def blank(self, batch_size: int = 1) -> torch.Tensor:
         """An input of the right shape: (batch_size, C, H, W), float32 zeros."""
@@ -172,6 +187,11 @@ def _of_run(info: RunInfo | None) -> dict[str, Any]:
     """The preprocessing of a run, as far as it is known, as timm's data config has it."""
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {name: value for name in names if (value := getattr(info, name, None)) is not None}
+
+
+def _some(values: Sequence[Any]) -> str:
+    """The first values, for a message."""
+    return ", ".join(str(each)[:40] for each in values[:4]) + (", …" if len(values) > 4 else "")
 
 
 def _is_name(value: Any) -> bool:

@@ -1,13 +1,13 @@
 """Every format and precision of one model side by side: what each costs in accuracy and saves in size."""
 
 import importlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from shvit.documents import load_json, to_json
 from shvit.errors import CheckFailed
 from shvit.files import write_whole
 
@@ -53,15 +53,16 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
         options = Options(dynamic_batch=kind != "coreml")
         try:
             export(kind, folder / name, with_precision(source, kind, precision), options)
-            certificates[name] = json.loads((folder / f"{name}.certificate.json").read_text(encoding="utf-8"))
+            certificates[name] = load_json(folder / f"{name}.certificate.json")
         except CheckFailed as error:
             certificates[name] = error.result
     text = markdown(certificates)
     with write_whole(folder / "formats.md") as partial:
         partial.write_text(text, encoding="utf-8")
     with write_whole(folder / "formats.json") as partial:
-        partial.write_text(json.dumps(certificates, indent=2) + "\n")
-    console.print(text, markup=False, highlight=False)
+        partial.write_text(to_json(certificates, indent=2) + "\n")
+    for line in text.splitlines():
+        console.print(line)
     return {"output": str(folder), "passed": {name: each["passed"] for name, each in certificates.items()}}
 
 

@@ -1,6 +1,5 @@
 """What a browser is given to try: verified files, photographs cut for each of them, and the answers to be expected."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 import torch
 
-from shvit.certificate import certificate_path, check_unchanged
+from shvit.certificate import certificate_path, check_unchanged, read_certificate
 from shvit.deploy import deploy
-from shvit.errors import InputError, first_line
+from shvit.documents import to_json
+from shvit.errors import InputError
 from shvit.files import sha256, write_whole
 
 from .cases import Settings, Subject
@@ -114,17 +114,17 @@ def take_file(path: Path) -> TrialModel:
     if artefact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
         raise InputError(f"{path}: a browser is given files in {', '.join(PRECISIONS)} whose names have at most "
                          f"{NAME_CHARS} characters; rename it, or export it again")  # fmt: skip
-    if not certificate_path(path).exists():
+    certificate = read_certificate(path)
+    if certificate is None:
         raise InputError(f"{path}: has no certificate beside it; export it with `shvit export onnx`, which writes one")
     check_unchanged(path, sha256(path))
-    certificate = json.loads(certificate_path(path).read_text(encoding="utf-8"))
     return TrialModel(
         name=path.name,
         path=path,
         spec=artefact.spec,
         labels=tuple(artefact.labels) if len(artefact.labels) == artefact.spec.num_classes else (),
         certified=True,
-        trained=certificate.get("checkpoint_sha256") is not None,
+        trained=certificate.checkpoint_sha256 is not None,
         gmacs=None,
         top1=None,
     )
@@ -194,7 +194,7 @@ def contents(
         "pace": asdict(pace),
         "submit": submit,
     }
-    served["trial.json"] = Content.of(json.dumps(trial, allow_nan=False).encode(), ".json")
+    served["trial.json"] = Content.of(to_json(trial).encode(), ".json")
     page = (WEB / "phone.html").read_text(encoding="utf-8").replace("$policy", policy(hosted=runtime is not None))
     served[""] = Content.of(page.encode(), ".html")
     return served
@@ -236,7 +236,7 @@ def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict
         "file": _add(served, Content.of(model.path), ".onnx"),
         "pixels": _add(served, _binary(pixels.permute(0, 2, 3, 1)), ".bin"),
         "expected": _add(served, _binary(expected(model, pixels)), ".bin"),
-        "labels": _add(served, Content.of(json.dumps(model.labels).encode(), ".json"), ".json"),
+        "labels": _add(served, Content.of(to_json(list(model.labels)).encode(), ".json"), ".json"),
         "spec": asdict(model.spec),
         "input": INPUT,
         "tolerance": tolerance(model.spec.precision, len(photographs)),
@@ -268,13 +268,7 @@ def expected(model: TrialModel, pixels: torch.Tensor) -> torch.Tensor:
     Args:
         pixels: uint8 (n, C, H, W).
     """
-    try:
-        answers = open_artefact(model.path)(pixels).float()
-    except Exception as error:  # onnxruntime's own exception types are not public
-        raise InputError(f"{model.path}: does not run on what it says that it takes ({first_line(error)})") from error
-    if answers.dim() != 2 or not torch.isfinite(answers).all():
-        raise InputError(f"{model.path}: gives no finite number for each class; export the model again")
-    return answers
+    return open_artefact(model.path)(pixels).float()
 
 
 def _binary(tensor: torch.Tensor) -> Content:

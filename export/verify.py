@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shvit.deploy import deploy
-from shvit.errors import CheckFailed
+from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 from shvit.train.data import open_image
 
@@ -179,9 +179,12 @@ class Reference:
         """The model's outputs for all images at one size."""
         if px not in self._outputs:
             spec = replace(self.spec, img_size=px)
-            self._outputs[px] = run_batches(
-                lambda batch: run_model(self.model, spec.normalize(batch)), self.pixels(spec)
-            )
+            outputs = run_batches(lambda batch: run_model(self.model, spec.normalize(batch)), self.pixels(spec))
+            if not all(torch.isfinite(output).all() for output in outputs):
+                name = self.checkpoint_name or self.spec.model
+                raise InputError(f"{name} itself gives NaN or infinite outputs at {px} px, so that nothing can be held "
+                                 "against it; take an earlier checkpoint")  # fmt: skip
+            self._outputs[px] = outputs
         return self._outputs[px]
 
     @cached_property
@@ -225,7 +228,7 @@ def _grey_levels(told: Spec, spec: Spec, photographs: Sequence[Photograph]) -> f
     for photograph in photographs:
         image = open_image(photograph.path)
         difference = told.normalize(to_pixels(image)[None]) - to_model(image)
-        largest = max(largest, (difference.abs() * std * 255).max().item())
+        largest = max(largest, (difference.abs() * std * 255).max().nan_to_num(255.0).item())
     return largest
 
 
@@ -491,6 +494,8 @@ def stem_grey_levels(
     basis, error = torch.stack(moves, 1), (output - expected).flatten()
     normal = basis.T @ basis
     normal += 1e-4 * normal.diagonal().max() * torch.eye(len(normal), dtype=torch.float64)
+    if not torch.isfinite(error).all():
+        return 255.0
     return torch.linalg.solve(normal, basis.T @ error).abs().max().item()
 
 

@@ -1,11 +1,12 @@
 """The certificate beside an exported file: where it stands, and whether the file is still the one that it is of."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .documents import load_json, parse_model
 from .errors import CheckFailed, InputError
+from .files import is_there
 
 MAX_BYTES = 64 << 20
 
@@ -35,36 +36,42 @@ def read_origin(artefact: Path) -> Origin | None:
     Raises:
         InputError: the certificate is not readable.
     """
-    record = _read(artefact)
+    record = read_certificate(artefact)
     if record is None:
         return None
-    values = {name: record.get(name) for name in ("model", "checkpoint", "checkpoint_sha256")}
-    texts = all(value is None or (isinstance(value, str) and len(value) < 4096) for value in values.values())
-    if not texts or values["model"] is None:
-        raise InputError(f"{certificate_path(artefact)}: not a readable certificate; export again, or remove it")
-    data = record.get("data")
-    return Origin(
-        model=str(values["model"]),
-        checkpoint=values["checkpoint"],
-        checkpoint_sha256=values["checkpoint_sha256"],
-        ema=record.get("ema") is True,
-        data=data if isinstance(data, dict) else None,
-    )
+    if record.model is None:
+        raise InputError(f"{certificate_path(artefact)}: does not name the model; export again, or remove it")
+    return Origin(record.model, record.checkpoint, record.checkpoint_sha256, record.ema, record.data)
 
 
-def _read(artefact: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class CertificateRecord:
+    """What is read of a certificate: its envelope, which those of all kinds of artifacts share."""
+
+    artefact: str
+    """The artifact's file name."""
+    artefact_sha256: str
+    model: str | None = None
+    """Not told by a detector's."""
+    checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
+    ema: bool = False
+    data: dict[str, Any] | None = None
+
+
+def read_certificate(artefact: Path) -> CertificateRecord | None:
+    """Return what the certificate beside an artifact says; None where there is no certificate.
+
+    Raises:
+        InputError: the certificate is not readable.
+    """
     path = certificate_path(artefact)
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError("too large")
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable certificate; export again, or remove it") from error
-    return record
+        return parse_model(CertificateRecord, load_json(path, MAX_BYTES), str(path))
+    except InputError as error:
+        raise InputError(f"{error}: not a readable certificate; export again, or remove it") from error
 
 
 def check_unchanged(artefact: Path, found: str) -> None:
@@ -77,16 +84,14 @@ def check_unchanged(artefact: Path, found: str) -> None:
         InputError: the certificate is not readable, or is another file's.
         CheckFailed: the artefact has changed since it was certified.
     """
-    path, record = certificate_path(artefact), _read(artefact)
+    path, record = certificate_path(artefact), read_certificate(artefact)
     if record is None:
         return
-    if "artefact" not in record or "artefact_sha256" not in record:
-        raise InputError(f"{path}: not a readable certificate; export again, or remove it")
-    name, expected = str(record["artefact"]), str(record["artefact_sha256"])
+    name, expected = record.artefact, record.artefact_sha256
     if found == expected:
         return
     if name != artefact.name:
-        raise InputError(f"{path}: is the certificate of another file, {name}; export again, or remove it")
+        raise InputError(f"{path}: is the certificate of another file, {name[:200]}; export again, or remove it")
     raise CheckFailed(
         f"{artefact} has changed since it was certified: its SHA-256 is {found[:12]}…, and was {expected[:12]}…; "
         "export it again",

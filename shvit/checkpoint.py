@@ -8,6 +8,7 @@ them flat, or below `model`, `model_ema`, `state_dict` or `state_dict_ema`, with
 import argparse
 import importlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, first_line
-from .files import write_whole
+from .files import check_file, is_folder, write_whole
 
 __all__ = [
     "Checkpoint",
@@ -222,9 +223,27 @@ def read_state_dict(path: Path, ema: bool = False) -> StateDict:
     if size > MAX_BYTES:
         raise InputError(f"{path}: tensors of {size / 1e9:.1f} GB are more than the {MAX_BYTES / 1e9:.1f} GB allowed")
     for name, tensor in state_dict.items():
-        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
+        if tensor.dtype in FLOATS and tensor.numel():
+            _check_values(path, name, tensor)
     return state_dict
+
+
+MAX_VALUE = 1e15
+"""Of a weight, a bias or a norm's statistics: products of larger ones leave float32, and the outputs are NaN."""
+
+
+def _check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises for values that no training run has which did not diverge."""
+    low, high = map(float, torch.aminmax(tensor))
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
+    if name.endswith("running_var") and low < 0:
+        raise InputError(f"{path}: parameter {name} holds negative variances ({low:.3g}), whose roots are NaN; take an "
+                         "earlier checkpoint")  # fmt: skip
+    learned = name.endswith(("weight", "bias", "running_mean", "running_var"))
+    if learned and max(-low, high) > MAX_VALUE:
+        raise InputError(f"{path}: parameter {name} holds values up to {max(-low, high):.1e}, and its products do not "
+                         f"fit float32; at most {MAX_VALUE:.0e} are read, take an earlier checkpoint")  # fmt: skip
 
 
 def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
@@ -241,10 +260,9 @@ def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_size(path: Path) -> None:
-    if path.is_dir():
+    if is_folder(path):
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     size = path.stat().st_size
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):  # torch.save's container
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:

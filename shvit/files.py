@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import InputError, first_line
+from .errors import CheckFailed, InputError, first_line
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EBADF}
@@ -155,13 +155,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
-        try:
+        with needs_room(path):
             yield partial
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise InputError(f"{path}: cannot be written: {error.strerror}; make room and try again, what was "
-                                 "there is kept") from error  # fmt: skip
-            raise
         if path.is_dir() and not partial.is_dir():
             raise InputError(f"{path}: is a folder; choose another name")
         if path.is_file() and partial.is_dir():
@@ -173,6 +168,78 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         remove(partial)
+
+
+@contextmanager
+def needs_room(path: Path, name: str = "") -> Iterator[None]:
+    """A block that writes below or beside `path`, or to temporary files: a full disk is said in one line.
+
+    Args:
+        name: what the message calls it; the path where empty.
+
+    Raises:
+        InputError: a disk is full, whatever the library that met it raised.
+    """
+    try:
+        yield
+    except (InputError, CheckFailed):
+        raise
+    except Exception as error:
+        if reason := _lack_of_room(error, path):
+            raise InputError(f"{name or path}: cannot be written: {reason}; make room and try again, what was there is "
+                             "kept") from error  # fmt: skip
+        raise
+
+
+@contextmanager
+def scratch_folder(path: Path | None = None) -> Iterator[Path]:
+    """A temporary folder, removed at the end; raises as `needs_room`.
+
+    Args:
+        path: what is to be written in the end, and the folder is beside; in the system's own place where None.
+    """
+    place = Path(tempfile.gettempdir(), "shvit-files") if path is None else path
+    name = f"temporary files in {tempfile.gettempdir()}, or what they are for" if path is None else ""
+    with needs_room(place, name), _made_folder(path) as folder, needs_room(place, name):  # told before there is room
+        yield folder
+
+
+@contextmanager
+def _made_folder(path: Path | None) -> Iterator[Path]:
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="shvit-") as name:
+            yield Path(name)
+        return
+    parts = path.with_suffix(".parts")
+    _remove_left_behind(parts)
+    folder = partial_name(parts)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+NO_ROOM_WORDS = re.compile(
+    r"no space left|disk quota|file too large|file write failed|unexpected pos \d+ vs|iostream error", re.I
+)
+"""What libraries say that do not pass on the system's error: PyTorch's and OpenVINO's writers among them."""
+FULL_BYTES = 1 << 16
+
+
+def _lack_of_room(error: BaseException, path: Path) -> str | None:
+    """What the system says of a full disk, where that is why something was not written."""
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        if isinstance(each, OSError) and each.errno in NO_ROOM:
+            return each.strerror
+        each = each.__cause__ or each.__context__
+    folders = [folder for folder in (*path.parents, Path(tempfile.gettempdir())) if folder.is_dir()]
+    full = any(shutil.disk_usage(folder).free < FULL_BYTES for folder in (folders[0], folders[-1]))
+    said = any(NO_ROOM_WORDS.search(str(each)) for each in seen)
+    return os.strerror(errno.ENOSPC) if full or said else None
 
 
 def partial_name(path: Path) -> Path:
@@ -239,6 +306,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
             replace: a symbolic link, a device, a file of another format, a folder with other things than a package's.
     """
     path = Path(path)
+    is_there(path)  # or that cannot be told
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link; give the path that it leads to, or remove the link")
     if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):
@@ -277,7 +345,7 @@ BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
     ".xml": lambda head: head.lstrip()[:1] == b"<",
     ".png": lambda head: head[:4] == b"\x89PNG",
     ".svg": lambda head: head.lstrip()[:1] == b"<",
-    ".html": lambda head: head.lstrip()[:1] == b"<",
+    ".html": lambda head: b"<title>SHViT" in head,  # pages have names that others have, too
 }
 """Whether a file is of the format that its suffix says, by its first bytes."""
 
@@ -289,7 +357,7 @@ def check_output_folder(path: Path | None) -> None:
         InputError: a file lies where the folder of `--output` is to be.
     """
     for each in (path, *path.parents) if path is not None else ():
-        if each.exists() and not each.is_dir():
+        if is_there(each) and not is_folder(each):
             raise InputError(f"{each}: is a file; choose another folder for --output")
 
 

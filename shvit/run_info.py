@@ -1,6 +1,5 @@
 """What a training run knows of its weights (model, classes, size, normalization), kept with the weights."""
 
-import json
 import math
 import os
 import re
@@ -10,7 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .documents import load_json, load_yaml, parse_json, to_json
 from .errors import InputError
+from .files import is_file
 
 __all__ = ["RUN_KEY", "RunInfo", "is_name", "read_run_info", "same_name"]
 
@@ -91,7 +92,7 @@ class RunInfo:
     @property
     def metadata(self) -> dict[str, str]:
         """The entry for a checkpoint's metadata."""
-        return {RUN_KEY: json.dumps({"format": FORMAT, **asdict(self)})}
+        return {RUN_KEY: to_json({"format": FORMAT, **asdict(self)})}
 
 
 def read_run_info(path: str | os.PathLike) -> RunInfo | None:
@@ -110,9 +111,9 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
     if text is not None:
         return _from_json(text, path)
     recipe, config = path.with_name("recipe.yaml"), path.with_name("config.json")
-    if RUN_FILES.fullmatch(path.name) and recipe.is_file():
+    if RUN_FILES.fullmatch(path.name) and is_file(recipe):
         return read_recipe_file(recipe)
-    if path.name in HUB_FILES and config.is_file():
+    if path.name in HUB_FILES and is_file(config):
         return _from_hub(config)
     return None
 
@@ -123,12 +124,10 @@ def read_recipe_file(path: Path) -> RunInfo | None:
     Raises:
         InputError: it cannot be read, or says what no run does.
     """
-    import yaml
-
     try:
-        content = yaml.load(_read_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as YAML; repair it, or move the checkpoint away from it") from error
+        content = load_yaml(path, MAX_BYTES)
+    except InputError as error:
+        raise InputError(f"{error}; repair it, or move the checkpoint away from it") from error
     if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
         return None
     recipe, data = content["recipe"], content.get("data")
@@ -144,9 +143,9 @@ def _from_json(text: str, path: Path) -> RunInfo:
     if len(text) > MAX_BYTES:
         raise InputError(f"{where} has {len(text) / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} allowed")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not readable as JSON; take the file from its source again") from error
+        content = parse_json(text, where)
+    except InputError as error:
+        raise InputError(f"{error}; take the file from its source again") from error
     if not isinstance(content, dict):
         raise InputError(f"{where} is not a JSON object; take the file from its source again")
     version = content.pop("format", None)
@@ -158,9 +157,9 @@ def _from_json(text: str, path: Path) -> RunInfo:
 def _from_hub(path: Path) -> RunInfo | None:
     """timm's config.json; None for another library's."""
     try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON; repair it, or move the checkpoint away from it") from error
+        content = load_json(path, MAX_BYTES)
+    except InputError as error:
+        raise InputError(f"{error}; repair it, or move the checkpoint away from it") from error
     cfg = content.get("pretrained_cfg") if isinstance(content, dict) else None
     if not isinstance(cfg, dict) or not isinstance(content.get("architecture"), str):
         return None
@@ -182,16 +181,6 @@ def _checked(content: dict[str, Any], path: Path) -> RunInfo:
         raise InputError(f"{path}: what it says of its run has no {', '.join(missing)}") from error
     except InputError as error:
         raise InputError(f"{path}: what it says of its run is not usable: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: is larger than the {MAX_BYTES / 1e6:.0f} MB allowed")
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from error
 
 
 def is_name(value: Any) -> bool:

@@ -406,7 +406,7 @@ def test_records_are_read_back_and_others_refused(tmp_path):
         ("other", '{"machine": {"cores": 1}, "results": []}'),
     ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(InputError, match="holds no measurements"):
+        with pytest.raises(InputError, match=r"holds no measurements|not readable as JSON"):
             read_measurements(tmp_path / name)
     with pytest.raises(InputError, match="cannot be read"):
         read_measurements(tmp_path / "none")

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import pytest
 from serving import CASE, RECORD
-from test_explorer import MEASUREMENTS
+from test_explorer import MEASUREMENTS as DRAWN
 
 from shvit import cli
 from shvit.errors import InputError
@@ -20,6 +20,9 @@ from shvit.export.records import Measurements, read_measurements, write_measurem
 ROUNDS = 9
 FAST = [[2.0, 2.2, 1.8 + 0.01 * i] for i in range(ROUNDS)]
 SLOW = [[4.0, 4.4, 3.6 + 0.02 * i] for i in range(ROUNDS)]
+
+MEASUREMENTS = replace(DRAWN, results=DRAWN.results[:-1])
+"""Without the numbers that JSON has no words for."""
 
 
 def record(cases=None, name="Fairphone", **changes):
@@ -120,7 +123,7 @@ def test_measurements_of_strangers_are_checked(tmp_path):
     ):
         bad = {**good, place: [{**good[place][0], key: value}]}
         (tmp_path / "bad.json").write_text(json.dumps(bad))
-        with pytest.raises(InputError, match=f"holds no measurements of `shvit bench` \\({key} is"):
+        with pytest.raises(InputError, match=f"holds no measurements of `shvit bench`: .*{key}"):
             read_measurements(tmp_path / "bad.json")
 
 
@@ -167,7 +170,7 @@ def test_import_refuses_in_one_line_and_writes_nothing(tmp_path):
     words = ["bench", "import", "--output", str(tmp_path / "out")]
     with pytest.raises(InputError, match="give at least one file that the page saved"):
         cli.run(words)
-    with pytest.raises(InputError, match=r"none\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"none\.json: no such file"):
         cli.run([*words, str(tmp_path / "none.json")])
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other\.json: not a record of `shvit bench phone`"):

@@ -72,9 +72,14 @@ def test_what_a_strangers_file_says_of_itself_is_checked(mine, tmp_path, changes
     assert "\x1b" not in str(refused.value)
 
 
-@pytest.mark.parametrize("labels", ["{", "5", "[1, 2, 3]", '["a", "b"]', "null"])
-def test_labels_that_are_none_are_left_out(mine, tmp_path, labels):
-    assert take_file(forged(mine, tmp_path, labels=labels)).labels == ()
+def test_labels_of_another_number_are_left_out(mine, tmp_path):
+    assert take_file(forged(mine, tmp_path, labels='["a", "b"]')).labels == ()
+
+
+@pytest.mark.parametrize("labels", ["{", "5", "[1, 2, 3]", "null", '["a", "\\u001b[2J", "c"]'])
+def test_labels_that_are_none_are_refused(mine, tmp_path, labels):
+    with pytest.raises(InputError, match="its labels"):
+        take_file(forged(mine, tmp_path, labels=labels))
 
 
 def test_random_weights_are_known_as_such(tmp_path):

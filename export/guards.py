@@ -1,0 +1,233 @@
+"""What stands between a third-party artifact and this program: declarations checked at opening, errors as one line."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from shvit.errors import CheckFailed, InputError, first_line
+from shvit.files import is_file, is_folder, is_there, open_file
+
+from .spec import Spec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MAX_ELEMENTS = 1 << 30
+"""Numbers in one tensor inside a model: 4 GiB in float32. SHViT-S4 at 4096 px has 0.2 · 10⁹ in its largest."""
+MAX_PIXEL_BYTES = 2 << 30
+"""Of all images that are held at once, in uint8: 512 of them up to 1182 px."""
+MAX_BATCH_ELEMENTS = 1 << 27
+"""Numbers in one batch of images: 512 MiB in float32. 32 images of 1182 px."""
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_line(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises into an InputError that begins with the path and `what`.
+
+    Runtimes have exception types of their own, and raise many others for one kind of fault. A missing package and the
+    two errors of ours pass, as they are lines already.
+    """
+    try:
+        yield
+    except (InputError, CheckFailed, ImportError):
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path}: {what} (it needs more memory than this machine has)") from error
+    except Exception as error:
+        raise InputError(f"{path}: {what} ({first_line(error)})") from error
+
+
+RUNNING = "does not run on what it says that it takes"
+
+
+def guarded(function: Callable[P, R], path: Path, what: str = RUNNING) -> Callable[P, R]:
+    """Return the function with its errors as those of `one_line`."""
+
+    def guard(*args: P.args, **kwargs: P.kwargs) -> R:
+        with one_line(path, what):
+            return function(*args, **kwargs)
+
+    return guard
+
+
+def checked_run(
+    function: Callable[[torch.Tensor], Sequence[Any]], path: Path, spec: Spec
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Return the function with its errors as those of `one_line`, and its outputs held against the spec."""
+
+    def run(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with one_line(path, RUNNING):
+            outputs = tuple(function(batch))
+        _check_outputs(path, spec, outputs, len(batch))
+        return outputs
+
+    return run
+
+
+def _check_outputs(path: Path, spec: Spec, outputs: Sequence[Any], rows: int) -> None:
+    """Raise InputError unless there is a tensor for each output that the spec names, with a row for each image."""
+    if len(outputs) < len(spec.outputs):
+        raise InputError(f"{path}: gives {len(outputs)} outputs of {len(spec.outputs)}; export the model again")
+    for name, output in zip(spec.outputs, outputs, strict=False):
+        shape = tuple(output.shape)
+        fits = shape == (rows, spec.num_classes) if spec.gives != "features" else shape[:1] == (rows,)
+        if not fits:
+            wanted = f"({rows}, {spec.num_classes})" if spec.gives != "features" else f"({rows}, …)"
+            raise InputError(f"{path}: its output {name} is of shape {shape}, and should be {wanted}; export the model "
+                             "again")  # fmt: skip
+
+
+def finite(path: Path, output: torch.Tensor) -> torch.Tensor:
+    """Return the output as it is; raise InputError where it holds NaN or infinities, which stand for no class."""
+    if not torch.isfinite(output).all():
+        raise InputError(f"{path}: gives NaN or infinite outputs, which are no predictions; export the model again")
+    return output
+
+
+# --- what it declares -------------------------------------------------------------------------------------------------
+
+
+class Port(NamedTuple):
+    """An input or output as a file declares it."""
+
+    name: str
+    dtype: str
+    """float32, float16, uint8, image, … or what the runtime calls another."""
+    shape: tuple[int | None, ...] | None
+    """None where not even its rank is declared, and in it for a length that is open."""
+
+
+FLOATS = ("float32", "float16", "float64")
+
+
+def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], name: str) -> None:
+    """Hold a file's declared inputs and outputs against its own spec.
+
+    Args:
+        name: what its one input is to be called.
+
+    Raises:
+        InputError: names, types, ranks, sizes or the number of classes differ.
+    """
+    if [port.name for port in inputs] != [name]:
+        found = f"the inputs {', '.join(port.name for port in inputs)}" if inputs else "no input"
+        raise InputError(f"{path}: has {found}, and should have one, {name}; export the model again")
+    pixels = (spec.img_size, spec.img_size, spec.in_chans)
+    wanted = pixels if spec.takes_pixels and inputs[0].dtype != "image" else spec.shape
+    _check_port(path, inputs[0], ("uint8", "image") if spec.takes_pixels else FLOATS, (None, *wanted))
+    by_name = {port.name: port for port in outputs}
+    missing = [each for each in spec.outputs if each not in by_name]
+    if missing or [each for each in by_name if each in spec.outputs] != list(spec.outputs):
+        raise InputError(f"{path}: says that it gives {', '.join(spec.outputs)}, and gives "
+                         f"{', '.join(by_name) or 'nothing'}; export the model again")  # fmt: skip
+    if spec.gives != "features" and spec.num_classes < 1:
+        raise InputError(f"{path}: gives {spec.gives}, and says that it has no classes; export the model again")
+    shape = (None, spec.num_classes) if spec.gives != "features" else (None, None, None, None)
+    for each in spec.outputs:
+        _check_port(path, by_name[each], FLOATS, shape)
+
+
+def _check_port(path: Path, port: Port, dtypes: Sequence[str], shape: Sequence[int | None]) -> None:
+    """Raise InputError unless the port is of one of these types and of this shape, as far as it is declared."""
+    told = port.shape
+    fits = told is None or (len(told) == len(shape) and all(map(_agree, told, shape)))
+    if port.dtype in dtypes and fits:
+        return
+    found = f"{port.dtype} {_shown(told or ())}" if port.dtype not in dtypes else _shown(told or ())
+    wanted = f"{dtypes[0]} {_shown(shape)}" if port.dtype not in dtypes else _shown(shape)
+    raise InputError(f"{path}: {port.name} is {found}, and should be {wanted} by what it says of itself; export the "
+                     "model again")  # fmt: skip
+
+
+def _agree(told: int | None, wanted: int | None) -> bool:
+    return told is None or wanted is None or told == wanted
+
+
+def _shown(shape: Sequence[int | None]) -> str:
+    return "×".join("?" if each is None else str(each) for each in shape) or "a single number"
+
+
+def check_elements(path: Path, shapes: Iterable[tuple[str, Sequence[int | None]]]) -> None:
+    """Raise InputError where a model declares a tensor larger than any that is computed here.
+
+    Args:
+        shapes: what to call each tensor, and its shape; an open length counts as 1.
+    """
+    for name, shape in shapes:
+        count = math.prod(each for each in shape if each is not None and each >= 0)
+        if count > MAX_ELEMENTS:
+            raise InputError(f"{path}: its tensor {name} has {count:.1e} numbers, more than the {MAX_ELEMENTS:.1e} "
+                             "allowed; export the model for a smaller size")  # fmt: skip
+
+
+LOOPS = ("Loop", "Scan", "TensorIterator", "while_loop")
+"""Operations that repeat others as often as a number in the file says: no exported classifier has one."""
+
+
+def check_operators(path: Path, operators: Mapping[str, int] | Iterable[str]) -> None:
+    """Raise InputError where a model has an operation that could run for ever."""
+    if found := [each for each in LOOPS if each in operators]:
+        raise InputError(f"{path}: holds a loop ({', '.join(found)}), and could run for ever; no model of `shvit "
+                         "export` has one")  # fmt: skip
+
+
+def images_that_fit(limit: int, *specs: Spec) -> int:
+    """Return how many images, at most `limit`, may be held at once at the largest of the specs' sizes."""
+    largest = max(spec.in_chans * px * px for spec in specs for px in spec.sizes)
+    return max(1, min(limit, MAX_PIXEL_BYTES // largest))
+
+
+def rows_that_fit(batch_size: int, spec: Spec) -> int:
+    """Return the batch size, or as many images as may be computed at once where that is less."""
+    return max(1, min(batch_size, MAX_BATCH_ELEMENTS // math.prod(spec.shape)))
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def check_apart(output: Path | None, **read: object) -> None:
+    """For the beginning of a command that writes `output`.
+
+    Args:
+        read: paths that the command reads, by their options' names; what is None or no path that is there is left out.
+
+    Raises:
+        InputError: it would write over one of them, or into a folder of images.
+    """
+    for option, given in read.items() if output is not None else ():
+        path = Path(str(given)) if given is not None else None
+        if path is None or output is None or not is_there(path):
+            continue
+        target, source, name = output.resolve(), path.resolve(), f"--{option.replace('_', '-')}"
+        if target == source or (output.exists() and output.samefile(path)):
+            raise InputError(f"--output {output}: is what {name} reads; choose another name")
+        if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
+            raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")
+
+
+def check_own(folder: Path | None, record: str, marker: bytes, others: Sequence[str] = ()) -> None:
+    """For the beginning of a command that writes several files into a folder, which may be anyone's.
+
+    Args:
+        record: the file by which a folder is known to be an earlier run's of the same command.
+        marker: what stands in its first 4096 bytes.
+        others: further files that are written.
+
+    Raises:
+        InputError: one of these files is there, and is not of an earlier run.
+    """
+    if folder is None or not is_folder(folder):
+        return
+    ours = False
+    if is_file(folder / record):
+        with open_file(folder / record) as file:
+            ours = marker in file.read(4096)
+    if not ours and (foreign := [name for name in (record, *others) if is_there(folder / name)]):
+        raise InputError(f"--output {folder}: holds {foreign[0]}, which no earlier run of this command wrote; choose "
+                         "another folder")  # fmt: skip
