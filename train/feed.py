@@ -121,8 +121,8 @@ class Share:
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-Problem = tuple[str, int]
-"""(what is said of a damaged image, its index)."""
+Problem = tuple[str, int, int]
+"""(what is said of a damaged image, its index, how many images it stands for)."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Augmented(Dataset):
                 image, target = self.dataset[index]
                 break
             except InputError as error:
-                problems.append((str(error), index))
+                problems.append((str(error), index, 1))
                 index = (index + 1) % len(self.dataset)
         transform = self.transform_at(place)
         seed_cpu_generators(self.seed, AUGMENTATION, place)
@@ -190,9 +190,16 @@ class Streamed(IterableDataset):
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker = info.id if info else 0
-        for place, (image, target) in enumerate(self.stream):
+        place, problems = 0, list[Problem]()
+        for image, target, problem, missing in self.stream.reads():
+            if problem:
+                problems.append((problem, -1, max(missing, 1)))
+            if image is None or target < 0:
+                continue
             seed_cpu_generators(*self.key, AUGMENTATION, worker, place)
-            yield self.transform(image), target, ()
+            yield self.transform(image), target, tuple(problems)
+            place += 1
+            problems.clear()
 
 
 def create_train_transform(augment: Augment, img_size: int) -> Transform:
@@ -286,8 +293,8 @@ class Feed:
     def _open_stream(self, epoch: int) -> Stream:
         seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
         stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.sizes[0], seed=seed)
-        stream.dataset.set_loader_cfg(num_workers=self.recipe.data.workers)
-        stream.dataset.set_epoch(epoch)
+        stream.reader.set_loader_cfg(num_workers=self.recipe.data.workers)
+        stream.reader.set_epoch(epoch)
         return stream
 
     def _streamed(self, start: int, end: int) -> Iterator[Batch]:

@@ -1,7 +1,6 @@
 """The loop: from a recipe to a run folder, whatever happens on the way."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -95,7 +94,7 @@ class Training:
             crop_mode=config["crop_mode"],
         )
         self.held_out, self.held_out_count = open_held_out(recipe, world, config, splits)
-        self.corrupt: set[str] = set()
+        self.corrupt: dict[str, int] = {}
 
     def run_all(self) -> dict[str, Any]:
         with self.folder.locked() if self.world.primary else nullcontext():
@@ -178,18 +177,18 @@ class Training:
 
     def warn(self, message: str) -> None:
         """To stderr, from whichever process."""
-        print(message, file=sys.stderr)
+        terminal.report(message)
 
     def _report_corrupt(self, problems: Iterable[Problem]) -> None:
         problem = ""
-        for problem, index in problems:
+        for problem, index, images in problems:
             if problem not in self.corrupt:
-                self.corrupt.add(problem)
+                self.corrupt[problem] = images
                 self.warn(f"passed over: {problem}")
                 check_class_of(self.feed.dataset, index)
         limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
-        if len(self.corrupt) > limit:
-            raise InputError(f"{len(self.corrupt)} damaged photographs, and {limit} are allowed; mend or remove them, "
+        if (count := sum(self.corrupt.values())) > limit:
+            raise InputError(f"{count} damaged photographs, and {limit} are allowed; mend or remove them, "
                              f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
     def _look(self) -> None:
@@ -257,8 +256,7 @@ class Training:
             return model(images.to(memory_format=memory_format))
 
         with torch.inference_mode():
-            batches = self.held_out.batches(self.warn)
-            counts = count(predict, batches, len(self.classes), self.world.device)
+            counts = count(predict, self.held_out, len(self.classes), self.world.device)
         return counts.summed(self.world.sum).evaluation()
 
     def _keep_best(self, entry: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """From a recipe to everything that a step needs: model, task, optimiser, schedule and batches."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from timm.task.task import TrainingTask
 from timm.utils import dispatch_clip_grad, random_seed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
@@ -26,7 +25,7 @@ from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
 from .checks import check_fields
-from .data import IGNORED, Photographs, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
+from .data import EvalBatches, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
@@ -488,24 +487,6 @@ def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """This process's share of the photographs to evaluate on."""
-
-    loader: DataLoader
-    dataset: Photographs | None
-
-    def batches(self, report: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The loader's batches; `report` is called with the name of each damaged photograph, which does not count."""
-        place = 0
-        for images, targets in self.loader:
-            if self.dataset is not None:
-                for offset in torch.nonzero(targets == IGNORED).flatten().tolist():
-                    report(f"{self.dataset.name(place + offset)}: damaged, and not counted")
-            place += len(targets)
-            yield images, targets
-
-
 def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | None = None) -> tuple[list[str], Feed]:
     """Class names and this process's training batches, of `splits` where they are open already."""
     if is_stream(recipe.data):
@@ -521,16 +502,17 @@ def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | Non
 
 def open_held_out(
     recipe: Recipe, world: World, config: dict[str, Any], splits: Splits | None
-) -> tuple[HeldOut, int | None]:
-    """This process's held-out photographs, and how many all processes have where that is known."""
+) -> tuple[EvalBatches, int | None]:
+    """This process's validation images, and how many all processes have where that is known."""
     size = 2 * min(recipe.compute.device_batch_size, recipe.batch_size)
     transform = create_transform(**config)
     workers = recipe.data.workers
     if splits is None:
-        return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
+        allowed = recipe.data.max_corrupt
+        return eval_loader(open_stream(recipe.data, "val"), transform, size, workers, allowed, allowed), None
     dataset = splits.val
     if not any_readable(dataset, range(len(dataset))):
         raise InputError(f"none of the {len(dataset)} validation images can be read, {dataset.name(0)} for one; "
                          "replace them")  # fmt: skip
     mine = dataset.every(world.size, world.rank)
-    return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)
+    return eval_loader(mine, transform, size, workers, max_corrupt=None), len(dataset)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shvit.errors import InputError
+from shvit.files import is_folder
 from shvit.run_info import same_name
 
 from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
@@ -42,8 +43,8 @@ def find_parts(root: Path) -> Parts:
     Raises:
         InputError: no such folder, or the tar cannot be read.
     """
-    if root.is_dir():
-        entries = [entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)]
+    if is_folder(root):
+        entries = [entry for entry in _entries(root) if not is_hidden(entry.name)]
         folders = [entry.name for entry in entries if entry.is_dir()]
         tars = [entry.name for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
         chosen, others, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
@@ -58,7 +59,19 @@ def find_parts(root: Path) -> Parts:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
+    return any(entry.is_dir() and not is_hidden(entry.name) for entry in _entries(folder))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _choose(
@@ -329,6 +342,6 @@ def count_duplicates(
                     digests[size] = {hashlib.sha256(training.read(other)).digest() for other in alike}
                 found += hashlib.sha256(validation.read(index)).digest() in digests[size]
             looked_at += 1
-    except OSError:
+    except (OSError, InputError):
         pass  # a file that cannot be read is named when its turn comes
     return found, looked_at
