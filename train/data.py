@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from .splits import (
     is_held_out,
     may_be_split,
 )
+from .splits import check_apart as check_apart
 from .streams import IGNORED, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
 
 
@@ -543,6 +545,25 @@ class EvalBatches:
         if self.max_corrupt is not None and self.damaged > self.max_corrupt:
             raise InputError(f"{self.damaged} damaged images, and {self.max_corrupt} are allowed; replace or remove "
                              f"them, or allow more with --max-corrupt; one of them: {problem}")  # fmt: skip
+
+
+def check_loader(batch_size: int, workers: int, max_corrupt: int) -> None:
+    """Check the options of an evaluation's loader.
+
+    Raises:
+        InputError: one is out of range, or there are more workers than this machine has use for.
+    """
+    for name, value, lowest, highest in (
+        ("batch-size", batch_size, 1, 1_000_000), ("workers", workers, 0, max_workers()),
+        ("max-corrupt", max_corrupt, 0, 10**9),
+    ):  # fmt: skip
+        if not lowest <= value <= highest:
+            raise InputError(f"--{name} {value} is out of range; choose {lowest} to {highest}")
+
+
+def max_workers() -> int:
+    """The highest number of a loader's processes that is taken for meant."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def eval_loader(

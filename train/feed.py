@@ -6,6 +6,7 @@ place in the run, and how the batch is mixed from seed, step and process. Nothin
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .data import Photographs, Stream, ignore_interrupt, open_stream
 from .distributed import World
@@ -143,6 +144,8 @@ class Batch:
 
 Item = tuple[np.ndarray, int, tuple[Problem, ...]]
 Transform = Callable[[Image.Image], np.ndarray]
+MAX_OPERATIONS = 16  # of a policy, on one image
+TRIALS = 5  # of an augmentation, before it is used
 BLACK = Image.new("RGB", (8, 8))
 
 
@@ -203,7 +206,15 @@ class Streamed(IterableDataset):
 
 
 def create_train_transform(augment: Augment, img_size: int) -> Transform:
-    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s."""
+    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s.
+
+    Raises:
+        InputError: a name is not known, or the policy cannot be carried out.
+    """
+    counts = re.findall(r"(?:^|-)([nwd])(\d+)", augment.auto_augment or "")
+    if any(len(count) > 2 or int(count) > MAX_OPERATIONS for _, count in counts):
+        raise InputError(f"--augment.auto-augment {str(augment.auto_augment)[:80]}: at most {MAX_OPERATIONS} operations "
+                         "on an image are allowed; see recipe s1")  # fmt: skip
     try:
         transform = create_transform(
             (3, img_size, img_size),
@@ -217,13 +228,19 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # each policy of timm has its own
         raise InputError(f"--augment.auto-augment {augment.auto_augment} and --augment.interpolation "
                          f"{augment.interpolation} are not what timm knows; see recipe s1") from error  # fmt: skip
     for part in transform.transforms:
         for operation in getattr(part, "ops", None) or chain(*getattr(part, "policy", ())):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize
+    try:
+        for _ in range(TRIALS):
+            transform(BLACK.resize((img_size, img_size)))
+    except Exception as error:  # each operation has its own
+        raise InputError(f"--augment.auto-augment {augment.auto_augment} cannot be carried out "
+                         f"({first_line(error)}); see recipe s1") from error  # fmt: skip
     return transform
 
 

@@ -22,12 +22,13 @@ from .data import Splits, check_class_of, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed, Problem
-from .folder import RunFolder, check_apart
+from .folder import RunFolder
 from .interrupt import Interrupt, Stopped
 from .journal import Journal
 from .plots import plot_curves
 from .recipe import Recipe
 from .setup import check_recipe, open_held_out, open_training, set_up
+from .splits import check_apart
 from .summary import print_splits
 
 
@@ -46,7 +47,8 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         CheckFailed: the loss is not finite any more.
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
-    check_apart(output, None if recipe.data.name else recipe.data.root)
+    if recipe.data.name in ("", "torch/image_folder", "torch/folder"):
+        check_apart(output, recipe.data.root)
     interrupt = Interrupt()
     try:
         with join(recipe.compute.device) as world, interrupt.handled():
@@ -257,7 +259,13 @@ class Training:
 
         with torch.inference_mode():
             counts = count(predict, self.held_out, len(self.classes), self.world.device)
-        return counts.summed(self.world.sum).evaluation()
+        try:
+            return counts.summed(self.world.sum).evaluation()
+        except InputError as error:
+            state = next(iter(self.folder.states), None)
+            kept = f"{state} holds the last state before it" if state else "no state was saved yet"
+            raise CheckFailed(f"step {self.run.step}: {error}; {kept}; lower --optim.lr and choose another --output",
+                              {"step": self.run.step, "state": str(state) if state else None}) from error  # fmt: skip
 
     def _keep_best(self, entry: dict[str, Any]) -> None:
         for figure, name, model in (("top1", "best", self.run.model), ("ema_top1", "best_ema", self.run.ema)):
@@ -302,7 +310,7 @@ class Training:
             "ema_top1": ema_top1,
             "last_top1": run.log[-1]["top1"],
             "last_ema_top1": run.log[-1]["ema_top1"],
-            "n_val": run.log[-1]["n_val"],
+            "n_val": run.log[-1].get("n_val", 0),
             "classes": self.classes,
             "seconds": round(run.seconds, 1),
         }

@@ -30,6 +30,8 @@ from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What optimizers keep for each weight, in its shape."""
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -235,23 +237,48 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["model_ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
+            self.step, self.log, self.seconds = state["step"], state["log"], float(state["seconds"])
             before = state.get("steps_per_epoch", self.steps_per_epoch)
-            if before < 1 or not 0 <= self.step <= self.recipe.epochs * before:
-                raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {before} steps each")
-            if before == self.steps_per_epoch:
-                self.scheduler.load_state_dict(state["scheduler"])
-            else:
+            self._check_place(before)
+            if before != self.steps_per_epoch:
                 epoch, within = divmod(self.step, before)
                 self.step = epoch * self.steps_per_epoch + within * self.steps_per_epoch // before
+            if self.step:
                 self.scheduler.step_update(self.step)
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if not self.finite or (self.sums[2] < 1 and self._is_between()):
+                raise ValueError("the sums since its last evaluation do not fit its step")
+        except Exception as error:  # each part of the state has its own
             raise InputError(
                 f"the state of the run does not fit its recipe ({first_line(error)}); choose another --output"
             ) from error
+
+    def _check_place(self, steps_per_epoch: int) -> None:
+        """Raise ValueError for a step that the run does not have, or a log that is ahead of it."""
+        if steps_per_epoch < 1 or not 0 <= self.step <= self.recipe.epochs * steps_per_epoch:
+            raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {steps_per_epoch} steps each")
+        if self.log and self.log[-1]["epoch"] > self.step // steps_per_epoch:
+            raise ValueError(f"its log is of epoch {self.log[-1]['epoch']}, and its step {self.step} before it")
+
+    def _is_between(self) -> bool:
+        """Whether steps were done since the last evaluation."""
+        return self.step > (self.log[-1]["epoch"] if self.log else 0) * self.steps_per_epoch
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over moments, of which PyTorch does not compare the shapes; the hyperparameters are the recipe's."""
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+                if name in MOMENTS and shape != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{name} of the optimizer has the shape {shape}, its weight {tuple(parameter.shape)}"
+                    )
 
     @property
     def finite(self) -> bool:
@@ -367,8 +394,10 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=optim.layer_decay,
             **extra,
         )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--optim.opt {optim.opt}: {error}; timm.optim.list_optimizers() tells the names") from error
+    except Exception as error:  # each optimizer has its own, for packages and options that it lacks
+        raise InputError(
+            f"--optim.opt {optim.opt}: {first_line(error)}; timm.optim.list_optimizers() tells the names"
+        ) from error
 
 
 def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -385,8 +414,8 @@ def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--optim.schedule {optim.schedule}: {error}") from error
+    except Exception as error:  # each schedule has its own
+        raise InputError(f"--optim.schedule {optim.schedule}: {first_line(error)}") from error
     if scheduler is None or optim.schedule == "plateau":
         raise InputError(
             f"--optim.schedule {optim.schedule!r} is not known; choose cosine, poly, step, wsd or constant"

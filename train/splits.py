@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -99,6 +99,53 @@ def _choose(
     if others:
         notes.append(f"not used: {_some(others)}")
     return chosen, others, tuple(notes)
+
+
+def check_apart(output: Path | None, data: Path | None) -> None:
+    """Check that an output folder lies where no folder is taken for a class, now or the next time.
+
+    Raises:
+        InputError: it is the folder of the images or in it, links followed; beside the folders of a split it may be.
+    """
+    if output is None or data is None or not is_folder(data):
+        return
+    above = set(_inodes(output))
+    parts = find_parts(data)
+    folders = [part for part in (parts.whole, parts.train, parts.val) if isinstance(part, Path)]
+    folders += [entry for folder in folders for entry in _entries(folder) if entry.is_dir()]
+    inside = next((folder for folder in folders if not above.isdisjoint(_inode(folder))), None)
+    if inside is None and parts.whole is None:
+        inside = _split_around(output, data)
+    if inside is not None:
+        raise InputError(f"--output {output}: lies in {inside}, whose folders are classes of images; choose another")
+
+
+def _split_around(output: Path, data: Path) -> Path | None:
+    """The folder of the splits, where it is the output folder; or one in it with a split's name that is around it."""
+    place, root = output.resolve(), data.resolve()
+    if place == root:
+        return data
+    below = place.relative_to(root).parts if root in place.parents else ("",)
+    return data / below[0] if below[0].lower().startswith(tuple(SPLIT_NAMES)) else None
+
+
+def _inodes(path: Path) -> Iterator[tuple[int, int]]:
+    """Of a path that need not be there, and of all folders above it."""
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise InputError(f"--output {path}: links that lead nowhere; choose another") from error
+    for each in (real, *real.parents):
+        yield from _inode(each)
+
+
+def _inode(path: Path) -> list[tuple[int, int]]:
+    """Device and number of what is there, which are the same by whichever name; nothing if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [(status.st_dev, status.st_ino)]
 
 
 def may_be_split(name: str) -> bool:
