@@ -94,7 +94,7 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("optim: {lr: 1}\nrecipe: {epochs: 3}", "optim stands beside recipe and would not be read"),
         ("recipe: {epochs: 3}\ndata: {root: x}", "data stands beside recipe and would not be read"),
         ("optim.lr: 1e-3", "'optim.lr' is no field of its own; write lr below optim, as optim: {lr: …}"),
-        ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
+        ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
     ],
 )
 def test_unusable_file_is_one_clear_line(text, message, tmp_path):

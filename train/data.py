@@ -541,7 +541,7 @@ class EvalBatches:
     def _check(self, problem: str) -> None:
         if self.missing > self.max_missing:
             raise InputError(f"{self.missing} of {self.announced or 'all'} announced images are missing "
-                             f"({problem}); complete the data, or allow that many with --max-corrupt")  # fmt: skip
+                             f"({problem}); complete the data, or correct what announces them")  # fmt: skip
         if self.max_corrupt is not None and self.damaged > self.max_corrupt:
             raise InputError(f"{self.damaged} damaged images, and {self.max_corrupt} are allowed; replace or remove "
                              f"them, or allow more with --max-corrupt; one of them: {problem}")  # fmt: skip

@@ -213,8 +213,8 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
     """
     counts = re.findall(r"(?:^|-)([nwd])(\d+)", augment.auto_augment or "")
     if any(len(count) > 2 or int(count) > MAX_OPERATIONS for _, count in counts):
-        raise InputError(f"--augment.auto-augment {str(augment.auto_augment)[:80]}: at most {MAX_OPERATIONS} operations "
-                         "on an image are allowed; see recipe s1")  # fmt: skip
+        raise InputError(f"--augment.auto-augment {str(augment.auto_augment)[:80]}: more than {MAX_OPERATIONS} "
+                         "operations on an image; see recipe s1")  # fmt: skip
     try:
         transform = create_transform(
             (3, img_size, img_size),

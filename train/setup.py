@@ -386,7 +386,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if optim.opt in ("adam", "adamw"):
         extra["fused"] = True  # PyTorch's one pass over all weights: S1's step in 9 ms rather than 38 on one core
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=optim.opt,
             lr=recipe.peak_lr,
@@ -398,6 +398,9 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise InputError(
             f"--optim.opt {optim.opt}: {first_line(error)}; timm.optim.list_optimizers() tells the names"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--optim.opt {optim.opt} needs second derivatives, which are not computed; choose adamw")
+    return optimizer
 
 
 def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
