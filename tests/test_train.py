@@ -74,7 +74,7 @@ def test_curves_can_be_drawn_again(recipe, tmp_path):
     (tmp_path / "curves.png").unlink()
     run(["train", "--plot", str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    with pytest.raises(InputError, match=r"metrics\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: no such file"):
         run(["train", "--plot", str(tmp_path / "nowhere")])
 
 

@@ -187,26 +187,23 @@ class RunFolder:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """A state whose plain values are those of a run; raises whatever is raised for one that is not."""
+    """A state; raises whatever is raised for a file that holds none."""
     with open_file(path) as file:
         with zipfile.ZipFile(file) as archive:
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError("it is compressed")  # torch.save writes none, and it may be of any size
         file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or type(state.get("step")) is not int:
-        raise ValueError("it holds no run")
-    check_plain(state)
-    state["log"] = check_log(state.get("log", []), path.name)
-    return state
+        return check_state(torch.load(file, map_location="cpu", weights_only=True))
 
 
-def check_plain(state: dict[str, Any]) -> None:
-    """Check the numbers of a state, those that it has.
+def check_state(state: Any) -> dict[str, Any]:
+    """Return a state whose plain values, those that it has, are those of a run.
 
     Raises:
         ValueError: one is of another type or range.
     """
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise ValueError("it holds no run")
     for name, kind, lowest in (("step", int, 0), ("steps_per_epoch", int, 1), ("seconds", float, 0)):
         value = state.get(name, kind(lowest))
         if type(value) not in (kind, int) or not lowest <= value <= 1e15:
@@ -214,6 +211,7 @@ def check_plain(state: dict[str, Any]) -> None:
     sums = state.get("sums", [0.0, 0.0, 0.0])
     if not isinstance(sums, list) or len(sums) != 3 or not all(type(each) in (float, int) for each in sums):
         raise ValueError("its sums are no three numbers")
+    return {**state, "log": check_log(state.get("log", []), "its log")}
 
 
 def _are_images(told: Any) -> bool:
