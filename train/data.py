@@ -1,7 +1,6 @@
 """Which photographs: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
 
 import hashlib
-import io
 import os
 import signal
 from collections import Counter
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shvit import terminal
 from shvit.documents import load_yaml
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder
 from shvit.run_info import same_name
 
@@ -40,7 +39,7 @@ from .splits import (
     may_be_split,
 )
 from .splits import check_apart as check_apart
-from .streams import IGNORED, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
+from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
 
 
 class Photographs(Dataset):
@@ -67,7 +66,13 @@ class Photographs(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.source[self.indices[index]]
+        place = self.indices[index]  # whose IndexError ends an iteration
+        try:
+            file, target = self.source[place]
+        except InputError:
+            raise
+        except Exception as error:  # each of timm's readers and torchvision's datasets has its own
+            raise InputError(f"{self.name(index)}: cannot be read ({first_line(error)})") from error
         read = to_rgb if isinstance(file, Image.Image) else open_image
         return read(file, self.name(index)), target
 
@@ -289,7 +294,9 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
     """The images of the run in whose folder a checkpoint is; None if there is none, or it does not tell them."""
     try:
         path = checkpoint.parent / "recipe.yaml"
-        record = load_yaml(path) if is_file(path) else None
+        if not is_file(path):
+            return None
+        record = load_yaml(path)
         data, images = record["recipe"]["data"], record["data"]
         told = TrainedOn.from_weights({**images, "group": data["group"]})
         return replace(told, root=Path(data["root"])) if told else None
@@ -392,36 +399,6 @@ def open_named(data: Data, split: Split) -> Photographs:
 
 def _open_path(path: str) -> Image.Image:
     return open_image(Path(path))
-
-
-class HubImages(Reader):
-    """A Hugging Face dataset's images as they are in their files; timm's reader would wait for a FIFO that a row names.
-
-    Args:
-        reader: timm's.
-        label: what messages call the dataset.
-    """
-
-    def __init__(self, reader: Any, label: str):
-        super().__init__()
-        self.reader, self.label = reader, label
-
-    def __getitem__(self, index: int) -> tuple[io.BytesIO | Path, int]:
-        item = self.reader.dataset[index]
-        image = item[self.reader.image_key]
-        target = self.reader._get_target(item)
-        if image.get("bytes"):
-            return io.BytesIO(image["bytes"]), target
-        if not image.get("path"):
-            raise InputError(f"{self.label}[{index}]: no image")
-        return Path(image["path"]), target
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.reader.dataset[index][self.reader.image_key].get("path")
-        return f"{self.label}[{index}]" + (f" ({path})" if path else "")
 
 
 MODULE = 60  # cells: 6×10

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from shvit.errors import InputError
+from shvit.errors import InputError, printable
 from shvit.files import write_whole
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
@@ -111,6 +111,9 @@ def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: st
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    classes = [
+        printable(name).replace("$", r"\$") for name in classes
+    ]  # between two of which matplotlib sees a formula
     seen = counts.confusion.sum(1, keepdim=True).clamp_min(1)
     shares = (100 * counts.confusion / seen).cpu().numpy()
     size, legible = len(classes), len(classes) <= 40

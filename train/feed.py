@@ -173,6 +173,9 @@ class Augmented(Dataset):
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
+                if not 0 <= target < (len(self.dataset.classes) or target + 1):
+                    raise InputError(f"{self.dataset.name(index)}: of class {target}, and there are "
+                                     f"{len(self.dataset.classes)}, counted from 0")  # fmt: skip
                 break
             except InputError as error:
                 problems.append((str(error), index, 1))

@@ -30,6 +30,7 @@ from shvit.files import open_file
 
 MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
 MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
+MAX_ASPECT = 500  # length over width; a thinner image, made as high as a model wants it, takes gigabytes
 MAX_SCANS = 500  # of a progressive JPEG, each of which goes over all its pixels again; encoders write about ten
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """Pillow's names of the formats that are opened; others of its formats are rarely images, or run a program."""
@@ -144,6 +145,10 @@ def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
 def _check_size(image: Image.Image, name: str) -> None:
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise InputError(f"{name}: {image.width}×{image.height} pixels, and 1 to {MAX_PIXELS:,} are allowed")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        size = f"{image.width}×{image.height} pixels"
+        raise InputError(f"{name}: {size}, more than {MAX_ASPECT} times as long as wide; "
+                         "crop or remove it")  # fmt: skip
 
 
 def _scans(file: BinaryIO) -> int:

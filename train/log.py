@@ -50,7 +50,8 @@ def check_log(log: Any, name: str) -> list[dict[str, Any]]:
         plain = json.loads(to_json(log))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: its log does not hold plain values") from error
-    parse_model(list[_entry_type()], plain, f"{name}: not the log of a run")  # type: ignore[misc]
+    kind: Any = list[_entry_type()]  # type: ignore[misc]
+    parse_model(kind, plain, f"{name}: not the log of a run")
     if any(after["epoch"] <= before["epoch"] for before, after in pairwise(plain)):
         raise InputError(f"{name}: not the log of a run: its epochs do not rise")
     return log

@@ -94,7 +94,7 @@ class Shards(Reader):
         self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
         told = _find_split(root, split)
         self.paths = shard_paths(root, told.filenames, f"{root}, {split}")
-        self.lengths = told.shard_lengths or [None] * len(self.paths)
+        self.lengths: list[int] | list[None] = told.shard_lengths or [None] * len(self.paths)
         self.num_samples, self.alt_label = told.num_samples, told.alt_label
         self.class_to_idx: dict[str, int] = {}
         self.rank, self.replicas, self.num_workers = 0, 1, 1
@@ -195,7 +195,8 @@ def _grouped(path: Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     Links and special files are left out; None stands for a file that is there twice.
     """
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as archive:
-        name, parts = "", {}
+        name = ""
+        parts: dict[str, bytes | None] = {}
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # which would hold those of a million files
             match = KEY.fullmatch(member.name)

@@ -6,8 +6,11 @@ Everything is decided by names, alike for a folder and for a tar of it.
 import hashlib
 import os
 import re
+import signal
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,7 @@ from shvit.files import is_folder
 from shvit.run_info import same_name
 
 from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
+from .shards import has_info
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 """What folders (and tars) of a split are called, in any letter case."""
@@ -107,7 +111,7 @@ def check_apart(output: Path | None, data: Path | None) -> None:
     Raises:
         InputError: it is the folder of the images or in it, links followed; beside the folders of a split it may be.
     """
-    if output is None or data is None or not is_folder(data):
+    if output is None or data is None or not is_folder(data) or has_info(data):
         return
     above = set(_inodes(output))
     parts = find_parts(data)
@@ -267,8 +271,32 @@ def group_keys(names: Sequence[str], pattern: str | None) -> list[str]:
     """
     if pattern is None:
         return _keys_of_copies(names)
-    matches = map(_compile(pattern).search, names)
+    search = _compile(pattern).search
+    with _within(MATCHING_S + len(names) / 10_000, f"--data.group {pattern!r}: takes too long; write a simpler one"):
+        matches = list(map(search, names))
     return [match[1] if match and match[1] is not None else name for match, name in zip(matches, names, strict=True)]
+
+
+MATCHING_S = 10.0
+
+
+@contextmanager
+def _within(seconds: float, message: str) -> Iterator[None]:
+    """Raise InputError where it takes longer; in the main thread of a POSIX system, where that can be told."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise InputError(message)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _Origin(NamedTuple):
@@ -331,7 +359,7 @@ def count_copies(training: Files | TarFiles, validation: Files | TarFiles, patte
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise InputError(f"--data.group {pattern!r}: not a regular expression ({error})") from error
     if not compiled.groups:
         raise InputError(f"--data.group {pattern!r}: has no group; put what belongs together into parentheses, as in "

@@ -1,4 +1,4 @@
-"""Datasets that are read from front to back: WebDataset shards, Hugging Face streams and TensorFlow datasets."""
+"""Datasets with a name, above all those that are read from front to back: shards, Hugging Face's and TensorFlow's."""
 
 import io
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
+from timm.data.readers.reader import Reader
 
 from shvit.errors import InputError, first_line
 
@@ -86,7 +87,7 @@ class Stream:
     @property
     def announced(self) -> int:
         """How many images one pass over all workers is to give; 0 where that is not known."""
-        return self.reader.num_samples if getattr(self.reader, "is_single_pass", False) else 0
+        return self.reader.num_samples if isinstance(self.reader, Shards) and self.reader.is_single_pass else 0
 
 
 def _decoded(image: Any, name: str) -> Image.Image:
@@ -107,6 +108,36 @@ def _decoded(image: Any, name: str) -> Image.Image:
     except Exception as error:  # each way to fetch a file has its own
         raise InputError(f"{name}: cannot be read ({first_line(error)})") from error
     return to_rgb(found, name)
+
+
+class HubImages(Reader):
+    """A Hugging Face dataset's images as they are in their files; timm's reader would wait for a FIFO that a row names.
+
+    Args:
+        reader: timm's.
+        label: what messages call the dataset.
+    """
+
+    def __init__(self, reader: Any, label: str):
+        super().__init__()
+        self.reader, self.label = reader, label
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO | Path, int]:
+        item = self.reader.dataset[index]
+        image = item[self.reader.image_key] or {}
+        target = self.reader._get_target(item)
+        if image.get("bytes"):
+            return io.BytesIO(image["bytes"]), target
+        if not image.get("path"):
+            raise InputError(f"{self.label}[{index}]: no image")
+        return Path(image["path"]), target
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = (self.reader.dataset[index][self.reader.image_key] or {}).get("path")
+        return f"{self.label}[{index}]" + (f" ({path})" if path else "")
 
 
 def is_stream(data: Data) -> bool:

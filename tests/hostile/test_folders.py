@@ -72,6 +72,14 @@ def test_data_that_cannot_be_are_one_line(path):
             read()
 
 
+def test_expression_that_never_ends_is_stopped(folders, monkeypatch):
+    monkeypatch.setattr("shvit.train.splits.MATCHING_S", 0.2)
+    (folders / "a" / ("a" * 60 + "!.jpg")).write_bytes(png(3))
+    with pytest.raises(InputError, match="takes too long"):
+        open_dataset(folders, "train", r"^((a+)+)+\.jpg")
+    assert len(open_dataset(folders, "train", r"^(.+)\.jpg")) > 0
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 

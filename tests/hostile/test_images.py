@@ -85,6 +85,7 @@ ODD = {
     "a PNG of no width": png_of(0, 48),
     "a PNG of 2^31 pixels a side": png_of(2**31 - 1, 2**31 - 1),
     "a PNG of 10,001 × 10,000 pixels": png_of(10_001, 10_000),
+    "a line of 60,000 pixels": encoded("PNG", (60_000, 1), "L"),
     "a PNG with a profile of 200 MB": png_of(8, 8, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000)))),
     "a PNG with a text of 200 MB": png_of(8, 8, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(200_000_000)))),
     "a PNG whose chunk is as large as can be": png_of(8, 8)[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT",

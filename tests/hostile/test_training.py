@@ -12,7 +12,7 @@ import yaml
 
 from shvit.errors import CheckFailed, InputError
 from shvit.train.data import Data, check_loader
-from shvit.train.evaluate import evaluate
+from shvit.train.evaluate import Counts, evaluate, plot_confusion
 from shvit.train.feed import create_train_transform
 from shvit.train.folder import RunFolder, check_state
 from shvit.train.log import read_log
@@ -237,6 +237,12 @@ def test_outputs_that_are_not_finite_are_no_accuracy(value):
     logits = torch.tensor([[value, -value], [0.0, 1.0]])
     with pytest.raises(InputError, match="not finite"):
         evaluate(lambda images: logits, [(torch.zeros(2, 1), torch.tensor([1, 1]))], 2)
+
+
+def test_names_that_are_formulas_or_steer_a_terminal_are_drawn(tmp_path):
+    counts = Counts(torch.eye(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64))
+    plot_confusion(counts, [r"$\frac{$", "a\x1b[2J\nb", "$x$ and $"], tmp_path / "c.png", "title")
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_training_does_not_go_on_with_outputs_that_are_not_finite(photographs, tmp_path, monkeypatch):
