@@ -149,7 +149,10 @@ class RunFolder:
         Raises:
             InputError: it cannot be written, as on a full disk; every older state is still there.
         """
-        with write_whole(self.path / "last.pt") as partial:
+        last = self.path / "last.pt"
+        if is_file(last) and not zipfile.is_zipfile(last):
+            last.unlink()  # a damaged state, in place of which an older one was gone on from
+        with write_whole(last) as partial:
             with partial.open("wb") as file:
                 _write(state, file)
             for age in range(self.keep - 1, 0, -1):
