@@ -14,6 +14,7 @@
 
 import mmap
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from shvit import terminal
 from shvit.errors import InputError, first_line
-from shvit.files import open_file
+from shvit.files import check_file, open_file
 
 MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
 MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
@@ -136,10 +137,22 @@ def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
     if not isinstance(file, Path):
         yield file
         return
-    with open_file(file) as opened:
-        if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
-            raise InputError(f"{file}: {size / 1e9:.1f} GB are more than an image has; remove or replace it")
+    try:
+        opened: BinaryIO = open(file, "rb", opener=_without_waiting)  # noqa: SIM115
+    except (OSError, ValueError):
+        opened = open_file(file)  # which says why it cannot be
+    with opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            check_file(file)  # which says what it is
+        if status.st_size > MAX_BYTES:
+            raise InputError(f"{file}: {status.st_size / 1e9:.1f} GB are more than an image has; remove or replace it")
         yield opened
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Open as `open_file` does, with one look at the file: a loader opens a thousand a second."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_size(image: Image.Image, name: str) -> None:
