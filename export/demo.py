@@ -62,7 +62,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
         seconds[name] = round(time.perf_counter() - start, 1)
         return result
 
-    options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs else ())]
+    options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs is not None else ())]
     trained = step("train", "train", "demo", "--output", output / "train", *options)
     source = ["--checkpoint", trained["checkpoint"], "--images", data or _cells()]  # others hardly move its outputs
     onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")

@@ -87,19 +87,21 @@ class Eval:
     """Images at a time."""
     workers: int = 0
     """Processes that read images."""
+    max_corrupt: int = 10
+    """Damaged images that are named and left out before the evaluation ends."""
     output: Path | None = None
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data import check_loader, check_outside, has_one_part, open_eval_dataset, takes_split
 
-        if self.batch_size < 1 or self.workers < 0:
-            raise InputError(f"--batch-size {self.batch_size} or --workers {self.workers} is below its lowest, 1 and 0")
+        check_loader(self.batch_size, self.workers, self.max_corrupt)
         check_output_folder(self.output)
         check_own(self.output, "accuracy.json", b'"model"', ("confusion.png", "confusion_ema.png"))
-        check_apart(self.output, data=self.data, checkpoint=self.checkpoint, artefact=self.artefact)
+        check_apart(self.output, checkpoint=self.checkpoint, artefact=self.artefact)
         if not self.data:
             raise InputError("--data is empty; give a folder of class folders, a tar or a name that timm knows")
+        check_outside(self.output, Path(self.data))
         if not takes_split(self.data):
             refuse(f"{self.data} is no dataset with splits of its own", split=self.split)
         if not has_one_part(self.data):
@@ -163,13 +165,14 @@ class Eval:
         if spec.num_classes > MOST_CLASSES_COUNTED:
             raise InputError(f"{spec.num_classes:,} classes are more than the {MOST_CLASSES_COUNTED:,} whose "
                              "confusions can be counted; evaluate a model with fewer")  # fmt: skip
-        loader = eval_loader(dataset, transform, rows_that_fit(self.batch_size, spec), self.workers)
+        loader = eval_loader(dataset, transform, rows_that_fit(self.batch_size, spec), self.workers, self.max_corrupt)
         batches = loader if index is None else Renumbered(loader, index)
         counts = count(predict, batches, spec.num_classes)
         result = counts.evaluation()
         left_out = getattr(batches, "left_out", 0)
         top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
         rest = f"; {left_out} of classes that the model does not know are left out" if left_out else ""
+        rest += f"; {loader.damaged} damaged ones are left out" if loader.damaged else ""
         console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} photographs{rest}")
         if len(classes) <= MOST_CLASSES_PRINTED:
             table = Table("class", _right("photographs"), _right("top-1 %"))
@@ -180,7 +183,7 @@ class Eval:
         if self.output is not None:
             name = "confusion_ema.png" if kind == "averaged weights" else "confusion.png"
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
-        return {**asdict(result), "left_out": left_out}
+        return {**asdict(result), "left_out": left_out, "damaged": loader.damaged}
 
     def _predict(self) -> tuple[Any, Spec, Any, tuple[str, ...], Weights | None]:
         """From what the transform makes to logits; that transform; known names of classes; the weights of no file."""

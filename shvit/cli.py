@@ -148,7 +148,6 @@ EXTRAS = {  # top-level module: the extra that brings it
     "matplotlib": "train",
     "tensorboard": "train",
     "torchvision": "train",
-    "webdataset": "data",
     "datasets": "data",
     "pillow_heif": "heic",
     "mmengine": "detection",

@@ -83,7 +83,7 @@ def test_counts_of_two_processes_add_up():
 
 @pytest.mark.parametrize("size", [2, 60])
 def test_confusion_is_drawn(tmp_path, size):
-    counts = Counts(torch.randint(0, 9, (size, size)), torch.zeros(2, dtype=torch.float64))
+    counts = Counts(torch.randint(0, 9, (size, size)), torch.zeros(3, dtype=torch.float64))
     plot_confusion(counts, [f"class {i}" for i in range(size)], tmp_path / "c.png", "title")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

@@ -154,7 +154,7 @@ def test_damaged_photograph_is_named_and_its_place_taken(recipe, photographs):
     path = photographs.samples[7][0]
     path.write_bytes(path.read_bytes()[:100])
     batches = drain(Feed(replace(recipe, batch_size=40), photographs, world(), 1), 0, 1)
-    assert [str(path) in problem for problem, _ in batches[0].problems] == [True]
+    assert [str(path) in problem for problem, _, _ in batches[0].problems] == [True]
     assert len(batches[0].targets) == 40
     assert int(batches[0].targets.sum()) == 19  # the next one, of the other class, came twice
 
@@ -317,7 +317,8 @@ def test_shards_are_evaluated_each_photograph_once(shards, photographs, workers)
 def test_hugging_face_dataset_is_read_as_the_folder_is(photographs, tmp_path, monkeypatch):
     """A local one: photographs in folders, as `datasets` reads them itself."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = Data(name=f"hfds/{tmp_path}/train", root=tmp_path / "cache", train_split="train")
+    monkeypatch.chdir(tmp_path)
+    data = Data(name="hfds/train", root=tmp_path / "cache", train_split="train")
     dataset = open_named(data, "train")
     assert dataset.classes == ["a", "b"]
     assert len(dataset) == 40
@@ -361,7 +362,8 @@ def test_every_source_shows_images_as_a_file_is_shown(source, unusual, tmp_path,
     else:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         if source == "hfds":
-            data = Data(name=f"hfds/{root}", root=tmp_path / "cache", val_split="train", num_classes=1)
+            monkeypatch.chdir(root.parent)
+            data = Data(name=f"hfds/{root.name}", root=tmp_path / "cache", val_split="train", num_classes=1)
         else:
             data = Data(name="torch/image_folder", root=root)
         dataset = open_named(data, "val")

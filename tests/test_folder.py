@@ -14,8 +14,9 @@ import yaml
 
 from shvit.errors import InputError
 from shvit.run_info import read_recipe_file
-from shvit.train.folder import RunFolder, check_apart, git_revision
+from shvit.train.folder import RunFolder, git_revision
 from shvit.train.recipes import DEMO
+from shvit.train.splits import check_outside
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_folder_of_another_run_is_refused(folder):
     with pytest.raises(InputError, match="holds a run on other classes"):
         folder.claim(DEMO, ["a", "c"])
     (folder.path / "recipe.yaml").write_text("recipe: [")
-    with pytest.raises(InputError, match="not a readable recipe"):
+    with pytest.raises(InputError, match="not readable as YAML"):
         folder.claim(DEMO, ["a", "b"])
 
 
@@ -160,7 +161,8 @@ def test_other_images_are_refused_or_continued_on_request(folder):
     on_request = replace(DEMO, data=replace(DEMO.data, changed="continue"))
     folder.claim(on_request, ["a", "b"], after)
     folder.claim(DEMO, ["a", "b"], after)
-    folder.write_log([{"epoch": DEMO.epochs}])
+    losses = dict.fromkeys(("lr", "train_loss", "grad_norm", "val_loss", "ema_loss", "top1", "ema_top1"), 1.0)
+    folder.write_log([{"epoch": DEMO.epochs, **losses}])
     with pytest.raises(
         InputError, match=r"another --output, or begin with its weights, --checkpoint .*best_ema\.safetensors"
     ):
@@ -235,7 +237,7 @@ def test_run_folder_is_no_class_of_the_images(folders, output, refused, tmp_path
         (tmp_path / "images" / name).mkdir(parents=True)
     root = tmp_path / "images"
     if not refused:
-        check_apart(root / output, root)
+        check_outside(root / output, root)
         return
     with pytest.raises(InputError, match="whose folders are classes of images; choose another"):
-        check_apart(root / output, root)
+        check_outside(root / output, root)

@@ -71,11 +71,11 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("compute: {precision: fp8}", "compute.precision is 'fp8'; input should be 'fp32', 'bf16' or 'fp16'"),
         ("freeze_bn: 1", "freeze_bn is 1; input should be a valid boolean"),
         ("- epochs", "a recipe is a mapping of fields"),
-        ("a: [", "not a readable recipe"),
-        ("[" * 3000, "not a readable recipe"),
-        ("a: &a [*a]", "not a readable recipe"),
-        ("? [a, b]\n: 3", "not a readable recipe (a name in the recipe is no word)"),
-        ("epochs: 1\n---\nepochs: 2", "not a readable recipe (expected a single document"),
+        ("a: [", "not readable as YAML"),
+        ("[" * 3000, "not readable as YAML"),
+        ("a: &a [*a]", "not readable as YAML"),
+        ("? [a, b]\n: 3", "not readable as YAML (a key is no word)"),
+        ("epochs: 1\n---\nepochs: 2", "not readable as YAML (expected a single document"),
         ("epochs: 010", "epochs is 010, which is octal to some readers"),
         ("epochs: 08", "epochs is 08, which is octal to some readers"),
         ("save: {every_minutes: 1:30}", "save.every_minutes is 1:30, which counts in sixties to some readers"),
@@ -87,9 +87,9 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("optim: {lr: .nan}", "optim.lr is nan; input should be a finite number"),
         ("optim: {lr: 1e400}", "optim.lr is inf; input should be a finite number"),
         ("freeze_bn: 'yes'", "freeze_bn is 'yes'; input should be a valid boolean"),
-        ("epochs: 3\nepochs: 4", "epochs stands there twice; keep one"),
-        ("optim: {lr: 1, opt: sgd, lr: 2}", "optim.lr stands there twice; keep one"),
-        ("recipe: {epochs: 3}\nrecipe: {epochs: 4}", "recipe stands there twice; keep one"),
+        ("epochs: 3\nepochs: 4", "the key 'epochs' stands twice in one mapping"),
+        ("optim: {lr: 1, opt: sgd, lr: 2}", "the key 'lr' stands twice in one mapping"),
+        ("recipe: {epochs: 3}\nrecipe: {epochs: 4}", "the key 'recipe' stands twice in one mapping"),
         ("recipe: {epochs: 3}\nseed: 4", "seed stands beside recipe and would not be read; move it below recipe"),
         ("optim: {lr: 1}\nrecipe: {epochs: 3}", "optim stands beside recipe and would not be read"),
         ("recipe: {epochs: 3}\ndata: {root: x}", "data stands beside recipe and would not be read"),
@@ -152,7 +152,7 @@ def test_odd_values_come_back_from_a_run_folder(text, tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.yaml: not a readable recipe"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
         read_recipe(tmp_path / "nowhere.yaml")
 
 

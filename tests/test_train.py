@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -73,7 +74,7 @@ def test_curves_can_be_drawn_again(recipe, tmp_path):
     (tmp_path / "curves.png").unlink()
     run(["train", "--plot", str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    with pytest.raises(InputError, match=r"metrics\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: no such file"):
         run(["train", "--plot", str(tmp_path / "nowhere")])
 
 
@@ -213,7 +214,7 @@ def test_state_of_another_model_is_refused(small, tmp_path):
 
 def test_state_of_a_step_that_the_run_does_not_have_is_refused(small, tmp_path):
     train(small, tmp_path)
-    for step in (-3, 17, 10**9):
+    for step in (17, 10**9):
         torch.save({**state(tmp_path), "step": step}, tmp_path / "last.pt")
         with pytest.raises(InputError, match=rf"does not fit its recipe \(step {step} of 4 epochs with 4 steps each\)"):
             train(small, tmp_path)
@@ -232,8 +233,8 @@ def test_diverged_loss_stops_with_figures_and_names_the_last_good_state(small, t
     train(replace(small, epochs=4), tmp_path / "old")
     poisoned = state(tmp_path / "old")
     poisoned |= {"step": 4, "log": poisoned["log"][:1]}
-    for group in poisoned["optimizer"]["param_groups"]:
-        group["lr"] = float("inf")
+    for moments in poisoned["optimizer"]["state"].values():
+        moments["exp_avg"].fill_(float("inf"))
     torch.save(poisoned, tmp_path / "old" / "last.pt")
     with pytest.raises(CheckFailed, match=r"old/last\.pt holds the last good state"):
         train(replace(small, epochs=4), tmp_path / "old")
@@ -258,7 +259,7 @@ def test_damaged_photographs_are_named_once_and_passed_over(small, damaged, tmp_
     said = capsys.readouterr().err
     for name in ("train/red/1.png", "train/red/2.png", "train/blue/9.png"):
         assert said.count(name) == 1
-    assert "val/red/0.png: damaged, and not counted" in said
+    assert re.search(r"val/red/0\.png: not a readable image .*: not counted", said)
     assert result["n_val"] == 11
 
 

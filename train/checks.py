@@ -9,8 +9,11 @@ import timm
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError, refuse
+from shvit.files import is_there
 from shvit.weights.manifest import read_manifest
 
+from .data import max_workers
+from .locations import is_model_name
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
@@ -20,7 +23,7 @@ RANGES = (  # a field, the lowest and the highest value
     ("drop_path", 0, 0.99),
     ("ema_decay", 0, 1),
     ("seed", 0, 2**31),
-    ("data.workers", 0, 1024),
+    ("data.workers", 0, max_workers()),
     ("data.max_corrupt", 0, 1e9),
     ("data.num_classes", 1, 1e6),
     ("augment.hflip", 0, 1),
@@ -61,10 +64,11 @@ def check_fields(recipe: Recipe) -> None:
     Raises:
         InputError: a name is not known, a field is out of range, or one is given that would be ignored.
     """
-    if not timm.is_model(recipe.model):
+    if not is_model_name(recipe.model) or not timm.is_model(recipe.model):
         raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    if recipe.distill.teacher is not None and not timm.is_model(recipe.distill.teacher):
-        raise InputError(f"unknown teacher {recipe.distill.teacher!r}; `shvit list '*'` shows all that timm knows")
+    teacher = recipe.distill.teacher
+    if teacher is not None and not (is_model_name(teacher) and timm.is_model(teacher)):
+        raise InputError(f"unknown teacher {teacher!r}; `shvit list '*'` shows all that timm knows")
     for name, lowest, highest in RANGES:
         value = attrgetter(name)(recipe)
         if value is not None and not lowest <= value <= highest:
@@ -106,7 +110,7 @@ def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: 
 
 def _refuse_published(checkpoint: Path | None, option: str, other: str = "") -> None:
     """Refuse the name of published weights in place of a file: no process of many could fetch it for the others."""
-    if checkpoint is None or checkpoint.exists() or str(checkpoint) not in {each.name for each in read_manifest()}:
+    if checkpoint is None or is_there(checkpoint) or str(checkpoint) not in {each.name for each in read_manifest()}:
         return
     raise InputError(f"{option} {checkpoint}: no such file, but a name of published weights; `shvit weights pull "
                      f"{checkpoint}` fetches their file and tells where it is{other}")  # fmt: skip

@@ -1,27 +1,32 @@
 """Which photographs: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
 
 import hashlib
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from shvit import terminal
+from shvit.documents import load_yaml
 from shvit.errors import InputError, first_line
+from shvit.files import is_file, is_folder
 from shvit.run_info import same_name
 
 from .folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
 from .images import open_image, to_rgb
+from .locations import NAMED, check_path
 from .recipe import Data
+from .shards import has_info
 from .splits import (
     as_listing,
     check_nesting,
@@ -33,9 +38,8 @@ from .splits import (
     is_held_out,
     may_be_split,
 )
-
-NAMED = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # timm's prefixes of datasets that are no folder
-Split = Literal["train", "val"]
+from .splits import check_outside as check_outside
+from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
 
 
 class Photographs(Dataset):
@@ -62,7 +66,13 @@ class Photographs(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.source[self.indices[index]]
+        place = self.indices[index]  # whose IndexError ends an iteration
+        try:
+            file, target = self.source[place]
+        except InputError:
+            raise
+        except Exception as error:  # each of timm's readers and torchvision's datasets has its own
+            raise InputError(f"{self.name(index)}: cannot be read ({first_line(error)})") from error
         read = to_rgb if isinstance(file, Image.Image) else open_image
         return read(file, self.name(index)), target
 
@@ -137,6 +147,7 @@ def open_dataset(root: Path | None, split: Split, group: str | None = None) -> P
 def _splits_of(root: Path | None, group: str | None) -> Splits:
     if root is None:
         return Splits(elpv("train"), elpv("val"))
+    check_path(root, "--data.root")
     parts = find_parts(root)
     if parts.whole is not None:
         return _split(as_listing(parts.whole), parts.notes, group)
@@ -144,7 +155,7 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
         found, missing = (parts.train, "neither val/ nor validation/") if parts.train else (parts.val, "no train/")
         assert found is not None
         name = found.name if isinstance(found, Path) else found.label
-        hint = f", or --data.root {root / name} to keep a tenth of it" if parts.train and root.is_dir() else ""
+        hint = f", or --data.root {root / name} to keep a tenth of it" if parts.train and is_folder(root) else ""
         if other := next(filter(may_be_split, parts.others), None):
             hint = f"; if {other} is the other one, rename it to {'val' if parts.train else 'train'}{hint}"
         raise InputError(f"{root} holds {name} but {missing}; give both, or class folders alone{hint}")
@@ -281,13 +292,15 @@ class TrainedOn:
 
 def read_trained_on(checkpoint: Path) -> TrainedOn | None:
     """The images of the run in whose folder a checkpoint is; None if there is none, or it does not tell them."""
-    import yaml
-
     try:
-        record = yaml.safe_load((checkpoint.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        path = checkpoint.parent / "recipe.yaml"
+        if not is_file(path):
+            return None
+        record = load_yaml(path)
         data, images = record["recipe"]["data"], record["data"]
-        return TrainedOn({"train": images["train"], "val": images["val"]}, data["group"], Path(data["root"]))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        told = TrainedOn.from_weights({**images, "group": data["group"]})
+        return replace(told, root=Path(data["root"])) if told else None
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -337,7 +350,7 @@ def has_one_part(data: str | Path) -> bool:
 def takes_split(data: str | Path) -> bool:
     """Whether `open_eval_dataset` looks at its `split`: the data are shards, or a dataset with a name."""
     root = Path(data)
-    return str(data).startswith(NAMED) or (root / "_info.json").exists() or (root / "info.json").exists()
+    return str(data).startswith(NAMED) or (is_folder(root) and has_info(root))
 
 
 def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) -> Photographs:
@@ -366,90 +379,26 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
 # --- datasets with a name ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Photographs that are read from front to back, by one of timm's datasets; the classes' names by class index."""
-
-    name: str
-    dataset: IterableImageDataset
-    classes: list[str]
-    part: str = "all images"
-
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        """(RGB image, class index) of each image; `open_stream` has timm's reader leave images as they are."""
-        for image, target in self.dataset:
-            yield to_rgb(image, f"an image of {self.name}"), int(target)
-
-    def __len__(self) -> int:
-        """What the dataset says of itself."""
-        return self.dataset.reader.num_samples
-
-
-def is_stream(data: Data) -> bool:
-    """Whether the dataset is read from front to back: WebDataset shards, Hugging Face streams, TensorFlow datasets."""
-    return data.name.startswith(("wds/", "hfids/", "tfds/"))
-
-
 def open_named(data: Data, split: Split) -> Photographs:
     """A dataset with a name whose items can be asked for in any order.
 
     Raises:
-        InputError: it is not known, cannot be opened, or a package for it is missing.
+        InputError: its name or location is not allowed, it cannot be opened, or a package for it is missing.
     """
-    dataset = _create_dataset(data, split)
+    name = check_named(data, split)
+    dataset = create_named(data, name)
     if hasattr(dataset, "loader"):  # torchvision's datasets of files
         dataset.loader = _open_path
     source = getattr(dataset, "reader", dataset)
     known = getattr(source, "class_to_idx", None) or getattr(dataset, "class_to_idx", None) or {}
     classes = sorted(known, key=known.__getitem__)
-    return Photographs(source, classes or _numbered(data))
+    if data.name.startswith("hfds/"):
+        source = HubImages(source, data.name)
+    return Photographs(source, classes or numbered(data))
 
 
 def _open_path(path: str) -> Image.Image:
     return open_image(Path(path))
-
-
-def open_stream(data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0) -> Stream:
-    """A dataset that is read from front to back; each process and each of its workers gets its own shards.
-
-    Args:
-        batch_size: of one process, to which a training pass is rounded up.
-        seed: of the shards' and the photographs' order.
-    """
-    decoded = {} if data.name.startswith("tfds/") else {"input_img_mode": ""}  # as they are in the file, for `to_rgb`
-    dataset = _create_dataset(data, split, is_training=is_training, batch_size=batch_size, seed=seed, **decoded)
-    known = getattr(dataset.reader, "class_to_idx", None) or {}
-    return Stream(data.name, dataset, sorted(known, key=known.__getitem__) or _numbered(data))
-
-
-def _numbered(data: Data) -> list[str]:
-    return [str(i) for i in range(data.num_classes or 0)]
-
-
-def _create_dataset(data: Data, split: Split, **options: Any) -> Any:
-    from timm.data import create_dataset
-
-    if not data.name.startswith(NAMED):
-        raise InputError(f"data.name {data.name!r} is not known; it begins with one of {', '.join(NAMED)}")
-    name = data.train_split if split == "train" else data.val_split
-    root = None if data.root is None else str(data.root)
-    with missing_packages_named(data.name):
-        return create_dataset(data.name, root, split=name, **options)
-
-
-@contextmanager
-def missing_packages_named(name: str) -> Iterator[None]:
-    """Turns what the libraries behind timm's readers raise into one line."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{name}: needs the package {error.name}; install it with: pip install {error.name}"
-        ) from error
-    except InputError:
-        raise
-    except Exception as error:  # each library has its own
-        raise InputError(f"{name}: cannot be opened ({type(error).__name__}: {first_line(error, 300)})") from error
 
 
 MODULE = 60  # cells: 6×10
@@ -486,64 +435,134 @@ def elpv(split: Split) -> Photographs:
 
 # --- for evaluation ---------------------------------------------------------------------------------------------------
 
+Prepare = Callable[[Image.Image], torch.Tensor]
+PreparedItem = tuple[torch.Tensor, int, str, int]
+"""(what `transform` makes of the image, class index, why it could not be read, images missing with it)."""
+BLANK = Image.new("RGB", (8, 8))
+MAX_CORRUPT = 10  # damaged images that an evaluation leaves out
+
 
 class Prepared(Dataset):
-    """Items as (what `transform` makes of the photograph, class index); see `eval_loader` for `tolerant`."""
+    """Items, prepared for an evaluation; damaged ones too, which have the class `IGNORED`."""
 
-    def __init__(self, dataset: Photographs, transform: Callable[[Image.Image], torch.Tensor], tolerant: bool):
+    def __init__(self, dataset: Photographs, transform: Prepare):
         self.dataset = dataset
         self.transform = transform
-        self.tolerant = tolerant
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> PreparedItem:
         try:
             image, target = self.dataset[index]
-        except InputError:
-            if not self.tolerant:
-                raise
-            image, target = Image.new("RGB", (8, 8)), IGNORED
-        return self.transform(image), target
+        except InputError as error:
+            return self.transform(BLANK), IGNORED, str(error), 0
+        return self.transform(image), target, "", 0
 
 
 class PreparedStream(IterableDataset):
-    """A stream's items as (what `transform` makes of the image, class index)."""
+    """A stream's items, as `Prepared` gives them."""
 
-    def __init__(self, stream: Stream, transform: Callable[[Image.Image], torch.Tensor]):
+    def __init__(self, stream: Stream, transform: Prepare):
         self.stream = stream
         self.transform = transform
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        for image, target in self.stream:
-            yield self.transform(image), target
+    def __iter__(self) -> Iterator[PreparedItem]:
+        for image, target, problem, missing in self.stream.reads():
+            yield self.transform(image or BLANK), target, problem, missing
 
 
-IGNORED = -1
-"""The class index of a photograph that does not count."""
+class EvalBatches:
+    """Batches of (images, int64 class indices), each image once; one that cannot be read has the class `IGNORED`.
+
+    Each problem is reported. After a pass, `damaged` and `missing` are how many images could not be read, and how many
+    of those that were announced, by shards say, are not there.
+
+    Args:
+        loader: of `Prepared` or `PreparedStream`.
+        announced: how many images there are said to be; 0 where that is not known.
+        max_corrupt: how many may be damaged; any number where None.
+        max_missing: how many may be missing.
+        report: called with each problem.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        announced: int,
+        max_corrupt: int | None,
+        max_missing: int,
+        report: Callable[[str], None],
+    ):
+        self.loader = loader
+        self.announced = announced
+        self.max_corrupt, self.max_missing = max_corrupt, max_missing
+        self.report = report
+        self.damaged = self.missing = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.damaged = self.missing = good = 0
+        for images, targets, problems, missing in self.loader:
+            for problem, count in zip(problems, missing.tolist(), strict=True):
+                good += not problem
+                if problem:
+                    self.report(f"{problem}: not counted")
+                    self.missing += count
+                    self.damaged += not count
+                    self._check(problem)
+            yield images, targets
+        if (rest := self.announced - good - self.damaged - self.missing) > 0:
+            self.missing += rest
+            self._check("the data end before")
+
+    def _check(self, problem: str) -> None:
+        if self.missing > self.max_missing:
+            raise InputError(f"{self.missing} of {self.announced or 'all'} announced images are missing "
+                             f"({problem}); complete the data, or correct what announces them")  # fmt: skip
+        if self.max_corrupt is not None and self.damaged > self.max_corrupt:
+            raise InputError(f"{self.damaged} damaged images, and {self.max_corrupt} are allowed; replace or remove "
+                             f"them, or allow more with --max-corrupt; one of them: {problem}")  # fmt: skip
+
+
+def check_loader(batch_size: int, workers: int, max_corrupt: int) -> None:
+    """Check the options of an evaluation's loader.
+
+    Raises:
+        InputError: one is out of range, or there are more workers than this machine has use for.
+    """
+    for name, value, lowest, highest in (
+        ("batch-size", batch_size, 1, 1_000_000), ("workers", workers, 0, max_workers()),
+        ("max-corrupt", max_corrupt, 0, 10**9),
+    ):  # fmt: skip
+        if not lowest <= value <= highest:
+            raise InputError(f"--{name} {value} is out of range; choose {lowest} to {highest}")
+
+
+def max_workers() -> int:
+    """The highest number of a loader's processes that is taken for meant."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def eval_loader(
     dataset: Photographs | Stream,
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: Prepare,
     batch_size: int,
     workers: int = 0,
-    tolerant: bool = False,
-) -> DataLoader:
-    """Every photograph once, in order: batches of (what `transform` makes, int64 (B,)).
-
-    Args:
-        tolerant: give damaged photographs the class `IGNORED` rather than raise.
-    """
+    max_corrupt: int | None = MAX_CORRUPT,
+    max_missing: int = 0,
+    report: Callable[[str], None] = terminal.report,
+) -> EvalBatches:
+    """Every image once, in order: batches of (what `transform` makes, int64 (B,)); see `EvalBatches`."""
     if isinstance(dataset, Stream):
-        dataset.dataset.set_loader_cfg(num_workers=workers)
+        dataset.reader.set_loader_cfg(num_workers=workers)
         streamed = PreparedStream(dataset, transform)
-        return DataLoader(streamed, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
-    prepared = Prepared(dataset, transform, tolerant)
-    return DataLoader(
-        prepared, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt, persistent_workers=workers > 0
-    )
+        loader = DataLoader(streamed, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
+        return EvalBatches(loader, dataset.announced, max_corrupt, max_missing, report)
+    loader = DataLoader(
+        Prepared(dataset, transform), batch_size, num_workers=workers, worker_init_fn=ignore_interrupt,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    return EvalBatches(loader, len(dataset), max_corrupt, max_missing, report)
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -1,5 +1,6 @@
 """Accuracy of anything that maps photographs to logits."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from shvit.errors import InputError
+from shvit.errors import InputError, printable
 from shvit.files import write_whole
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
@@ -36,19 +37,26 @@ class Counts:
     confusion: torch.Tensor
     """(classes, classes) int64: photographs by their class and by the one they were taken for."""
     totals: torch.Tensor
-    """(2,) float64: photographs whose class is among the 5 highest, summed cross-entropy."""
+    """(3,) float64: images whose class is among the 5 highest, summed cross-entropy, images without finite logits."""
 
     def summed(self, total: Callable[[torch.Tensor], torch.Tensor]) -> "Counts":
         """Over several processes, by a function that sums a tensor over them."""
         return Counts(total(self.confusion), total(self.totals))
 
     def evaluation(self) -> Evaluation:
-        """Raises InputError where nothing was counted."""
+        """The accuracy.
+
+        Raises:
+            InputError: nothing was counted, or logits are not finite, so that no class is the highest.
+        """
         seen, hits = self.confusion.sum(1), self.confusion.diagonal()
         n = int(seen.sum())
         if n == 0:
             raise InputError("no photograph to evaluate on could be read; give others")
-        hits5, loss = self.totals.tolist()
+        hits5, loss, unusable = self.totals.tolist()
+        if unusable or not math.isfinite(loss):
+            raise InputError(f"the model's outputs are not finite, or too large for a loss, for {int(unusable) or n} "
+                             f"of {n} images; its weights are damaged, or its training diverged")  # fmt: skip
         return Evaluation(
             top1=100 * int(hits.sum()) / n,
             top5=100 * hits5 / n,
@@ -74,7 +82,7 @@ def count(
         InputError: a class index that the model does not have.
     """
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     for images, targets in batches:
         if targets.max() >= num_classes:
             raise InputError(f"a photograph of class {int(targets.max())}, and the model has {num_classes} classes, "
@@ -86,6 +94,7 @@ def count(
         ranked = logits.topk(min(5, num_classes), dim=1).indices
         confusion += torch.bincount(targets * num_classes + ranked[:, 0], minlength=num_classes * num_classes)
         totals[0] += (ranked == targets[:, None]).any(dim=1).sum()
+        totals[2] += (~logits.isfinite().all(dim=1)).sum()
         totals[1] += F.cross_entropy(logits, targets, reduction="sum").double()
     return Counts(confusion.reshape(num_classes, num_classes), totals)
 
@@ -102,6 +111,9 @@ def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: st
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    classes = [
+        printable(name).replace("$", r"\$") for name in classes
+    ]  # between two of which matplotlib sees a formula
     seen = counts.confusion.sum(1, keepdim=True).clamp_min(1)
     shares = (100 * counts.confusion / seen).cpu().numpy()
     size, legible = len(classes), len(classes) <= 40

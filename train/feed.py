@@ -6,6 +6,7 @@ place in the run, and how the batch is mixed from seed, step and process. Nothin
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
 from .data import Photographs, Stream, ignore_interrupt, open_stream
 from .distributed import World
@@ -121,8 +122,8 @@ class Share:
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-Problem = tuple[str, int]
-"""(what is said of a damaged image, its index)."""
+Problem = tuple[str, int, int]
+"""(what is said of a damaged image, its index, how many images it stands for)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ class Batch:
 
 Item = tuple[np.ndarray, int, tuple[Problem, ...]]
 Transform = Callable[[Image.Image], np.ndarray]
+MAX_OPERATIONS = 16  # of a policy, on one image
+TRIALS = 5  # of an augmentation, before it is used
 BLACK = Image.new("RGB", (8, 8))
 
 
@@ -170,9 +173,12 @@ class Augmented(Dataset):
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
+                if not 0 <= target < (len(self.dataset.classes) or target + 1):
+                    raise InputError(f"{self.dataset.name(index)}: of class {target}, and there are "
+                                     f"{len(self.dataset.classes)}, counted from 0")  # fmt: skip
                 break
             except InputError as error:
-                problems.append((str(error), index))
+                problems.append((str(error), index, 1))
                 index = (index + 1) % len(self.dataset)
         transform = self.transform_at(place)
         seed_cpu_generators(self.seed, AUGMENTATION, place)
@@ -190,13 +196,28 @@ class Streamed(IterableDataset):
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker = info.id if info else 0
-        for place, (image, target) in enumerate(self.stream):
+        place, problems = 0, list[Problem]()
+        for image, target, problem, missing in self.stream.reads():
+            if problem:
+                problems.append((problem, -1, max(missing, 1)))
+            if image is None or target < 0:
+                continue
             seed_cpu_generators(*self.key, AUGMENTATION, worker, place)
-            yield self.transform(image), target, ()
+            yield self.transform(image), target, tuple(problems)
+            place += 1
+            problems.clear()
 
 
 def create_train_transform(augment: Augment, img_size: int) -> Transform:
-    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s."""
+    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s.
+
+    Raises:
+        InputError: a name is not known, or the policy cannot be carried out.
+    """
+    counts = re.findall(r"(?:^|-)([nwd])(\d+)", augment.auto_augment or "")
+    if any(len(count) > 2 or int(count) > MAX_OPERATIONS for _, count in counts):
+        raise InputError(f"--augment.auto-augment {str(augment.auto_augment)[:80]}: more than {MAX_OPERATIONS} "
+                         "operations on an image; see recipe s1")  # fmt: skip
     try:
         transform = create_transform(
             (3, img_size, img_size),
@@ -210,13 +231,19 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # each policy of timm has its own
         raise InputError(f"--augment.auto-augment {augment.auto_augment} and --augment.interpolation "
                          f"{augment.interpolation} are not what timm knows; see recipe s1") from error  # fmt: skip
     for part in transform.transforms:
         for operation in getattr(part, "ops", None) or chain(*getattr(part, "policy", ())):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize
+    try:
+        for _ in range(TRIALS):
+            transform(BLACK.resize((img_size, img_size)))
+    except Exception as error:  # each operation has its own
+        raise InputError(f"--augment.auto-augment {augment.auto_augment} cannot be carried out "
+                         f"({first_line(error)}); see recipe s1") from error  # fmt: skip
     return transform
 
 
@@ -286,8 +313,8 @@ class Feed:
     def _open_stream(self, epoch: int) -> Stream:
         seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
         stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.sizes[0], seed=seed)
-        stream.dataset.set_loader_cfg(num_workers=self.recipe.data.workers)
-        stream.dataset.set_epoch(epoch)
+        stream.reader.set_loader_cfg(num_workers=self.recipe.data.workers)
+        stream.reader.set_epoch(epoch)
         return stream
 
     def _streamed(self, start: int, end: int) -> Iterator[Batch]:

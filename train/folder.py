@@ -1,8 +1,9 @@
 """The run folder: what it holds, written so that a crash at any moment leaves it usable."""
 
-import json
 import os
+import re
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,28 +13,19 @@ import timm
 import torch
 
 import shvit
-from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.documents import load_yaml, to_json
+from shvit.errors import InputError, first_line
+from shvit.files import is_file, is_folder, open_file, write_whole
 from shvit.run_info import same_name
 
+from .log import check_log, read_log
 from .recipe import Recipe, differences
 
-
-def check_apart(output: Path, root: Path | None) -> None:
-    """Whether a run folder is where no folder is taken for a class, now or the next time.
-
-    Raises:
-        InputError: it is the folder of the images, or in it; beside the folders of a split there it may be.
-    """
-    if root is None or not root.is_dir():
-        return
-    inside, splits = output.resolve(), ("train", "val", "test")
-    if root.resolve() not in (inside, *inside.parents):
-        return
-    below = inside.relative_to(root.resolve()).parts
-    is_split = any(each.is_dir() and each.name.lower().startswith(splits) for each in root.iterdir())
-    if not below or not is_split or below[0].lower().startswith(splits):
-        raise InputError(f"--output {output}: lies in {root}, whose folders are classes of images; choose another")
+WRITTEN = re.compile(
+    r"recipe\.yaml|metrics\.jsonl|curves\.png|last(-[1-9][0-9]*)?\.pt|best(_ema)?\.safetensors|tensorboard|\.lock"
+)
+"""What a run writes into its folder."""
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}
 
 
 class RunFolder:
@@ -75,22 +67,25 @@ class RunFolder:
         import yaml
 
         path = self.path / "recipe.yaml"
+        self._check_entries()
 
         def write(record: dict[str, Any]) -> None:
             with write_whole(path) as partial:
                 partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-        if not path.exists():
+        if not is_file(path):
             if self.states:
                 raise InputError(f"{self.path} holds {self.states[0].name} and no recipe.yaml that tells its run; put "
                                  "that run's recipe.yaml back, or choose another --output")  # fmt: skip
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": versions()})
             return
         try:
-            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+            stored = load_yaml(path)
             unequal = differences(stored["recipe"], recipe.as_dict())
             known = list(map(same_name, stored.get("classes", classes)))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except InputError as error:
+            raise InputError(f"{error}; choose another --output") from error
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a readable recipe; choose another --output") from error
         if unequal:
             raise InputError(f"{self.path} holds a run that differs in {', '.join(unequal)}; choose another --output")
@@ -99,6 +94,8 @@ class RunFolder:
         before = stored.get("data")
         if before is None or images is None or before == images:
             return
+        if not _are_images(before):
+            raise InputError(f"{path}: does not tell the images of its run; choose another --output")
         finished = self._last_epoch() >= recipe.epochs
         if recipe.data.changed == "refuse" or finished:
             hint = "go on with --data.changed continue"
@@ -107,18 +104,44 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}")
         write({**stored, "data": images})
 
+    def _check_entries(self) -> None:
+        """Whether what the run would write replaces nothing but what a run wrote.
+
+        Raises:
+            InputError: a name of a run's files is that of a link or of something else; or the folder is no run's and
+                holds files of such names, or images.
+        """
+        ours = is_file(self.path / "recipe.yaml")
+        for entry in sorted(self.path.iterdir()) if is_folder(self.path) else ():
+            if not WRITTEN.fullmatch(entry.name):
+                if not ours and entry.suffix.lower() in IMAGES:
+                    raise InputError(f"{self.path}: holds images, {entry.name} for one, and no run; choose another "
+                                     "--output")  # fmt: skip
+                continue
+            if entry.name == "tensorboard":
+                if not is_folder(entry):
+                    raise InputError(f"{entry}: is no folder, and a run writes one there; choose another --output")
+            elif entry.is_symlink() or not is_file(entry):
+                raise InputError(
+                    f"{entry}: is a link or no file, and a run writes a file there; choose another --output"
+                )
+            if not ours and entry.name != ".lock" and not entry.name.startswith("last"):
+                raise InputError(
+                    f"{self.path}: holds {entry.name} and no recipe.yaml of a run; choose another --output"
+                )
+
     def _last_epoch(self) -> int:
         """The epoch of the last evaluation; 0 where there was none."""
         try:
-            return int(json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])["epoch"])
-        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return read_log(self.path)[-1]["epoch"]
+        except InputError:
             return 0
 
     @property
     def states(self) -> list[Path]:
         """last.pt and the older states, newest first, those that exist."""
         names = ["last.pt", *(f"last-{age}.pt" for age in range(1, max(self.keep, 2)))]
-        return [path for name in names if (path := self.path / name).exists()]
+        return [path for name in names if is_file(path := self.path / name)]
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Writes last.pt; what had that name becomes last-1.pt, and so on.
@@ -126,12 +149,15 @@ class RunFolder:
         Raises:
             InputError: it cannot be written, as on a full disk; every older state is still there.
         """
-        with write_whole(self.path / "last.pt") as partial:
+        last = self.path / "last.pt"
+        if is_file(last) and not zipfile.is_zipfile(last):
+            last.unlink()  # a damaged state, in place of which an older one was gone on from
+        with write_whole(last) as partial:
             with partial.open("wb") as file:
                 _write(state, file)
             for age in range(self.keep - 1, 0, -1):
                 newer = self.path / (f"last-{age - 1}.pt" if age > 1 else "last.pt")
-                if newer.exists():
+                if is_file(newer):
                     newer.replace(self.path / f"last-{age}.pt")
 
     def load_state(self, report: Callable[[str], None]) -> dict[str, Any] | None:
@@ -146,11 +172,9 @@ class RunFolder:
         problems = []
         for path in self.states:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-                    raise ValueError("it holds no run")
+                state = _read_state(path)
             except Exception as error:  # torch.load raises many types for a damaged file
-                problems.append(f"{path} is damaged ({type(error).__name__})")
+                problems.append(f"{path} is damaged ({type(error).__name__}: {first_line(error, 100)})")
                 continue
             for problem in problems:
                 report(f"{problem}; going on from {path.name}, step {state['step']}")
@@ -162,7 +186,42 @@ class RunFolder:
     def write_log(self, log: list[dict[str, Any]]) -> None:
         """metrics.jsonl: a line for each evaluation."""
         with write_whole(self.path / "metrics.jsonl") as partial:
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            partial.write_text("".join(to_json(entry) + "\n" for entry in log))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A state; raises whatever is raised for a file that holds none."""
+    with open_file(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError("it is compressed")  # torch.save writes none, and it may be of any size
+        file.seek(0)
+        return check_state(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def check_state(state: Any) -> dict[str, Any]:
+    """Return a state whose plain values, those that it has, are those of a run.
+
+    Raises:
+        ValueError: one is of another type or range.
+    """
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise ValueError("it holds no run")
+    for name, kind, lowest in (("step", int, 0), ("steps_per_epoch", int, 1), ("seconds", float, 0)):
+        value = state.get(name, kind(lowest))
+        if type(value) not in (kind, int) or not lowest <= value <= 1e15:
+            raise ValueError(f"its {name} is {str(value)[:40]!r}")
+    sums = state.get("sums", [0.0, 0.0, 0.0])
+    if not isinstance(sums, list) or len(sums) != 3 or not all(type(each) in (float, int) for each in sums):
+        raise ValueError("its sums are no three numbers")
+    return {**state, "log": check_log(state.get("log", []), "its log")}
+
+
+def _are_images(told: Any) -> bool:
+    """Whether it is what `Splits.identity` gives."""
+    return isinstance(told, dict) and all(
+        isinstance(part, dict) and type(part.get("count")) is int for part in told.values()
+    )
 
 
 def _lock(path: Path) -> AbstractContextManager:
@@ -174,7 +233,8 @@ def _lock(path: Path) -> AbstractContextManager:
         import fcntl
     except ImportError:  # Windows, where no other process inherits it
         return _lock_without_fcntl(path)
-    file = path.open("w")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)  # not waited for, nor emptied
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # which of them is the system's choice

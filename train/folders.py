@@ -12,10 +12,12 @@ from pathlib import Path
 
 from timm.data.readers.reader import Reader
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
+from shvit.files import is_file, is_folder, open_file, read_bytes
 from shvit.run_info import same_name
 
 from .images import is_readable
+from .tars import MAX_MEMBER, Member
 
 COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 """Suffixes of what is surely an image; a .tif may be anything."""
@@ -83,10 +85,10 @@ def list_images(path: Path) -> Listing:
     Raises:
         InputError: no such folder, or it cannot be read.
     """
-    if path.is_file() and path.suffix.lower() == ".tar":
+    if is_file(path) and path.suffix.lower() == ".tar":
         return _list_tar(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder" + (" (of files, a .tar is taken)" if path.is_file() else ""))
+    if not is_folder(path):
+        raise InputError(f"{path}: no such folder" + (" (of files, a .tar is taken)" if is_file(path) else ""))
     try:
         return _list_folder(path)
     except OSError as error:
@@ -104,13 +106,15 @@ def _list_folder(root: Path) -> Listing:
                 if is_hidden(entry.name):
                     continue
                 name = prefix + entry.name
-                if entry.is_dir():
+                if _leads_nowhere(entry):
+                    listing.skipped["broken links"] += 1
+                elif entry.is_dir():
                     inode = _inode(entry.path)
                     if inode not in above:  # else a link to a folder that it is in
                         listing.folders.append(name)
                         pending.append((name + "/", above | {inode}))
                 elif not entry.is_file():
-                    listing.skipped["broken links"] += 1
+                    listing.skipped[SPECIAL_FILES] += 1
                 elif _is_image(entry.name, partial(Path, entry.path)):
                     listing.names.append(name)
                 else:
@@ -120,12 +124,24 @@ def _list_folder(root: Path) -> Listing:
     return listing
 
 
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether it is a link to what is not there, or to a link that leads back to it."""
+    try:
+        return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  (ten times faster)
+    except OSError:
+        return True
+
+
+SPECIAL_FILES = "special files"
+"""FIFOs, sockets and devices: opening one may wait for ever."""
+
+
 def _list_tar(path: Path) -> Listing:
     members: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
     listing = Listing(path, str(path), members=members)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
             for member in archive:
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
                 if any(is_hidden(part) for part in parts):
@@ -139,8 +155,12 @@ def _list_tar(path: Path) -> Listing:
                     members[name] = member.offset_data, member.size
                 else:
                     listing.skipped[_suffix(name) or "without a suffix"] += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: not a readable tar of class folders with photographs ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged header tarfile raises what its bytes bring about
+        raise InputError(
+            f"{path}: not a readable tar of class folders with photographs ({first_line(error)})"
+        ) from error
     for name in members:
         parts = name.split("/")
         folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
@@ -174,7 +194,9 @@ def _in_parts(name: str) -> list[str]:
 
 
 def _member(path: Path, offset: int, size: int) -> io.BytesIO:
-    with path.open("rb") as file:  # not kept open: processes would share the position
+    if size > MAX_MEMBER:
+        raise InputError(f"{path}: an image of {size / 1e9:.0f} GB is more than an image has; remove or replace it")
+    with open_file(path) as file:  # not kept open: processes would share the position
         file.seek(offset)
         return io.BytesIO(file.read(size))
 
@@ -197,7 +219,7 @@ def photograph_files(folder: Path | None) -> list[Path]:
         import skimage
 
         folder = Path(skimage.__file__).parent / "data"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such folder of photographs")
     names = [name for name in list_images(folder).names if _suffix(name) in COMMON]
     if not names:
@@ -232,7 +254,7 @@ class Files(Reader):
         return self.samples[index][0].stat().st_size
 
     def read(self, index: int) -> bytes:
-        return self.samples[index][0].read_bytes()
+        return read_bytes(self.samples[index][0], MAX_MEMBER)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = self.samples[index][0]

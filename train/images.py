@@ -13,8 +13,8 @@
 """
 
 import mmap
-import struct
-import sys
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +25,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
-from shvit.errors import InputError
+from shvit import terminal
+from shvit.errors import InputError, first_line
+from shvit.files import check_file, open_file
 
 MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
+MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
+MAX_ASPECT = 500  # length over width; a thinner image, made as high as a model wants it, takes gigabytes
+MAX_SCANS = 500  # of a progressive JPEG, each of which goes over all its pixels again; encoders write about ten
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """Pillow's names of the formats that are opened; others of its formats are rarely images, or run a program."""
 MAY_HAVE_FRAMES = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
@@ -65,8 +70,9 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """
     name = name or str(file)
     with _named(name), _opened(file) as stream, _open(stream, name) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{name}: {image.width}×{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        _check_size(image, name)
+        if image.info.get("progressive") and _scans(stream) > MAX_SCANS:
+            raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it anew, or remove it")
         if image.format in MAY_HAVE_FRAMES and getattr(image, "is_animated", False):
             _report_once("pages" if image.format == "TIFF" else "frames", name)
         return _to_rgb(image, name)
@@ -79,6 +85,9 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         InputError: as `open_image`.
     """
     with _named(name):
+        if image.format not in (None, *FORMATS):  # opened, but not decoded yet
+            raise InputError(f"{name}: {image.format}, and not one of {', '.join(FORMATS)}; convert or remove it")
+        _check_size(image, name)
         return _to_rgb(image, name)
 
 
@@ -91,13 +100,13 @@ def is_readable(file: Path | BinaryIO) -> bool:
         return False
 
 
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for files that are not what they seem."""
-
-
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into one line that names the file; what it warns of is tolerated, and not shown."""
+    """Turn what Pillow raises into one line that names the file; what it warns of is tolerated, and not shown.
+
+    Each decoder has errors of its own for files that are not what they seem, RuntimeError and RecursionError too, so
+    that whatever is raised while an image is read makes that image unreadable.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,8 +117,8 @@ def _named(name: str) -> Iterator[None]:
         raise InputError(f"{name}: not a readable image (not one of {', '.join(FORMATS)}, or a TIFF whose pixels "
                          "are stored in a way that Pillow does not read); convert, replace or remove "
                          "it") from error  # fmt: skip
-    except UNREADABLE as error:
-        raise InputError(f"{name}: not a readable image ({error}); remove or replace it") from error
+    except Exception as error:
+        raise InputError(f"{name}: not a readable image ({first_line(error)}); remove or replace it") from error
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -128,8 +137,40 @@ def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
     if not isinstance(file, Path):
         yield file
         return
-    with file.open("rb") as opened:
+    try:
+        opened: BinaryIO = open(file, "rb", opener=_without_waiting)  # noqa: SIM115
+    except (OSError, ValueError):
+        opened = open_file(file)  # which says why it cannot be
+    with opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            check_file(file)  # which says what it is
+        if status.st_size > MAX_BYTES:
+            raise InputError(f"{file}: {status.st_size / 1e9:.1f} GB are more than an image has; remove or replace it")
         yield opened
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Open as `open_file` does, with one look at the file: a loader opens a thousand a second."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise InputError(f"{name}: {image.width}×{image.height} pixels, and 1 to {MAX_PIXELS:,} are allowed")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        size = f"{image.width}×{image.height} pixels"
+        raise InputError(f"{name}: {size}, more than {MAX_ASPECT} times as long as wide; "
+                         "crop or remove it")  # fmt: skip
+
+
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG has at most; a marker's two bytes stand nowhere in what is compressed."""
+    place = file.tell()
+    file.seek(0)
+    count = file.read().count(b"\xff\xda")
+    file.seek(place)
+    return count
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
@@ -137,7 +178,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
         return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         brand = _brand(file)
-        if brand == b"avif":
+        if brand == b"avif" and "AVIF" not in Image.OPEN:
             raise InputError(f"{name}: an AVIF image, which Pillow reads from 11.3 on; update it with: "
                              "pip install -U Pillow") from None  # fmt: skip
         if brand not in HEIF_BRANDS:
@@ -230,7 +271,7 @@ def _transparent_gray(image: Image.Image) -> int | None:
 
 
 def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int | None, name: str) -> Image.Image:
-    levels = np.asarray(image).astype(np.int64)
+    levels = np.asarray(image)  # of 2 or 4 bytes each, with and without a sign
     highest = _check_range(levels, bits, name)
     if bits == 16 and 0 < highest < 4096:
         _report_once("dark", f"{name}: 16 bits, and no value above {highest}")
@@ -275,4 +316,4 @@ def _report_once(note: str, name: str) -> None:
     place = list(NOTES).index(note)
     if not _reported[place]:
         _reported[place] = 1
-        print(f"{name}: {NOTES[note]}", file=sys.stderr)
+        terminal.report(f"{name}: {NOTES[note]}")

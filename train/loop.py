@@ -1,7 +1,6 @@
 """The loop: from a recipe to a run folder, whatever happens on the way."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -23,12 +22,13 @@ from .data import Splits, check_class_of, is_stream, open_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed, Problem
-from .folder import RunFolder, check_apart
+from .folder import RunFolder
 from .interrupt import Interrupt, Stopped
 from .journal import Journal
 from .plots import plot_curves
 from .recipe import Recipe
 from .setup import check_recipe, open_held_out, open_training, set_up
+from .splits import check_outside
 from .summary import print_splits
 
 
@@ -47,7 +47,8 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         CheckFailed: the loss is not finite any more.
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
-    check_apart(output, None if recipe.data.name else recipe.data.root)
+    if recipe.data.name in ("", "torch/image_folder", "torch/folder"):
+        check_outside(output, recipe.data.root)
     interrupt = Interrupt()
     try:
         with join(recipe.compute.device) as world, interrupt.handled():
@@ -95,7 +96,7 @@ class Training:
             crop_mode=config["crop_mode"],
         )
         self.held_out, self.held_out_count = open_held_out(recipe, world, config, splits)
-        self.corrupt: set[str] = set()
+        self.corrupt: dict[str, int] = {}
 
     def run_all(self) -> dict[str, Any]:
         with self.folder.locked() if self.world.primary else nullcontext():
@@ -178,18 +179,18 @@ class Training:
 
     def warn(self, message: str) -> None:
         """To stderr, from whichever process."""
-        print(message, file=sys.stderr)
+        terminal.report(message)
 
     def _report_corrupt(self, problems: Iterable[Problem]) -> None:
         problem = ""
-        for problem, index in problems:
+        for problem, index, images in problems:
             if problem not in self.corrupt:
-                self.corrupt.add(problem)
+                self.corrupt[problem] = images
                 self.warn(f"passed over: {problem}")
                 check_class_of(self.feed.dataset, index)
         limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
-        if len(self.corrupt) > limit:
-            raise InputError(f"{len(self.corrupt)} damaged photographs, and {limit} are allowed; mend or remove them, "
+        if (count := sum(self.corrupt.values())) > limit:
+            raise InputError(f"{count} damaged photographs, and {limit} are allowed; mend or remove them, "
                              f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
     def _look(self) -> None:
@@ -257,9 +258,14 @@ class Training:
             return model(images.to(memory_format=memory_format))
 
         with torch.inference_mode():
-            batches = self.held_out.batches(self.warn)
-            counts = count(predict, batches, len(self.classes), self.world.device)
-        return counts.summed(self.world.sum).evaluation()
+            counts = count(predict, self.held_out, len(self.classes), self.world.device)
+        try:
+            return counts.summed(self.world.sum).evaluation()
+        except InputError as error:
+            state = next(iter(self.folder.states), None)
+            kept = f"{state} holds the last state before it" if state else "no state was saved yet"
+            raise CheckFailed(f"step {self.run.step}: {error}; {kept}; lower --optim.lr and choose another --output",
+                              {"step": self.run.step, "state": str(state) if state else None}) from error  # fmt: skip
 
     def _keep_best(self, entry: dict[str, Any]) -> None:
         for figure, name, model in (("top1", "best", self.run.model), ("ema_top1", "best_ema", self.run.ema)):
@@ -304,7 +310,7 @@ class Training:
             "ema_top1": ema_top1,
             "last_top1": run.log[-1]["top1"],
             "last_ema_top1": run.log[-1]["ema_top1"],
-            "n_val": run.log[-1]["n_val"],
+            "n_val": run.log[-1].get("n_val", 0),
             "classes": self.classes,
             "seconds": round(run.seconds, 1),
         }

@@ -1,10 +1,9 @@
 """Curves of a run."""
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
-from shvit.errors import InputError
 from shvit.files import write_whole
 
 PANELS = {
@@ -13,25 +12,6 @@ PANELS = {
     "learning rate": {"lr": "last step of the epoch"},
     "gradient norm": {"grad_norm": "mean before clipping"},
 }
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a run folder's metrics.jsonl.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    path = folder / "metrics.jsonl"
-    keys = {"epoch", *(key for lines in PANELS.values() for key in lines)}
-    try:
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give the --output of a run that finished an epoch") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not a readable log ({error})") from error
-    if not log or not all(isinstance(entry, dict) and keys <= entry.keys() for entry in log):
-        raise InputError(f"{path}: not the log of a run; its lines have {', '.join(sorted(keys))}")
-    return log
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path) -> None:
@@ -45,7 +25,13 @@ def plot_curves(log: list[dict[str, Any]], path: Path) -> None:
     epochs = [entry["epoch"] for entry in log]
     for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
         for key, label in lines.items():
-            axis.plot(epochs, [entry[key] for entry in log], marker="o", markersize=3, label=label)
+            axis.plot(
+                epochs,
+                [math.nan if entry[key] is None else entry[key] for entry in log],
+                marker="o",
+                markersize=3,
+                label=label,
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from shvit.errors import InputError
+from shvit.files import read_bytes
 
+MAX_BYTES = 16 << 20  # of a recipe file; a run's has the names of its classes too
 PathOrNone = TypeVar("PathOrNone", Path, Path | None)
 STRICT = {
     "extra": "forbid",
@@ -283,8 +285,8 @@ def read_recipe(path: Path) -> Recipe:
     from .typed_yaml import Unclear, load_typed
 
     try:
-        content = load_typed(path.read_bytes(), Recipe, below="recipe")
-    except (OSError, yaml.YAMLError, RecursionError) as error:
+        content = load_typed(read_bytes(path, MAX_BYTES), Recipe, str(path), below="recipe")
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not a readable recipe ({' '.join(str(error).split())[:300]})") from error
     except Unclear as error:
         raise InputError(f"{path}: {error}") from error
@@ -308,7 +310,9 @@ def _first_problem(error: Any) -> str:
 
         close = difflib.get_close_matches(name, _field_names(Recipe), n=1)
         return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    return f"{name} is {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    found = repr(error["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}…"
+    return f"{name} is {found}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _field_names(kind: Any, prefix: str = "") -> list[str]:

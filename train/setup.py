@@ -1,7 +1,7 @@
 """From a recipe to everything that a step needs: model, task, optimiser, schedule and batches."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from timm.task.task import TrainingTask
 from timm.utils import dispatch_clip_grad, random_seed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.checkpoint import create_model
@@ -26,11 +25,13 @@ from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
 from .checks import check_fields
-from .data import IGNORED, Photographs, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
+from .data import EvalBatches, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What optimizers keep for each weight, in its shape."""
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -236,23 +237,48 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["model_ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.log, self.seconds = state["step"], state["log"], state["seconds"]
+            self.step, self.log, self.seconds = state["step"], state["log"], float(state["seconds"])
             before = state.get("steps_per_epoch", self.steps_per_epoch)
-            if before < 1 or not 0 <= self.step <= self.recipe.epochs * before:
-                raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {before} steps each")
-            if before == self.steps_per_epoch:
-                self.scheduler.load_state_dict(state["scheduler"])
-            else:
+            self._check_place(before)
+            if before != self.steps_per_epoch:
                 epoch, within = divmod(self.step, before)
                 self.step = epoch * self.steps_per_epoch + within * self.steps_per_epoch // before
+            if self.step:
                 self.scheduler.step_update(self.step)
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if not self.finite or (self.sums[2] < 1 and self._is_between()):
+                raise ValueError("the sums since its last evaluation do not fit its step")
+        except Exception as error:  # each part of the state has its own
             raise InputError(
                 f"the state of the run does not fit its recipe ({first_line(error)}); choose another --output"
             ) from error
+
+    def _check_place(self, steps_per_epoch: int) -> None:
+        """Raise ValueError for a step that the run does not have, or a log that is ahead of it."""
+        if steps_per_epoch < 1 or not 0 <= self.step <= self.recipe.epochs * steps_per_epoch:
+            raise ValueError(f"step {self.step} of {self.recipe.epochs} epochs with {steps_per_epoch} steps each")
+        if self.log and self.log[-1]["epoch"] > self.step // steps_per_epoch:
+            raise ValueError(f"its log is of epoch {self.log[-1]['epoch']}, and its step {self.step} before it")
+
+    def _is_between(self) -> bool:
+        """Whether steps were done since the last evaluation."""
+        return self.step > (self.log[-1]["epoch"] if self.log else 0) * self.steps_per_epoch
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over moments, of which PyTorch does not compare the shapes; the hyperparameters are the recipe's."""
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+                if name in MOMENTS and shape != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{name} of the optimizer has the shape {shape}, its weight {tuple(parameter.shape)}"
+                    )
 
     @property
     def finite(self) -> bool:
@@ -360,7 +386,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if optim.opt in ("adam", "adamw"):
         extra["fused"] = True  # PyTorch's one pass over all weights: S1's step in 9 ms rather than 38 on one core
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=optim.opt,
             lr=recipe.peak_lr,
@@ -368,8 +394,13 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=optim.layer_decay,
             **extra,
         )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--optim.opt {optim.opt}: {error}; timm.optim.list_optimizers() tells the names") from error
+    except Exception as error:  # each optimizer has its own, for packages and options that it lacks
+        raise InputError(
+            f"--optim.opt {optim.opt}: {first_line(error)}; timm.optim.list_optimizers() tells the names"
+        ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--optim.opt {optim.opt} needs second derivatives, which are not computed; choose adamw")
+    return optimizer
 
 
 def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -386,8 +417,8 @@ def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--optim.schedule {optim.schedule}: {error}") from error
+    except Exception as error:  # each schedule has its own
+        raise InputError(f"--optim.schedule {optim.schedule}: {first_line(error)}") from error
     if scheduler is None or optim.schedule == "plateau":
         raise InputError(
             f"--optim.schedule {optim.schedule!r} is not known; choose cosine, poly, step, wsd or constant"
@@ -488,24 +519,6 @@ def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """This process's share of the photographs to evaluate on."""
-
-    loader: DataLoader
-    dataset: Photographs | None
-
-    def batches(self, report: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The loader's batches; `report` is called with the name of each damaged photograph, which does not count."""
-        place = 0
-        for images, targets in self.loader:
-            if self.dataset is not None:
-                for offset in torch.nonzero(targets == IGNORED).flatten().tolist():
-                    report(f"{self.dataset.name(place + offset)}: damaged, and not counted")
-            place += len(targets)
-            yield images, targets
-
-
 def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | None = None) -> tuple[list[str], Feed]:
     """Class names and this process's training batches, of `splits` where they are open already."""
     if is_stream(recipe.data):
@@ -521,16 +534,17 @@ def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | Non
 
 def open_held_out(
     recipe: Recipe, world: World, config: dict[str, Any], splits: Splits | None
-) -> tuple[HeldOut, int | None]:
-    """This process's held-out photographs, and how many all processes have where that is known."""
+) -> tuple[EvalBatches, int | None]:
+    """This process's validation images, and how many all processes have where that is known."""
     size = 2 * min(recipe.compute.device_batch_size, recipe.batch_size)
     transform = create_transform(**config)
     workers = recipe.data.workers
     if splits is None:
-        return HeldOut(eval_loader(open_stream(recipe.data, "val"), transform, size, workers), None), None
+        allowed = recipe.data.max_corrupt
+        return eval_loader(open_stream(recipe.data, "val"), transform, size, workers, allowed, allowed), None
     dataset = splits.val
     if not any_readable(dataset, range(len(dataset))):
         raise InputError(f"none of the {len(dataset)} validation images can be read, {dataset.name(0)} for one; "
                          "replace them")  # fmt: skip
     mine = dataset.every(world.size, world.rank)
-    return HeldOut(eval_loader(mine, transform, size, workers, tolerant=True), mine), len(dataset)
+    return eval_loader(mine, transform, size, workers, max_corrupt=None), len(dataset)

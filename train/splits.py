@@ -6,17 +6,22 @@ Everything is decided by names, alike for a folder and for a tar of it.
 import hashlib
 import os
 import re
+import signal
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from shvit.errors import InputError
+from shvit.files import is_folder
 from shvit.run_info import same_name
 
 from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
+from .shards import has_info
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 """What folders (and tars) of a split are called, in any letter case."""
@@ -42,8 +47,8 @@ def find_parts(root: Path) -> Parts:
     Raises:
         InputError: no such folder, or the tar cannot be read.
     """
-    if root.is_dir():
-        entries = [entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)]
+    if is_folder(root):
+        entries = [entry for entry in _entries(root) if not is_hidden(entry.name)]
         folders = [entry.name for entry in entries if entry.is_dir()]
         tars = [entry.name for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
         chosen, others, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
@@ -58,7 +63,19 @@ def find_parts(root: Path) -> Parts:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
+    return any(entry.is_dir() and not is_hidden(entry.name) for entry in _entries(folder))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _choose(
@@ -86,6 +103,53 @@ def _choose(
     if others:
         notes.append(f"not used: {_some(others)}")
     return chosen, others, tuple(notes)
+
+
+def check_outside(output: Path | None, data: Path | None) -> None:
+    """Check that an output folder lies where no folder is taken for a class, now or the next time.
+
+    Raises:
+        InputError: it is the folder of the images or in it, links followed; beside the folders of a split it may be.
+    """
+    if output is None or data is None or not is_folder(data) or has_info(data):
+        return
+    above = set(_inodes(output))
+    parts = find_parts(data)
+    folders = [part for part in (parts.whole, parts.train, parts.val) if isinstance(part, Path)]
+    folders += [entry for folder in folders for entry in _entries(folder) if entry.is_dir()]
+    inside = next((folder for folder in folders if not above.isdisjoint(_inode(folder))), None)
+    if inside is None and parts.whole is None:
+        inside = _split_around(output, data)
+    if inside is not None:
+        raise InputError(f"--output {output}: lies in {inside}, whose folders are classes of images; choose another")
+
+
+def _split_around(output: Path, data: Path) -> Path | None:
+    """The folder of the splits, where it is the output folder; or one in it with a split's name that is around it."""
+    place, root = output.resolve(), data.resolve()
+    if place == root:
+        return data
+    below = place.relative_to(root).parts if root in place.parents else ("",)
+    return data / below[0] if below[0].lower().startswith(tuple(SPLIT_NAMES)) else None
+
+
+def _inodes(path: Path) -> Iterator[tuple[int, int]]:
+    """Of a path that need not be there, and of all folders above it."""
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise InputError(f"--output {path}: links that lead nowhere; choose another") from error
+    for each in (real, *real.parents):
+        yield from _inode(each)
+
+
+def _inode(path: Path) -> list[tuple[int, int]]:
+    """Device and number of what is there, which are the same by whichever name; nothing if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [(status.st_dev, status.st_ino)]
 
 
 def may_be_split(name: str) -> bool:
@@ -207,8 +271,32 @@ def group_keys(names: Sequence[str], pattern: str | None) -> list[str]:
     """
     if pattern is None:
         return _keys_of_copies(names)
-    matches = map(_compile(pattern).search, names)
+    search = _compile(pattern).search
+    with _within(MATCHING_S + len(names) / 10_000, f"--data.group {pattern!r}: takes too long; write a simpler one"):
+        matches = list(map(search, names))
     return [match[1] if match and match[1] is not None else name for match, name in zip(matches, names, strict=True)]
+
+
+MATCHING_S = 10.0
+
+
+@contextmanager
+def _within(seconds: float, message: str) -> Iterator[None]:
+    """Raise InputError where it takes longer; in the main thread of a POSIX system, where that can be told."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise InputError(message)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _Origin(NamedTuple):
@@ -271,7 +359,7 @@ def count_copies(training: Files | TarFiles, validation: Files | TarFiles, patte
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise InputError(f"--data.group {pattern!r}: not a regular expression ({error})") from error
     if not compiled.groups:
         raise InputError(f"--data.group {pattern!r}: has no group; put what belongs together into parentheses, as in "
@@ -329,6 +417,6 @@ def count_duplicates(
                     digests[size] = {hashlib.sha256(training.read(other)).digest() for other in alike}
                 found += hashlib.sha256(validation.read(index)).digest() in digests[size]
             looked_at += 1
-    except OSError:
+    except (OSError, InputError):
         pass  # a file that cannot be read is named when its turn comes
     return found, looked_at

@@ -5,7 +5,6 @@ PyYAML goes by YAML 1.1 and looks at the value alone: `1e-3` is text to it, `010
 """
 
 import re
-from collections import Counter
 from contextlib import suppress
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
@@ -13,8 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from shvit.documents import compose_yaml
+
 NULLS = {"", "~", "null", "Null", "NULL"}
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+MAX_DIGITS = 60
 AMBIGUOUS = (
     (r"[-+]?0[\d_]+", "is octal to some readers and decimal to others; write it without the 0 in front, or as 0o…"),
     (r"[-+]?\d[\d_]*(:\d+)+(\.\d*)?", "counts in sixties to some readers; write the number itself"),
@@ -22,28 +24,29 @@ AMBIGUOUS = (
 
 
 class Unclear(ValueError):
-    """A file that can be parsed, and of which a value can be read in two ways or a field stands twice."""
+    """A file that can be parsed, and of which a value can be read in two ways or would not be read."""
 
 
-def load_typed(text: bytes, kind: type, below: str = "") -> Any:
+def load_typed(text: bytes, kind: type, name: str, below: str = "") -> Any:
     """The content of a YAML file, with values of the fields of the dataclass `kind` read by their types.
 
     Values that do not fit their type, and fields that `kind` does not have, come as they are found; it is not this
     function that refuses them.
 
     Args:
+        name: what messages call the file.
         below: where the file has a field of that name, what stands below it is for `kind`, in place of the whole;
             fields of `kind` beside it, which would not be read, are refused.
 
     Raises:
-        yaml.YAMLError: not YAML, or tags that are not safe.
+        InputError: as `compose_yaml`.
+        yaml.YAMLError: tags that are not safe.
         Unclear: the message says which field.
     """
-    loader = yaml.SafeLoader(text)
+    node = compose_yaml(text, name)
+    loader = yaml.SafeLoader("")
     try:
-        node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode) and below in [key.value for key, _ in node.value]:
-            _check_names(node, "")
             _check_beside(node, kind, below)
             node = next(value for key, value in node.value if key.value == below)
         return _read(loader, node, kind, "")
@@ -79,16 +82,7 @@ def _check_beside(node: yaml.MappingNode, kind: type, below: str) -> None:
             raise Unclear(f"{key.value} stands beside {below} and would not be read; move it below {below}")
 
 
-def _check_names(node: yaml.MappingNode, name: str) -> None:
-    if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-        raise yaml.YAMLError(f"a name in {name.rstrip('.') or 'the recipe'} is no word")
-    twice = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
-    if twice:
-        raise Unclear(f"{name}{twice[0]} stands there twice; keep one")
-
-
 def _read_fields(loader: yaml.SafeLoader, node: yaml.MappingNode, kind: Any, name: str) -> dict[str, Any]:
-    _check_names(node, name)
     if kind is None:
         return {}
     loader.flatten_mapping(node)  # of `<<: *other`
@@ -115,7 +109,9 @@ def _read_scalar(text: str, kind: Any, name: str) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    """A number of YAML 1.2 or of Python; the text where it is none."""
+    """A number of YAML 1.2 or of Python; the text where it is none, or a number of more digits than any has."""
+    if len(text) > MAX_DIGITS:
+        return text
     if re.fullmatch(r"[-+]?\.(inf|nan)", text, re.IGNORECASE):
         text = text.replace(".", "")
     with suppress(ValueError):
