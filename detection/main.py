@@ -16,7 +16,7 @@ from shvit.errors import InputError
 from shvit.files import check_output_folder, sha256, write_whole
 from shvit.run_info import read_run_info, same_name
 
-from .config import CONFIGS, bundled, open_config, set_data_root
+from .config import CONFIGS, bundled, only_known, open_config, set_data_root
 from .detector import (
     Detect,
     check_img_size,
@@ -80,6 +80,8 @@ class Train(_Reads):
         if self.pretrained not in (None, "none"):
             check_backbone(config, self.pretrained)
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
+        if not self.trust_config:
+            config = only_known(config, self.options)
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
 
 

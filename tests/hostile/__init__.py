@@ -1,0 +1,1 @@
+"""Files from strangers, surface by surface: none runs code, destroys, leaks, hangs or ends in a traceback."""
