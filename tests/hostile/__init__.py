@@ -1,1 +1,1 @@
-"""Files from strangers, surface by surface: none runs code, destroys, leaks, hangs or ends in a traceback."""
+"""Attacks on every surface: third-party files, names, configs and servers, each of which ends in one line."""
