@@ -4,9 +4,9 @@ An entry is a type, or several that take the same, and its arguments with their 
 from a config unless it is trusted: among the rest are arguments that are files to write, folders to delete, programs
 to run, texts that are evaluated and addresses that are asked.
 
-Kinds: `num`, `size`, `ratio` and `few` are numbers, or lists of them; `a|b` is one of these texts; `data` and `json` are
-files to read, `weights` is a checkpoint; `@part` is something to build of that section; `.fields` is a dict with the
-fields of that entry; `{…}` is a dict with any names. A comma stands between kinds of which a value has one.
+Kinds: `num`, `size`, `ratio` and `few` are numbers, or lists of them; `a|b` is one of these texts; `data` and `json`
+are files to read, `weights` is a checkpoint; `@part` is something to build of that section; `.fields` is a dict with
+the fields of that entry; `{…}` is a dict with any names. A comma stands between kinds of which a value has one.
 `vocabulary.py` says what a value of each kind may be.
 """
 
@@ -230,7 +230,8 @@ CocoMetric: ann_file=json metric=bbox|segm|proposal|proposal_fast classwise=num 
   backend_args=.backend
 
 [hook]
-IterTimerHook ParamSchedulerHook DistSamplerSeedHook NumClassCheckHook SyncBuffersHook SetEpochInfoHook: priority=priority
+IterTimerHook ParamSchedulerHook DistSamplerSeedHook NumClassCheckHook SyncBuffersHook SetEpochInfoHook:
+  priority=priority
 LoggerHook: interval=num ignore_last=num interval_exp_name=num log_metric_by_epoch=num priority=priority
 CheckpointHook: interval=num by_epoch=num save_optimizer=num save_param_scheduler=num max_keep_ckpts=num save_last=num
   save_best=metric rule=greater|less greater_keys=metric less_keys=metric filename_tmpl=template save_begin=num

@@ -19,6 +19,7 @@ from mmengine.config import config as module
 from mmengine.registry import init_default_scope
 
 from shvit.errors import InputError, first_line
+from shvit.files import check_file, is_there
 
 from . import expressions
 from .vocabulary import FIELDS, SCOPES, Refused, check_config
@@ -54,7 +55,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     """
     path = CONFIGS / f"{name}.py" if name in bundled() else Path(name)
     os.environ.setdefault(FOLDER_VARIABLE, str(CONFIGS))
-    if not path.is_file():
+    if not is_there(path):
         close = difflib.get_close_matches(path.stem, bundled(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"give a .py file, or one of {', '.join(bundled())}"
         raise InputError(f"{name}: no such config; {hint}")
@@ -161,7 +162,7 @@ def _checked() -> Iterator[None]:
         return any(path.resolve().is_relative_to(folder) for folder in ours)
 
     def recorded(filename: str, temp_config_name: str) -> None:
-        path = Path(filename)
+        path = check_file(filename)
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path}: more than the {MAX_BYTES:,} bytes allowed of a config")
         sources[temp_config_name] = path

@@ -11,8 +11,8 @@ from typing import Any
 
 from shvit.errors import InputError, first_line
 
-MAX_STEPS = 1_000_000  # of one file: expressions that are evaluated
-MAX_ITEMS = 200_000  # in a value, counted as often as it is written out
+MAX_STEPS = 200_000  # of one file: expressions that are evaluated
+MAX_ITEMS = 50_000  # in a value, counted as often as it is written out
 MAX_TEXT = 100_000  # characters
 MAX_NUMBER = 1 << 64
 MAX_DEPTH = 60  # of expressions in expressions
@@ -24,20 +24,33 @@ NODES = (
     *(ast.unaryop, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.expr_context),
 )
 CALLS: dict[str, Callable[..., Any]] = {
-    **{"dict": dict, "list": list, "tuple": tuple, "len": len, "range": range, "int": int, "float": float, "str": str},
+    each.__name__: each for each in (dict, list, tuple, len, range, int, float, str)
 }
 BASE = "_base_"
 
 _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt},
-    **{ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not},
-    **{ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
 }
 _NUMERIC: dict[type, Callable[[Any, Any], Any]] = {
-    **{ast.Sub: operator.sub, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod},
+    ast.Sub: operator.sub,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }
 _UNARY: dict[type, Callable[[Any], Any]] = {
-    **{ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_, ast.Invert: operator.invert},
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+    ast.Invert: operator.invert,
 }
 
 
@@ -171,7 +184,7 @@ class _Interpreter:
         if self.depth > MAX_DEPTH:
             raise TooMuch(f"more than {MAX_DEPTH} expressions in each other")
         try:
-            return self.bounded(getattr(self, type(node).__name__)(node))
+            return self.bounded(getattr(self, f"on_{type(node).__name__.lower()}")(node))
         finally:
             self.depth -= 1
 
@@ -184,24 +197,24 @@ class _Interpreter:
             raise TooMuch(f"more than {MAX_ITEMS:,} values")
         return value
 
-    # one method for each kind of expression
+    # one method for each kind of expression: on_ and the name of its node
 
-    def Constant(self, node: ast.Constant) -> Any:
+    def on_constant(self, node: ast.Constant) -> Any:
         return node.value
 
-    def Name(self, node: ast.Name) -> Any:
+    def on_name(self, node: ast.Name) -> Any:
         if node.id not in self.names:
             raise NameError(f"name {node.id!r} is not defined")
         return self.names[node.id]
 
-    def Attribute(self, node: ast.Attribute) -> Any:
+    def on_attribute(self, node: ast.Attribute) -> Any:
         """Return a field of a base."""
         return self.value(node.value)[node.attr]
 
-    def List(self, node: ast.List) -> Any:
+    def on_list(self, node: ast.List) -> Any:
         return list(self.elements(node.elts))
 
-    def Tuple(self, node: ast.Tuple) -> Any:
+    def on_tuple(self, node: ast.Tuple) -> Any:
         return tuple(self.elements(node.elts))
 
     def elements(self, nodes: list[ast.expr]) -> Iterator[Any]:
@@ -213,7 +226,7 @@ class _Interpreter:
             if number > MAX_ITEMS:
                 raise TooMuch(f"more than {MAX_ITEMS:,} values")
 
-    def Dict(self, node: ast.Dict) -> Any:
+    def on_dict(self, node: ast.Dict) -> Any:
         result: dict[Any, Any] = {}
         for key, value in zip(node.keys, node.values, strict=True):
             if key is None:
@@ -222,7 +235,7 @@ class _Interpreter:
                 result[self.value(key)] = self.value(value)
         return result
 
-    def Call(self, node: ast.Call) -> Any:
+    def on_call(self, node: ast.Call) -> Any:
         name = node.func.id  # type: ignore[attr-defined]
         given = [self.value(each.value) if isinstance(each, ast.Starred) else [self.value(each)] for each in node.args]
         arguments = [each for part in given for each in part]
@@ -237,24 +250,24 @@ class _Interpreter:
                 self.size(each)
         return CALLS[name](*arguments, **keywords)
 
-    def Subscript(self, node: ast.Subscript) -> Any:
+    def on_subscript(self, node: ast.Subscript) -> Any:
         return self.value(node.value)[self.value(node.slice)]
 
-    def Slice(self, node: ast.Slice) -> Any:
+    def on_slice(self, node: ast.Slice) -> Any:
         return slice(*(None if each is None else self.value(each) for each in (node.lower, node.upper, node.step)))
 
-    def JoinedStr(self, node: ast.JoinedStr) -> Any:
+    def on_joinedstr(self, node: ast.JoinedStr) -> Any:
         return "".join(map(str, map(self.value, node.values)))
 
-    def FormattedValue(self, node: ast.FormattedValue) -> Any:
+    def on_formattedvalue(self, node: ast.FormattedValue) -> Any:
         value = self.value(node.value)
         self.size(value)
         return str(value)
 
-    def IfExp(self, node: ast.IfExp) -> Any:
+    def on_ifexp(self, node: ast.IfExp) -> Any:
         return self.value(node.body if self.value(node.test) else node.orelse)
 
-    def Compare(self, node: ast.Compare) -> Any:
+    def on_compare(self, node: ast.Compare) -> Any:
         left = self.value(node.left)
         for kind, other in zip(node.ops, node.comparators, strict=True):
             right = self.value(other)
@@ -263,7 +276,7 @@ class _Interpreter:
             left = right
         return True
 
-    def BoolOp(self, node: ast.BoolOp) -> Any:
+    def on_boolop(self, node: ast.BoolOp) -> Any:
         stops_at = isinstance(node.op, ast.Or)
         for each in node.values:
             result = self.value(each)
@@ -271,33 +284,28 @@ class _Interpreter:
                 break
         return result
 
-    def UnaryOp(self, node: ast.UnaryOp) -> Any:
+    def on_unaryop(self, node: ast.UnaryOp) -> Any:
         return _UNARY[type(node.op)](self.value(node.operand))
 
-    def BinOp(self, node: ast.BinOp) -> Any:
+    def on_binop(self, node: ast.BinOp) -> Any:
         left, right = self.value(node.left), self.value(node.right)
         if isinstance(node.op, ast.Add):
             return left + right  # no longer than what there is
         if isinstance(node.op, ast.Mult):
             for one, times in ((left, right), (right, left)):
-                if isinstance(one, list | tuple | str | bytes) and isinstance(times, int) and len(one) * times > MAX_ITEMS:
+                is_repeated = isinstance(one, list | tuple | str | bytes) and isinstance(times, int)
+                if is_repeated and len(one) * times > MAX_ITEMS:
                     raise TooMuch(f"more than {MAX_ITEMS:,} values")
             return left * right
         if isinstance(left, str | bytes):
             raise TypeError("a text is not a number")  # `%` formats
         return _NUMERIC[type(node.op)](left, right)
 
-    def ListComp(self, node: ast.ListComp) -> Any:
-        result: list[Any] = []
-        for _ in self.rounds(node.generators):
-            result.append(self.value(node.elt))
-        return result
+    def on_listcomp(self, node: ast.ListComp) -> Any:
+        return [self.value(node.elt) for _ in self.rounds(node.generators)]
 
-    def DictComp(self, node: ast.DictComp) -> Any:
-        result: dict[Any, Any] = {}
-        for _ in self.rounds(node.generators):
-            result[self.value(node.key)] = self.value(node.value)
-        return result
+    def on_dictcomp(self, node: ast.DictComp) -> Any:
+        return {self.value(node.key): self.value(node.value) for _ in self.rounds(node.generators)}
 
     def rounds(self, generators: list[ast.comprehension]) -> Iterator[None]:
         """Yield with the names of each round of a comprehension set; they are gone at its end."""

@@ -29,7 +29,7 @@ def _read(text: str) -> tuple[dict[str, dict[str, Arguments]], dict[str, Argumen
         types = sections[section] = {}
         for entry in re.finditer(r"^(\w[\w\s]*?):((?:.*\n?(?!\w[\w\s]*?:))*)", entries, re.MULTILINE):
             arguments = dict(each.split("=", 1) for each in entry[2].split())
-            types.update({name: arguments for name in entry[1].split()})
+            types.update(dict.fromkeys(entry[1].split(), arguments))
     return sections, sections.pop("fields")
 
 
@@ -151,9 +151,18 @@ def _number(largest: float, smallest: float | None = None) -> Callable[[Any], No
 
 
 CHECKS: dict[str, Callable[[Any], None]] = {
-    **{"num": _number(1e12), "size": _number(16384, -1), "ratio": _number(64), "few": _number(256, -1)},
-    **{"word": _word, "metric": _metric, "template": _template},
-    **{"data": _data, "json": _json, "folder": _folder, "weights": _weights, "names": _names},
+    "num": _number(1e12),
+    "size": _number(16384, -1),
+    "ratio": _number(64),
+    "few": _number(256, -1),
+    "word": _word,
+    "metric": _metric,
+    "template": _template,
+    "data": _data,
+    "json": _json,
+    "folder": _folder,
+    "weights": _weights,
+    "names": _names,
 }
 
 
