@@ -274,7 +274,7 @@ eval_loop: fp16=num
 auto_scale_lr: enable=num base_batch_size=num
 randomness: seed=num deterministic=num diff_rank_seed=num
 env_cfg: cudnn_benchmark=num mp_cfg=.mp_cfg dist_cfg=.dist_cfg resource_limit=num
-mp_cfg: mp_start_method=fork|spawn|forkserver opencv_num_threads=num
+mp_cfg: mp_start_method=fork|spawn|forkserver opencv_num_threads=few
 dist_cfg: backend=nccl|gloo|mpi timeout=num
 logged: data_src=word method_name=mean|min|max|current window_size=num,epoch|global log_name=word
 metainfo: classes=names palette=num

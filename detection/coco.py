@@ -112,9 +112,8 @@ def _repair_sizes(images: list[Any], annotations: list[dict[str, Any]]) -> None:
                 image[side] = int(image[side])
     for annotation in annotations:
         mask = annotation.get("segmentation")
-        size = mask.get("size") if isinstance(mask, dict) else None
-        if isinstance(size, list) and all(map(is_side, size)):
-            mask["size"] = [int(side) for side in size]
+        if isinstance(mask, dict) and isinstance(mask.get("size"), list) and all(map(is_side, mask["size"])):
+            mask["size"] = [int(side) for side in mask["size"]]
 
 
 def _repair_category_names(content: dict[str, Any]) -> None:

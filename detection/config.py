@@ -32,6 +32,7 @@ OURS = ("shvit.detection", "shvit.detection.reading")
 """What every config has imported: our parts, and the reading of annotation files."""
 
 MAX_BYTES = 1 << 20  # of one file
+MAX_FIELDS = 1000
 MAX_FILES = 64  # a config and its bases
 TRUST = "give --trust-config if you know where the file is from"
 
@@ -264,6 +265,8 @@ def check_is_data(text: str, path: Path) -> ast.Module:
 
 def _check_fields(config: Config, path: Path) -> None:
     """Raises where fields are misspelt, which mmengine would ignore, or do not describe a detector."""
+    if len(config) > MAX_FIELDS:
+        raise InputError(f"{path}: has {len(config):,} fields and variables; a config has at most {MAX_FIELDS:,}")
     for field in config:
         if field not in FIELDS and (close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.93)):
             raise InputError(f"{path}: unknown field {field!r}; did you mean {close[0]!r}?")
@@ -312,9 +315,18 @@ def _import(config: Config, path: Path, trust: bool) -> None:
 def _check_values(config: Config, path: Path, options: dict[str, Any]) -> None:
     """Raises for what is not taken from a config that might be somebody else's; the options are the user's own word."""
     try:
-        check_config(config.to_dict(), options)
+        check_config(config.to_dict(), _leaves(options))
     except Refused as error:
         raise InputError(f"{path}: {error}; correct it, or {TRUST}") from error
+
+
+def _leaves(options: dict[str, Any]) -> Iterator[str]:
+    """Yield the fields that options give, those inside of dicts one by one: mmengine merges these with the config's."""
+    for key, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            yield key
 
 
 def only_known(config: Config, options: Sequence[str] = ()) -> Config:

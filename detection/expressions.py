@@ -162,9 +162,9 @@ class _Interpreter:
             raise InputError(f", line {node.lineno}: cannot be computed ({reason}); correct it") from error
 
     def size(self, value: Any) -> int:
-        """Return the number of values in a value, written out."""
+        """Return the number of values in a value, written out; a text counts as several."""
         if not isinstance(value, dict | list | tuple):
-            return 1
+            return 1 + (len(value) // 50 if isinstance(value, str | bytes) else 0)
         known = self.sizes.get(id(value))
         if known is None or known[1] is not value:
             parts = value.values() if isinstance(value, dict) else value
@@ -193,8 +193,10 @@ class _Interpreter:
             raise TooMuch(f"a text of {len(value):,} characters")
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
             raise TooMuch("a number of more than 64 bits")
-        if isinstance(value, list | tuple | range | dict) and len(value) > MAX_ITEMS:
-            raise TooMuch(f"more than {MAX_ITEMS:,} values")
+        if isinstance(value, list | tuple | range | dict):
+            if len(value) > MAX_ITEMS:
+                raise TooMuch(f"more than {MAX_ITEMS:,} values")
+            self.steps += len(value) // 64  # which were copied
         return value
 
     # one method for each kind of expression: on_ and the name of its node
@@ -218,13 +220,13 @@ class _Interpreter:
         return tuple(self.elements(node.elts))
 
     def elements(self, nodes: list[ast.expr]) -> Iterator[Any]:
-        for number, node in enumerate(nodes):
-            if isinstance(node, ast.Starred):
-                yield from self.value(node.value)
-            else:
-                yield self.value(node)
-            if number > MAX_ITEMS:
-                raise TooMuch(f"more than {MAX_ITEMS:,} values")
+        number = 0
+        for node in nodes:
+            for each in self.value(node.value) if isinstance(node, ast.Starred) else (self.value(node),):
+                number += 1
+                if number > MAX_ITEMS:
+                    raise TooMuch(f"more than {MAX_ITEMS:,} values")
+                yield each
 
     def on_dict(self, node: ast.Dict) -> Any:
         result: dict[Any, Any] = {}
@@ -237,8 +239,7 @@ class _Interpreter:
 
     def on_call(self, node: ast.Call) -> Any:
         name = node.func.id  # type: ignore[attr-defined]
-        given = [self.value(each.value) if isinstance(each, ast.Starred) else [self.value(each)] for each in node.args]
-        arguments = [each for part in given for each in part]
+        arguments = list(self.elements(node.args))
         keywords: dict[str, Any] = {}
         for keyword in node.keywords:
             more = self.value(keyword.value) if keyword.arg is None else {keyword.arg: self.value(keyword.value)}
@@ -257,7 +258,10 @@ class _Interpreter:
         return slice(*(None if each is None else self.value(each) for each in (node.lower, node.upper, node.step)))
 
     def on_joinedstr(self, node: ast.JoinedStr) -> Any:
-        return "".join(map(str, map(self.value, node.values)))
+        text = ""
+        for each in node.values:
+            text = self.bounded(text + str(self.value(each)))
+        return text
 
     def on_formattedvalue(self, node: ast.FormattedValue) -> Any:
         value = self.value(node.value)
@@ -271,6 +275,7 @@ class _Interpreter:
         left = self.value(node.left)
         for kind, other in zip(node.ops, node.comparators, strict=True):
             right = self.value(other)
+            self.steps += len(right) // 8 if isinstance(right, str | list | tuple | dict) else 0
             if not _COMPARISONS[type(kind)](left, right):
                 return False
             left = right

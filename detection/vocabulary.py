@@ -96,7 +96,7 @@ def _template(value: Any) -> None:
 def _data(value: Any, instead: str = "give --data FOLDER") -> None:
     """Let a file or folder through that is read: below the working folder, or by its whole path."""
     text = _line(value)
-    if re.search(r"[^\W\d][\w+.\-]+:[/\\]|^[/\\]{2}", text):
+    if re.search(r"[^\W\d][\w+.\-]+:[/\\]|://|^[/\\]{2}", text):
         raise Refused(f"{_short(value)} is an address; {instead}, or write the path of a file on this machine")
     if text.startswith("~") or ".." in re.split(r"[/\\]", text):
         raise Refused(f"{_short(value)} leads out of the folder; {instead}, or write its whole path")

@@ -315,6 +315,14 @@ ATTACKS = {
     "x = " + "[" * 150 + "]" * 150: "more than|nested|deep|parentheses",
     "x = 1\n" + "x = [x]\n" * 300: "deep",
     "x = " + "-" * 5000 + "1": "more than|recursion|nested|deep",
+    "x = str(['a' * 99999] * 40000)": "more than 50,000 values",
+    "x = 'a' * 40000\ny = f'" + "{x}" * 2000 + "'": "a text of",
+    "x = list(range(9999))\ny = [" + "*x, " * 2000 + "]": "more than 50,000 values",
+    "x = list(range(9999))\ny = dict(" + "*x, " * 2000 + ")": "more than 50,000 values",
+    "x = list(range(9999))\ny = [-1 in x for a in range(9999)]": "steps",
+    "x = list(range(9999))\ny = [len(x[:]) for a in range(9999)]": "steps",
+    "x = _base_" + ".a" * 20000: "more than|recursion|nested|deep|not there",
+    "\n".join(f"x{number} = 1" for number in range(2000)): "2,0.. fields",
     "x = int('9' * 5000)": "digits|64 bits",
     "train_dataloader = dict(num_workers=100000)": "num_workers is 100000; choose",
     "train_dataloader = dict(batch_size=10000000000)": "batch_size is 10000000000; choose",
@@ -369,6 +377,8 @@ def test_what_runs_a_config_gets_no_variables_of_it(tmp_path):
 def test_options_are_the_users_own_word(tmp_path):
     config = opened(tmp_path, OURS, ("load_from=/home/me/x.pth", "default_hooks.checkpoint.out_dir=/tmp/x"))
     assert config.load_from == "/home/me/x.pth"
+    with pytest.raises(InputError, match="save_dir is not taken"):  # beside what is given
+        opened(tmp_path, OURS + 'visualizer = dict(save_dir="/tmp")', ("visualizer={'name': 'x'}",))
     with pytest.raises(InputError, match="is an address"):
         opened(tmp_path, OURS + 'load_from = "http://x/y"', ("model.neck.num_outs=5",))
 

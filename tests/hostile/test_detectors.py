@@ -116,8 +116,8 @@ def test_masks_are_bounded_before_they_are_drawn(tmp_path, photograph):
     number = 9000
     constants = {"b": np.tile(BOX, (number, 1)), "s": np.full(number, 0.5, F32), "l": np.zeros(number, np.int64)}
     constants["m"] = np.full((number, 1, 1), 0.5, F32)
-    outputs = [value_info(name, TensorProto.INT64 if name == "labels" else TensorProto.FLOAT, None)
-               for name in spec["outputs"]]  # fmt: skip
+    types = {name: TensorProto.INT64 if name == "labels" else TensorProto.FLOAT for name in spec["outputs"]}
+    outputs = [value_info(name, kind, None) for name, kind in types.items()]
     nodes = same("boxes", "scores", "labels", "masks")
     detector = open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs))
     large = copy.deepcopy(photograph)
@@ -157,8 +157,11 @@ def test_a_description_is_read_back():
 
 
 def test_other_interfaces_and_files_are_one_line(tmp_path):
-    sequence = [helper.make_tensor_sequence_value_info("boxes", TensorProto.FLOAT, None),
-                value_info("scores", TensorProto.FLOAT, None), value_info("labels", TensorProto.INT64, None)]  # fmt: skip
+    sequence = [
+        helper.make_tensor_sequence_value_info("boxes", TensorProto.FLOAT, None),
+        value_info("scores", TensorProto.FLOAT, None),
+        value_info("labels", TensorProto.INT64, None),
+    ]
     nodes = [helper.make_node("SequenceConstruct", ["b", "b"], ["boxes"]), *same("scores", "labels")]
     constants = {"b": BOX, "s": SCORE, "l": LABEL}
     with pytest.raises(InputError, match="does not give boxes"):
