@@ -171,6 +171,10 @@ def _checked() -> Iterator[None]:
             raise InputError(f"{path}: more than {MAX_FILES} bases, or one that is its own; {TRUST}")
         fill_in(filename, temp_config_name)
 
+    def filled_in(filename: str, temp_config_name: str) -> dict[str, str]:
+        _fill_in_folder(Path(temp_config_name), sources[filename])
+        return {}
+
     def checked(filename: str) -> list[str]:
         path = sources[filename]
         if is_ours(path):
@@ -191,7 +195,7 @@ def _checked() -> Iterator[None]:
 
     with (
         patch.object(Config, "_substitute_predefined_vars", staticmethod(recorded)),
-        patch.object(Config, "_substitute_env_variables", staticmethod(_fill_in_folder)),
+        patch.object(Config, "_substitute_env_variables", staticmethod(filled_in)),
         patch.object(Config, "_get_base_files", staticmethod(checked)),
         patch.object(module, "compile", compiled, create=True),
         patch.object(module, "eval", evaluated, create=True),
@@ -199,18 +203,18 @@ def _checked() -> Iterator[None]:
         yield
 
 
-def _fill_in_folder(filename: str, temp_config_name: str) -> dict[str, str]:
+def _fill_in_folder(copy: Path, path: Path) -> None:
     """Fill in the folder of our configs, as mmengine would: the one environment variable that a config is told."""
 
     def folder(found: re.Match[str]) -> str:
         if found[1] != FOLDER_VARIABLE:
-            raise InputError(f"a config is not told the environment variable {found[1]}; write its value, or {TRUST}")
+            raise InputError(
+                f"{path}: a config is not told the environment variable {found[1]}; write its value, or {TRUST}"
+            )
         return os.environ[FOLDER_VARIABLE].replace("\\", "/")
 
-    text = Path(filename).read_text("utf-8")
-    text = re.sub(r"\{\{['\"]?\s*\$(\w+)\s*:\s*([^\s{}]*)\s*['\"]?\}\}", folder, text)
-    Path(temp_config_name).write_text(text, "utf-8")
-    return {}
+    text = copy.read_text("utf-8")
+    copy.write_text(re.sub(r"\{\{['\"]?\s*\$(\w+)\s*:\s*([^\s{}]*)\s*['\"]?\}\}", folder, text), "utf-8")
 
 
 @contextmanager

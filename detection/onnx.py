@@ -465,7 +465,7 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     if any(each.data_location == onnx.TensorProto.EXTERNAL for each in _tensors(nodes, proto.graph.initializer)):
         raise InputError(f"{path}: has weights in another file, which `shvit detect export` never writes; {AGAIN}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it raises is reported; it would print the same
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

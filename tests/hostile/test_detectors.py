@@ -302,6 +302,15 @@ def test_what_last_checkpoint_names_is_held_against_the_run(tmp_path, monkeypatc
     assert str(caught.value).isprintable()
 
 
+def test_the_command_looks_before_it_goes_on(tmp_path):
+    config = write_config(tmp_path / "c.py", "retinanet", write_coco(tmp_path / "coco", images=1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "torn.pth").write_bytes(b"PK\3\4" + b"x" * 500)
+    named(tmp_path / "run", str(tmp_path / "run" / "torn.pth"))
+    with pytest.raises(InputError, match=r"torn\.pth: not a readable checkpoint"):
+        run(["detect", "train", str(config), "--output", str(tmp_path / "run")])
+
+
 def test_an_optimizer_of_other_parameters_is_one_line(tmp_path, model):
     coco = write_coco(tmp_path / "coco", images=1)
     config = write_config(tmp_path / "c.py", "retinanet", coco)
