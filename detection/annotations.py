@@ -25,6 +25,8 @@ from .headers import Header, Reader, copies, read_headers
 from .objects import ListedImage, Objects, Use
 from .report import Report
 
+MAX_RATIO = 1000  # of an image's sides: the shorter one of a thinner image is resized to nothing, which OpenCV refuses
+
 # --- a config's files -------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +303,9 @@ def _hold_against_headers(
             report.add("file not readable", where[key], f"is {header.format}, which OpenCV does not read")
         if header.width * header.height > MAX_PIXELS:
             report.add("file not readable", where[key], f"has more than the {MAX_PIXELS:,} pixels allowed")
+        if max(header.width, header.height) > MAX_RATIO * min(header.width, header.height):
+            size = _by((header.width, header.height))
+            report.add("file not readable", where[key], f"is {size}, too thin to be resized")
         said, loaded = (image.width, image.height), reader.loaded(header)
         near_enough = max(abs(a - b) for a, b in zip(said, loaded, strict=True)) <= 1
         if said == (0, 0):

@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from shvit.errors import InputError
+from shvit.errors import InputError, printable
+from shvit.files import check_file, is_there, read_bytes
 from shvit.run_info import same_name
 
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7
+MAX_ID = 1 << 63
+MAX_DEPTH = 60  # of lists and objects in each other
+REACH = 10  # of an image's longer side, by which coordinates may lie beyond it: more is a mistake, or an attack
+MAX_OUTLINE = 4e6  # pixels along a polygon: pycocotools takes 40 bytes for each
 LISTS = ("images", "annotations", "categories")
 COMPRESSED = {  # how files of a format begin
     b"\x1f\x8b": "gzip",
@@ -29,18 +34,14 @@ def load_content(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, it is too large, or it is not JSON with the three lists of COCO.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{path}: no such annotation file; set data_root and ann_file")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({str(error)[:200]})") from error
+    check_file(path)
+    text = read_bytes(path, MAX_BYTES)
     if how := next((name for begin, name in COMPRESSED.items() if text.startswith(begin)), None):
         raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
     try:
-        content = json.loads(text)  # of bytes, it finds the encoding
+        content = json.loads(text, object_pairs_hook=_without_doubles)  # of bytes, it finds the encoding
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -51,22 +52,34 @@ def load_content(path: Path) -> dict[str, Any]:
     return content
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a key that stands in it twice, readers take one or the other."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {short(twice)} stands twice in one object")
+    return content
+
+
 def _reason(error: Exception) -> str:
     """Return why a text is not JSON."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.colno == 1:
         return (
             "it has a JSON value on each line, as JSON Lines; write one object with images, annotations and categories"
         )
-    return str(error)[:200]
+    return printable(str(error))[:200]
 
 
 def repair(content: dict[str, Any]) -> list[str]:
     """Change what is harmless to what pycocotools needs, in place; what is wrong stays for the check to name.
 
-    Category names that are numbers become text, and accents in them one character with their letter, as
-    `AnnotationFile` looks them up; backslashes in file names become slashes; an absent area is computed and an absent
-    iscrowd is 0; a category without annotations that has the name of another is removed; annotation ids that are
-    absent, text or below 1 are replaced (pycocotools' evaluation takes id 0 for "not matched").
+    Sizes like 640.0 become whole numbers, which pycocotools insists on; category names that are numbers become text,
+    and accents in them one character with their letter, as `AnnotationFile` looks them up; backslashes in file names
+    become slashes; an absent area is computed and an absent iscrowd is 0; a category without annotations that has the
+    name of another is removed; annotation ids that are absent, text or below 1 are replaced (pycocotools' evaluation
+    takes id 0 for "not matched").
 
     Returns:
         A line for each repair that a user should know of.
@@ -78,6 +91,7 @@ def repair(content: dict[str, Any]) -> list[str]:
         *_repair_names(content),
         *_add_areas(annotations),
     ]
+    _repair_sizes(content["images"], annotations)
     for annotation in annotations:
         crowd = annotation.get("iscrowd")
         if crowd is None or isinstance(crowd, bool):
@@ -88,6 +102,18 @@ def repair(content: dict[str, Any]) -> list[str]:
             annotation["id"] = number
         notes.append("annotation ids that are absent, text or below 1 were replaced by numbers from 1")
     return notes
+
+
+def _repair_sizes(images: list[Any], annotations: list[dict[str, Any]]) -> None:
+    """Make whole numbers of the sizes of images and run lengths."""
+    for image in images:
+        for side in ("width", "height"):
+            if isinstance(image, dict) and isinstance(image.get(side), float) and is_side(image[side]):
+                image[side] = int(image[side])
+    for annotation in annotations:
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict) and isinstance(mask.get("size"), list) and all(map(is_side, mask["size"])):
+            mask["size"] = [int(side) for side in mask["size"]]
 
 
 def _repair_category_names(content: dict[str, Any]) -> None:
@@ -186,10 +212,12 @@ def is_polygon(value: Any) -> TypeGuard[list[float]]:
 
 
 def key_of(value: Any) -> Any:
-    """Return an id that can be looked up: a whole number or a text; None for anything else."""
-    if isinstance(value, float) and value.is_integer():
+    """Return an id that can be looked up: a whole number of 64 bits or a text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_ID:
         return int(value)
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_ID else None
 
 
 def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
@@ -198,6 +226,24 @@ def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
         return isinstance(value, str) and int(value) in known
     except ValueError:
         return False
+
+
+def is_within_reach(values: list[float], width: float, height: float) -> bool:
+    """Whether coordinates x, y, x, y, … are in an image, or not much further from it than it is large."""
+    reach = REACH * max(width, height)
+    return (
+        min(values) >= -reach
+        and max(values[::2], default=0) <= width + reach
+        and max(values[1::2], default=0) <= height + reach
+    )
+
+
+def is_drawable(polygon: list[float]) -> bool:
+    """Whether pycocotools can draw a polygon: it writes every pixel of the outline down, and checks nothing."""
+    if len(polygon) * (max(polygon) - min(polygon)) < MAX_OUTLINE:
+        return True
+    x, y = polygon[::2], polygon[1::2]
+    return sum(max(abs(x[i] - x[i - 1]), abs(y[i] - y[i - 1])) for i in range(len(x))) < MAX_OUTLINE
 
 
 def run_lengths(counts: Any) -> list[int] | None:

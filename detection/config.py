@@ -1,6 +1,7 @@
 """MMDetection's configs: found by name, read as the data that they are, and refused where they would run code."""
 
 import ast
+import builtins
 import difflib
 import io
 import logging
@@ -14,11 +15,14 @@ from typing import Any
 from unittest.mock import patch
 
 from mmengine.config import Config
+from mmengine.config import config as module
 from mmengine.registry import init_default_scope
 
 from shvit.errors import InputError, first_line
+from shvit.files import check_file, is_there
 
-from .vocabulary import CALLS, FIELDS, NODES, SCOPES, TYPES, UNSAFE_FIELDS, registered
+from . import expressions
+from .vocabulary import FIELDS, SCOPES, Refused, check_config
 
 CONFIGS = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "SHVIT_CONFIGS"
@@ -28,6 +32,8 @@ OURS = ("shvit.detection", "shvit.detection.reading")
 """What every config has imported: our parts, and the reading of annotation files."""
 
 MAX_BYTES = 1 << 20  # of one file
+MAX_FIELDS = 1000
+MAX_FILES = 64  # a config and its bases
 TRUST = "give --trust-config if you know where the file is from"
 
 
@@ -50,7 +56,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     """
     path = CONFIGS / f"{name}.py" if name in bundled() else Path(name)
     os.environ.setdefault(FOLDER_VARIABLE, str(CONFIGS))
-    if not path.is_file():
+    if not is_there(path):
         close = difflib.get_close_matches(path.stem, bundled(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"give a .py file, or one of {', '.join(bundled())}"
         raise InputError(f"{name}: no such config; {hint}")
@@ -59,7 +65,8 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     try:
         with quiet(), _found_bases(), nullcontext() if trust else _checked():
             config = Config.fromfile(str(path), import_custom_modules=False, lazy_import=None if trust else False)
-        config.merge_from_dict(parse_options(options))
+        given = parse_options(options)
+        config.merge_from_dict(given)
     except InputError:
         raise
     except Exception as error:  # mmengine raises what Python raises for the file's mistakes, and types of its own
@@ -67,7 +74,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     _check_fields(config, path)
     _import(config, path, trust)
     if not trust:
-        _check_values(config, path)
+        _check_values(config, path, given)
     return config
 
 
@@ -140,11 +147,11 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _checked() -> Iterator[None]:
-    """A block in which mmengine evaluates no config's text that is more than data.
+    """A block in which no config's text is evaluated by Python.
 
     mmengine fills variables into a file's text, writes it beside, looks for its bases there, and then evaluates it. So
-    what is checked is that text, at that moment: whatever path led to the file, and whatever was filled in. Files that
-    came with MMDetection or with us are not looked into.
+    what is checked is that text, at that moment: whatever path led to the file, and whatever was filled in; and it is
+    `expressions` that computes its values. Files that came with MMDetection or with us are left to mmengine.
     """
     import mmdet
 
@@ -152,24 +159,71 @@ def _checked() -> Iterator[None]:
     sources: dict[str, Path] = {}
     fill_in, find_bases = Config._substitute_predefined_vars, Config._get_base_files
 
+    def is_ours(path: Path) -> bool:
+        return any(path.resolve().is_relative_to(folder) for folder in ours)
+
     def recorded(filename: str, temp_config_name: str) -> None:
-        path = Path(filename)
+        path = check_file(filename)
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path}: more than the {MAX_BYTES:,} bytes allowed of a config")
         sources[temp_config_name] = path
+        if len(sources) > MAX_FILES:
+            raise InputError(f"{path}: more than {MAX_FILES} bases, or one that is its own; {TRUST}")
         fill_in(filename, temp_config_name)
+
+    def filled_in(filename: str, temp_config_name: str) -> dict[str, str]:
+        _fill_in_folder(Path(temp_config_name), sources[filename])
+        return {}
 
     def checked(filename: str) -> list[str]:
         path = sources[filename]
-        if not any(path.resolve().is_relative_to(folder) for folder in ours):
-            check_is_data(Path(filename).read_text(encoding="utf-8"), path)
-        return find_bases(filename)
+        if is_ours(path):
+            return find_bases(filename)
+        return [str(base) for base in expressions.base_files(check_is_data(Path(filename).read_text("utf-8"), path))]
+
+    def compiled(tree: Any, filename: str, mode: str) -> Any:
+        """Compile our files, and what `find_bases` takes out of them; leave others to `evaluated`."""
+        return builtins.compile(tree, filename, mode) if mode == "eval" or is_ours(Path(filename)) else (filename, tree)
+
+    def evaluated(code: Any, *names: dict[str, Any]) -> Any:
+        if not isinstance(code, tuple):
+            return builtins.eval(code, *names)
+        filename, tree = code
+        with _located(Path(filename)):
+            expressions.evaluate(tree, names[0])
+        return None
 
     with (
         patch.object(Config, "_substitute_predefined_vars", staticmethod(recorded)),
+        patch.object(Config, "_substitute_env_variables", staticmethod(filled_in)),
         patch.object(Config, "_get_base_files", staticmethod(checked)),
+        patch.object(module, "compile", compiled, create=True),
+        patch.object(module, "eval", evaluated, create=True),
     ):
         yield
+
+
+def _fill_in_folder(copy: Path, path: Path) -> None:
+    """Fill in the folder of our configs, as mmengine would: the one environment variable that a config is told."""
+
+    def folder(found: re.Match[str]) -> str:
+        if found[1] != FOLDER_VARIABLE:
+            raise InputError(
+                f"{path}: a config is not told the environment variable {found[1]}; write its value, or {TRUST}"
+            )
+        return os.environ[FOLDER_VARIABLE].replace("\\", "/")
+
+    text = copy.read_text("utf-8")
+    copy.write_text(re.sub(r"\{\{['\"]?\s*\$(\w+)\s*:\s*([^\s{}]*)\s*['\"]?\}\}", folder, text), "utf-8")
+
+
+@contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """A block whose messages begin with a line, and get the file's name before it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}{error}") from error
 
 
 @contextmanager
@@ -191,46 +245,23 @@ def _found_bases() -> Iterator[None]:
         yield
 
 
-def check_is_data(text: str, path: Path) -> None:
-    """Raises InputError at the first thing in a config that is neither a name nor a value, and so might run code."""
+def check_is_data(text: str, path: Path) -> ast.Module:
+    """Return a config's syntax tree.
+
+    Raises:
+        InputError: at the first thing in it that is neither a name nor a value, and so might run code.
+    """
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise InputError(f"{path}{where}: not a config ({first_line(error)}); correct it") from error
-    bases = {id(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        if problem := _problem(node, bases):
-            line = getattr(node, "lineno", None)
-            raise InputError(
-                f"{path}{f', line {line}' if line else ''}: {problem} is more than a config needs and might run code; "
-                f"write values alone, or {TRUST}"
-            )
-
-
-def _problem(node: ast.AST, assigned: set[int]) -> str | None:
-    """What of a node is more than data, if anything.
-
-    Args:
-        assigned: ids of the names that the file's own assignments begin with; of these alone, one may be `_base_`.
-    """
-    if not isinstance(node, NODES):
-        return type(node).__name__
-    if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in CALLS):
-        return f"a call of {ast.unparse(node.func)[:60]}"
-    if isinstance(node, ast.Attribute) and (node.attr.startswith("_") or not ast.unparse(node).startswith("_base_.")):
-        return ast.unparse(node)[:60]
-    if isinstance(node, ast.Name):
-        stored = not isinstance(node.ctx, ast.Load)
-        if node.id.startswith("__") or (stored and node.id in CALLS):
-            return f"the name {node.id}"
-        if stored and node.id == "_base_" and id(node) not in assigned:
-            return "another _base_"
-    return None
+    with _located(path):
+        tree = expressions.parse(text)
+    if problem := expressions.problem_of(tree):
+        line, what = problem
+        raise InputError(
+            f"{path}{f', line {line}' if line else ''}: {what} is more than a config needs and might run code; "
+            f"write values alone, or {TRUST}"
+        )
+    return tree
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
@@ -238,6 +269,8 @@ def _problem(node: ast.AST, assigned: set[int]) -> str | None:
 
 def _check_fields(config: Config, path: Path) -> None:
     """Raises where fields are misspelt, which mmengine would ignore, or do not describe a detector."""
+    if len(config) > MAX_FIELDS:
+        raise InputError(f"{path}: has {len(config):,} fields and variables; a config has at most {MAX_FIELDS:,}")
     for field in config:
         if field not in FIELDS and (close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.93)):
             raise InputError(f"{path}: unknown field {field!r}; did you mean {close[0]!r}?")
@@ -283,37 +316,29 @@ def _import(config: Config, path: Path, trust: bool) -> None:
     init_default_scope(scope)
 
 
-def _check_values(config: Config, path: Path) -> None:
-    """Raises for what mmengine and mmdet would import, evaluate, unpickle or write to, if the config said so."""
-    for where, key, value in _items(config.to_dict()):
-        place = f"{where}.{key}" if where else key
-        if key in UNSAFE_FIELDS and value is not None:
-            raise InputError(f"{path}: {place} is not taken from a config that might be somebody else's; {TRUST}")
-        if key == "_scope_" and value not in SCOPES:
-            raise InputError(f"{path}: {place} {value!r} is not one of {', '.join(SCOPES)}; {TRUST}")
-        if key == "ann_file" and value and not str(value).endswith(".json"):
-            raise InputError(f"{path}: {place} {value!r} is no .json file")
-        if key == "type" and not isinstance(value, dict):
-            _check_type(value, where or "the config", path)
+def _check_values(config: Config, path: Path, options: dict[str, Any]) -> None:
+    """Raises for what is not taken from a config that might be somebody else's; the options are the user's own word."""
+    try:
+        check_config(config.to_dict(), _leaves(options))
+    except Refused as error:
+        raise InputError(f"{path}: {error}; correct it, or {TRUST}") from error
 
 
-def _check_type(value: Any, where: str, path: Path) -> None:
-    scope, _, name = str(value).rpartition(".")
-    if name in TYPES and scope in ("", *SCOPES):
-        return
-    if name in registered() and scope in ("", *SCOPES):
-        raise InputError(f"{path}: type {value!r} of {where} is not among those that a config gets unasked; {TRUST}")
-    close = difflib.get_close_matches(name, TYPES, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"correct it, or {TRUST}"
-    raise InputError(f"{path}: unknown type {value!r} of {where}; {hint}")
+def _leaves(options: dict[str, Any]) -> Iterator[str]:
+    """Yield the fields that options give, those inside of dicts one by one: mmengine merges these with the config's."""
+    for key, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            yield key
 
 
-def _items(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted place, key, value) of everything below."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield where, str(key), each
-            yield from _items(each, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple):
-        for index, each in enumerate(value):
-            yield from _items(each, f"{where}[{index}]")
+def only_known(config: Config, options: Sequence[str] = ()) -> Config:
+    """Return the config without its own variables: what runs it is handed what was checked, and nothing besides.
+
+    Args:
+        options: whose fields are left in.
+    """
+    named = {name.partition(".")[0] for name in parse_options(options)}
+    known = {name: value for name, value in config.items() if name in FIELDS or name in named}
+    return Config(known, filename=config.filename)

@@ -194,16 +194,27 @@ _PACK = {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape
 def own_pipeline(config: Config) -> list[Any]:
     """The config's own transforms for testing, without the annotations."""
     pipeline = innermost(config.test_dataloader.dataset).pipeline
-    return [step for step in pipeline if step["type"] != "LoadAnnotations"]
+    steps = [step for step in pipeline if step["type"].rpartition(".")[2] != "LoadAnnotations"]
+    return [{**step, "type": "LoadPhotograph"} if step["type"] == "LoadImageFromFile" else step for step in steps]
 
 
 def preparation(pipeline: Sequence[Any]) -> Callable[[Path], Photograph]:
-    """A function from a file to what a detector takes."""
+    """Return a function from a file to what a detector takes; it raises InputError where an image cannot be used."""
     from mmcv.transforms import Compose
     from mmdet.registry import TRANSFORMS
 
+    from .transforms import not_prepared
+
     compose = Compose([TRANSFORMS.build(step) for step in pipeline])
-    return lambda path: compose({"img_path": str(path), "img_id": 0})
+
+    def prepare(path: Path) -> Photograph:
+        data = {"img_path": str(path), "img_id": 0}
+        try:
+            return compose(dict(data))
+        except Exception as error:  # whatever OpenCV, Pillow or a transform raises
+            raise not_prepared(data, error) from error
+
+    return prepare
 
 
 def check_img_size(sides: Sequence[int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from shvit.errors import InputError
 
 from .config import innermost, metrics_of, quiet
 from .detector import Detect, Detections
+from .transforms import named_images
 from .verify import Match, Matching
 
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -64,7 +65,8 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     matching = Matching() if len(detectors) == 2 else None
     for index in progress(range(len(dataset))):
-        photograph = dataset[index]
+        with named_images():
+            photograph = dataset[index]
         turn = list(detectors)[:: 1 if index % 2 else -1]
         by_name = {}
         for name in turn:

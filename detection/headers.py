@@ -7,18 +7,21 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 
 from shvit import terminal
-from shvit.files import sha256
-from shvit.train.images import exif_orientation
+from shvit.errors import InputError
+from shvit.files import is_there, open_file, sha256
+from shvit.train.images import FORMATS, exif_orientation
 
 TURNED_BY_OPENCV = ("JPEG", "MPO", "PNG")
 """Pillow's names of the formats in which OpenCV looks for Exif's orientation; measured with 4.12."""
+NAMED = ("TGA", "ICO", "PSD", "DDS")
+"""Formats of which people have images, and OpenCV reads none."""
 TAIL = 4096
 THREADS = 8
 MANY = 5000  # images from which on a bar is shown on a terminal
@@ -71,13 +74,20 @@ class Reader:
         return self.backend != "cv2" or cv2.haveImageReader(str(path))
 
 
+@cache
+def known_formats() -> list[str]:
+    """Return the formats of images that are opened here, whatever a file's name says, and those that are only named."""
+    Image.init()
+    return [name for name in (*FORMATS, *NAMED) if name in Image.OPEN]
+
+
 def read_headers(paths: Iterable[Path]) -> dict[Path, Header | str]:
     """Return what each file's header says, or, as text, why it cannot be read; a file that is not there is absent.
 
     In threads: files on another machine take longer to arrive than to be parsed.
     """
     paths = list(paths)
-    Image.init()
+    known_formats()
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # of images with many pixels, which the caller counts
         shown = len(paths) >= MANY and terminal.is_terminal() and os.environ.get("RANK", "0") == "0"
@@ -89,7 +99,9 @@ def read_headers(paths: Iterable[Path]) -> dict[Path, Header | str]:
 
 def _read_header(path: Path) -> Header | str | None:
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        if not is_there(path):
+            return None
+        with open_file(path) as file, Image.open(file, formats=known_formats()) as image:
             width, height = image.size
             orientation = exif_orientation(image)
             if image.format == "TIFF" and orientation > 4:  # Pillow tells the size as shown
@@ -98,10 +110,10 @@ def _read_header(path: Path) -> Header | str | None:
             file.seek(max(0, number - TAIL))
             tail = hashlib.blake2b(file.read(TAIL), digest_size=8).digest()
             return Header(width, height, orientation, image.format or "", number, tail)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ").removeprefix("is ").partition(";")[0]
     except UnidentifiedImageError:
-        return "not an image, or of a format that Pillow does not know"
+        return "not an image, or of a format that is not read"
     except Exception as error:  # whatever a plug-in of Pillow's raises for a damaged file
         return f"not readable ({type(error).__name__})"
 

@@ -15,7 +15,7 @@ from shvit.errors import InputError
 from shvit.files import check_output_folder, sha256, write_whole
 from shvit.run_info import read_run_info, same_name
 
-from .config import CONFIGS, bundled, open_config, set_data_root
+from .config import CONFIGS, bundled, only_known, open_config, set_data_root
 from .detector import (
     Detect,
     check_img_size,
@@ -79,6 +79,8 @@ class Train(_Reads):
         if self.pretrained not in (None, "none"):
             check_backbone(config, self.pretrained)
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
+        if not self.trust_config:
+            config = only_known(config, self.options)
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
 
 
@@ -284,16 +286,26 @@ class Predict(_Detects):
         (detect,) = detectors.values()
         prepare = preparation(pipeline)
         folder = self.images
-        found = {}
+        found: dict[str, list[str]] = {}
+        skipped: dict[str, str] = {}
         with plainly():
             for path in _progress(_photographs(folder)):
                 name = f"{path.name}.png" if folder is None else f"{path.relative_to(folder)}.png"
-                detections = detect(prepare(path)).above(self.score)
+                try:
+                    photograph = prepare(path)
+                except InputError as error:  # a damaged image does not end the run
+                    skipped[name.removesuffix(".png")] = str(error)
+                    terminal.report(f"skipped {error}")
+                    continue
+                detections = detect(photograph).above(self.score)
                 draw(path, detections, classes, self.output / name)
                 found[name] = [classes[label] for label in detections.labels]
         number = sum(map(len, found.values()))
-        console.print(f"{number} objects on {len(found)} photographs, drawn in {self.output}")
-        return {"output": str(self.output), "found": found}
+        if skipped and not found:
+            raise InputError(f"none of {len(skipped)} images can be used: {next(iter(skipped.values()))}")
+        left_out = f"; {len(skipped)} damaged ones were skipped" if skipped else ""
+        console.print(f"{number} objects on {len(found)} images, drawn in {self.output}{left_out}")
+        return {"output": str(self.output), "found": found, "skipped": skipped}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ from .boxes import SLACK, BoxForms, MaskFits, Pair, Rectangle, extent, mask_exte
 from .coco import (
     count,
     is_box,
+    is_drawable,
     is_number,
     is_polygon,
     is_side,
     is_text_of,
+    is_within_reach,
     is_zero_box,
     key_of,
     names_of,
@@ -23,6 +25,7 @@ from .headers import Reader
 from .report import LISTED, Report
 
 CROWD = "iscrowd"
+FAR = "coordinates far outside of the image"
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,9 @@ class Objects:
 
     def _hold_box(self, box: list[float], image: ListedImage, where: str) -> None:
         x, y, width, height = box
+        if not is_within_reach([x, y, x + width, y + height], image.width, image.height):
+            self.report.add(FAR, where, f"has bbox {short(box)} in {image.width}×{image.height}")
+            return
         if max(x, 0) >= min(x + width, image.width) or max(y, 0) >= min(y + height, image.height):
             self.outside.append((where, f"has bbox {short(box)} in {image.width}×{image.height}"))
             return
@@ -170,8 +176,15 @@ class Objects:
             report.add("polygon of pairs", where)
         elif wrong := [each for each in segmentation if not is_polygon(each)]:
             report.add("polygon has not three corners or more", where, f"has {short(wrong[0])}")
+        elif far := [each for each in segmentation if not self._is_near(each, image)]:
+            report.add(FAR, where, f"has {short(far[0])} in {image.width}×{image.height}")
         elif min(box[2:]) >= 1:  # thinner ones, of which COCO itself has some, are evaluated against as they are
             self._check_extent(segmentation, image, where)
+
+    @staticmethod
+    def _is_near(polygon: list[float], image: ListedImage) -> bool:
+        """Whether a polygon can be drawn; an image whose size is in doubt is a problem of its own."""
+        return is_drawable(polygon) and (not image.width or is_within_reach(polygon, image.width, image.height))
 
     def _check_extent(self, polygons: list[list[float]], image: ListedImage, where: str) -> None:
         left, top, right, bottom = rectangle = extent(polygons)

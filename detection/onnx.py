@@ -7,8 +7,8 @@ L levels, A anchors, C classes.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,27 @@ import torch
 from torch import nn
 
 from shvit.deploy import deploy
+from shvit.documents import parse_json, parse_model
 from shvit.errors import InputError, first_line
+from shvit.files import check_file
 
-from .detector import PADDING, Detections, Photograph, paste
+from .detector import MAX_IMG_SIZE, PADDING, Detections, Photograph, paste
 
 OPSET = 17  # RoIAlign is aligned from 16 on
 INPUTS = ("pixels", "size")
 KEY = "shvit.detector"
 MAX_BYTES = 2 << 30  # of a file: protobuf's own limit
+MAX_DETECTIONS = 10_000  # on one image
+MAX_MASK_PIXELS = 2 << 30  # of all masks of an image together, each as large as it: a byte a pixel
+OUTPUT_TYPES = {
+    "boxes": "tensor(float)",
+    "scores": "tensor(float)",
+    "labels": "tensor(int64)",
+    "masks": "tensor(float)",
+}
+OUTPUTS = tuple(OUTPUT_TYPES)
+ROUNDING = 1e-3  # by which a score or a mask's probability may leave 0..1
+AGAIN = "export it again"
 
 
 @dataclass(frozen=True)
@@ -50,21 +63,25 @@ class DetectorSpec:
     @classmethod
     def from_json(cls, text: str) -> "DetectorSpec":
         """Raises InputError for anything but what `write_onnx` wrote."""
-        try:
-            fields: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
-            }
-            spec = cls(**fields)
-            if not all(isinstance(text, str) for text in (spec.config, spec.detector, *spec.classes, *spec.outputs)):
-                raise ValueError("a name is no text")
-            if not 0 <= float(spec.mask_threshold) <= 1 or len(spec.padding) != 3:
-                raise ValueError(f"mask_threshold {spec.mask_threshold}, padding {spec.padding}")
-            if len(spec.img_size) != 2 or not all(isinstance(side, int) and 0 < side <= 4096 for side in spec.img_size):
-                raise ValueError(f"img_size {spec.img_size}")
-            if spec.outputs[:3] != ("boxes", "scores", "labels") or not spec.classes:
-                raise ValueError(f"outputs {spec.outputs}")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"the file's description of its detector is not readable ({error})") from error
+        name = "the file's description of its detector"
+        content = parse_json(text, name)
+        known = {each.name for each in fields(cls)}
+        if not isinstance(content, dict) or not content.keys() <= known:
+            raise InputError(f"{name} is not readable; {AGAIN}")
+        spec = parse_model(cls, content, name, AGAIN)
+        wrong = [
+            each
+            for each, is_sound in (
+                ("img_size", all(0 < side <= MAX_IMG_SIZE for side in spec.img_size)),
+                ("mask_threshold", 0 <= spec.mask_threshold <= 1),
+                ("padding", all(0 <= level <= 255 for level in spec.padding)),
+                ("outputs", spec.outputs in (OUTPUTS, OUTPUTS[:3])),
+                ("classes", bool(spec.classes)),
+            )
+            if not is_sound
+        ]
+        if wrong:
+            raise InputError(f"{name} is not readable ({wrong[0]} {str(getattr(spec, wrong[0]))[:60]}); {AGAIN}")
         return spec
 
 
@@ -385,6 +402,12 @@ class OnnxDetector:
         boxes = found["boxes"] / torch.tensor(sample.scale_factor * 2)  # (w, h, w, h)
         masks = None
         if "masks" in found:
+            pixels_of_masks = len(boxes) * math.prod(sample.ori_shape[:2])
+            if pixels_of_masks > MAX_MASK_PIXELS:
+                raise InputError(
+                    f"{self.path}: finds {len(boxes):,} objects, whose masks take {pixels_of_masks:,} bytes; give "
+                    "smaller images, or a detector that finds fewer"
+                )
             masks = paste(found["masks"], boxes, sample.ori_shape, self.spec.mask_threshold)
         return Detections(boxes, found["scores"], found["labels"], masks)
 
@@ -392,19 +415,26 @@ class OnnxDetector:
         """The outputs, if they are what the description says: the file may be anyone's.
 
         Raises:
-            InputError: other shapes or types, boxes that are no numbers, or labels without a class.
+            InputError: other shapes or types, boxes or scores that cannot be, or labels without a class.
         """
         number = found["scores"].shape[0] if found["scores"].ndim else -1
         shapes = {"boxes": (number, 4), "scores": (number,), "labels": (number,)}
-        fits = all(found[name].shape == shape for name, shape in shapes.items())
+        fits = number <= MAX_DETECTIONS and all(found[name].shape == shape for name, shape in shapes.items())
         fits = fits and all(found[name].dtype == (np.int64 if name == "labels" else np.float32) for name in found)
         if "masks" in found:
-            fits = fits and found["masks"].ndim == 3 and found["masks"].shape[0] == number
-        if not fits or not np.isfinite(found["boxes"]).all():
-            raise InputError(f"{self.path}: gives other outputs than it says; export it again")
+            masks = found["masks"]
+            fits = fits and masks.ndim == 3 and masks.shape[0] == number and max(masks.shape[1:]) <= MAX_IMG_SIZE
+            fits = fits and min(masks.shape[1:]) > 0
+        if not fits:
+            shape = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
+            raise InputError(f"{self.path}: gives other outputs than it says ({shape}); {AGAIN}")
+        boxes, limit = found["boxes"], np.array([*self.spec.img_size[::-1]] * 2, dtype=np.float32)
+        parts = [part for name, part in found.items() if name in ("scores", "masks")]
+        sound = np.isfinite(boxes).all() and (boxes[:, :2] <= boxes[:, 2:]).all()
+        if not sound or not all(((part >= -ROUNDING) & (part <= 1 + ROUNDING)).all() for part in parts):
+            raise InputError(f"{self.path}: gives boxes, scores or masks that cannot be; {AGAIN}")
         if number and not 0 <= found["labels"].min() <= found["labels"].max() < len(self.spec.classes):
             raise InputError(f"{self.path}: gives a label that none of its {len(self.spec.classes)} classes has")
-        limit = np.array([*self.spec.img_size[::-1]] * 2, dtype=np.float32)
         return {name: torch.from_numpy(np.clip(v, 0, limit) if name == "boxes" else v) for name, v in found.items()}
 
 
@@ -417,8 +447,7 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     import onnx
     import onnxruntime
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} allowed")
     try:
@@ -428,27 +457,47 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     told = {prop.key: prop.value for prop in proto.metadata_props}
     if KEY not in told:
         raise InputError(f"{path}: is no detector of `shvit detect export`")
-    spec = DetectorSpec.from_json(told[KEY])
+    try:
+        spec = DetectorSpec.from_json(told[KEY])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    if any(each.data_location == onnx.TensorProto.EXTERNAL for each in _tensors(nodes, proto.graph.initializer)):
+        raise InputError(f"{path}: has weights in another file, which `shvit detect export` never writes; {AGAIN}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it raises is reported; it would print the same
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not public
         raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
-    if [output.name for output in session.get_outputs()] != list(spec.outputs):
-        raise InputError(f"{path}: does not give {', '.join(spec.outputs)}, as it says; export it again")
-
+    outputs = {output.name: output.type for output in session.get_outputs()}
+    if outputs != {name: OUTPUT_TYPES[name] for name in spec.outputs} or list(outputs) != list(spec.outputs):
+        raise InputError(f"{path}: does not give {', '.join(spec.outputs)}, as it says; {AGAIN}")
     inputs = {each.name: (each.type, tuple(each.shape)) for each in session.get_inputs()}
     if inputs != {"pixels": ("tensor(uint8)", (1, *spec.img_size, 3)), "size": ("tensor(int64)", (2,))}:
-        raise InputError(f"{path}: does not take pixels and size, as it says; export it again")
+        raise InputError(f"{path}: does not take pixels and size, as it says; {AGAIN}")
 
     def run(pixels: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         given = dict(zip(INPUTS, (pixels, size), strict=True))
-        return dict(zip(spec.outputs, session.run(list(spec.outputs), given), strict=True))
+        try:
+            found = session.run(list(spec.outputs), given)
+        except Exception as error:  # onnxruntime's own exception types are not public
+            raise InputError(f"{path}: ONNX Runtime cannot run it ({first_line(error)}); {AGAIN}") from error
+        return dict(zip(spec.outputs, found, strict=True))
 
     counts: dict[str, int] = {}
     for node in proto.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return OnnxDetector(path, spec, run, dict(sorted(counts.items(), key=lambda item: -item[1])))
+
+
+def _tensors(nodes: Any, initializers: Any = ()) -> Iterator[Any]:
+    """The weights and constants of a graph and of those inside it."""
+    yield from initializers
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner.node, inner.initializer) if inner.node or inner.initializer else ()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shvit.errors import InputError
+from shvit.errors import InputError, printable
 from shvit.files import write_whole
 
 from .detector import Detections
@@ -24,7 +24,8 @@ def draw(photograph: Path, detections: Detections, classes: tuple[str, ...], out
         instances.masks = detections.masks
     sample = DetDataSample(pred_instances=instances)
     visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = {"classes": classes, "palette": "random"}
+    plain = tuple(printable(name).replace("$", r"\$") for name in classes)  # between dollars, Matplotlib reads formulas
+    visualizer.dataset_meta = {"classes": plain, "palette": "random"}
     image = mmcv.imread(str(photograph), channel_order="rgb")
     with write_whole(output) as partial:
         visualizer.add_datasample(

@@ -59,6 +59,7 @@ KINDS = {  # kind of problem: what it is counted in, and what to do
         "annotation",
         "multiply by the image's width and height; YOLO's x and y are centers",
     ),
+    "coordinates far outside of the image": ("annotation", "correct or remove them"),
     "bbox outside of the image": ("annotation", "correct or remove them"),
     "bbox is not around its mask": (
         "annotation",

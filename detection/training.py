@@ -17,18 +17,21 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, checkpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import distributed
+from torch import distributed, nn
 
 from shvit import terminal
-from shvit.errors import InputError
-from shvit.files import check_output_folder
+from shvit.errors import InputError, first_line
+from shvit.files import check_file, check_output_folder, is_file, is_there, open_file, read_text
 
 from .annotations import check_datasets
 from .detector import build_detector, log_types
 from .evaluate import percent
 from .report import show
+from .transforms import named_images
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
+MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint
+REFUSED = "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """PyTorch's switch: while it is set, no `torch.load`, whoever calls it, runs pickled code."""
 
@@ -56,24 +59,22 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     rank = int(os.environ.get("RANK", "0"))
     reports = check_datasets(config, ("train", "val"))
     show(reports, terminal.console(quiet=rank != 0))
-    build_detector(config)  # which says what does not fit; the Runner builds its own
+    model = build_detector(config)  # which says what does not fit; the Runner builds its own
     config = copy.deepcopy(config)
     config.work_dir = str(output)
     if config.get("visualizer"):
         config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
     if config.get("auto_scale_lr"):
         config.auto_scale_lr.enable = auto_scale_lr
-    config.resume = last.is_file()
+    config.resume = is_file(last)
     if config.resume:
         config.load_from = None
-        named = last.read_text().strip()
-        if not Path(named).is_file():
-            raise InputError(f"{last}: names {named}, which is not there; write the newest checkpoint's path into it")
+        check_resumable(last, model)
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
     if config.launcher == "pytorch" and not torch.cuda.is_available():
         _join_without_gpus(config)
     journal = Journal()
-    with plainly(), weights_only(), redirect_stdout(_Brief(sys.stdout)):
+    with plainly(), weights_only(), named_images(), redirect_stdout(_Brief(sys.stdout)):
         runner = Runner.from_cfg(config)
         runner.register_hook(journal, priority="VERY_LOW")
         try:
@@ -83,11 +84,60 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     return {
         "output": str(output),
         "data": [report.summary() for report in reports],
-        "checkpoint": last.read_text().strip() if last.is_file() else None,
+        "checkpoint": read_text(last, MAX_NAME).strip() if is_file(last) else None,
         "resumed": config.resume,
         "iterations": runner.iter,
         "ap": journal.ap,
     }
+
+
+def check_resumable(last: Path, model: nn.Module) -> None:
+    """Hold the checkpoint that a run goes on from against its detector.
+
+    Args:
+        last: the file in the run folder that names it.
+
+    Raises:
+        InputError: it names no file of the run, or one that is damaged, holds more or less than a run, or is of another
+            detector.
+    """
+    advice = f"write the path of an epoch's checkpoint into {last}, or give another --output"
+    named = read_text(last, MAX_NAME).strip()
+    if not named.isprintable() or not named:
+        raise InputError(f"{last}: does not name a checkpoint; {advice}")
+    path = Path(named)
+    if not path.resolve().is_relative_to(last.parent.resolve()):
+        raise InputError(f"{last}: names {named}, which is not in the run folder; nothing of it was run; {advice}")
+    if not is_there(path):
+        raise InputError(f"{last}: names {named}, which is not there; {advice}")
+    check_file(path)
+    try:
+        with weights_only(), torch.serialization.safe_globals(log_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: {REFUSED}") from error
+    except Exception as error:  # whatever PyTorch raises for a file that was cut off
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); {advice}") from error
+    parts = content if isinstance(content, dict) else {}
+    if missing := [name for name in ("state_dict", "meta", "optimizer") if not isinstance(parts.get(name), dict)]:
+        raise InputError(
+            f"{path}: is no checkpoint of a run (it has no {missing[0]}); to begin with its weights, give "
+            f"--options load_from={path} and another --output"
+        )
+    count = content["meta"]
+    if not all(isinstance(count.get(name), int) and 0 <= count[name] < 1 << 40 for name in ("epoch", "iter")):
+        raise InputError(f"{path}: does not tell how far the run is; {advice}")
+    own, theirs = ({name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+                   for state in (model.state_dict(), content["state_dict"]))  # fmt: skip
+    if other := [name for name in (*own, *theirs) if own.get(name) != theirs.get(name)]:
+        raise InputError(f"{path}: is of another detector ({len(other)} tensors differ, such as {str(other[0])[:80]}); "
+                         "give the run's own config, or another --output")  # fmt: skip
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a checkpoint can be mapped into memory: it is a zip archive, as PyTorch writes since 1.6."""
+    with open_file(path) as file:
+        return file.read(2) == b"PK"
 
 
 def _join_without_gpus(config: Config) -> None:
@@ -165,24 +215,33 @@ def plainly() -> Iterator[None]:
     except InputError as error:
         raise InputError(_innermost(str(error))) from error
     except pickle.UnpicklingError as error:
-        raise InputError(
-            "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
-        ) from error
+        raise InputError(REFUSED) from error
     except Exception as error:  # whatever a constructor raises
-        if not _from_building(error):
+        place = _place(error)
+        if place is None:
             raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise InputError(f"the config cannot be built: {_innermost(message)}") from error
+        raise InputError(f"{place}: {_innermost(message)}") from error
 
 
-def _from_building(error: BaseException) -> bool:
-    """Whether an error came up while a registry built what the config says."""
+PLACES = {
+    "load_or_resume": "a checkpoint cannot be loaded",
+    "init_weights": "the weights that the config begins with cannot be loaded",
+    "build_from_cfg": "the config cannot be built",
+    "from_cfg": "the config cannot be built",
+    "build_runner_from_cfg": "the config cannot be built",
+}
+"""What failed, by mmengine's function in which it did."""
+
+
+def _place(error: BaseException) -> str | None:
+    """Return what failed, if the input can be to blame for it."""
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("build_from_cfg", "from_cfg", "build_runner_from_cfg"):
-            return True
+        if (name := trace.tb_frame.f_code.co_name) in PLACES:
+            return PLACES[name]
         trace = trace.tb_next
-    return False
+    return None
 
 
 def _innermost(message: str) -> str:
