@@ -5,10 +5,8 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
-import timm
-
-import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError, refuse
+from shvit.names import check_model_name
 from shvit.weights.manifest import read_manifest
 
 from .recipe import Data, Distill, Recipe
@@ -61,10 +59,9 @@ def check_fields(recipe: Recipe) -> None:
     Raises:
         InputError: a name is not known, a field is out of range, or one is given that would be ignored.
     """
-    if not timm.is_model(recipe.model):
-        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    if recipe.distill.teacher is not None and not timm.is_model(recipe.distill.teacher):
-        raise InputError(f"unknown teacher {recipe.distill.teacher!r}; `shvit list '*'` shows all that timm knows")
+    check_model_name(recipe.model)
+    if recipe.distill.teacher is not None:
+        check_model_name(recipe.distill.teacher, "teacher")
     for name, lowest, highest in RANGES:
         value = attrgetter(name)(recipe)
         if value is not None and not lowest <= value <= highest:

@@ -14,7 +14,8 @@ from pathlib import Path
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, write_whole
 
-from .download import Report, download
+from .address import shown_address
+from .download import Report, discard_partial, download
 from .manifest import SHA256, Published
 
 __all__ = ["Locked", "Obtained", "cache_folder", "expected_hash", "obtain", "read_lock"]
@@ -106,13 +107,16 @@ def obtain(entry: Published, url: str, report: Report) -> Obtained:
         fetched = not digest or expected not in (None, digest)
         if fetched:
             advice = "nothing was kept; name another address with --url"
-            digest = download(url, path, expected, lambda partial: _prove(entry, partial, url, advice), report)
-        elif expected is None:
-            _prove(entry, path, str(path), "remove the file and run it again")
+            shown = shown_address(url)
+            digest = download(url, path, expected, lambda partial: _prove(entry, partial, shown, advice), report)
+        else:
+            discard_partial(path)  # of a download that was broken off before the file came another way
+            if expected is None:
+                _prove(entry, path, str(path), "remove the file and run it again")
         size = path.stat().st_size
         if expected is None:
             date = datetime.now(timezone.utc).date().isoformat()
-            _lock(cache, entry.name, Locked(digest, size, url, date))
+            _lock(cache, entry.name, Locked(digest, size, shown_address(url), date))
     return Obtained(path, digest, size, fetched, expected is None)
 
 

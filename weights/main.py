@@ -17,6 +17,7 @@ from shvit import terminal
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, write_whole
 
+from .address import shown_address
 from .cache import cache_folder, expected_hash, obtain, read_lock
 from .download import Report
 from .manifest import Published, find, read_manifest
@@ -122,7 +123,7 @@ class Pull:
             "model": entry.model,
             **asdict(obtained),
             "path": str(path),
-            "url": url if obtained.fetched else None,
+            "url": shown_address(url) if obtained.fetched else None,
         }
 
 
