@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -81,7 +80,7 @@ def read_headers(paths: Iterable[Path]) -> dict[Path, Header | str]:
     Image.init()
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # of images with many pixels, which the caller counts
-        shown = len(paths) >= MANY and sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"
+        shown = len(paths) >= MANY and terminal.is_terminal() and os.environ.get("RANK", "0") == "0"
         console = terminal.console(quiet=not shown)
         headers = pool.map(_read_header, paths, chunksize=16)
         following = track(headers, "headers", len(paths), console=console, transient=True) if shown else headers

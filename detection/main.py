@@ -1,6 +1,5 @@
 """The commands `shvit detect {train,eval,export,predict,configs}`; see shvit/cli.py for how they are called."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -325,7 +324,7 @@ def _photographs(folder: Path | None) -> list[Path]:
 def _progress(items: Iterable[Any]) -> Iterator[Any]:
     """A bar on a terminal."""
     items = list(items)
-    return iter(track(items, "photographs", console=console, transient=True) if sys.stdout.isatty() else items)
+    return iter(track(items, "photographs", console=console, transient=True) if terminal.is_terminal() else items)
 
 
 def _show_match(match: Any) -> None:

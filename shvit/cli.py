@@ -3,23 +3,27 @@
 A command is a dataclass whose fields are its options (parsed by tyro) and whose `run()` returns the result, printed
 as one JSON object on the last line of stdout. A group of commands is a dict of such classes; a function is given the
 options and returns such a command.
-Exit status: 0 done; 1 a check did not hold; 2 unusable input, said in one line on stderr (`--debug`: with traceback).
+Exit status: 0 done; 1 a check did not hold; 2 unusable input, said in one line on stderr (`--debug`: with traceback);
+70 a fault of this program, in one line too; 128 and the number of a signal that ended it.
 """
 
+import contextlib
 import importlib
 import inspect
 import io
-import json
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__
-from .errors import CheckFailed, InputError
+from .documents import to_json
+from .errors import CheckFailed, InputError, first_line, printable
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ HELP = "\n".join(
         "",
         "  --version    --debug (anywhere): show the traceback of an input error",
         "",
-        "exit status: 0 done, 1 a check did not hold, 2 unusable input; the last line on stdout is a JSON object",
+        "exit status: 0 done, 1 a check did not hold, 2 unusable input, 70 our fault; the last line on stdout is JSON",
     ]
 )
 
@@ -80,8 +84,6 @@ def run(argv: list[str]) -> dict[str, Any]:
 def _parse(name: str, options: list[str]) -> Any:
     module, _, attribute = COMMANDS[name].target.partition(":")
     target = getattr(importlib.import_module(module), attribute)
-
-    import contextlib
 
     import tyro
 
@@ -144,8 +146,6 @@ EXTRAS = {  # top-level module: the extra that brings it
     "openvino": "openvino",
     "elpv_dataset": "demo",
     "matplotlib": "train",
-    "yaml": "train",
-    "pydantic": "train",
     "tensorboard": "train",
     "torchvision": "train",
     "webdataset": "data",
@@ -164,16 +164,8 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     return f"this needs the package {module}; install it with: pip install 'shvit[{EXTRAS[module]}]'"
 
 
-def _printable(message: str) -> str:
-    """On one line, without characters by which a stranger's file could steer a terminal."""
-    return "".join(each if each.isprintable() else "�" for each in " ".join(message.split()))
-
-
 def main() -> None:
     """The `shvit` program."""
-    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows has a code page, which knows few signs
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -183,28 +175,95 @@ def main() -> None:
         print(f"shvit {__version__}")
         return
     try:
-        result = run(argv)
-        status = 0
-    except (InputError, CheckFailed) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"shvit {argv[0]}: {_printable(str(error))}", file=sys.stderr)
-        if isinstance(error, InputError):
-            sys.exit(2)
+        with _ended_by_signals():
+            result, status = run(argv), 0
+    except CheckFailed as error:
+        _report(argv[0], error, str(error), debug)
         result, status = error.result, 1
     except KeyboardInterrupt:
-        print(f"shvit {argv[0]}: interrupted", file=sys.stderr)
+        _report(argv[0], None, "interrupted", debug)
         sys.exit(130)
-    print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        line, status = _describe(error)
+        _report(argv[0], error, line, debug)
+        sys.exit(status)
+    print(to_json(result), flush=True)
     sys.exit(status)
 
 
-def program() -> None:
-    """`main` for a shell, where the reader of a pipe, `head` say, may have had enough."""
+def _report(command: str, error: BaseException | None, line: str, debug: bool) -> None:
+    if debug and error is not None:
+        traceback.print_exception(error)
+    print(f"shvit {command}: {printable(line)}", file=sys.stderr, flush=True)
+
+
+INTERNAL_ERROR = 70
+"""EX_SOFTWARE of BSD's sysexits.h: a fault of this program, and not of what it was given."""
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """What is said of an error that ends a command, and the exit status."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; take smaller images or batches, or fewer processes", 2
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return f"{where}{error.strerror or first_line(error)}", 2
+    return f"internal error: {type(error).__name__}: {first_line(error)}; please report it, with what --debug adds", (
+        INTERNAL_ERROR
+    )
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A block that SIGTERM, and a closed terminal's SIGHUP, end as an exception does: nothing half-written stays.
+
+    The training loop handles them in its own way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [
+        number for number in numbers if signal.getsignal(number) is signal.SIG_DFL
+    ]  # not those that nohup ignores
+
+    def end(number: int, frame: object) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)  # one is enough
+        raise SystemExit(128 + number)
+
+    for number in heeded:
+        signal.signal(number, end)
     try:
-        main()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def program() -> None:
+    """`main` for a shell: one whose stdout may be closed, full, a pipe whose reader has had enough, or not UTF-8."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  (until the process ends)
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows has a code page, which knows few signs
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # the others that a command raises do not get here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at the end
+        ended = error.__context__
+        told = isinstance(ended, SystemExit) and ended.code not in (0, None)
+        if not told and not isinstance(error, BrokenPipeError):
+            print(f"shvit: stdout cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,6 +1,7 @@
 """The two ways in which a command ends other than well, and what other errors say in one line."""
 
 import re
+import unicodedata
 
 PLACE = re.compile(r"Exception from \S+:|Traceback .*|File .*, line \d+.*")
 """A line that only tells where in a library's source an error was raised."""
@@ -17,6 +18,24 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line and not PLACE.fullmatch(line)), type(error).__name__)[:limit]
+
+
+JOINERS = "\u200c\u200d"
+"""The format characters that scripts and emoji need; the others turn the direction of text, or hide."""
+
+
+def printable(text: str) -> str:
+    """Return text on one line, without the characters by which a third-party file could steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(map(_printable, text))
+
+
+def _printable(char: str) -> str:
+    if char in "\t\n\r":
+        return " "
+    steers = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS
+    return "�" if steers else char
 
 
 class CheckFailed(Exception):

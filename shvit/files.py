@@ -1,35 +1,157 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files: whether one is there, reading it within bounds, writing it atomically, and its hash."""
 
 import errno
+import glob
 import hashlib
 import os
+import platform
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EBADF}
+SPECIAL = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+"""What else than files and folders a path may lead to: opening one may wait for ever, and reading it never end."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Return whether a regular file is there, links followed.
+
+    Raises:
+        InputError: it cannot be told, for want of a permission or because of the name, or it is neither a file nor a
+            folder.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Return whether a folder is there; raises as `is_file`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_there(path: str | os.PathLike) -> bool:
+    """Return whether a regular file or a folder is there; raises as `is_file`."""
+    return _mode(path) != 0
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """Return the path of a regular file.
+
+    Raises:
+        InputError: nothing is there, or something else is.
+    """
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder; name a file")
+    if not mode:
+        raise InputError(f"{path}: no such file")
+    return Path(path)
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Return a regular file, open for reading; nothing else is waited for.
+
+    Raises:
+        InputError: as `check_file`, or it cannot be opened.
+    """
+    check_file(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was put there since
+        os.close(descriptor)
+        raise InputError(f"{path}: is no file; name a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """Return a file's content, of at most `limit` bytes.
+
+    Raises:
+        InputError: as `open_file`, or the file is larger.
+    """
+    with open_file(path) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    if len(content) > limit:
+        raise InputError(f"{path}: is larger than the {limit / 1e6:.0f} MB allowed")
+    return content
+
+
+def read_text(path: str | os.PathLike, limit: int) -> str:
+    """Return a file's text in UTF-8, without a mark at its beginning; raises as `read_bytes`."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+
+
+def _mode(path: str | os.PathLike) -> int:
+    """The mode of what a path leads to; 0 where nothing is there."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and error.errno in ABSENT:
+            return 0
+        raise _unreadable(path, error) from error
+    special = next((name for is_special, name in SPECIAL if is_special(mode)), None)
+    if special:
+        raise InputError(f"{path}: is {special}; name a file or a folder")
+    return mode
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> InputError:
+    name, reason = str(path), getattr(error, "strerror", None) or first_line(error)
+    return InputError(f"{name if len(name) < 200 else f'{name[:100]}…'}: cannot be read: {reason}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+PARTIAL = re.compile(r"\.(?P<pid>\d+)-(?P<host>[0-9a-f]{8})\.partial(?=\.|$)")
+"""What stands in the name of a file that is being written: the process that writes it, and where that runs."""
+STALE_S = 86400.0
+"""Age from which another machine's partial file counts as left behind: whether its process lives cannot be told."""
 
 
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path`, with its suffix, to write a file or a folder to; it is renamed to `path` at the end.
 
-    If the body raises, what it wrote is removed and `path` stays as it was.
+    If the body raises, what it wrote is removed and `path` stays as it was. What processes that were killed have left
+    beside `path` is removed at the beginning.
 
     Raises:
-        InputError: the folder cannot be made or written to, or `path` is a folder and a file was written, or a file
-            and a folder was written.
+        InputError: the folder cannot be made or written to; or what is at `path` is not what is written there: a folder
+            and a file was written, or the reverse, a symbolic link, or a file or folder of another format.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = partial_name(path)
+    check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass  # permissions do not tell all: root may write anywhere, but not to a read-only file system
+        _remove_left_behind(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
@@ -40,18 +162,124 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
                 raise InputError(f"{path}: cannot be written: {error.strerror}; make room and try again, what was "
                                  "there is kept") from error  # fmt: skip
             raise
-        if path.is_dir():
-            if not partial.is_dir():
-                raise InputError(f"{path}: is a folder; choose another name")
-            shutil.rmtree(path)
-        elif path.exists() and partial.is_dir():
+        if path.is_dir() and not partial.is_dir():
+            raise InputError(f"{path}: is a folder; choose another name")
+        if path.is_file() and partial.is_dir():
             raise InputError(f"{path}: is a file; choose another name")
+        check_replaceable(path)  # it may have been put there since
         try:
-            partial.replace(path)
+            _replace(partial, path)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         remove(partial)
+
+
+def partial_name(path: Path) -> Path:
+    """Return the hidden name beside `path`, with its suffix, that this process writes it under."""
+    return path.with_name(f".{path.stem}.{os.getpid()}-{_host()}.partial{path.suffix}")
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Rename; a folder that is in the way is removed once the new one is in its place."""
+    if not path.is_dir():
+        partial.replace(path)
+        return
+    old = partial.with_name(f"{partial.name}.old")
+    path.replace(old)
+    try:
+        partial.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left, and put back what they replaced."""
+    for each in path.parent.glob(f".{glob.escape(path.stem)}.*.partial*"):
+        rest = each.name.removeprefix(f".{path.stem}")
+        found = PARTIAL.match(rest)
+        if not found or not _was_left_behind(each, found):
+            continue
+        if rest[found.end() :] == f"{path.suffix}.old" and not path.exists():
+            each.replace(path)  # killed between two renames
+        elif rest[found.end() :].removesuffix(".old") == path.suffix:
+            remove(each)
+
+
+def _was_left_behind(each: Path, found: re.Match[str]) -> bool:
+    if found["host"] == _host() and os.name == "posix":  # elsewhere asking for a process may end it
+        return not _lives(int(found["pid"]))
+    return time.time() - each.lstat().st_mtime > STALE_S
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+# --- replacing --------------------------------------------------------------------------------------------------------
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """For the beginning of a command that is to write a file or a package there.
+
+    Raises:
+        InputError: what is there is not what is written under such a name, so that it is not this project's to
+            replace: a symbolic link, a device, a file of another format, a folder with other things than a package's.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link; give the path that it leads to, or remove the link")
+    if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):
+        kind = f" that holds other things than a {path.suffix[1:]}'s" if path.suffix in PACKAGES else ""
+        raise InputError(f"{path}: is a folder{kind}; choose another name")
+    if path.suffix == ".bin" and is_file(path) and not is_file(path.with_suffix(".xml")):
+        raise InputError(f"{path}: is there already, without the .xml file that it would be the weights of; choose "
+                         "another name")  # fmt: skip
+    if is_file(path) and path.suffix in BEGINNINGS and path.stat().st_size:
+        with open_file(path) as file:
+            begins_well = BEGINNINGS[path.suffix](file.read(4096))
+        if not begins_well:
+            raise InputError(f"{path}: is there already and is not a {path.suffix} file; choose another name")
+
+
+def _is_package(folder: Path, known: re.Pattern[str]) -> bool:
+    """Whether a folder holds nothing but what a package does, and what a file manager leaves."""
+    return all(
+        known.fullmatch(each.relative_to(folder).as_posix()) or (is_file(each) and LEFT_BY_SYSTEMS.fullmatch(each.name))
+        for each in folder.rglob("*")
+    )
+
+
+PACKAGES = {
+    ".mlpackage": re.compile(r"Manifest\.json|Data(/com\.apple\.CoreML(/(\w+\.mlmodel|weights(/\w+\.bin)?))?)?")
+}
+"""What a package, a folder that is one artifact, holds, by its suffix."""
+LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
+BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
+    ".json": lambda head: head.lstrip()[:1] in (b"{", b"["),
+    ".jsonl": lambda head: head.lstrip()[:1] == b"{",
+    ".safetensors": lambda head: head[8:9] == b"{",
+    ".pth": lambda head: head[:2] in (b"PK", b"\x80\x02"),
+    ".pt": lambda head: head[:2] in (b"PK", b"\x80\x02"),
+    ".onnx": lambda head: head[:1] == b"\x08",  # a model's first field, the version of its format
+    ".xml": lambda head: head.lstrip()[:1] == b"<",
+    ".png": lambda head: head[:4] == b"\x89PNG",
+    ".svg": lambda head: head.lstrip()[:1] == b"<",
+    ".html": lambda head: head.lstrip()[:1] == b"<",
+}
+"""Whether a file is of the format that its suffix says, by its first bytes."""
 
 
 def check_output_folder(path: Path | None) -> None:
@@ -73,29 +301,43 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's content; of a folder, of its files' names and digests in order.
 
     What file managers leave in a folder does not count: files whose names begin with a dot, Thumbs.db, desktop.ini.
+
+    Raises:
+        InputError: nothing is there, it cannot be read, or a folder holds a symbolic link, whose target may change.
     """
     path, digest = Path(path), hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(each for each in path.rglob("*") if each.is_file() and not _is_left_behind(each)):
+    if is_folder(path):
+        for file in files_below(path):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
         return digest.hexdigest()
-    with path.open("rb") as opened:
+    with open_file(path) as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _is_left_behind(file: Path) -> bool:
-    return file.name.startswith(".") or file.name in ("Thumbs.db", "desktop.ini")
+def files_below(folder: Path) -> list[Path]:
+    """Return the files of a folder that is one artifact, in order; raises as `sha256`."""
+    found = sorted(each for each in folder.rglob("*") if not _is_clutter(each))
+    for each in found:
+        if each.is_symlink():
+            raise InputError(f"{each}: is a symbolic link, which a package does not hold; put in its place what it "
+                             "leads to")  # fmt: skip
+    return [each for each in found if is_file(each)]
+
+
+def _is_clutter(file: Path) -> bool:
+    return file.name.startswith(".") or bool(LEFT_BY_SYSTEMS.fullmatch(file.name))
 
 
 def size(path: str | os.PathLike) -> int:
     """Bytes of a file, or of all files in a folder."""
     path = Path(path)
-    return (
-        sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
-    )
+    return sum(each.stat().st_size for each in (path.rglob("*") if is_folder(path) else [path]) if is_file(each))

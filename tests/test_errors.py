@@ -167,7 +167,7 @@ sys.argv = [sysconfig.get_path("scripts") + "/shvit", "list"]  # the program, wh
 from shvit import cli
 cli.COMMANDS["list"] = cli.Entry("shvit.cli:show", "")
 cli.show = lambda options, prog: print("model → file") or type("Shown", (), {"run": lambda self: {}})()
-cli.main()
+cli.program()
 """
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)

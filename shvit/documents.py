@@ -1,0 +1,291 @@
+"""JSON and YAML files: the one reader of both, with limits on what a file may ask for, and the one writer of JSON.
+
+A third-party file may be nested ten thousand levels deep, expand to gigabytes by aliases, hold a number of five
+thousand digits, or name a key twice, which readers resolve differently. All of that is refused in one line.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import InputError, first_line
+from .files import read_bytes
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 60  # levels of lists and mappings
+MAX_DIGITS = 40  # of an integer; 128 bits have 39
+MAX_NODES = 1_000_000  # of a YAML file whose aliases are expanded
+
+Model = TypeVar("Model")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def load_json(path: str | os.PathLike, limit: int = MAX_BYTES, max_depth: int | None = MAX_DEPTH) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        limit: bytes that the file may have.
+        max_depth: as in `parse_json`.
+
+    Raises:
+        InputError: as `read_bytes` and `parse_json`.
+    """
+    return parse_json(read_bytes(path, limit), str(path), max_depth)
+
+
+def parse_json(text: str | bytes, name: str, max_depth: int | None = MAX_DEPTH) -> Any:
+    """Return the content of a JSON text; of bytes, the encoding is detected as the standard has it.
+
+    Args:
+        name: what messages call it.
+        max_depth: levels of nesting; None where measuring it would take too long, and the interpreter's limit holds.
+
+    Raises:
+        InputError: not JSON, nested too deeply, a key twice in one object, a number that is not finite or has more than
+            `MAX_DIGITS` digits.
+    """
+    try:
+        content = json.loads(
+            text,
+            object_pairs_hook=_without_repetition,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_bounded_int,
+        )
+    except RecursionError:
+        raise InputError(f"{name}: not readable as JSON (it is nested too deeply)") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
+        raise InputError(f"{name}: not readable as JSON ({first_line(error)})") from error
+    if max_depth is not None and _is_deeper(content, max_depth):
+        raise InputError(f"{name}: not readable as JSON (it is nested more than {max_depth} levels deep)")
+    return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return content
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]}… is too large")
+    return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text.lstrip('-'))} digits")
+    return int(text)
+
+
+def _is_deeper(content: Any, depth: int) -> bool:
+    """Whether lists and dicts are nested more than `depth` levels deep; level by level, not by recursion."""
+    level = [content]
+    for _ in range(depth + 1):
+        level = [
+            child
+            for each in level
+            if isinstance(each, list | dict)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, list | dict)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Return plain values as JSON that every reader takes: NaN and infinities become null, other letters escapes."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def parse_model(kind: type[Model], content: Any, name: str, advice: str = "") -> Model:
+    """Return plain values, as `parse_json` gives them, as an instance of a dataclass or a pydantic model.
+
+    Types are strict as in JSON: the text "64" is no number, and a list is taken for a tuple.
+
+    Args:
+        kind: what they should be.
+        name: what messages call them.
+        advice: what to do, at the end of a message.
+
+    Raises:
+        InputError: the first thing that does not fit, with its place.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        ending = f"; {advice}" if advice else ""
+        raise InputError(f"{name}: {describe_problem(error.errors()[0])}{ending}") from error
+
+
+def describe_problem(problem: Any) -> str:
+    """Return what pydantic found, as `place is value; what it should be`."""
+    place, message = ".".join(map(str, problem["loc"])), str(problem["msg"])
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown field {place!r}"
+    message = message.removeprefix("Value error, ")
+    found = repr(problem["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}…"
+    return f"{place or 'it'} is {found}; {message[:1].lower()}{message[1:]}"
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+def load_yaml(path: str | os.PathLike, limit: int = MAX_BYTES) -> Any:
+    """Return the plain values of a YAML file, as PyYAML's safe loader reads them.
+
+    Raises:
+        InputError: as `read_bytes` and `compose_yaml`, or a value is not readable, or not finite.
+    """
+    import yaml
+
+    node = compose_yaml(read_bytes(path, limit), str(path))
+    if node is None:
+        return None
+    loader = yaml.SafeLoader("")
+    try:
+        content = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: not readable as YAML ({_without_lines(error)})") from error
+    finally:
+        loader.dispose()
+    if not all(map(_is_bounded, _leaves(content))):
+        raise InputError(f"{path}: holds a number that is not finite, or of more than {MAX_DIGITS} digits")
+    return content
+
+
+def compose_yaml(text: bytes | str, name: str) -> "yaml.Node | None":
+    """Return the nodes of a YAML text, whose aliases and nesting are bounded and whose keys are words, each once.
+
+    Args:
+        name: what messages call it.
+
+    Returns:
+        None where the text is empty.
+
+    Raises:
+        InputError: not YAML, or more than that.
+    """
+    import yaml
+
+    kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=kind):  # without recursion, unlike what follows
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        node = yaml.compose(text, Loader=kind)
+        _check_nodes(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not readable as YAML ({_without_lines(error)})") from error
+    return node
+
+
+def _check_nodes(root: "yaml.Node | None") -> None:
+    """Raise ValueError where aliases lead back or expand without bound, and for keys that are no words or repeated."""
+    import yaml
+
+    sizes: dict[int, tuple[int, int]] = {}  # of each node with all below it: how many, and how deep
+    above: set[int] = set()
+    stack = [] if root is None else [root]
+    while stack:
+        node = stack[-1]
+        if id(node) in sizes:
+            stack.pop()
+            continue
+        children = _children(node)
+        if id(node) not in above:
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node)
+            above.add(id(node))
+            if any(id(child) in above for child in children):
+                raise ValueError("an alias leads back to where it stands")
+            stack.extend(child for child in children if id(child) not in sizes)
+            continue
+        above.remove(id(node))
+        below = [sizes[id(child)] for child in children]
+        size, depth = 1 + sum(each for each, _ in below), 1 + max((each for _, each in below), default=0)
+        if size > MAX_NODES or depth > MAX_DEPTH + 1:
+            raise ValueError("its aliases expand without bound")
+        sizes[id(node)] = size, depth
+
+
+def _children(node: "yaml.Node") -> "list[yaml.Node]":
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        return [each for pair in node.value for each in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_keys(node: "yaml.MappingNode") -> None:
+    import yaml
+
+    keys = [key.value for key, _ in node.value]
+    if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        raise ValueError("a key is no word")
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0][:60]!r} stands twice in one mapping")
+
+
+def _without_lines(error: BaseException) -> str:
+    """The message of a YAML error, which has several lines, in one."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key
+            yield from _leaves(value)
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        for value in content:
+            yield from _leaves(value)
+    else:
+        yield content
+
+
+def _is_bounded(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
+
+
+__all__ = ["compose_yaml", "describe_problem", "load_json", "load_yaml", "parse_json", "parse_model", "to_json"]
