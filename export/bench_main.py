@@ -68,7 +68,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         from .worker import peak_memory
 
-        check_output_folder(self.output)
+        check_report(self.output)
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not tell; leave it out")
         if self.compute_units != "all" and not self._uses_coreml():
@@ -354,9 +354,9 @@ class _BrowserOptions:
         limits = {
             "--rounds": (self.rounds, 1, MOST_ROUNDS),
             "--sustained": (self.sustained, 2, MOST_SECONDS),
-            "--threads": (min(self.threads, default=0), 1, 1024),
         }
-        for option, (value, low, high) in limits.items():
+        checked = [(option, *limit) for option, limit in limits.items()]
+        for option, value, low, high in (*checked, *(("--threads", each, 1, 1024) for each in self.threads or [0])):
             if not low <= value <= high:
                 raise InputError(f"{option} {value} is out of range; choose {low} to {high}")
 
@@ -412,7 +412,7 @@ class BenchPhone(_BrowserOptions):
 
     def _check(self) -> None:
         super()._check()
-        check_output_folder(self.output)
+        check_report(self.output)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
         if not 1 <= self.records <= MOST_RECORDS:
@@ -430,7 +430,7 @@ class BenchPhone(_BrowserOptions):
 
         self._check()
         door = Door(self.lan, self.host, self.tls, self.port, 60 * self.minutes)
-        sockets = open_door(door)
+        opened = open_door(door)
         with _status("bench phone", lines=True) as progress:
             tried, served = self._prepare(self.output / "files", RECORDS, progress)
             measured = self._measure_here(tried, progress)
@@ -450,7 +450,7 @@ class BenchPhone(_BrowserOptions):
             console.print(describe_record(record))
             return self.records - len(measured.devices)
 
-        receive_phones(served, policy(self._hosted), receive, door, sockets, console.print)
+        receive_phones(served, policy(self._hosted), receive, door, opened, console.print)
         if not measured.devices:
             raise CheckFailed(
                 "no phone has sent a record; open the address while the command runs, with --lan from a phone",
@@ -479,7 +479,7 @@ class BenchImport:
         from .phone_record import add_record, describe_record, read_record_file
         from .records import Measurements, read_measurements
 
-        check_output_folder(self.output)
+        check_report(self.output)
         if not self.records:
             raise InputError("nothing to import; give at least one file that the page saved")
         measured = Measurements(None, ()) if self.beside is None else read_measurements(self.beside)
@@ -495,6 +495,14 @@ def _report(measured: Any, output: Path) -> dict[str, Any]:
     show_devices(measured)
     console.print("wrote " + ", ".join(map(str, write_report(measured, output))))
     return asdict(measured)
+
+
+def check_report(output: Path | None) -> None:
+    """For the beginning of a command with such an `--output`; raises InputError where no report can be written."""
+    from .content import check_report_page
+
+    check_output_folder(output)
+    check_report_page(output and output / "report.html")
 
 
 def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Path]:
@@ -535,10 +543,11 @@ class Site(_BrowserOptions):
         import tempfile
 
         from .records import read_measurements
-        from .site import write_site
+        from .site import check_site_folder, write_site
 
         self._check()
         check_output_folder(self.output)
+        check_site_folder(self.output)
         given = None if self.measured is None else read_measurements(self.measured)
         with tempfile.TemporaryDirectory() as folder, _status("site", lines=True) as progress:
             tried, served = self._prepare(Path(folder), None, progress)

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shvit.documents import parse_json
 from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.files import read_bytes, write_whole
 
 from .bench import percentiles, ratio_of
 from .published import published_top1
@@ -22,7 +23,7 @@ MOST_CALLS = 300  # of a round that are told
 MOST_SECONDS = 3600
 MAX_MS = 1e7
 
-CONTROL = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
+CONTROL = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
 Text = Annotated[str, Field(max_length=300, pattern=f"^[^{CONTROL}]*$")]
 NAME_CHARS = 80
 Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS, pattern=f"^[^{CONTROL}]+$")]
@@ -113,7 +114,10 @@ def read_record(content: bytes) -> PhoneRecord:
     if len(content) > MAX_BYTES:
         raise InputError(f"a record of {len(content):,} bytes is larger than the {MAX_BYTES:,} allowed")
     try:
-        record = PhoneRecord.model_validate_json(content)
+        record = PhoneRecord.model_validate(parse_json(content, "a record"))
+    except InputError as error:
+        problem = str(error).partition("not readable as JSON ")[2].strip("()")
+        raise InputError(f"not a record of `shvit bench phone` (whole: {problem[:120]})") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = re.sub(f"[{CONTROL}]", "�", ".".join(map(str, first["loc"]))[:100])
@@ -129,11 +133,9 @@ def read_record_file(path: Path) -> PhoneRecord:
     Raises:
         InputError: as `read_record`, or the file cannot be read.
     """
+    content = read_bytes(path, MAX_BYTES)
     try:
-        with path.open("rb") as file:
-            return read_record(file.read(MAX_BYTES + 1))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_record(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -108,7 +108,7 @@ def request(url: str, headers: dict[str, str]) -> Response:
 
 @contextmanager
 def bounded_waits() -> Iterator[None]:
-    """Give up after `TIMEOUT_S` of silence in libraries that download by themselves and set no timeout, as torch.hub."""
+    """Give up after `TIMEOUT_S` of silence in libraries that download and set no timeout of their own, as torch.hub."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)
     try:

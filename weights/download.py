@@ -5,19 +5,19 @@ file, one set of errors, and mirrors and tests that work for every publisher ali
 """
 
 import http.client
-import json
 import re
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any
 
 from shvit import __version__
+from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import CheckFailed, InputError, first_line
-from shvit.files import remove, sha256
+from shvit.files import is_file, remove, sha256
 
 from . import connection
 from .address import check_address, follow, shown_address
@@ -31,6 +31,7 @@ ATTEMPTS = 4
 PAUSE_S = 1.0  # before the second attempt; twice as long before each further one
 BLOCK = 1 << 18  # bytes
 MAX_BYTES = 1 << 30  # the largest file published has 0.2 GB
+MAX_RECORD_BYTES = 4096
 MAX_REDIRECTS = 10
 RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -270,12 +271,20 @@ def _record(partial: Path) -> Path:
     return partial.with_name(partial.name + ".json")
 
 
+@dataclass(frozen=True)
+class _Record:
+    """Whose bytes a partial file holds."""
+
+    url: str
+    """As `_digest` has it."""
+    validator: str | None
+    """What proves that the server still has the same file: a strong ETag, or its date."""
+
+
 def _note(url: str, partial: Path, headers: Any) -> None:
-    """Keeps what proves later that the server still has the same file: a strong ETag, or its date."""
     etag = headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-    record = {"url": _digest(url), "validator": validator}
-    _record(partial).write_text(json.dumps(record), encoding="utf-8")
+    _record(partial).write_text(to_json(asdict(_Record(_digest(url), validator))), encoding="utf-8")
 
 
 def _digest(url: str) -> str:
@@ -285,14 +294,13 @@ def _digest(url: str) -> str:
 
 def _left_over(url: str, partial: Path) -> tuple[int, str | None]:
     """(bytes that came earlier, what to send as If-Range), or (0, None) where there is nothing to continue."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = partial.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            _discard(partial)
-            return 0, None
-        record = json.loads(_record(partial).read_text(encoding="utf-8"))
-        if record["url"] == _digest(url) and found.st_size and VALIDATOR.fullmatch(record["validator"]):
-            return found.st_size, record["validator"]
+    with suppress(InputError):  # a record that is none is as good as none
+        if is_file(partial) and not partial.is_symlink():
+            path = _record(partial)
+            record = parse_model(_Record, load_json(path, MAX_RECORD_BYTES), str(path))
+            size = partial.stat().st_size
+            if record.url == _digest(url) and size and VALIDATOR.fullmatch(record.validator or ""):
+                return size, record.validator
     return 0, None
 
 

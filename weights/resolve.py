@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shvit.checkpoint import SCHEMES, read_checkpoint, write_checkpoint
 from shvit.errors import InputError, first_line, refuse
-from shvit.files import sha256
+from shvit.files import is_file, is_there, sha256
 from shvit.names import check_model_name
 from shvit.run_info import RunInfo, read_run_info
 
@@ -98,7 +98,7 @@ def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[
         InputError: neither, or it cannot be downloaded.
     """
     path = Path(checkpoint)
-    if path.exists():
+    if is_there(path):
         return path, None
     names = [entry.name for entry in read_manifest()]
     if str(checkpoint) not in names:
@@ -177,7 +177,7 @@ def _timm_file(model: str, log: Log) -> Path:
         raise InputError(f"timm has no weights of {model!r}; give --checkpoint, or another model")
     base = model.partition(".")[0]
     path = cache_folder() / "timm" / f"{base}.{cfg.tag or 'default'}.safetensors"
-    if path.is_file():
+    if is_file(path):
         return path
     log(f"{path.stem}: timm's weights, from {cfg.hf_hub_id or cfg.url}")
     try:

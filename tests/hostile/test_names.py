@@ -23,8 +23,8 @@ NAMES = {
     "../../etc/passwd": "'../../etc/passwd'; choose from",
     "https://example.org/x": "names with a source are not taken",
     "\x1b[2J": "'\\x1b[2J'; choose from",
-    "": "unknown model ''; choose from",
-    "a" * 5000: "unknown model 'aaaa",
+    "": "''; choose from",
+    "a" * 5000: "'aaaa",
 }
 
 
@@ -42,15 +42,14 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:30]))
 @pytest.mark.parametrize("how", ["info", "export", "pretrained", "teacher"])
 def test_a_model_that_is_none_is_one_line(name, how):
-    with pytest.raises(InputError, match=re.escape(NAMES[name].removeprefix("unknown model"))) as failed:
-        if how == "info":
-            run(["info", name])
-        elif how == "export":
-            run(["export", "onnx", f"--model={name}", "--output", "x.onnx"])
-        elif how == "pretrained":
-            resolve_weights(name, None, pretrained=True)
-        else:
-            run(["train", "demo", f"--distill.teacher={name}"])
+    commands = {
+        "info": lambda: run(["info", name]),
+        "export": lambda: run(["export", "onnx", f"--model={name}", "--output", "x.onnx"]),
+        "pretrained": lambda: resolve_weights(name, None, pretrained=True),
+        "teacher": lambda: run(["train", "demo", f"--distill.teacher={name}"]),
+    }
+    with pytest.raises(InputError, match=re.escape(NAMES[name])) as failed:
+        commands[how]()
     assert len(str(failed.value)) < 400
 
 
