@@ -1,1 +1,1 @@
-"""Attacks on every surface, as small tests: bad input is one clear line, and nothing of the user's is lost."""
+"""Attacks on every surface: third-party files, names, configs and servers, each of which ends in one line."""
