@@ -40,7 +40,7 @@ class _Paced(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        count = self.raw.readinto(buffer)  # type: ignore[attr-defined]
+        count = self.raw.readinto(buffer)
         self.left -= count or 0
         self.received += count or 0
         seconds = time.monotonic() - self.since

@@ -30,7 +30,8 @@ USES = {  # what of the optional packages a command imports, with some options
     "demo": ("elpv_dataset", "onnx", "onnxruntime", "coremltools", "matplotlib", "tensorboard", "skimage"),
 }  # fmt: skip
 OWN = {"train": "train", "eval": "export", "export": "export", "verify": "export", "bench": "export",
-       "detect": "detection", "bench phone": "phone", "bench import": "phone", "site": "phone", "demo": "demo"}  # fmt: skip
+       "detect": "detection", "bench phone": "phone", "bench import": "phone", "site": "phone",
+       "demo": "demo"}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", USES)
