@@ -68,7 +68,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         from .worker import peak_memory
 
-        check_report(self.output)
+        check_output_folder(self.output)
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not tell; leave it out")
         if self.compute_units != "all" and not self._uses_coreml():
@@ -412,7 +412,7 @@ class BenchPhone(_BrowserOptions):
 
     def _check(self) -> None:
         super()._check()
-        check_report(self.output)
+        check_output_folder(self.output)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
         if not 1 <= self.records <= MOST_RECORDS:
@@ -479,7 +479,7 @@ class BenchImport:
         from .phone_record import add_record, describe_record, read_record_file
         from .records import Measurements, read_measurements
 
-        check_report(self.output)
+        check_output_folder(self.output)
         if not self.records:
             raise InputError("nothing to import; give at least one file that the page saved")
         measured = Measurements(None, ()) if self.beside is None else read_measurements(self.beside)
@@ -495,14 +495,6 @@ def _report(measured: Any, output: Path) -> dict[str, Any]:
     show_devices(measured)
     console.print("wrote " + ", ".join(map(str, write_report(measured, output))))
     return asdict(measured)
-
-
-def check_report(output: Path | None) -> None:
-    """For the beginning of a command with such an `--output`; raises InputError where no report can be written."""
-    from .content import check_report_page
-
-    check_output_folder(output)
-    check_report_page(output and output / "report.html")
 
 
 def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Path]:
@@ -539,15 +531,21 @@ class Site(_BrowserOptions):
     measured: Path | None = None
     """A bench.json whose results the explorer shows; those of this machine and the site's files by default."""
 
+    def _check(self) -> None:
+        from .site import check_site_folder
+
+        super()._check()
+        check_output_folder(self.output)
+        check_site_folder(self.output)
+
     def run(self) -> dict[str, Any]:
         import tempfile
 
         from .records import read_measurements
-        from .site import check_site_folder, write_site
+        from .site import write_site
 
         self._check()
         check_output_folder(self.output)
-        check_site_folder(self.output)
         given = None if self.measured is None else read_measurements(self.measured)
         with tempfile.TemporaryDirectory() as folder, _status("site", lines=True) as progress:
             tried, served = self._prepare(Path(folder), None, progress)

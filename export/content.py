@@ -4,8 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from shvit.errors import InputError
-from shvit.files import is_file, is_there, open_file, sha256, size
+from shvit.files import is_file, open_file, sha256, size
 
 WEB = Path(__file__).with_name("web")
 TYPES = {
@@ -46,7 +45,6 @@ class Content:
 
 
 FRONT_TITLE = "SHViT: models, and how fast they are on your device"
-EXPLORER_TITLE = "SHViT: accuracy against latency"
 MAX_HEAD_BYTES = 4096
 
 
@@ -56,14 +54,3 @@ def is_page(path: Path, title: str) -> bool:
         return False
     with open_file(path) as file:
         return f"<title>{title}</title>".encode() in file.read(MAX_HEAD_BYTES)
-
-
-def check_report_page(path: Path | None) -> None:
-    """For the beginning of a command that is to write the explorer there.
-
-    Raises:
-        InputError: something else is there, which is not ours to replace.
-    """
-    if path is not None and is_there(path) and not is_page(path, EXPLORER_TITLE):
-        raise InputError(f"{path}: is there already and is not a report of `shvit bench`; choose another folder for "
-                         "--output")  # fmt: skip

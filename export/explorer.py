@@ -12,7 +12,7 @@ from typing import Any
 
 from shvit.files import write_whole
 
-from .content import WEB, check_report_page
+from .content import WEB
 from .records import Measurements
 
 SCRIPTS = ("elements.js", "explorer_draw.js", "explorer_devices.js", "explorer.js")
@@ -25,7 +25,6 @@ def write_explorer(path: Path, measurements: Measurements) -> None:
     page = Template(_read("explorer.html")).substitute(
         policy=policy(style, script), style=style, script=script, explorer=explorer_body(measurements)
     )
-    check_report_page(path)
     with write_whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
 

@@ -11,9 +11,8 @@ import torch
 
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.deploy import deploy
-from shvit.documents import load_json
 from shvit.errors import InputError, first_line
-from shvit.files import is_file, sha256, write_whole
+from shvit.files import sha256, write_whole
 
 from .cases import Settings, Subject
 from .content import WEB, Content
@@ -115,10 +114,10 @@ def take_file(path: Path) -> TrialModel:
     if artefact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
         raise InputError(f"{path}: a browser is given files in {', '.join(PRECISIONS)} whose names have at most "
                          f"{NAME_CHARS} characters; rename it, or export it again")  # fmt: skip
-    if not is_file(certificate_path(path)):
+    if not certificate_path(path).exists():
         raise InputError(f"{path}: has no certificate beside it; export it with `shvit export onnx`, which writes one")
     check_unchanged(path, sha256(path))
-    certificate = load_json(certificate_path(path))
+    certificate = json.loads(certificate_path(path).read_text(encoding="utf-8"))
     return TrialModel(
         name=path.name,
         path=path,

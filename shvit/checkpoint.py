@@ -24,7 +24,6 @@ from torch import nn
 
 from .errors import InputError, first_line
 from .files import write_whole
-from .names import check_model_name
 
 __all__ = [
     "Checkpoint",
@@ -427,6 +426,7 @@ def create_model(
     from timm.utils import reparameterize_model
 
     from . import shvit  # noqa: F401  (registers the models)
+    from .names import check_model_name
 
     scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:

@@ -239,7 +239,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
             replace: a symbolic link, a device, a file of another format, a folder with other things than a package's.
     """
     path = Path(path)
-    is_there(path)  # which says why that cannot be told
+    is_there(path)  # or that cannot be told
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link; give the path that it leads to, or remove the link")
     if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):

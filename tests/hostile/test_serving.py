@@ -14,7 +14,6 @@ from shvit.cli import run
 from shvit.errors import InputError
 from shvit.export import phone
 from shvit.export.content import Content
-from shvit.export.explorer import write_explorer
 from shvit.export.phone import Door, open_door
 from shvit.export.phone_record import read_record, read_record_file
 from shvit.export.site import OWN_NAMES, check_site_folder, write_site
@@ -176,17 +175,6 @@ def test_files_of_a_site_are_not_reached_through_a_link(tmp_path):
     with pytest.raises(InputError, match="files: is a symbolic link"):
         write_site(tmp_path / "site", SERVED, [], MEASUREMENTS, hosted=True)
     assert precious.read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("command", [["bench"], ["bench", "phone"], ["bench", "import", "x.json"]], ids=" ".join)
-def test_a_report_replaces_no_other_page(command, unprepared):
-    (unprepared / "report.html").write_text("<!doctype html><title>my thesis</title>")
-    message = fails(*command, "--output", unprepared)
-    assert "report.html: is there already and is not a report of `shvit bench`" in message
-    assert "thesis" in (unprepared / "report.html").read_text()
-    (unprepared / "report.html").unlink()
-    write_explorer(unprepared / "report.html", MEASUREMENTS)
-    write_explorer(unprepared / "report.html", MEASUREMENTS)
 
 
 @pytest.mark.parametrize("command", [["bench", "phone"], ["site"]], ids=" ".join)
