@@ -352,9 +352,9 @@ class _BrowserOptions:
         limits = {
             "--rounds": (self.rounds, 1, MOST_ROUNDS),
             "--sustained": (self.sustained, 2, MOST_SECONDS),
-            "--threads": (min(self.threads, default=0), 1, 1024),
         }
-        for option, (value, low, high) in limits.items():
+        checked = [(option, *limit) for option, limit in limits.items()]
+        for option, value, low, high in (*checked, *(("--threads", each, 1, 1024) for each in self.threads or [0])):
             if not low <= value <= high:
                 raise InputError(f"{option} {value} is out of range; choose {low} to {high}")
 
@@ -431,7 +431,7 @@ class BenchPhone(_BrowserOptions):
 
         self._check()
         door = Door(self.lan, self.host, self.tls, self.port, 60 * self.minutes)
-        sockets = open_door(door)
+        opened = open_door(door)
         with _status("bench phone", lines=True) as progress:
             tried, served = self._prepare(self.output / "files", RECORDS, progress)
             measured = self._measure_here(tried, progress)
@@ -451,7 +451,7 @@ class BenchPhone(_BrowserOptions):
             console.print(describe_record(record))
             return self.records - len(measured.devices)
 
-        receive_phones(served, policy(self._hosted), receive, door, sockets, console.print)
+        receive_phones(served, policy(self._hosted), receive, door, opened, console.print)
         if not measured.devices:
             raise CheckFailed(
                 "no phone has sent a record; open the address while the command runs, with --lan from a phone",
@@ -542,6 +542,13 @@ class Site(_BrowserOptions):
     """A folder for it."""
     measured: Path | None = None
     """A bench.json whose results the explorer shows; those of this machine and the site's files by default."""
+
+    def _check(self) -> None:
+        from .site import check_site_folder
+
+        super()._check()
+        check_output_folder(self.output)
+        check_site_folder(self.output)
 
     def run(self) -> dict[str, Any]:
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from shvit.files import sha256, size
+from shvit.files import is_file, open_file, sha256, size
 
 WEB = Path(__file__).with_name("web")
 TYPES = {
@@ -42,3 +42,15 @@ class Content:
 
     def read(self) -> bytes:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+
+FRONT_TITLE = "SHViT: models, and how fast they are on your device"
+MAX_HEAD_BYTES = 4096
+
+
+def is_page(path: Path, title: str) -> bool:
+    """Return whether a page of ours with this title is there."""
+    if not is_file(path):
+        return False
+    with open_file(path) as file:
+        return f"<title>{title}</title>".encode() in file.read(MAX_HEAD_BYTES)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.errors import InputError
-from shvit.files import sha256, write_whole
+from shvit.files import is_file, sha256, write_whole
 from shvit.weights.cache import cache_folder
 from shvit.weights.download import download
 
 VERSION = "1.30.0"
 NPM = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
 NPM_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+WAIT_S = 600.0  # for another process that fills the folder
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 
 
@@ -89,7 +90,7 @@ def runtime_files(folder: Path | None, progress: Callable[[str], None] = lambda 
     """
     folder = folder or cache_folder() / f"onnxruntime-web-{VERSION}"
     found = {name: folder / name for name in FILES}
-    if not all(path.is_file() for path in found.values()):
+    if not all(map(is_file, found.values())):
         progress(f"fetching onnxruntime-web {VERSION} from npm")
         _fill(folder)
     for name, path in found.items():
@@ -101,14 +102,17 @@ def runtime_files(folder: Path | None, progress: Callable[[str], None] = lambda 
 
 def _fill(folder: Path) -> None:
     """Takes the files that are missing out of npm's package; one process at a time."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            missing = [name for name in FILES if not (folder / name).is_file()]
+        with FileLock(folder / ".lock", timeout=WAIT_S):
+            missing = [name for name in FILES if not is_file(folder / name)]
             if missing:
                 _fetch(folder, missing)
+    except Timeout as error:  # a kind of OSError
+        raise InputError(f"{folder}: another process has been filling it for {WAIT_S:.0f} s; wait until it ends, or "
+                         "give --ort-web another folder") from error  # fmt: skip
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to: {error.strerror}; give --ort-web another folder") from error
 

@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shvit.errors import InputError
 
 from .content import Content
 from .phone_record import PhoneRecord
+
+if TYPE_CHECKING:
+    from .tls import SelfSigned
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
@@ -36,26 +40,49 @@ class Door:
         """The host in the address.
 
         Raises:
-            InputError: there is no network.
+            InputError: there is no network, or `host` is no name or address that a phone can open.
         """
-        from .tls import lan_address
+        from .tls import check_host, lan_address
 
-        host = self.host or (lan_address() if self.lan else LOOPBACK)
+        if self.host is not None:
+            return check_host(self.host)
+        host = lan_address() if self.lan else LOOPBACK
         if host is None:
             raise InputError("--lan: this machine has no network; join one, or say how phones reach it with --host")
         return host
 
 
-def open_door(door: Door) -> list[socket.socket]:
-    """Sockets that listen, before anything long begins.
+@dataclass(frozen=True)
+class Opened:
+    """A door at which phones can knock."""
+
+    host: str
+    """As in the address; an IPv6 address without brackets."""
+    sockets: Sequence[socket.socket]
+    signed: "SelfSigned | None"
+    """None without TLS."""
+
+    def url(self, token: str) -> str:
+        """What phones open."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.signed else 'http'}://{host}:{self.sockets[0].getsockname()[1]}/{token}/"
+
+
+def open_door(door: Door) -> Opened:
+    """Everything that can go wrong with hosts, ports and certificates does before anything long begins.
 
     Raises:
-        InputError: the port is taken, or there is no network.
+        InputError: the port is taken, there is no network, or the host is none.
     """
     from .server import listen
+    from .tls import self_signed
 
-    door.shown()
-    return listen(EVERYWHERE if door.lan else LOOPBACK, door.port)
+    host = door.shown()
+    signed = self_signed([host, LOOPBACK, "localhost"]) if door.tls else None
+    ipv6 = ":" in host
+    if door.lan:
+        return Opened(host, listen(None if ipv6 else EVERYWHERE, door.port), signed)
+    return Opened(host, listen("::1" if ipv6 else LOOPBACK, door.port), signed)
 
 
 def receive_phones(
@@ -63,7 +90,7 @@ def receive_phones(
     policy: str,
     receive: Callable[[PhoneRecord], int],
     door: Door,
-    sockets: Sequence[socket.socket],
+    opened: Opened,
     say: Say,
 ) -> None:
     """Serves the page until no more records are awaited, the time is over or the user interrupts.
@@ -71,16 +98,14 @@ def receive_phones(
     Args:
         policy: the Content-Security-Policy.
         receive: as of `serve`.
-        sockets: as of `open_door`.
+        opened: as of `open_door`.
     """
     import asyncio
 
     from .server import serve
-    from .tls import self_signed
 
-    host, token = door.shown(), secrets.token_urlsafe(16)
-    signed = self_signed([host, LOOPBACK, "localhost"]) if door.tls else None
-    url = f"{'https' if signed else 'http'}://{host}:{sockets[0].getsockname()[1]}/{token}/"
+    token, signed = secrets.token_urlsafe(16), opened.signed
+    url = opened.url(token)
     if "utf" in (sys.stdout.encoding or "").lower():
         for line in qr_code(url).splitlines():
             say(line)
@@ -92,7 +117,8 @@ def receive_phones(
     else:
         say("this machine alone can open it; add --lan for phones, best with --tls")
     say(f"waiting for {door.time_limit_s / 60:g} minutes at most, or until Ctrl-C")
-    serving = serve(served, policy, token, receive, sockets, signed.context if signed else None, door.time_limit_s)
+    tls = signed.context if signed else None
+    serving = serve(served, policy, token, receive, opened.sockets, tls, door.time_limit_s)
     with _logging(say):
         try:
             if not asyncio.run(serving):

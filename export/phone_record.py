@@ -23,7 +23,7 @@ MOST_CALLS = 300  # of a round that are told
 MOST_SECONDS = 3600
 MAX_MS = 1e7
 
-CONTROL = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
+CONTROL = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
 Text = Annotated[str, Field(max_length=300, pattern=f"^[^{CONTROL}]*$")]
 NAME_CHARS = 80
 Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS, pattern=f"^[^{CONTROL}]+$")]

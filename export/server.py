@@ -38,8 +38,8 @@ HEADERS = {
 }
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen there; port 0 is any that is free.
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Sockets that listen there, with None on every address of IPv4 and IPv6; port 0 is any that is free.
 
     Raises:
         InputError: they cannot.
@@ -47,8 +47,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     try:
         return bind_sockets(port, host)
     except OSError as error:
-        raise InputError(f"--port {port}: cannot listen on {host}: {error.strerror}; choose another, or leave it "
-                         "out") from error  # fmt: skip
+        raise InputError(f"--port {port}: cannot listen on {host or 'IPv6'}: {error.strerror}; choose another, or "
+                         "leave it out") from error  # fmt: skip
 
 
 async def serve(

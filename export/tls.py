@@ -2,12 +2,15 @@
 
 import datetime
 import ipaddress
+import re
 import socket
 import ssl
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from shvit.errors import InputError
 
 DAYS = 2  # browsers refuse server certificates of more than some hundred days; a run lasts an hour
 
@@ -54,6 +57,39 @@ def self_signed(hosts: Sequence[str]) -> SelfSigned:
         path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
         context.load_cert_chain(path)
     return SelfSigned(context, certificate.fingerprint(hashes.SHA256()).hex(":").upper())
+
+
+LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+
+
+def check_host(host: str) -> str:
+    """Return a host's name or address as certificates and addresses of pages have it.
+
+    Names of other scripts are encoded (IDNA), a dot at the end and the brackets of an IPv6 address are left out.
+
+    Raises:
+        InputError: it is neither a name nor an address, or is one that stands for no machine.
+    """
+    given = host if len(host) <= 80 else host[:80] + "…"
+    advice = "give a name such as laptop.local, or an address such as 192.168.0.5 or 2001:db8::5"
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        pass
+    else:
+        if address.is_unspecified or address.is_multicast or "%" in bare or str(address) == "255.255.255.255":
+            raise InputError(f"--host {given}: no phone can open that address; {advice}")
+        return str(address)
+    try:
+        name = host.removesuffix(".").encode("idna").decode("ascii").lower()
+    except UnicodeError as error:  # an empty label, one too long, a character that names do not have
+        raise InputError(f"--host {given!r}: is no host's name; {advice}") from error
+    labels = name.split(".")
+    if len(name) > 253 or not all(map(LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        port = "; the port is given as --port" if re.fullmatch(r"[^:/]+:\d+", host) else ""
+        raise InputError(f"--host {given!r}: is no host's name{port}; {advice}")
+    return name
 
 
 def _general_name(host: str):

@@ -444,6 +444,7 @@ def create_model(
     from timm.utils import reparameterize_model
 
     from . import shvit  # noqa: F401  (registers the models)
+    from .names import check_model_name
 
     scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:
@@ -455,10 +456,7 @@ def create_model(
         return getattr(importlib.import_module(module), function)(
             rest, None if checkpoint is None else Path(checkpoint)
         )
-    if not timm.is_model(name):
-        if Path(name).suffix in (".safetensors", ".pth", ".pt", ".bin"):
-            raise InputError(f"{name} is a file of weights and no model's name; such a file is given as --checkpoint")
-        raise InputError(f"unknown model {name!r}; {_suggest(name, timm.list_models())}")
+    check_model_name(name)
     if checkpoint is None:
         return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
     if name.split(".")[0] not in timm.list_models(module="shvit"):
@@ -473,14 +471,6 @@ def create_model(
         reset_head = source.num_classes != classes
     load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
     return model
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=4)
-    ours = [model for model in known if model.startswith("shvit")]
-    return f"choose from {', '.join(sorted(close) or ours)} (`shvit list '*'` shows all)"
 
 
 def _create_peer(

@@ -24,6 +24,7 @@ from typing import Any
 from . import __version__
 from .documents import to_json
 from .errors import CheckFailed, InputError, first_line, printable
+from .extras import advise
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def run(argv: list[str]) -> dict[str, Any]:
     try:
         return _parse(name, options).run()
     except ModuleNotFoundError as error:
-        raise InputError(_missing_module(error)) from error
+        if not error.name or error.name.partition(".")[0] == __package__:
+            raise
+        raise InputError(advise(error.name, argv)) from error
 
 
 def _parse(name: str, options: list[str]) -> Any:
@@ -132,35 +135,6 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean `shvit {close[0]}`?" if close else f"choose from {', '.join(COMMANDS)}"
     return f"unknown command {name!r}; {hint}"
-
-
-EXTRAS = {  # top-level module: the extra that brings it
-    "onnx": "export",
-    "onnxruntime": "export",
-    "onnxscript": "export",
-    "skimage": "export",
-    "tornado": "phone",
-    "segno": "phone",
-    "cryptography": "phone",
-    "coremltools": "coreml",
-    "openvino": "openvino",
-    "elpv_dataset": "demo",
-    "matplotlib": "train",
-    "tensorboard": "train",
-    "torchvision": "train",
-    "datasets": "data",
-    "pillow_heif": "heic",
-    "mmengine": "detection",
-    "mmcv": "detection",
-    "mmdet": "detection",
-}
-
-
-def _missing_module(error: ModuleNotFoundError) -> str:
-    module = (error.name or "").partition(".")[0]
-    if module not in EXTRAS:
-        raise error
-    return f"this needs the package {module}; install it with: pip install 'shvit[{EXTRAS[module]}]'"
 
 
 def main() -> None:

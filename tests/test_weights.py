@@ -127,7 +127,7 @@ def test_a_file_put_into_the_cache_by_hand_is_proved_and_recorded(cache, files):
 def test_a_damaged_lock_file_is_named(cache):
     cache.mkdir()
     (cache / "lock.json").write_text('{"shvit_s1": {"sha256": 1}}')
-    with pytest.raises(InputError, match=r"lock\.json: not a readable lock file"):
+    with pytest.raises(InputError, match=r"lock\.json: shvit_s1\.sha256 is 1; .*; restore the file, or remove it"):
         run(["weights", "list"])
 
 

@@ -5,15 +5,12 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
-import timm
-
-import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
+from shvit.names import check_model_name
 from shvit.weights.manifest import read_manifest
 
 from .data import max_workers
-from .locations import is_model_name
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
@@ -64,11 +61,9 @@ def check_fields(recipe: Recipe) -> None:
     Raises:
         InputError: a name is not known, a field is out of range, or one is given that would be ignored.
     """
-    if not is_model_name(recipe.model) or not timm.is_model(recipe.model):
-        raise InputError(f"unknown model {recipe.model!r}; `shvit list '*'` shows all")
-    teacher = recipe.distill.teacher
-    if teacher is not None and not (is_model_name(teacher) and timm.is_model(teacher)):
-        raise InputError(f"unknown teacher {teacher!r}; `shvit list '*'` shows all that timm knows")
+    check_model_name(recipe.model)
+    if recipe.distill.teacher is not None:
+        check_model_name(recipe.distill.teacher, "teacher")
     for name, lowest, highest in RANGES:
         value = attrgetter(name)(recipe)
         if value is not None and not lowest <= value <= highest:

@@ -78,11 +78,6 @@ def check_dataset_name(name: str, split: str) -> None:
         raise InputError(f"{name}: {split[:80]!r} is no name of a split; choose one, such as train or validation")
 
 
-def is_model_name(name: str) -> bool:
-    """Whether it has no prefix by which timm would fetch a model's code or configuration from elsewhere, or a path."""
-    return not any(each in name for each in ":/\\\0")
-
-
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 

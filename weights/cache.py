@@ -3,7 +3,6 @@
 The first download of a file is trusted; every later file of its name must be the same.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +10,38 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from shvit.errors import CheckFailed, InputError
-from shvit.files import sha256, write_whole
+from shvit.documents import load_json, parse_model, to_json
+from shvit.errors import CheckFailed, InputError, first_line
+from shvit.files import is_file, is_folder, is_there, sha256, write_whole
 
-from .download import Report, download
+from .address import shown_address
+from .download import Report, discard_partial, download
 from .manifest import SHA256, Published
 
 __all__ = ["Locked", "Obtained", "cache_folder", "expected_hash", "obtain", "read_lock"]
 
+MAX_LOCK_BYTES = 1 << 20
+
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $SHVIT_CACHE, else $XDG_CACHE_HOME/shvit, else ~/.cache/shvit. It may not exist yet."""
-    if own := os.environ.get("SHVIT_CACHE"):
-        return Path(own).expanduser()
+    """Where downloads are kept: $SHVIT_CACHE, else $XDG_CACHE_HOME/shvit, else ~/.cache/shvit. It may not exist yet.
+
+    Raises:
+        InputError: there is something else than a folder, or the home folder that it is in is not known.
+    """
+    own = os.environ.get("SHVIT_CACHE")
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "shvit"
+    try:
+        if own:
+            folder = Path(own).expanduser()
+        else:
+            folder = (shared if shared.is_absolute() else Path.home() / ".cache") / "shvit"
+    except RuntimeError as error:  # no such user, or one without a home
+        given = f"SHVIT_CACHE={own}" if own else "the home folder"
+        raise InputError(f"{given}: cannot be found ({first_line(error)}); set SHVIT_CACHE to a folder") from error
+    if is_there(folder) and not is_folder(folder):
+        raise InputError(f"{folder}: is a file, and the cache of downloads is to be there; set SHVIT_CACHE to a folder")
+    return folder
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -40,6 +56,7 @@ class Locked:
     url: str
     date: str
     """ISO date (UTC) of the first download."""
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (pydantic's name for it)
 
 
 def read_lock(cache: Path) -> dict[str, Locked]:
@@ -49,16 +66,17 @@ def read_lock(cache: Path) -> dict[str, Locked]:
         InputError: the file is damaged.
     """
     path = cache / "lock.json"
+    advice = "restore the file, or remove it to trust anew"
+    if not is_there(path):
+        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        locked = {name: Locked(**record) for name, record in content.items()}
-        damaged = [name for name, record in locked.items() if not SHA256.fullmatch(record.sha256)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not a readable lock file ({error}); restore it, or remove it to trust anew"
-        ) from error
+        content = load_json(path, MAX_LOCK_BYTES)
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
+    locked = parse_model(dict[str, Locked], content, str(path), advice)
+    damaged = [name for name, record in locked.items() if not SHA256.fullmatch(record.sha256)]
     if damaged:
-        raise InputError(f"{path}: the hash of {damaged[0]} is no sha256; restore the file, or remove it to trust anew")
+        raise InputError(f"{path}: the hash of {damaged[0]} is no sha256; {advice}")
     return locked
 
 
@@ -66,7 +84,7 @@ def _lock(cache: Path, name: str, record: Locked) -> None:
     records = {**read_lock(cache), name: record}
     with write_whole(cache / "lock.json") as partial:
         content = {key: asdict(value) for key, value in sorted(records.items())}
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
 
 def expected_hash(entry: Published, cache: Path) -> str | None:
@@ -102,17 +120,20 @@ def obtain(entry: Published, url: str, report: Report) -> Obtained:
     path = cache / entry.file_name
     with _alone(cache):
         expected = expected_hash(entry, cache)
-        digest = sha256(path) if path.is_file() else ""
+        digest = sha256(path) if is_file(path) else ""
         fetched = not digest or expected not in (None, digest)
         if fetched:
             advice = "nothing was kept; name another address with --url"
-            digest = download(url, path, expected, lambda partial: _prove(entry, partial, url, advice), report)
-        elif expected is None:
-            _prove(entry, path, str(path), "remove the file and run it again")
+            shown = shown_address(url)
+            digest = download(url, path, expected, lambda partial: _prove(entry, partial, shown, advice), report)
+        else:
+            discard_partial(path)  # of a download that was broken off before the file came another way
+            if expected is None:
+                _prove(entry, path, str(path), "remove the file and run it again")
         size = path.stat().st_size
         if expected is None:
             date = datetime.now(timezone.utc).date().isoformat()
-            _lock(cache, entry.name, Locked(digest, size, url, date))
+            _lock(cache, entry.name, Locked(digest, size, shown_address(url), date))
     return Obtained(path, digest, size, fetched, expected is None)
 
 

@@ -5,31 +5,39 @@ file, one set of errors, and mirrors and tests that work for every publisher ali
 """
 
 import http.client
-import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from shvit import __version__
-from shvit.errors import CheckFailed, InputError
-from shvit.files import remove, sha256
+from shvit.documents import load_json, parse_model, to_json
+from shvit.errors import CheckFailed, InputError, first_line
+from shvit.files import is_file, remove, sha256
 
-__all__ = ["Report", "download"]
+from . import connection
+from .address import check_address, follow, shown_address
+from .connection import Response, TooMuch, TooSlow
+
+__all__ = ["Report", "discard_partial", "download"]
 
 Report = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: the server does not say)
 
 ATTEMPTS = 4
 PAUSE_S = 1.0  # before the second attempt; twice as long before each further one
-TIMEOUT_S = 30.0  # to connect, and between two blocks
 BLOCK = 1 << 18  # bytes
-MAX_BYTES = 4 << 30  # the largest file published is far below 1 GB
+MAX_BYTES = 1 << 30  # the largest file published has 0.2 GB
+MAX_RECORD_BYTES = 4096
+MAX_REDIRECTS = 10
 RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
+REDIRECTS = (301, 302, 303, 307, 308)
+LENGTH = re.compile(r"[0-9]{1,15}")
+RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15}|\*)")
+VALIDATOR = re.compile(r'"[\x21\x23-\x7e]{1,200}"|[A-Za-z0-9,: +-]{10,40}')  # a strong ETag or a date
 
 
 class _Broken(Exception):
@@ -63,17 +71,16 @@ def download(
         InputError: the address cannot be reached, is refused or too large; what came so far is kept for the next call.
         CheckFailed: hash or length are wrong. This, and what `prove` raises, removes the partial file.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise InputError(f"{url}: not an address that can be fetched; give one that begins with https:// or http://")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    url, shown = check_address(url), shown_address(url)
+    partial = partial_path(path)
     _fetch(url, partial, report)
     try:
         digest = sha256(partial)
         if expected not in (None, digest):
             raise CheckFailed(
-                f"{url}: its sha256 is {digest}, and {expected} was expected; nothing was kept; "
+                f"{shown}: its sha256 is {digest}, and {expected} was expected; nothing was kept; "
                 "run it again, or name another address with --url",
-                {"url": url, "sha256": digest, "expected_sha256": expected},
+                {"url": shown, "sha256": digest, "expected_sha256": expected},
             )
         prove(partial)
         partial.replace(path)
@@ -82,9 +89,20 @@ def download(
     return digest
 
 
+def partial_path(path: Path) -> Path:
+    """Return the file beside `path` that an unfinished download is kept in."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def discard_partial(path: Path) -> None:
+    """Remove what an unfinished download of `path` left."""
+    _discard(partial_path(path))
+
+
 def _fetch(url: str, partial: Path, report: Report) -> None:
     """Completes `partial`, in several attempts if need be."""
     errors: list[_Broken] = []
+    shown = shown_address(url)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE_S * 2 ** (attempt - 1))
@@ -95,10 +113,10 @@ def _fetch(url: str, partial: Path, report: Report) -> None:
     previous, last = errors[-2:]
     if isinstance(last, _WrongLength) and isinstance(previous, _WrongLength) and last.size == previous.size:
         _discard(partial)  # no further byte came: the announced length is wrong, not the connection
-        raise CheckFailed(f"{url}: {last}, again and again; nothing was kept; name another address with --url",
-                          {"url": url, "size_bytes": last.size})  # fmt: skip
+        raise CheckFailed(f"{shown}: {last}, again and again; nothing was kept; name another address with --url",
+                          {"url": shown, "size_bytes": last.size})  # fmt: skip
     kept = f"what came so far is kept in {partial}; " if partial.exists() else ""
-    raise InputError(f"{url}: cannot be fetched ({last}; {ATTEMPTS} attempts); {kept}check the network and run it "
+    raise InputError(f"{shown}: cannot be fetched ({last}; {ATTEMPTS} attempts); {kept}check the network and run it "
                      "again, or name another address with --url")  # fmt: skip
 
 
@@ -107,84 +125,143 @@ def _attempt(url: str, partial: Path, report: Report) -> None:
     headers = {"User-Agent": f"shvit/{__version__}", "Accept-Encoding": "identity"}
     if validator:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
-    with _open(urllib.request.Request(url, headers=headers), partial, start) as response:
-        start, total = _placement(response, start, partial)
-        if total is not None and total > MAX_BYTES:
-            raise InputError(f"{url}: {total / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")
-        size = _receive(response, url, partial, start, lambda done: report(done, total))
+    with _open(url, headers, partial, start) as response:
+        start, total = _placement(response, url, start, partial)
+        limit = MAX_BYTES if total is None else total
+        if limit > MAX_BYTES:
+            raise InputError(f"{shown_address(url)}: {limit / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB "
+                             "allowed")  # fmt: skip
+        response.begin_body(limit - start)
+        size = _receive(response, url, partial, start, limit, lambda done: report(done, total))
     if total not in (None, size):
         raise _WrongLength(size, total)
 
 
-def _open(request: urllib.request.Request, partial: Path, start: int) -> Any:
-    """The server's answer to the request for what follows the first `start` bytes."""
-    url = request.full_url
+def _open(url: str, headers: dict[str, str], partial: Path, start: int) -> Response:
+    """The server's answer to the request for what follows the first `start` bytes, redirections followed."""
+    target = url
+    for _ in range(MAX_REDIRECTS + 1):
+        response = _request(target, headers)
+        status = response.status
+        if status not in REDIRECTS:
+            break
+        with response:
+            target = follow(target, response.headers.get("Location"))
+    else:
+        raise InputError(f"{shown_address(url)}: redirects more than {MAX_REDIRECTS} times; name another address with "
+                         "--url")  # fmt: skip
+    if status in (200, 203) or (status == 206 and "Range" in headers):
+        return response
+    with response:
+        if status == 416 and "Range" in headers:  # the left-over is as long as the file, or longer
+            _discard(partial)
+            raise _WrongLength(start, None)
+        said = f"HTTP {status} {response.reason[:100]}".strip()
+        if status in RETRIED:
+            raise _Broken(said)
+        raise InputError(f"{shown_address(url)}: the server answers {said}; name another address with --url")
+
+
+def _request(url: str, headers: dict[str, str]) -> Response:
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416:  # the left-over is as long as the file, or longer
-                _discard(partial)
-                raise _WrongLength(start, None) from error
-            if error.code in RETRIED:
-                raise _Broken(f"HTTP {error.code} {error.reason}") from error
-            raise InputError(f"{url}: the server answers HTTP {error.code} {error.reason}; "
-                             "name another address with --url") from error  # fmt: skip
+        return connection.request(url, headers)
+    except TooSlow as error:
+        raise _too_slow(url, error) from error
+    except TooMuch as error:
+        raise _nonsense(url, "its headers do not end") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_reason(error)) from error
-    except ValueError as error:  # an address such as http://:x/
-        raise InputError(f"{url}: not an address that can be fetched ({error})") from error
-    if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
-        response.close()
-        raise InputError(f"{url}: leads to {response.url}, which is not encrypted; name another address with --url")
-    return response
+    except ValueError as error:
+        raise InputError(f"{shown_address(url)}: cannot be fetched ({first_line(error)})") from error
 
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)
-    return str(reason) or type(reason).__name__
+    return first_line(reason) if isinstance(reason, BaseException) else str(reason)[:200] or type(error).__name__
 
 
-def _placement(response: Any, start: int, partial: Path) -> tuple[int, int | None]:
-    """(the offset of the body's first byte in the file, the file's size if the server tells it)."""
+def _placement(response: Response, url: str, start: int, partial: Path) -> tuple[int, int | None]:
+    """(the offset of the body's first byte in the file, the file's size if the server tells it).
+
+    Raises:
+        InputError: the headers contradict each other, or are not what HTTP has.
+    """
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise _nonsense(url, f"it is compressed, as {encoding[:40]!r}, which was not asked for")
+    length = _length(response, url)
     if response.status != 206:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
-    given = response.headers.get("Content-Range", "")
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", given)
+        return 0, length
+    given = ", ".join(response.headers.get_all("Content-Range") or [])
+    found = RANGE.fullmatch(given)
     if not found or int(found[1]) != start:
         _discard(partial)
-        raise _Broken(f"asked for the file from byte {start} on, and got the range {given!r}")
-    return start, None if found[2] == "*" else int(found[2])
+        raise _Broken(f"asked for the file from byte {start} on, and got the range {given[:80]!r}")
+    end, total = int(found[2]) + 1, None if found[3] == "*" else int(found[3])
+    if end < start or (total is not None and end > total) or length not in (None, end - start):
+        _discard(partial)
+        raise _nonsense(url, f"its range {given[:80]!r} and its length {length} do not go together")
+    return start, total
 
 
-def _receive(response: Any, url: str, partial: Path, start: int, report: Callable[[int], None]) -> int:
-    """Writes the body to `partial` from byte `start` on; returns the size then."""
+def _length(response: Response, url: str) -> int | None:
+    """The body's length; None where it is sent in chunks or until the end of the connection."""
+    given = {each.strip() for each in response.headers.get_all("Content-Length") or []}
+    if response.chunked or not given:
+        return None
+    length = given.pop()
+    if given or not LENGTH.fullmatch(length):
+        raise _nonsense(url, f"it has {len(given) + 1} lengths" if given else f"its length is {length[:40]!r}")
+    return int(length)
+
+
+def _nonsense(url: str, problem: str) -> InputError:
+    return InputError(f"{shown_address(url)}: the server's answer cannot be used: {problem}; name another address with "
+                      "--url")  # fmt: skip
+
+
+def _receive(response: Response, url: str, partial: Path, start: int, limit: int, report: Callable[[int], None]) -> int:
+    """Writes the body to `partial` from byte `start` on, at most up to byte `limit`; returns the size then."""
     size = start
     try:
         if not start:
+            _discard(partial)
             _note(url, partial, response.headers)
         with partial.open("ab" if start else "wb") as file:
-            for block in _blocks(response):
-                file.write(block)
+            for block in _blocks(response, url, partial):
                 size += len(block)
+                if size > limit:
+                    raise _too_much(url, partial)
+                file.write(block)
                 report(size)
-                if size > MAX_BYTES:
-                    break
     except OSError as error:
-        raise InputError(f"{partial}: cannot be written ({error}); make room, or set SHVIT_CACHE") from error
-    if size > MAX_BYTES:
-        _discard(partial)
-        raise InputError(f"{url}: more than the {MAX_BYTES / 1e9:.1f} GB allowed; nothing was kept")
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); make room, or set SHVIT_CACHE") from error
     return size
 
 
-def _blocks(response: Any) -> Iterator[bytes]:
+def _blocks(response: Response, url: str, partial: Path) -> Iterator[bytes]:
     try:
         while block := response.read1(BLOCK):
             yield block
+    except TooSlow as error:
+        raise _too_slow(url, error) from error
+    except TooMuch as error:
+        raise _too_much(url, partial) from error
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_reason(error)) from error
+    except ValueError as error:  # the size of a chunk that is none
+        raise _Broken(first_line(error)) from error
+
+
+def _too_slow(url: str, error: TooSlow) -> InputError:
+    return InputError(f"{shown_address(url)}: too slow ({error}); run it again to continue, or name another address "
+                      "with --url")  # fmt: skip
+
+
+def _too_much(url: str, partial: Path) -> InputError:
+    _discard(partial)
+    return InputError(f"{shown_address(url)}: sends more than it announces, or than the {MAX_BYTES / 1e9:.1f} GB "
+                      "allowed; nothing was kept; name another address with --url")  # fmt: skip
 
 
 # --- what an interrupted download leaves: the partial file, and whose bytes they are ----------------------------------
@@ -194,20 +271,36 @@ def _record(partial: Path) -> Path:
     return partial.with_name(partial.name + ".json")
 
 
+@dataclass(frozen=True)
+class _Record:
+    """Whose bytes a partial file holds."""
+
+    url: str
+    """As `_digest` has it."""
+    validator: str | None
+    """What proves that the server still has the same file: a strong ETag, or its date."""
+
+
 def _note(url: str, partial: Path, headers: Any) -> None:
-    """Keeps what proves later that the server still has the same file: a strong ETag, or its date."""
     etag = headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-    _record(partial).write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
+    _record(partial).write_text(to_json(asdict(_Record(_digest(url), validator))), encoding="utf-8")
+
+
+def _digest(url: str) -> str:
+    """What an address is recorded as: it may hold a key."""
+    return sha256_of(url.encode()).hexdigest()
 
 
 def _left_over(url: str, partial: Path) -> tuple[int, str | None]:
     """(bytes that came earlier, what to send as If-Range), or (0, None) where there is nothing to continue."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(_record(partial).read_text(encoding="utf-8"))
-        size = partial.stat().st_size
-        if record["url"] == url and record["validator"] and size:
-            return size, str(record["validator"])
+    with suppress(InputError):  # a record that is none is as good as none
+        if is_file(partial) and not partial.is_symlink():
+            path = _record(partial)
+            record = parse_model(_Record, load_json(path, MAX_RECORD_BYTES), str(path))
+            size = partial.stat().st_size
+            if record.url == _digest(url) and size and VALIDATOR.fullmatch(record.validator or ""):
+                return size, record.validator
     return 0, None
 
 

@@ -15,8 +15,9 @@ from tyro.conf import Positional, arg
 
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError
-from shvit.files import sha256, write_whole
+from shvit.files import check_replaceable, is_file, is_folder, is_there, sha256, write_whole
 
+from .address import shown_address
 from .cache import cache_folder, expected_hash, obtain, read_lock
 from .download import Report
 from .manifest import Published, find, read_manifest
@@ -76,7 +77,7 @@ class WeightsList:
         table = Table(Column("name", no_wrap=True), "cached", "hash", "licence", "accuracy %")
         rows = []
         for entry in entries:
-            cached = (cache / entry.file_name).is_file()
+            cached = is_file(cache / entry.file_name)
             known = "manifest" if entry.sha256 else "locked" if entry.name in locked else "unknown"
             accuracy = ", ".join(f"{metric} {value}" for metric, value in entry.accuracy.items())
             note = sources.index(entry.accuracy_source) + 1
@@ -104,9 +105,11 @@ class Pull:
     def run(self) -> dict[str, Any]:
         entry = find(self.name)
         suffix = Path(entry.file_name).suffix
-        if self.output and (self.output.suffix != suffix or self.output.is_dir()):
+        if self.output and self.output.suffix != suffix:
             raise InputError(f"--output {self.output}: {entry.name} is a {suffix} file; give a file name that ends so "
                              "(`shvit weights convert` makes other kinds)")  # fmt: skip
+        if self.output:
+            check_replaceable(self.output)
         console, url = terminal.console(), self.url or entry.url
         with _progress(console, entry.name) as report:
             obtained = obtain(entry, url, report)
@@ -122,7 +125,7 @@ class Pull:
             "model": entry.model,
             **asdict(obtained),
             "path": str(path),
-            "url": url if obtained.fetched else None,
+            "url": shown_address(url) if obtained.fetched else None,
         }
 
 
@@ -169,7 +172,7 @@ class Check:
 
     def run(self) -> dict[str, Any]:
         cache = cache_folder()
-        targets = self.targets or tuple(e.name for e in read_manifest() if (cache / e.file_name).is_file())
+        targets = self.targets or tuple(e.name for e in read_manifest() if is_file(cache / e.file_name))
         if not targets:
             raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` fetches one, or name a file")
         found = [(target, *_locate(target, cache)) for target in targets]
@@ -191,9 +194,9 @@ def _locate(target: str, cache: Path) -> tuple[Path, Published | None]:
     """The file that a name or a path stands for, and its entry in the manifest if it has one."""
     entry = next((entry for entry in read_manifest() if entry.name == target), None)
     path = cache / entry.file_name if entry else Path(target)
-    if path.is_dir():
+    if is_folder(path):
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
-    if not path.is_file():
+    if not is_file(path):
         hint = (
             f"`shvit weights pull {target}` fetches it" if entry else "give a file, or a name of `shvit weights list`"
         )
@@ -233,10 +236,9 @@ class Convert:
     def run(self) -> dict[str, Any]:
         if self.dst.suffix not in (".safetensors", ".pth", ".pt"):
             raise InputError(f"{self.dst}: unknown suffix {self.dst.suffix!r}; choose .safetensors, .pth or .pt")
-        if self.dst.is_dir():
-            raise InputError(f"{self.dst}: is a folder; give the name of a file")
-        if self.dst.exists() and self.src.exists() and self.dst.samefile(self.src):
+        if is_there(self.dst) and is_there(self.src) and self.dst.samefile(self.src):
             raise InputError(f"{self.dst}: is the source too; give another name")
+        check_replaceable(self.dst)
 
         from shvit.checkpoint import write_checkpoint
 

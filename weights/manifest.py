@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shvit.errors import InputError
+from shvit.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,7 @@ MANIFEST = Path(__file__).with_name("manifest.toml")
 METRICS = {"classification": {"top1"}, "detection": {"box_ap", "mask_ap"}}
 LAYOUTS = ("timm", "reference")
 SUFFIXES = (".safetensors", ".pth")
+MAX_BYTES = 1 << 20
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,8 +55,8 @@ def read_manifest(path: Path = MANIFEST) -> tuple[Published, ...]:
         InputError: it cannot be read, or an entry is incomplete, has an unknown key, or a value that is not allowed.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(read_text(path, MAX_BYTES))
+    except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: not a readable manifest ({error})") from error
     tables = content.pop("checkpoint", None)
     if content or not isinstance(tables, list):

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from shvit.checkpoint import SCHEMES, read_checkpoint, write_checkpoint
 from shvit.errors import InputError, first_line, refuse
-from shvit.files import sha256
+from shvit.files import is_file, is_there, sha256
+from shvit.names import check_model_name
 from shvit.run_info import RunInfo, read_run_info
 
 from .cache import cache_folder, expected_hash, obtain
+from .connection import bounded_waits
 from .imagenet import imagenet_names, is_imagenet
 from .layouts import variant_of
 from .manifest import Published, find, read_manifest
@@ -62,6 +64,8 @@ def resolve_weights(
         InputError: options that exclude each other, no such file or name, weights that cannot be fetched, or nothing
             tells the model.
     """
+    if model is not None and model.partition(":")[0] not in SCHEMES:
+        check_model_name(model)
     if pretrained:
         refuse("--pretrained takes the model's published weights", checkpoint=checkpoint, ema=ema)
         if model is None:
@@ -94,7 +98,7 @@ def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[
         InputError: neither, or it cannot be downloaded.
     """
     path = Path(checkpoint)
-    if path.exists():
+    if is_there(path):
         return path, None
     names = [entry.name for entry in read_manifest()]
     if str(checkpoint) not in names:
@@ -152,14 +156,8 @@ def _published_info(entry: Published) -> RunInfo | None:
 
 def _pretrained(model: str, log: Log) -> Weights:
     """A SHViT's entry in the manifest, or what timm publishes for any other model."""
-    import timm
-
-    import shvit.shvit  # noqa: F401  (registers ours)
-
     if model.partition(":")[0] in SCHEMES:
         raise InputError(f"{model}: has no published weights of its own; give --checkpoint")
-    if not timm.is_model(model):
-        raise InputError(f"unknown model {model!r}; `shvit list '*'` shows all")
     entries = [entry for entry in read_manifest() if entry.task == "classification"]
     entry = next((e for e in entries if model == (e.name if "." in model else e.model)), None)
     if entry is not None:
@@ -179,11 +177,12 @@ def _timm_file(model: str, log: Log) -> Path:
         raise InputError(f"timm has no weights of {model!r}; give --checkpoint, or another model")
     base = model.partition(".")[0]
     path = cache_folder() / "timm" / f"{base}.{cfg.tag or 'default'}.safetensors"
-    if path.is_file():
+    if is_file(path):
         return path
     log(f"{path.stem}: timm's weights, from {cfg.hf_hub_id or cfg.url}")
     try:
-        made = timm.create_model(model, pretrained=True)
+        with bounded_waits():
+            made = timm.create_model(model, pretrained=True)
     except Exception as error:  # each of timm's sources has its own
         raise InputError(f"{model}: timm's weights cannot be fetched ({first_line(error)}); check the network, or give "
                          "--checkpoint") from error  # fmt: skip

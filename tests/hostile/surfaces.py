@@ -1,0 +1,285 @@
+"""Where third-party files come in: valid ones to begin with, and what reads them."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shvit.errors import InputError
+
+from . import mutators
+from .mutators import Mutator
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A kind of file."""
+
+    seeds: Callable[[], list[bytes]]
+    """Makes valid files."""
+    attack: Callable[[bytes], None]
+    """Reads one as the commands do: it must return, or raise InputError."""
+    mutators: Sequence[Mutator]
+
+
+def _written(data: bytes, name: str) -> Path:
+    """A file in a folder of this process, with nothing else in it."""
+    folder = Path(tempfile.gettempdir()) / f"shvit-fuzz-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _images() -> list[bytes]:
+    from PIL import Image
+
+    seeds = []
+    formats = {"PNG": ("RGB", "LA", "P", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "TIFF": ("RGB", "I;16", "LAB"),
+               "GIF": ("P",), "BMP": ("RGB",), "WEBP": ("RGBA",), "PPM": ("L",)}  # fmt: skip
+    for kind, modes in formats.items():
+        for mode in modes:
+            file, exif = io.BytesIO(), Image.Exif()
+            exif[0x0112] = 6
+            options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}
+            Image.new(mode, (9, 7)).save(file, kind, **options)
+            seeds.append(file.getvalue())
+    return seeds
+
+
+def attack_image(data: bytes) -> None:
+    """As training, evaluation and calibration open an image."""
+    from shvit.train.images import open_image
+
+    open_image(_written(data, "x.jpg")).convert("RGB").load()
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _onnx() -> list[bytes]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    from shvit.export.onnx import INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
+
+    def model(raw: bool) -> bytes:
+        import numpy as np
+
+        spec = _spec(raw)
+        shape = [1, 16, 16, 3] if raw else [1, 3, 16, 16]
+        kind = TensorProto.UINT8 if raw else TensorProto.FLOAT
+        nodes = [
+            helper.make_node("Cast", [INPUT], ["a"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["a"], ["b"], axes=[1, 2] if raw else [2, 3], keepdims=0),
+            helper.make_node("Gemm", ["b", "w"], ["logits"]),
+        ]
+        weight = numpy_helper.from_array(np.ones((3, 2), np.float32), "w")
+        inputs = [helper.make_tensor_value_info(INPUT, kind, shape)]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 2])]
+        made = helper.make_model(
+            helper.make_graph(nodes, "g", inputs, outputs, [weight]), opset_imports=[helper.make_opsetid("", 17)]
+        )
+        made.ir_version = 8
+        helper.set_model_props(made, {SPEC_KEY: spec, LABELS_KEY: '["a", "b"]', RANGES_KEY: '{"b": [0.0, 1.0]}'})
+        return made.SerializeToString()
+
+    return [model(False), model(True)]
+
+
+def _spec(raw: bool = False) -> str:
+    from shvit.export.spec import Spec
+
+    mean = (0.485, 0.456, 0.406)
+    fields = {"model": "shvit_s1", "img_size": 16, "in_chans": 3, "num_classes": 2, "mean": mean, "std": mean,
+              "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center", "outputs": ("logits",)}  # fmt: skip
+    pixels = "uint8_input" if "uint8_input" in Spec.__dataclass_fields__ else "takes_pixels"
+    return Spec(**fields, **{pixels: raw}).to_json()
+
+
+def attack_onnx(data: bytes) -> None:
+    """As `shvit eval --artefact` and `shvit verify` open and run a file."""
+    import torch
+
+    from shvit.export.runtimes import open_artefact
+
+    artefact = open_artefact(_written(data, "x.onnx"), threads=1)
+    artefact(torch.zeros(1, *artefact.spec.shape, dtype=torch.uint8))
+
+
+def _safetensors() -> list[bytes]:
+    import timm
+    import torch
+    from safetensors.torch import save
+
+    from shvit.run_info import RunInfo
+
+    torch.manual_seed(0)
+    state = timm.create_model("shvit_s1", num_classes=2).state_dict()
+    small = {name: tensor[:1].contiguous() if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+    small["head.l.weight"], file = state["head.l.weight"], io.BytesIO()
+    torch.save({"model": dict(list(small.items())[:9])}, file)
+    return [save(small, {"format": "pt", **RunInfo("shvit_s1", ("a", "b"), 64).metadata}), file.getvalue()]
+
+
+def attack_checkpoint(data: bytes) -> None:
+    """As `--checkpoint` reads a file."""
+    from shvit.checkpoint import read_checkpoint
+    from shvit.run_info import read_run_info
+
+    path = _written(data, "x.pth" if data[:2] in (b"PK", b"\x80\x02") else "x.safetensors")
+    read_run_info(path)
+    read_checkpoint(path)
+
+
+# --- records and recipes ----------------------------------------------------------------------------------------------
+
+
+def _json() -> list[bytes]:
+    said = {"name": "phone", "browser": "b", "cores": 8, "memory_gb": None, "gpu": "", "missing": {}}
+    case = {
+        "model": "tiny",
+        "precision": "fp32",
+        "sha256": "0" * 64,
+        "img_size": 64,
+        "gmacs": 0.1,
+        "backend": "wasm",
+        "threads": 1,
+        "shared": False,
+        "check": None,
+        "error": "",
+        "load_ms": 1.5,
+        "first_ms": 3,
+        "rounds": [[1.5]],
+    }
+    record = {"format": "shvit-phone-1", "device": said, "runtime": "r", "cases": [case], "sustained": []}
+    result = {"model": "shvit_s1", "runtime": "torch", "precision": "fp32", "img_size": 224, "batch_size": 1,
+              "threads": 1, "rounds": 3, "calls": 30, "latency_ms_p50": 1.5, "latency_ms_p90": 2, "latency_ms_p99": 3,
+              "cpu_ms": 1, "ratio_to_first": 1.0, "ratio_low": 0.9, "ratio_high": 1.1, "load_ms": 5, "first_ms": 6,
+              "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8}  # fmt: skip
+    lock = {"shvit_s1": {"sha256": "0" * 64, "size_bytes": 1, "url": "https://example.org/x", "date": "2026-01-01"}}
+    certificate = {"artefact": "x.onnx", "artefact_sha256": "0" * 64, "checkpoint": "shvit_s1",
+                   "checkpoint_sha256": None, "model": "shvit_s1", "ema": False, "passed": True}  # fmt: skip
+    documents = ({"machine": None, "results": [result]}, record, lock, certificate, json.loads(_spec()))
+    return [json.dumps(document).encode() for document in documents]
+
+
+def attack_json(data: bytes) -> None:
+    """As every reader of JSON takes it: certificates, measurements, records, the cache's hashes, specs."""
+    from shvit.certificate import read_origin
+    from shvit.export.phone_record import read_record_file
+    from shvit.export.records import read_measurements
+    from shvit.export.spec import Spec
+    from shvit.weights.cache import read_lock
+
+    path = _written(data, "lock.json")
+    readers = (
+        lambda: read_lock(path.parent),
+        lambda: read_record_file(path),
+        lambda: read_measurements(path),
+        lambda: read_origin(_written(data, "x.onnx.certificate.json").with_name("x.onnx")),
+        lambda: Spec.from_json(data.decode("utf-8", "replace")),
+    )
+    _try_all(readers)
+
+
+def _try_all(readers: Sequence[Callable[[], object]]) -> None:
+    """Raises the last InputError where no reader takes it."""
+    refusals = []
+    for reader in readers:
+        try:
+            reader()
+        except InputError as error:  # noqa: PERF203
+            refusals.append(error)
+    if len(refusals) == len(readers):
+        raise refusals[-1]
+
+
+def _yaml() -> list[bytes]:
+    import yaml
+
+    from shvit.train.recipe import Recipe
+
+    recipe = json.loads(json.dumps(Recipe().as_dict(), default=str))
+    data = {"train": "0" * 64, "val": "0" * 64}
+    run = {"recipe": recipe, "data": data, "classes": ["a", "b"]}
+    return [yaml.safe_dump(recipe).encode(), yaml.safe_dump(run).encode(), json.dumps(recipe).encode()]
+
+
+def attack_yaml(data: bytes) -> None:
+    """As `shvit train --recipe` and a run folder's recipe are read."""
+    from shvit.train.data import read_trained_on
+    from shvit.train.recipe import read_recipe
+
+    path = _written(data, "recipe.yaml")
+    read_trained_on(path.with_name("best.safetensors"))
+    read_recipe(path)
+
+
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+def _coco() -> list[bytes]:
+    image = {"id": 1, "file_name": "a.png", "width": 9, "height": 7}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 4], "area": 20.0, "iscrowd": 0}
+    import numpy as np
+    from pycocotools import mask as codec
+
+    counts = codec.encode(np.asfortranarray(np.eye(7, 9, dtype=np.uint8)))["counts"].decode()
+    outline = [[1, 1, 6, 1, 6, 5, 1, 5]]
+    plain = {**box, "segmentation": outline}
+    masks = (outline, {"size": [7, 9], "counts": [8, 5, 50]}, {"size": [7, 9], "counts": counts})
+    crowds = [{**box, "id": 2, "segmentation": mask, "iscrowd": int(isinstance(mask, dict))} for mask in masks]
+    categories = [{"id": 1, "name": "cat"}]
+    return [
+        json.dumps({"images": [image], "categories": categories, "annotations": [plain, crowd]}).encode()
+        for crowd in crowds
+    ]
+
+
+def attack_coco(data: bytes) -> None:
+    """As `shvit detect train` checks annotations."""
+    from PIL import Image
+
+    from shvit.detection.annotations import check_annotations
+
+    path = _written(data, "annotations.json")
+    if not path.with_name("a.png").exists():
+        Image.new("RGB", (9, 7)).save(path.with_name("a.png"))
+    check_annotations(path, path.parent, ("cat",), masks=True)
+
+
+def _configs() -> list[bytes]:
+    from shvit.detection.config import CONFIGS, bundled, open_config
+
+    ours = [path.read_text() for path in sorted(CONFIGS.glob("*-s1_*.py"))]
+    flat = [open_config(name).pretty_text for name in bundled() if "-s1_" in name]
+    return [text.replace("./_base_", "{{$SHVIT_CONFIGS:}}/_base_").encode() for text in (*ours, *flat)]
+
+
+def attack_config(data: bytes) -> None:
+    """As the detection commands read a config without --trust-config; it must run nothing, and so write nothing."""
+    from shvit.detection.config import open_config
+
+    path = _written(data, "config.py")
+    before = set(path.parent.iterdir())
+    try:
+        open_config(str(path))
+    finally:
+        if set(path.parent.iterdir()) != before:
+            raise AssertionError("a config wrote a file")
+
+
+SURFACES = {
+    "images": Surface(_images, attack_image, [mutators.mutate_image]),
+    "onnx": Surface(_onnx, attack_onnx, [mutators.mutate_onnx]),
+    "json": Surface(_json, attack_json, [mutators.mutate_json, mutators.mutate_json, mutators.mutate_text]),
+    "yaml": Surface(_yaml, attack_yaml, [mutators.mutate_text, mutators.mutate_json]),
+    "safetensors": Surface(_safetensors, attack_checkpoint, [mutators.mutate_safetensors]),
+    "coco": Surface(_coco, attack_coco, [mutators.mutate_json, mutators.mutate_json, mutators.mutate_text]),
+    "configs": Surface(_configs, attack_config, [mutators.mutate_text]),
+}

@@ -1,0 +1,82 @@
+"""The fuzz command: what it takes for a finding, and a moment of it on every surface."""
+
+import os
+import time
+
+import pytest
+
+from hostile import fuzz
+from hostile.mutators import mutate_bytes, mutate_json, mutate_text
+from hostile.surfaces import SURFACES, Surface
+from shvit.errors import InputError
+
+
+def planted(fault):
+    """A surface that refuses everything, but files that begin otherwise than with an A do what `fault` does."""
+
+    def attack(data: bytes) -> None:
+        if not data.startswith(b"A"):
+            fault()
+        raise InputError("not a file")
+
+    return Surface(lambda: [b"A" * 64], attack, [mutate_bytes])
+
+
+def sleep():
+    time.sleep(60)
+
+
+def take_memory():
+    bytearray(3 << 30)
+
+
+def say_much():
+    raise InputError("one line\nand another")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda: {}["x"], "KeyError in test_fuzz.py:<lambda> < test_fuzz.py:attack"),
+        (lambda: os._exit(3), "the process ended with 3"),
+        (os.abort, "the process ended with -6"),
+        (sleep, "no end within 0.5 s"),
+        (take_memory, "MemoryError in test_fuzz.py:take_memory"),
+        (say_much, "a refusal of several lines"),
+    ],
+    ids=["KeyError", "exit", "abort", "sleep", "memory", "lines"],
+)
+def test_a_planted_fault_is_found_and_its_file_kept(fault, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "TIMEOUT_S", 0.5)
+    surface = planted(fault)
+    counts = fuzz.fuzz("planted", 5, 0, tmp_path, surface, runs=12)
+    assert counts["findings"] == 1
+    assert counts["refused"] > 0
+    found = list(tmp_path.glob("planted-0-*.bin"))
+    assert len(found) == 1
+    assert not found[0].read_bytes().startswith(b"A")
+    assert capsys.readouterr().out.startswith(f"{found[0]}: {said}")
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_valid_files_are_taken_and_a_moment_of_mutated_ones_ends(name, tmp_path):
+    seeds = SURFACES[name].seeds()
+    for seed in seeds:
+        SURFACES[name].attack(seed)
+    counts = fuzz.fuzz(name, 60, 0, tmp_path, runs=len(seeds) + 40)
+    assert counts["runs"] == len(seeds) + 40
+    assert counts["accepted"] >= len(seeds)
+    assert counts["findings"] == 0, [path.name for path in tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("mutate", [mutate_bytes, mutate_text, mutate_json])
+def test_a_seed_makes_the_same_files(mutate):
+    surface = Surface(lambda: [b'{"a": [1, 2, {"b": "c"}]}'], lambda data: None, [mutate])
+
+    def first_files(seed: int) -> list[bytes]:
+        files = fuzz.cases(surface, surface.seeds(), "x", seed)
+        return [next(files) for _ in range(50)]
+
+    assert first_files(1) == first_files(1)
+    assert first_files(1) != first_files(2)
+    assert len(set(first_files(1))) > 20
