@@ -265,7 +265,7 @@ def _check_size(path: Path) -> None:
     check_file(path)
     size = path.stat().st_size
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):  # torch.save's container
-        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        with suppress(Exception), zipfile.ZipFile(path) as archive:  # a damaged one is refused when it is loaded
             size = max(size, sum(entry.file_size for entry in archive.infolist()))  # what it would unpack to
     if size > MAX_BYTES:
         raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")

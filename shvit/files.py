@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from .errors import CheckFailed, InputError, first_line
 
+BLOCK = 1 << 20  # bytes
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EBADF}
 SPECIAL = (
@@ -88,14 +89,16 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     Raises:
         InputError: as `open_file`, or the file is larger.
     """
+    content = bytearray()
     with open_file(path) as file:
         try:
-            content = file.read(limit + 1)
+            while len(content) <= limit and (block := file.read(min(BLOCK, limit + 1 - len(content)))):
+                content += block  # to ask for the limit at once would take memory for it
         except OSError as error:
             raise _unreadable(path, error) from error
     if len(content) > limit:
         raise InputError(f"{path}: is larger than the {limit / 1e6:.0f} MB allowed")
-    return content
+    return bytes(content)
 
 
 def read_text(path: str | os.PathLike, limit: int) -> str:

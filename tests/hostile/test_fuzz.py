@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 
 import pytest
 
@@ -9,6 +10,7 @@ from hostile import fuzz
 from hostile.mutators import mutate_bytes, mutate_json, mutate_text
 from hostile.surfaces import SURFACES, Surface
 from shvit.errors import InputError
+from shvit.files import read_bytes
 
 
 def planted(fault):
@@ -80,3 +82,21 @@ def test_a_seed_makes_the_same_files(mutate):
     assert first_files(1) == first_files(1)
     assert first_files(1) != first_files(2)
     assert len(set(first_files(1))) > 20
+
+
+def test_a_damaged_name_in_a_checkpoints_archive_is_one_line(tmp_path):
+    data = SURFACES["safetensors"].seeds()[1]
+    at = data.rindex(b"PK\x01\x02")  # the last entry of the archive's directory: its flags, and its name
+    damaged = data[: at + 8] + b"\x00\x08" + data[at + 10 : at + 46] + b"\xff" + data[at + 47 :]
+    with pytest.raises(InputError):
+        SURFACES["safetensors"].attack(damaged)
+
+
+def test_a_large_limit_takes_no_memory_of_its_own(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "x", 1 << 40) == b"abc"
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
