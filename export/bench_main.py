@@ -551,16 +551,12 @@ class Site(_BrowserOptions):
         check_site_folder(self.output)
 
     def run(self) -> dict[str, Any]:
-
-        from .guards import check_apart, check_own
+        from .guards import check_apart
         from .records import read_measurements
-        from .site import SITE_FILES, write_site
-        from .trial import SCRIPTS
+        from .site import write_site
 
         self._check()
-        check_output_folder(self.output)
         check_apart(self.output, images=self.images, checkpoint=self.checkpoint, measured=self.measured)
-        check_own(self.output, "index.html", b"<title>SHViT", (*SITE_FILES, *SCRIPTS))
         given = None if self.measured is None else read_measurements(self.measured)
         with scratch_folder() as folder, _status("site", lines=True) as progress:
             tried, served = self._prepare(folder, None, progress)

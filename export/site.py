@@ -14,8 +14,6 @@ from .records import Measurements
 from .trial import SCRIPTS, TrialModel, policy
 
 ISOLATION = "isolation.js"
-SITE_FILES = ("measure.html", "explorer.html", "trial.json", "_headers", ISOLATION)
-"""The site's own files beside index.html and the page's scripts; models are in folders."""
 HEADERS = """/*
   Cross-Origin-Opener-Policy: same-origin
   Cross-Origin-Embedder-Policy: require-corp
@@ -24,8 +22,6 @@ HEADERS = """/*
 """
 """The file `_headers`, as Netlify and Cloudflare Pages read it; elsewhere isolation.js stands in for the first two."""
 OURS = re.compile(r"[0-9a-f]{64}\.(onnx|bin|json)")
-
-
 FRONT = "index.html"
 OWN_NAMES = (FRONT, "measure.html", "explorer.html", "trial.json", "_headers", ISOLATION, "files", "ort", *SCRIPTS)
 """What a site has in its folder."""

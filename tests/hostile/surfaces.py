@@ -160,11 +160,13 @@ def _json() -> list[bytes]:
     result = {"model": "shvit_s1", "runtime": "torch", "precision": "fp32", "img_size": 224, "batch_size": 1,
               "threads": 1, "rounds": 3, "calls": 30, "latency_ms_p50": 1.5, "latency_ms_p90": 2, "latency_ms_p99": 3,
               "cpu_ms": 1, "ratio_to_first": 1.0, "ratio_low": 0.9, "ratio_high": 1.1, "load_ms": 5, "first_ms": 6,
-              "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8}  # fmt: skip
+              "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8,
+              "device": "phone"}  # fmt: skip
     lock = {"shvit_s1": {"sha256": "0" * 64, "size_bytes": 1, "url": "https://example.org/x", "date": "2026-01-01"}}
     certificate = {"artefact": "x.onnx", "artefact_sha256": "0" * 64, "checkpoint": "shvit_s1",
                    "checkpoint_sha256": None, "model": "shvit_s1", "ema": False, "passed": True}  # fmt: skip
-    documents = ({"machine": None, "results": [result]}, record, lock, certificate, json.loads(_spec()))
+    measured = {"machine": None, "results": [result], "devices": [{**said, "runtime": "r"}]}
+    documents = (measured, record, lock, certificate, json.loads(_spec()))
     return [json.dumps(document).encode() for document in documents]
 
 

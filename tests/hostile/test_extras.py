@@ -12,9 +12,9 @@ from shvit.extras import EXTRAS, advise, extra_of
 USES = {  # what of the optional packages a command imports, with some options
     "list": (),
     "info shvit_s1": (),
-    "train demo": ("torchvision", "matplotlib", "tensorboard", "webdataset", "datasets", "pillow_heif", "elpv_dataset"),
+    "train demo": ("torchvision", "matplotlib", "tensorboard", "datasets", "pillow_heif", "elpv_dataset"),
     "eval --data x": ("torchvision", "onnx", "onnxruntime", "openvino", "coremltools", "skimage", "scipy", "matplotlib",
-                      "webdataset", "datasets", "pillow_heif", "elpv_dataset"),
+                      "datasets", "pillow_heif", "elpv_dataset"),
     "export onnx": ("onnx", "onnxruntime", "onnxscript", "skimage", "scipy"),
     "export coreml": ("coremltools", "skimage", "scipy"),
     "export openvino": ("openvino", "skimage", "scipy"),

@@ -145,7 +145,7 @@ def test_bench_replaces_no_report_of_others(tmp_path, name):
 @pytest.mark.parametrize("name", ["index.html", "_headers", "measure.js"])
 def test_site_replaces_no_page_of_others(tmp_path, name):
     (tmp_path / name).write_text("<title>my home page</title>")
-    with pytest.raises(InputError, match=f"holds {name}, which no earlier run"):
+    with pytest.raises(InputError, match=f"{name}: is there already, and .* is not a folder of `shvit site`"):
         cli.run(["site", "--models", "tiny_vit", "--output", str(tmp_path)])
 
 
