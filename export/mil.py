@@ -247,8 +247,7 @@ MAX_FILES = 1000  # of a package; those that are written here have three
 def _check_files(path: Path) -> None:
     """Raise InputError unless a package holds files and folders alone, all of which its hash covers.
 
-    A FIFO would be waited for; a link leads to what may change; and names that begin with a dot, which file managers
-    use, are left out of the hash.
+    A FIFO would be waited for, and names that begin with a dot, which file managers use, are left out of the hash.
     """
     if len(files_below(path)) > MAX_FILES:
         raise InputError(f"{path}: has more than {MAX_FILES} files; export the model again")
@@ -291,8 +290,8 @@ def _check_program(path: Path, proto: Any) -> None:
                 check_elements(path, [(op.outputs[0].name, [abs(n) for name in names for n in numbers.get(name, ())])])
             bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
             for value in (*op.attributes.values(), *bound):
-                name = value.blobFileValue.fileName.rpartition("/")[2]
-                if name.startswith("."):
+                name = value.blobFileValue.fileName
+                if any(part.startswith((".", "/")) for part in PurePosixPath(name).parts):
                     raise InputError(f"{path}: has weights in {name!r}, which is no file of a package; export the "
                                      "model again")  # fmt: skip
 

@@ -381,7 +381,7 @@ def sha256(path: str | os.PathLike) -> str:
     What file managers leave in a folder does not count: files whose names begin with a dot, Thumbs.db, desktop.ini.
 
     Raises:
-        InputError: nothing is there, it cannot be read, or a folder holds a symbolic link, whose target may change.
+        InputError: nothing is there, it cannot be read, or links in a folder lead back into it.
     """
     path, digest = Path(path), hashlib.sha256()
     if is_folder(path):
@@ -395,13 +395,19 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return the files of a folder that is one artifact, in order; raises as `sha256`."""
-    found = sorted(each for each in folder.rglob("*") if not _is_clutter(each))
-    for each in found:
-        if each.is_symlink():
-            raise InputError(f"{each}: is a symbolic link, which a package does not hold; put in its place what it "
-                             "leads to")  # fmt: skip
-    return [each for each in found if is_file(each)]
+    """Return the files of a folder that is one artifact, in order, links followed; raises as `sha256`."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):  # rglob does not go into links
+        folders[:] = [name for name in folders if not _is_clutter(Path(name))]
+        if len(Path(parent).relative_to(folder).parts) > MAX_PACKAGE_DEPTH:
+            raise InputError(
+                f"{folder}: its folders are nested more than {MAX_PACKAGE_DEPTH} deep, or a link leads back"
+            )
+        found += [Path(parent, name) for name in names if not _is_clutter(Path(name))]
+    return sorted(each for each in found if is_file(each))
+
+
+MAX_PACKAGE_DEPTH = 8  # a Core ML package has 3
 
 
 def _is_clutter(file: Path) -> bool:

@@ -169,11 +169,24 @@ def test_hash_is_hashlibs(tmp_path):
     assert sha256(folder) != before
 
 
-def test_package_with_a_link_has_no_hash(tmp_path):
+def test_package_of_links_has_the_hash_of_what_they_lead_to(tmp_path):
+    """As in the cache of the Hugging Face hub; a changed weight is seen wherever it lies."""
     make_package(tmp_path / "a.mlpackage")
+    before = sha256(tmp_path / "a.mlpackage")
     (tmp_path / "a.mlpackage/Data").rename(tmp_path / "elsewhere")
     (tmp_path / "a.mlpackage/Data").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="Data: is a symbolic link"):
+    model = tmp_path / "elsewhere/com.apple.CoreML/model.mlmodel"
+    model.rename(tmp_path / "blob")
+    model.symlink_to(tmp_path / "blob")
+    assert sha256(tmp_path / "a.mlpackage") == before
+    (tmp_path / "elsewhere/com.apple.CoreML/weights/weight.bin").write_text("changed")
+    assert sha256(tmp_path / "a.mlpackage") != before
+
+
+def test_links_that_lead_back_are_said(tmp_path):
+    make_package(tmp_path / "a.mlpackage")
+    (tmp_path / "a.mlpackage/Data/again").symlink_to(tmp_path / "a.mlpackage")
+    with pytest.raises(InputError, match="a link leads back"):
         sha256(tmp_path / "a.mlpackage")
 
 

@@ -321,9 +321,8 @@ def _fifo(file: Path) -> None:
     os.mkfifo(file)
 
 
-def _linked(path: Path) -> None:
-    (path / "Data").rename(path.parent / "real")
-    (path / "Data").symlink_to(path.parent / "real")
+def _lead_out(blob) -> None:
+    blob.fileName = "@model_path/../../../secret.bin"
 
 
 def _bomb(path: Path) -> None:
@@ -358,7 +357,7 @@ PACKAGES = {
     "manifest ..": lambda path: _manifest(path, "com.apple.CoreML/model.mlmodel", "../../x.mlmodel"),
     "manifest absolute": lambda path: _manifest(path, "com.apple.CoreML/model.mlmodel", "/etc/passwd"),
     "manifest hidden": lambda path: _manifest(path, "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/.m.mlmodel"),
-    "link": _linked,
+    "weights elsewhere": lambda path: _proto(path, lambda proto: [_lead_out(each) for each in _blobs(proto)]),
 }
 
 
@@ -367,6 +366,17 @@ def test_a_package_is_checked(package, tmp_path, attack):
     path = tmp_path / "m.mlpackage"
     shutil.copytree(package, path)
     PACKAGES[attack](path)
+    if attack == "weights elsewhere":
+        shutil.copyfile(next(path.rglob("weight.bin")), tmp_path / "secret.bin")
     with pytest.raises(InputError) as error:
         run(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_package_of_links_is_opened(package, tmp_path):
+    """As the cache of the Hugging Face hub holds one."""
+    path = tmp_path / "m.mlpackage"
+    shutil.copytree(package, path)
+    (path / "Data").rename(tmp_path / "real")
+    (path / "Data").symlink_to(tmp_path / "real")
+    run(path)
