@@ -175,7 +175,7 @@ class Objects:
         elif any(_has_pairs(each) for each in (segmentation, *segmentation)):
             report.add("polygon of pairs", where)
         elif wrong := [each for each in segmentation if not is_polygon(each)]:
-            report.add("polygon has not three corners or more", where, f"has {short(wrong[0])}")
+            report.add("polygon is not [x1, y1, x2, y2, x3, y3, …] in pixels", where, f"has {short(wrong[0])}")
         elif far := [each for each in segmentation if not self._is_near(each, image)]:
             report.add(FAR, where, f"has {short(far[0])} in {image.width}×{image.height}")
         elif min(box[2:]) >= 1:  # thinner ones, of which COCO itself has some, are evaluated against as they are
@@ -203,7 +203,7 @@ class Objects:
             detail = f"has size {short(size)}, not {[image.height, image.width]}"
             self.report.add("run lengths of another size than the image", where, detail)
         elif runs is None or sum(runs) != size[0] * size[1]:
-            total = "that are none" if runs is None else f"of {sum(runs):,} pixels, not {size[0] * size[1]:,}"
+            total = "that cannot be read" if runs is None else f"of {sum(runs):,} pixels, not {size[0] * size[1]:,}"
             self.report.add("run lengths that are not as many pixels as the image", where, f"has counts {total}")
         elif not sum(runs[1::2]):
             self.report.add("mask is empty", where)

@@ -73,7 +73,7 @@ KINDS = {  # kind of problem: what it is counted in, and what to do
     ),
     "polygon not in a list": ("annotation", "write [[x1, y1, x2, y2, …]], a list of polygons"),
     "polygon of pairs": ("annotation", "write [[x1, y1, x2, y2, …]], not [[x1, y1], [x2, y2], …]"),
-    "polygon has not three corners or more": ("annotation", "correct or remove the polygons"),
+    "polygon is not [x1, y1, x2, y2, x3, y3, …] in pixels": ("annotation", "correct or remove the polygons"),
     "polygon is normalized to 0..1": ("annotation", "multiply by the image's width and height"),
     "polygon outside of the image": ("annotation", "correct or remove them"),
     "mask is empty": ("annotation", "correct or remove them"),
