@@ -1,5 +1,6 @@
 """Datasets with a name, above all those that are read from front to back: shards, Hugging Face's and TensorFlow's."""
 
+import importlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from PIL import Image
 from timm.data.readers.reader import Reader
 
 from shvit.errors import InputError, first_line
+from shvit.extras import advise
 
 from .images import open_image, to_rgb
 from .locations import SCHEME, check_dataset_name, check_path
@@ -192,6 +194,10 @@ def check_named(data: Data, split: Split) -> str:
     return name
 
 
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
+"""What timm's readers import, by their prefix."""
+
+
 def create_named(data: Data, split: str, **options: Any) -> Any:
     """timm's dataset of that name.
 
@@ -202,6 +208,8 @@ def create_named(data: Data, split: str, **options: Any) -> Any:
 
     root = None if data.root is None else str(data.root)
     with missing_packages_named(data.name):
+        if package := PACKAGES.get(data.name.partition("/")[0]):
+            importlib.import_module(package)  # timm prints advice of its own
         return create_dataset(data.name, root, split=split, trust_remote_code=False, **options)
 
 
@@ -216,9 +224,7 @@ def missing_packages_named(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{name}: needs the package {error.name}; install it with: pip install {error.name}"
-        ) from error
+        raise InputError(f"{name}: {advise(error.name or '', ['train'])}") from error
     except InputError:
         raise
     except Exception as error:  # each library has its own
