@@ -11,7 +11,7 @@ from rich.table import Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
-from shvit.errors import InputError
+from shvit.errors import InputError, some
 from shvit.files import check_output_folder, sha256, write_whole
 from shvit.run_info import read_run_info, same_name
 
@@ -139,8 +139,8 @@ class _Detects(_Command):
             if size not in (None, artefact.spec.img_size):
                 raise InputError(f"{self.artefact} takes {artefact.spec.img_size} px; leave out --img-size")
             if [*map(same_name, artefact.spec.classes)] != [*map(same_name, classes)]:
-                raise InputError(f"{self.artefact} knows {len(artefact.spec.classes)} classes, not the config's "
-                                 f"{len(classes)}; give the config that it was exported with")  # fmt: skip
+                raise InputError(f"{self.artefact} was exported for {some(artefact.spec.classes)}, and the config has "
+                                 f"{some(classes)}; give the config that it was exported with")  # fmt: skip
             size = artefact.spec.img_size
             detectors["onnxruntime"] = artefact.detect
         return detectors, fixed_pipeline(size) if size else own_pipeline(config), classes

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shvit.errors import InputError
+from shvit.errors import InputError, some
 from shvit.files import read_bytes
 from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 
 MOST_BYTES = 10 << 20
-SHOWN = 5  # names in a message
 
 
 def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()) -> list[str]:
@@ -132,9 +131,3 @@ def refuse_unknown(match: ClassMatch, classes: Sequence[str], source: object, ad
         raise InputError(f"{source}: holds {len(match.unknown)} classes that the model does not know: "
                          f"{some(match.unknown)}{hint}; it knows {some(classes)}; rename the folders, or {advice}"
                          )  # fmt: skip
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

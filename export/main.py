@@ -11,14 +11,14 @@ from shvit import terminal
 from shvit.certificate import Origin, certificate_path, read_certificate, read_origin
 from shvit.checkpoint import holds_average
 from shvit.documents import to_json
-from shvit.errors import CheckFailed, InputError, refuse
+from shvit.errors import CheckFailed, InputError, refuse, some
 from shvit.files import check_output_folder, check_replaceable, is_file, sha256, write_whole
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
 from .formats import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .guards import check_apart, check_own, images_that_fit, rows_that_fit
-from .labels import find_labels, match_classes, refuse_unknown, some
+from .labels import find_labels, match_classes, refuse_unknown
 from .photographs import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, find_photographs
 from .runtimes import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights

@@ -228,8 +228,10 @@ def _is_half(var: Any) -> bool:
 
 def _lengths(var: Any) -> list[int | None]:
     """A variable's shape; empty where it is no tensor."""
-    shape = getattr(var, "shape", None)
-    return [int(each) if isinstance(each, int | np.integer) else None for each in shape or ()]
+    from coremltools.converters.mil.mil import types
+
+    shape = var.shape if types.is_tensor(var.sym_type) else ()
+    return [int(each) if isinstance(each, int | np.integer) else None for each in shape]
 
 
 def _port(var: Any) -> Port:

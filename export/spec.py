@@ -1,7 +1,6 @@
 """What a model wants to be fed: written into every artefact, and read back from it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch import nn
 
 from shvit.checkpoint import create_model
 from shvit.documents import parse_json, parse_model, to_json
-from shvit.errors import InputError
+from shvit.errors import InputError, some
 from shvit.run_info import RunInfo
 from shvit.weights.resolve import Log, Weights, resolve_weights
 
@@ -161,10 +160,10 @@ class Spec:
     def _problem(self) -> str | None:
         """What no model of timm's is fed with, or no artifact of ours gives."""
         if min(self.sizes) < 1 or max(self.sizes) > MAX_IMG_SIZE or len(self.sizes) > MAX_SIZES:
-            return f"img_size is {_some(self.sizes)}; up to {MAX_SIZES} sizes of 1 to {MAX_IMG_SIZE} px are read"
+            return f"img_size is {some(self.sizes)}; up to {MAX_SIZES} sizes of 1 to {MAX_IMG_SIZE} px are read"
         names = (self.model, *self.outputs, *self.kept)
         if not self.outputs or len(set(self.outputs)) < len(self.outputs) or not all(map(_is_name, names)):
-            return f"outputs {_some(self.outputs)} or other names of it cannot be names"
+            return f"outputs {some(self.outputs)} or other names of it cannot be names"
         if self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
             return f"in_chans {self.in_chans} or interpolation {self.interpolation[:40]!r} is none of timm's"
         if self.crop_mode not in ("center", "squash", "border") or not 0.05 <= self.crop_pct <= 2:
@@ -173,7 +172,7 @@ class Spec:
             return f"{max(self.sizes)} px at crop_pct {self.crop_pct} would resize images to more than {MAX_RESIZED} px"
         constants = (*self.mean, *self.std)
         if len(constants) != 2 * self.in_chans or not all(map(math.isfinite, constants)) or min(self.std) <= 0:
-            return f"mean {_some(self.mean)}, std {_some(self.std)} must be a number for each channel, std above 0"
+            return f"mean {some(self.mean)}, std {some(self.std)} must be a number for each channel, std above 0"
         if not 0 <= self.num_classes <= MAX_CLASSES:
             return f"num_classes is {self.num_classes}; 0 to {MAX_CLASSES:,} are read"
         return None
@@ -187,11 +186,6 @@ def _of_run(info: RunInfo | None) -> dict[str, Any]:
     """The preprocessing of a run, as far as it is known, as timm's data config has it."""
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {name: value for name in names if (value := getattr(info, name, None)) is not None}
-
-
-def _some(values: Sequence[Any]) -> str:
-    """The first values, for a message."""
-    return ", ".join(str(each)[:40] for each in values[:4]) + (", …" if len(values) > 4 else "")
 
 
 def _is_name(value: Any) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .errors import InputError, first_line
+from .errors import InputError, first_line, some
 from .files import check_file, is_folder, write_whole
 
 __all__ = [
@@ -139,16 +139,16 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     state_dict = read_state_dict(path, ema)
     prefix = min((key[: -len(rest)] for key in state_dict for rest in _stem_names(key)), key=len, default=None)
     if prefix is None:
-        some = _some(list(state_dict)) or "nothing"
-        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {some}")
+        found = some(list(state_dict)) or "nothing"
+        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {found}")
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = rename_reference_keys(own)
     if len(renamed) < len(own):
         twice = [name for key in own if (name := _rename(key, FROM_REFERENCE)) != key and name in own]
-        raise InputError(f"{path}: holds {_some(twice)} twice, under the reference's name and ours")
+        raise InputError(f"{path}: holds {some(twice)} twice, under the reference's name and ours")
     dropped = tuple(key for key in state_dict if not key.startswith(prefix))
     if dropped and not prefix.endswith("backbone."):
-        raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {_some(dropped)}")
+        raise InputError(f"{path}: parameters outside the model's prefix {prefix!r}: {some(dropped)}")
     layout: Layout = "deployed" if f"{STEM}weight" in own else "timm" if renamed.keys() == own.keys() else "reference"
     checkpoint = Checkpoint(path, renamed, layout, dropped)
     for name, axes in ((checkpoint.stem, 4), (checkpoint.classifier, 2)):
@@ -306,17 +306,12 @@ def _why_unsafe(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a pickle too broken, or too old, to be looked into
         return "it is no checkpoint of tensors alone"
-    return f"its pickle calls for {_some(sorted(names))}" if names else "it is no checkpoint of tensors alone"
+    return f"its pickle calls for {some(sorted(names))}" if names else "it is no checkpoint of tensors alone"
 
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error's message."""
     return first_line(error).partition(". ")[0]
-
-
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    """Up to four names, and how many more."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -392,23 +387,23 @@ def load_strictly(
         )
     problems = []
     if missing:
-        problems.append(f"missing {_some(missing)}")
+        problems.append(f"missing {some(missing)}")
     if left_over:
-        problems.append(f"left over {_some(left_over)}")
+        problems.append(f"left over {some(left_over)}")
     if reshaped:
         shapes = [
             f"{name} is {tuple(source[name].shape)} and should be {tuple(target[name].shape)}" for name in reshaped
         ]
-        problems.append(_some(shapes))
+        problems.append(some(shapes))
     integers = [name for name in source if source[name].dtype in INTEGERS]
     whole = [name for name in integers if name in target and target[name].is_floating_point()]
     if whole:
-        problems.append(f"integers where floats should be: {_some(whole)}")
+        problems.append(f"integers where floats should be: {some(whole)}")
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
     model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
     if kept:
-        _logger.warning(f"{path}: the head is not loaded; {_some(kept)} stay as they were initialised")
+        _logger.warning(f"{path}: the head is not loaded; {some(kept)} stay as they were initialised")
     return kept
 
 

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 PLACE = re.compile(r"Exception from \S+:|Traceback .*|File .*, line \d+.*")
 """A line that only tells where in a library's source an error was raised."""
@@ -22,6 +23,12 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 JOINERS = "\u200c\u200d"
 """The format characters that scripts and emoji need; the others turn the direction of text, or hide."""
+
+
+def some(names: Sequence[object], limit: int = 4) -> str:
+    """Return the first names, for a message, and how many more there are."""
+    shown = ", ".join(str(name)[:80] for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def printable(text: str) -> str:

@@ -172,7 +172,7 @@ def test_labels_are_imagenets_only_where_that_is_known_and_each_is_unique(tmp_pa
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         find_labels(tmp_path / "labels.txt", 3)
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         find_labels(tmp_path / "none.txt", 3)
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from shvit.errors import InputError
+from shvit.errors import InputError, some
 from shvit.files import is_folder
 from shvit.run_info import same_name
 
@@ -101,7 +101,7 @@ def _choose(
     chosen = {split: names[0] for split, names in found.items() if names and split != "test"}
     others = tuple(name for name in (*folders, *tars) if chosen and name not in chosen.values())
     if others:
-        notes.append(f"not used: {_some(others)}")
+        notes.append(f"not used: {some(others)}")
     return chosen, others, tuple(notes)
 
 
@@ -193,7 +193,7 @@ def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
         lower = _single(listing)
         if len(lower.classes) > 1 and not lower.loose:
             raise InputError(f"{listing.label} holds the folder {classes[0]} alone, which would be one class; give "
-                             f"{option} {lower.label}, which holds {_some(lower.classes)}")  # fmt: skip
+                             f"{option} {lower.label}, which holds {some(lower.classes)}")  # fmt: skip
         raise InputError(f"{listing.label} holds one class alone, {classes[0]}; there is nothing to tell it from, so "
                          "put photographs of other classes into folders beside it")  # fmt: skip
     return classes
@@ -221,11 +221,11 @@ def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--dat
     alike = [(a, b) for a, b in pairwise(inner) if inner[a] == inner[b] and len(inner[a]) > 1 and "" not in inner[a]]
     for a, b in alike:
         if may_be_split(a) or may_be_split(b):
-            raise InputError(f"{listing.label}: {a}/ and {b}/ hold the same folders ({_some(sorted(inner[a]))}) and "
+            raise InputError(f"{listing.label}: {a}/ and {b}/ hold the same folders ({some(sorted(inner[a]))}) and "
                              "look like splits, not like classes; call them train/ and val/, or give "
                              f"{option} {listing.label}/{a}")  # fmt: skip
     if len(alike) == len(classes) - 1:
-        return f"every class folder holds folders of the same names ({_some(sorted(inner[alike[0][0]]))}): its parts?"
+        return f"every class folder holds folders of the same names ({some(sorted(inner[alike[0][0]]))}): its parts?"
     return None
 
 
@@ -245,10 +245,6 @@ def _check_inner_splits(listing: Listing) -> None:
 def _split_of(name: str) -> str | None:
     """Of which split a folder has the name, if of any."""
     return next((split for split, known in SPLIT_NAMES.items() if name.lower() in known), None)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
