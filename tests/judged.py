@@ -399,6 +399,7 @@ class Workshop:
         weights: ModelDefect | None = None,
         ranges: Mapping[str, LayerRanges] | None = None,
         labels: Sequence[str] | None = None,
+        spec: Spec | None = None,
     ) -> Path:
         """An ONNX file.
 
@@ -415,7 +416,7 @@ class Workshop:
         before(proto)
         del proto.graph.value_info[:]
         labels = self.source.labels if labels is None else labels
-        path, spec = self.path(".onnx"), replace(self.spec, precision=precision)
+        path, spec = self.path(".onnx"), replace(spec or self.spec, precision=precision)
         if precision == "int8":
             spec = replace(spec, kept=self.kept())
             quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
@@ -458,7 +459,8 @@ class Workshop:
         def smaller(proto: Any) -> None:
             proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
 
-        return self.onnx(precision, smaller, weights=lambda _: deploy(model, PX), labels=labels), reference
+        weights = lambda _: deploy(model, PX)  # noqa: E731
+        return self.onnx(precision, smaller, weights=weights, labels=labels, spec=spec), reference
 
     def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artefact | Path, Reference]:
         """A file with one deliberate defect, and what it is held against."""
