@@ -174,11 +174,12 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def needs_room(path: Path, name: str = "") -> Iterator[None]:
+def needs_room(path: Path, name: str = "", is_temporary: bool = False) -> Iterator[None]:
     """A block that writes below or beside `path`, or to temporary files: a full disk is said in one line.
 
     Args:
         name: what the message calls it; the path where empty.
+        is_temporary: something else is written in the block, too, and what holds that says so where that disk is full.
 
     Raises:
         InputError: a disk is full, whatever the library that met it raised.
@@ -188,7 +189,8 @@ def needs_room(path: Path, name: str = "") -> Iterator[None]:
     except (InputError, CheckFailed):
         raise
     except Exception as error:
-        if reason := _lack_of_room(error, path):
+        elsewhere = is_temporary and shutil.disk_usage(path.parent).free > NEARLY_FULL_BYTES
+        if not elsewhere and (reason := _lack_of_room(error, path)):
             raise InputError(f"{name or path}: cannot be written: {reason}; make room and try again, what was there is "
                              "kept") from error  # fmt: skip
         raise
@@ -196,15 +198,20 @@ def needs_room(path: Path, name: str = "") -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(path: Path | None = None) -> Iterator[Path]:
-    """A temporary folder, removed at the end; raises as `needs_room`.
+    """A temporary folder, removed at the end; raises as `write_whole` where a disk is full.
 
     Args:
         path: what is to be written in the end, and the folder is beside; in the system's own place where None.
     """
     place = Path(tempfile.gettempdir(), "shvit-files") if path is None else path
-    name = f"temporary files in {tempfile.gettempdir()}, or what they are for" if path is None else ""
-    with needs_room(place, name), _made_folder(path) as folder, needs_room(place, name):  # told before there is room
-        yield folder
+    name = f"temporary files in {tempfile.gettempdir()}" if path is None else ""
+    try:
+        with _made_folder(path) as folder, needs_room(place, name, is_temporary=path is None):
+            yield folder
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(f"{name or place}: cannot be written: {error.strerror}; make room and try again") from error
 
 
 @contextmanager
@@ -228,6 +235,7 @@ NO_ROOM_WORDS = re.compile(
 )
 """What libraries say that do not pass on the system's error: PyTorch's and OpenVINO's writers among them."""
 FULL_BYTES = 1 << 16
+NEARLY_FULL_BYTES = 1 << 26  # an exported model has up to some 60 MB
 
 
 def _lack_of_room(error: BaseException, path: Path) -> str | None:
