@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +28,8 @@ from shvit.errors import InputError, first_line, printable
 
 from .surfaces import SURFACES, Surface
 
-TIMEOUT_S = 20.0  # of one attack
+TIMEOUT_S = 20.0  # of one attack, in processor time: other programs may have the cores
+WAITING = 6  # times as long may pass on the clock, as for an attack that waits
 MAX_MEMORY = 2 << 30  # bytes that a child may take beyond those it began with
 ATTACKS_OF_A_CHILD = 2000
 
@@ -35,26 +37,30 @@ ATTACKS_OF_A_CHILD = 2000
 class Child:
     """A process that attacks one surface, again and again."""
 
-    def __init__(self, surface: Surface):
+    def __init__(self, surface: Surface, seed: bytes):
         context = multiprocessing.get_context("fork")  # what was imported need not be imported again
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(surface, other), daemon=True)
+        self.process = context.Process(target=_serve, args=(surface, seed, other), daemon=True)
         self.process.start()
         other.close()
         self.attacks = 0
+        with suppress(EOFError):
+            self.pipe.recv_bytes()  # it has imported what attacks need
 
     def attack(self, data: bytes) -> str:
         """ "accepted", "refused", or what went wrong; after the latter the process is gone."""
         self.attacks += 1
         try:
             self.pipe.send_bytes(data)
-            if not self.pipe.poll(TIMEOUT_S):
+            if not self.pipe.poll(WAITING * TIMEOUT_S):
                 self.close()
-                return f"no end within {TIMEOUT_S:g} s"
+                return f"no end within {WAITING * TIMEOUT_S:g} s"
             outcome = self.pipe.recv_bytes().decode(errors="replace")
         except (EOFError, OSError):
             self.process.join(TIMEOUT_S)
             outcome = f"the process ended with {self.process.exitcode}"
+            if self.process.exitcode == -signal.SIGPROF:
+                outcome = f"no end within {TIMEOUT_S:g} s of processor time"
         if outcome not in ("accepted", "refused"):
             self.close()
         return outcome
@@ -67,8 +73,8 @@ class Child:
         shutil.rmtree(Path(tempfile.gettempdir()) / f"shvit-fuzz-{self.process.pid}", ignore_errors=True)
 
 
-def _serve(surface: Surface, pipe: Any) -> None:
-    """Attack with what comes through the pipe, and answer what came of it."""
+def _serve(surface: Surface, seed: bytes, pipe: Any) -> None:
+    """Attack with what comes through the pipe, and answer what came of it; a valid file is the first."""
     import torch
 
     torch.set_num_threads(1)  # threads of the parent's are not in this process
@@ -78,8 +84,13 @@ def _serve(surface: Surface, pipe: Any) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MAX_MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe.send_bytes(_outcome(surface, seed).encode(errors="replace"))
     while True:
-        pipe.send_bytes(_outcome(surface, pipe.recv_bytes()).encode(errors="replace"))
+        data = pipe.recv_bytes()
+        signal.setitimer(signal.ITIMER_PROF, TIMEOUT_S)  # SIGPROF ends the process
+        outcome = _outcome(surface, data)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send_bytes(outcome.encode(errors="replace"))
 
 
 def _outcome(surface: Surface, data: bytes) -> str:
@@ -127,7 +138,7 @@ def fuzz(
         if child is None or child.attacks >= ATTACKS_OF_A_CHILD or child.process.exitcode is not None:
             if child is not None:
                 child.close()
-            child = Child(surface)
+            child = Child(surface, seeds[0])
         outcome = child.attack(data)
         counts["runs"] += 1
         if outcome in ("accepted", "refused"):
@@ -148,7 +159,7 @@ def fuzz(
 
 def replay(name: str, path: Path) -> str:
     """What one saved file does, in a child of its own."""
-    child = Child(SURFACES[name])
+    child = Child(SURFACES[name], SURFACES[name].seeds()[0])
     outcome = child.attack(path.read_bytes())
     if child.process.exitcode is None:
         child.close()
