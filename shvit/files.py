@@ -247,7 +247,16 @@ def _lack_of_room(error: BaseException, path: Path) -> str | None:
 
 def partial_name(path: Path) -> Path:
     """Return the hidden name beside `path`, with its suffix, that this process writes it under."""
-    return path.with_name(f".{path.stem}.{os.getpid()}-{_host()}.partial{path.suffix}")
+    return path.with_name(f".{_short_stem(path)}.{os.getpid()}-{_host()}.partial{path.suffix}")
+
+
+MAX_STEM = 160  # bytes; a file name has up to 255
+
+
+def _short_stem(path: Path) -> str:
+    """The beginning of a partial file's name: the whole name without suffix, or a short one that is alike each time."""
+    encoded = os.fsencode(path.stem)
+    return path.stem if len(encoded) <= MAX_STEM else hashlib.sha256(encoded).hexdigest()
 
 
 def _host() -> str:
@@ -271,8 +280,9 @@ def _replace(partial: Path, path: Path) -> None:
 
 def _remove_left_behind(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left, and put back what they replaced."""
-    for each in path.parent.glob(f".{glob.escape(path.stem)}.*.partial*"):
-        rest = each.name.removeprefix(f".{path.stem}")
+    stem = _short_stem(path)
+    for each in path.parent.glob(f".{glob.escape(stem)}.*.partial*"):
+        rest = each.name.removeprefix(f".{stem}")
         found = PARTIAL.match(rest)
         if not found or not _was_left_behind(each, found):
             continue
