@@ -11,7 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -210,7 +210,8 @@ def scratch_folder(path: Path | None = None) -> Iterator[Path]:
 @contextmanager
 def _made_folder(path: Path | None) -> Iterator[Path]:
     if path is None:
-        with tempfile.TemporaryDirectory(prefix="shvit-") as name:
+        _remove_scratch()
+        with tempfile.TemporaryDirectory(prefix=f"shvit.{os.getpid()}-{_host()}.partial.") as name:
             yield Path(name)
         return
     parts = path.with_suffix(".parts")
@@ -221,6 +222,17 @@ def _made_folder(path: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         remove(folder)
+
+
+def _remove_scratch() -> None:
+    """Remove this account's temporary folders of processes that were killed; what it cannot be sure of stays."""
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has 0 for all files
+    with suppress(OSError):
+        for each in Path(tempfile.gettempdir()).glob("shvit.*.partial.*"):
+            found, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
+            own = stat.S_ISDIR(status.st_mode) and status.st_uid == user
+            if found and own and _was_left_behind(each, found):
+                remove(each)
 
 
 NO_ROOM_WORDS = re.compile(
