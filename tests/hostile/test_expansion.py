@@ -12,6 +12,7 @@ from shvit.files import write_whole
 from shvit.train.data import Data
 from shvit.train.folder import _check_expansion
 from shvit.train.folders import list_images
+from shvit.train.log import check_log
 from shvit.train.shards import Shards, class_index
 from shvit.train.streams import check_named
 
@@ -118,3 +119,11 @@ def test_file_with_a_long_name_is_written(tmp_path):
         with write_whole(path) as partial:
             partial.write_text("{}")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_log_with_numbers_beyond_float32_is_refused():
+    names = ("lr", "train_loss", "grad_norm", "val_loss", "ema_loss", "top1", "ema_top1")
+    entry = {"epoch": 1, **dict.fromkeys(names, 1.0)}
+    assert check_log([{**entry, "train_loss": 3e38, "grad_norm": None}], "x")
+    with pytest.raises(InputError, match="train_loss"):
+        check_log([{**entry, "train_loss": 1.7e308}], "x")
