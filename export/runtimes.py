@@ -94,8 +94,7 @@ def open_artefact(path: Path, threads: int | None = None, native: bool = False, 
     Raises:
         InputError: a suffix that no runtime here runs, no such file, one that cannot be read, or no Core ML.
     """
-    if path.suffix not in OPENERS:
-        raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(OPENERS)}")
+    _check_suffix(path)
     with one_line(path, "cannot be opened"):
         artefact = OPENERS[path.suffix](path, threads)
         if native:
@@ -146,6 +145,11 @@ def _rounded(artefact: Artefact, threads: int | None) -> Artefact:
     )
 
 
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in OPENERS:
+        raise InputError(f"{path}: unknown artifact {path.suffix!r}; choose from {', '.join(OPENERS)}")
+
+
 def artefact_files(path: Path) -> list[Path]:
     """The files or folders that an artefact consists of."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
@@ -158,7 +162,12 @@ def artefact_sha256(path: Path) -> str:
 
 
 def refuse_changed(path: Path) -> None:
-    """Raises CheckFailed if a file is not the one that its certificate is of; called before anything reads it."""
+    """Raises CheckFailed if a file is not the one that its certificate is of; called before anything reads it.
+
+    Raises:
+        InputError: a suffix that no runtime here runs, such as that of a folder of anything, which is not hashed.
+    """
+    _check_suffix(path)
     if all(is_there(file) for file in artefact_files(path)):
         check_unchanged(path, artefact_sha256(path))
 

@@ -11,7 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -217,7 +217,8 @@ def scratch_folder(path: Path | None = None) -> Iterator[Path]:
 @contextmanager
 def _made_folder(path: Path | None) -> Iterator[Path]:
     if path is None:
-        with tempfile.TemporaryDirectory(prefix="shvit-") as name:
+        _remove_scratch()
+        with tempfile.TemporaryDirectory(prefix=f"shvit.{os.getpid()}-{_host()}.partial.") as name:
             yield Path(name)
         return
     parts = path.with_suffix(".parts")
@@ -228,6 +229,17 @@ def _made_folder(path: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         remove(folder)
+
+
+def _remove_scratch() -> None:
+    """Remove this account's temporary folders of processes that were killed; what it cannot be sure of stays."""
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has 0 for all files
+    with suppress(OSError):
+        for each in Path(tempfile.gettempdir()).glob("shvit.*.partial.*"):
+            found, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
+            own = stat.S_ISDIR(status.st_mode) and status.st_uid == user
+            if found and own and _was_left_behind(each, found):
+                remove(each)
 
 
 NO_ROOM_WORDS = re.compile(
@@ -255,7 +267,16 @@ def _lack_of_room(error: BaseException, path: Path) -> str | None:
 
 def partial_name(path: Path) -> Path:
     """Return the hidden name beside `path`, with its suffix, that this process writes it under."""
-    return path.with_name(f".{path.stem}.{os.getpid()}-{_host()}.partial{path.suffix}")
+    return path.with_name(f".{_short_stem(path)}.{os.getpid()}-{_host()}.partial{path.suffix}")
+
+
+MAX_STEM = 160  # bytes; a file name has up to 255
+
+
+def _short_stem(path: Path) -> str:
+    """The beginning of a partial file's name: the whole name without suffix, or a short one that is alike each time."""
+    encoded = os.fsencode(path.stem)
+    return path.stem if len(encoded) <= MAX_STEM else hashlib.sha256(encoded).hexdigest()
 
 
 def _host() -> str:
@@ -279,8 +300,9 @@ def _replace(partial: Path, path: Path) -> None:
 
 def _remove_left_behind(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left, and put back what they replaced."""
-    for each in path.parent.glob(f".{glob.escape(path.stem)}.*.partial*"):
-        rest = each.name.removeprefix(f".{path.stem}")
+    stem = _short_stem(path)
+    for each in path.parent.glob(f".{glob.escape(stem)}.*.partial*"):
+        rest = each.name.removeprefix(f".{stem}")
         found = PARTIAL.match(rest)
         if not found or not _was_left_behind(each, found):
             continue

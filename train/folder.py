@@ -196,7 +196,39 @@ def _read_state(path: Path) -> dict[str, Any]:
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError("it is compressed")  # torch.save writes none, and it may be of any size
         file.seek(0)
-        return check_state(torch.load(file, map_location="cpu", weights_only=True))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    _check_expansion(state)
+    return check_state(state)
+
+
+MAX_VALUES = 5_000_000  # of a state, where a list that stands in several places counts in each
+
+
+def _check_expansion(state: Any) -> None:
+    """Raise ValueError for containers that hold each other so often that to walk through them would not end."""
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+    stack = [state]
+    while stack:
+        each = stack[-1]
+        if id(each) in sizes:
+            stack.pop()
+            continue
+        children = list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
+        if id(each) not in above:
+            above.add(id(each))
+            if any(id(child) in above for child in children):
+                raise ValueError("it holds a list that holds itself")
+            stack.extend(child for child in children if id(child) not in sizes)
+            continue
+        above.remove(id(each))
+        sizes[id(each)] = 1 + sum(sizes[id(child)] for child in children)
+        if sizes[id(each)] > MAX_VALUES:
+            raise ValueError("its lists hold each other without bound")
+        stack.pop()
+
+
+NESTING = (list, tuple, set)
 
 
 def check_state(state: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from shvit.files import is_file, is_folder, open_file, read_bytes
 from shvit.run_info import same_name
 
 from .images import is_readable
-from .tars import MAX_MEMBER, Member
+from .tars import MAX_MEMBER, Member, check_name
 
 COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 """Suffixes of what is surely an image; a .tif may be anything."""
@@ -27,6 +27,9 @@ RARE_SUFFIXES = {".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".jp2"}
 HEIC_SUFFIXES = {".heic", ".heif"}
 LEFT_BY_SYSTEMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 LEFT_BY_SYSTEMS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+
+MAX_LINKS = 1000
+"""Ways to one folder: of thirty folders with two links each to the next one there are a thousand million."""
 
 Sample = tuple[Path, int]
 
@@ -98,6 +101,7 @@ def list_images(path: Path) -> Listing:
 def _list_folder(root: Path) -> Listing:
     listing = Listing(root, str(root))
     top = root.resolve()
+    seen: Counter[tuple[int, int]] = Counter()
     pending = [("", frozenset(_inode(folder) for folder in (top, *top.parents)))]
     while pending:
         prefix, above = pending.pop()
@@ -111,6 +115,10 @@ def _list_folder(root: Path) -> Listing:
                 elif entry.is_dir():
                     inode = _inode(entry.path)
                     if inode not in above:  # else a link to a folder that it is in
+                        seen[inode] += 1
+                        if seen[inode] > MAX_LINKS:
+                            raise InputError(f"{root}: more than {MAX_LINKS} links lead to {name[:200]}, or to folders "
+                                             "around it; remove links")  # fmt: skip
                         listing.folders.append(name)
                         pending.append((name + "/", above | {inode}))
                 elif not entry.is_file():
@@ -143,6 +151,7 @@ def _list_tar(path: Path) -> Listing:
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
             for member in archive:
+                check_name(member.name)
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
                 if any(is_hidden(part) for part in parts):
                     continue

@@ -31,6 +31,9 @@ NAMES = {
     "torch/": (re.compile(r"[A-Za-z0-9_]{1,64}"), "a dataset of torchvision is called by one word, such as cifar10"),
 }
 NAMES["hfids/"] = NAMES["hfds/"]
+BUILDERS = {"pandas", "cache", "generator", "sql", "spark"}
+"""Names that `datasets` has for ways to read what it is given; the first one unpickles what is in the working
+directory, in versions before 5."""
 CODE = (".py", ".ipynb", ".sh", ".so")
 SPLIT = re.compile(r"[\w+.:%\[\]()/, -]{0,200}")
 MAX_SHARDS = 100_000
@@ -74,6 +77,9 @@ def check_dataset_name(name: str, split: str) -> None:
     rest = name.removeprefix(prefix)
     if not pattern.fullmatch(rest) or rest.lower().endswith(CODE):
         raise InputError(f"data.name {name[:80]!r} is no name of a dataset; {hint}")
+    if prefix in ("hfds/", "hfids/") and rest.lower() in BUILDERS:
+        raise InputError(f"data.name {name!r} is a way to read files of the working directory and no dataset; give one "
+                         "of the Hugging Face hub")  # fmt: skip
     if prefix != "wds/" and (not SPLIT.fullmatch(split) or ".." in split or "//" in split):
         raise InputError(f"{name}: {split[:80]!r} is no name of a split; choose one, such as train or validation")
 

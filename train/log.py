@@ -17,6 +17,7 @@ def _entry_type() -> Any:
     from pydantic import Field
 
     count = Annotated[int, Field(ge=0, le=10**15)]
+    figure = Annotated[float, Field(ge=-1e40, le=1e40)]  # float32 ends before; of 1e308 no axis can be drawn
     percent = Annotated[float, Field(ge=0, le=100)]
 
     @dataclass(frozen=True)
@@ -24,11 +25,11 @@ def _entry_type() -> Any:
         """An evaluation; what is None was not finite, as a gradient's norm at half precision may be."""
 
         epoch: Annotated[int, Field(ge=1, le=10**6)]
-        lr: float | None
-        train_loss: float | None
-        grad_norm: float | None
-        val_loss: float | None
-        ema_loss: float | None
+        lr: figure | None
+        train_loss: figure | None
+        grad_norm: figure | None
+        val_loss: figure | None
+        ema_loss: figure | None
         top1: percent
         ema_top1: percent
         step: count = 0

@@ -25,10 +25,12 @@ from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder, open_file
 
 from .locations import expand_braces, shard_paths
-from .tars import Member, check_member
+from .tars import MAX_MEMBER, Member, check_member, check_name
 
 INFO_NAMES = ("_info.json", "info.json")
 IMAGE_KEYS = ("jpg", "png", "webp", "jpeg")
+READ_KEYS = (*IMAGE_KEYS, "cls", "json")
+"""The suffixes that are read; a sample may have others, of any number and size."""
 MAX_SAMPLES = 10**12
 SHARD_BUFFER, SHARD_INITIAL = 500, 100
 SAMPLE_BUFFER, SAMPLE_INITIAL = 8192, 2048
@@ -169,8 +171,8 @@ class Shards(Reader):
         if label is None:
             return Lost(f"{name}: no class in it (.{'json' if self.alt_label else 'cls'})")
         try:
-            target = int(_entry(parse_json(label, name), self.alt_label) if self.alt_label else label)
-        except (InputError, ValueError, TypeError, KeyError) as error:
+            target = class_index(_entry(parse_json(label, name), self.alt_label) if self.alt_label else label)
+        except (InputError, ValueError, TypeError, KeyError, OverflowError) as error:
             return Lost(f"{name}: its class cannot be read ({first_line(error)})")
         return Sample(name, image, max(target, -1))
 
@@ -179,6 +181,21 @@ class Shards(Reader):
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         raise NotImplementedError("shards are read from front to back")
+
+
+MAX_CLASS = 1_000_000
+
+
+def class_index(value: Any) -> int:
+    """Return the class index that a dataset gives, as a number or its digits.
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is none, as 1.5 is, or larger than that of any dataset.
+    """
+    index = int(value)
+    if (isinstance(value, float) and value != index) or index > MAX_CLASS:
+        raise ValueError(f"{str(value)[:40]} is no class index")
+    return index
 
 
 def _entry(content: Any, key: str) -> Any:
@@ -192,24 +209,31 @@ def _entry(content: Any, key: str) -> Any:
 def _grouped(path: Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """The samples of a shard: files beside each other that differ in their suffix alone, by suffix.
 
-    Links and special files are left out; None stands for a file that is there twice.
+    Those of other suffixes than `READ_KEYS`, links and special files are left out; None stands for a file that is there
+    twice.
     """
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as archive:
-        name = ""
+        name, size = "", 0
         parts: dict[str, bytes | None] = {}
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # which would hold those of a million files
+            check_name(member.name)
             match = KEY.fullmatch(member.name)
             if not member.isreg() or member.issparse() or match is None or META.match(member.name):
                 continue
             key, suffix = match[1], match[2].lower()
+            if key != name:
+                if parts:
+                    yield name, parts
+                name, parts, size = key, {}, 0
+            if suffix not in READ_KEYS:
+                continue
             check_member(member)
+            size += member.size
+            if size > MAX_MEMBER:
+                raise tarfile.ReadError(f"{name[:80]} has files of {size} bytes")
             content = archive.extractfile(member)
             assert content is not None  # for a regular file
-            if key != name and parts:
-                yield name, parts
-                parts = {}
-            name = key
             parts[suffix] = None if suffix in parts else content.read()
         if parts:
             yield name, parts

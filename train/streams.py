@@ -17,7 +17,7 @@ from shvit.extras import advise
 from .images import open_image, to_rgb
 from .locations import SCHEME, check_dataset_name, check_path
 from .recipe import Data
-from .shards import Lost, Sample, Shards
+from .shards import Lost, Sample, Shards, class_index
 
 Split = Literal["train", "val"]
 IGNORED = -1
@@ -78,7 +78,12 @@ class Stream:
             if isinstance(each, Sample):
                 return Read(open_image(io.BytesIO(each.image), each.name), each.target)
             image, target = each
-            return Read(_decoded(image, f"image {place} of {self.name}"), int(target))
+            name = f"image {place} of {self.name}"
+            try:
+                index = class_index(target)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise InputError(f"{name}: its class cannot be read ({first_line(error)})") from error
+            return Read(_decoded(image, name), index)
         except InputError as error:
             return Read(None, IGNORED, str(error))
 

@@ -10,6 +10,10 @@ HEADERS = (
 )  # fmt: skip
 
 
+MAX_NAME = 4096  # characters of a member's name, as of a path on Linux
+MAX_LEVELS = 64  # of folders in it
+
+
 class Member(tarfile.TarInfo):
     """A member whose headers are bounded."""
 
@@ -23,3 +27,9 @@ def check_member(member: tarfile.TarInfo) -> None:
     """Raise tarfile.ReadError for a member whose size no image has."""
     if not 0 <= member.size <= MAX_MEMBER:
         raise tarfile.ReadError(f"{member.name[:80]} says that it has {member.size} bytes")
+
+
+def check_name(name: str) -> None:
+    """Raise tarfile.ReadError for a name that no file has; that of a million folders would fill the memory."""
+    if len(name) > MAX_NAME or name.count("/") > MAX_LEVELS:
+        raise tarfile.ReadError(f"a name of {len(name)} characters in {name.count('/')} folders")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from shvit import cli, terminal
 from shvit.errors import InputError, printable
+from shvit.files import scratch_folder
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "shvit"
 
@@ -175,3 +176,19 @@ def test_names_reach_a_terminal_as_one_harmless_line(capsys, name):
     assert all(each.isprintable() or each in "\n　‍" for each in captured.out + captured.err)
     assert captured.err == f"{NAMES[name]}\n"
     assert json.loads(cli.to_json(name)) == name
+
+
+def test_temporary_folders_of_killed_processes_are_cleared_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shvit.files._lives", lambda pid: pid != 4_000_000)
+    with scratch_folder() as living:
+        dead = tmp_path / living.name.replace(str(os.getpid()), "4000000", 1)
+        others = [tmp_path / "shvit.mine.partial.x", tmp_path / "shvit-photos"]
+        for folder in (dead, *others):
+            folder.mkdir()
+            (folder / "file").write_text("x")
+        with scratch_folder():
+            assert living.is_dir()
+            assert not dead.exists()
+            assert all((each / "file").is_file() for each in others)
+    assert not living.exists()
