@@ -241,7 +241,8 @@ CheckpointHook: interval=num by_epoch=num save_optimizer=num save_param_schedule
 DetVisualizationHook: draw=num interval=num score_thr=num show=off wait_time=num priority=priority
 EMAHook:
   ema_type=ExpMomentumEMA|mmdet.ExpMomentumEMA|ExponentialMovingAverage|StochasticWeightAverage|MomentumAnnealingEMA
-  strict_load=num begin_iter=num begin_epoch=num momentum=num gamma=num interval=num update_buffers=num priority=priority
+  strict_load=num begin_iter=num begin_epoch=num momentum=num gamma=num interval=num update_buffers=num
+  priority=priority
 EarlyStoppingHook: monitor=metric rule=greater|less min_delta=num strict=num check_finite=num patience=num
   stopping_threshold=num priority=priority
 CheckInvalidLossHook MemoryProfilerHook: interval=num priority=priority
