@@ -7,7 +7,7 @@ note.
 import difflib
 import math
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from .config import innermost, metrics_of
 from .detector import class_names
 from .headers import Header, Reader, copies, read_headers
 from .objects import ListedImage, Objects, Use
-from .report import Report
+from .report import LISTED, Report
 
+MAX_COMPARED = 500  # names, and characters of one, among which the one that was meant is looked for
 MAX_RATIO = 1000  # of an image's sides: the shorter one of a thinner image is resized to nothing, which OpenCV refuses
 
 # --- a config's files -------------------------------------------------------------------------------------------------
@@ -202,6 +203,7 @@ def inspect(path: Path, folder: Path, use: Use, known: dict[Path, Header] | None
 def _check_categories(report: Report, entries: list[Any], classes: tuple[str, ...]) -> dict[Any, str]:
     """Return names by id."""
     names: dict[Any, str] = {}
+    ids = defaultdict(list)
     for category in entries:
         key = key_of(category.get("id")) if isinstance(category, dict) else None
         if key is None or not isinstance(category.get("name"), str):
@@ -212,18 +214,20 @@ def _check_categories(report: Report, entries: list[Any], classes: tuple[str, ..
             if isinstance(key, str) != isinstance(next(iter(names), key), str):
                 report.add("category ids that are text and others that are numbers", f"category {short(key)}")
             names[key] = category["name"]
-    for name, number in Counter(names.values()).items():
-        if number > 1:
-            ids = [key for key, other in names.items() if other == name]
-            report.add(
-                "class name used twice", short(name), f"(categories {', '.join(map(short, ids))}, all with annotations)"
-            )
+            ids[category["name"]].append(key)
+    for name, same in ids.items():
+        if len(same) > 1:
+            named = f"{', '.join(map(short, same[:LISTED]))}{', …' if len(same) > LISTED else ''}"
+            report.add("class name used twice", short(name), f"(categories {named}, all with annotations)")
+    similar = [name for name in list(ids)[:MAX_COMPARED] if len(name) <= MAX_COMPARED]
     for name in classes:
-        if name not in names.values():
-            close = difflib.get_close_matches(name, names.values(), n=1, cutoff=0.8)
+        if name not in ids:
+            first = report.counts["class not in the file"] < LISTED  # the others are counted alone
+            close = difflib.get_close_matches(name, similar, n=1, cutoff=0.8) if first else []
             hint = f"did you mean {short(close[0])}?" if close else f"it has {names_of(names.values())}"
             report.add("class not in the file", short(name), f"({hint})")
-    order = [name for name in names.values() if name in classes]
+    known = set(classes)
+    order = [name for name in names.values() if name in known]
     if set(order) == set(classes) and len(order) == len(classes) and order != list(classes):
         for here, name in zip(order, classes, strict=True):
             if here != name:
@@ -258,7 +262,7 @@ def _check_images(
         path = None
         if not isinstance(name, str) or not name or "\0" in name:
             report.add("file_name missing", label)
-        elif Path(name).is_absolute() or ".." in Path(name).parts or name[1:3] == ":/":
+        elif Path(name).is_absolute() or ".." in Path(name).parts or name[1:3] == ":/" or "://" in name:
             report.add("file outside of the image folder", label, _hint_of_last_part(folder, name))
         else:
             path = folder / name

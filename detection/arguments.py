@@ -5,8 +5,9 @@ from a config unless it is trusted: among the rest are arguments that are files 
 to run, texts that are evaluated and addresses that are asked.
 
 Kinds: `num`, `size`, `ratio` and `few` are numbers, or lists of them; `a|b` is one of these texts; `data` and `json`
-are files to read, `weights` is a checkpoint; `@part` is something to build of that section; `.fields` is a dict with
-the fields of that entry; `{…}` is a dict with any names. A comma stands between kinds of which a value has one.
+are files to read, `line` is any text of one line, `off` is no more than False, `weights` is a checkpoint; `@part` is
+something to build of that section; `.fields` is a dict with the fields of that entry; `{…}` is a dict with any names. A
+comma stands between kinds of which a value has one.
 `vocabulary.py` says what a value of each kind may be.
 """
 
@@ -162,7 +163,7 @@ pseudo_collate default_collate:
 [transform]
 LoadPhotograph LoadImageFromFile: to_float32=num ignore_empty=num imdecode_backend=cv2|pillow backend_args=.backend
   color_type=color|grayscale|unchanged|color_ignore_orientation|grayscale_ignore_orientation
-LoadAnnotations: with_bbox=num with_label=num with_mask=num with_seg=num poly2mask=num box_type=hbox|
+LoadAnnotations: with_bbox=num with_label=num with_mask=num with_seg=off poly2mask=num box_type=hbox|
   imdecode_backend=cv2|pillow backend_args=.backend
 Resize: scale=size scale_factor=ratio keep_ratio=num clip_object_border=num backend=cv2|pillow
   interpolation=nearest|bilinear|bicubic|area|lanczos
@@ -217,7 +218,8 @@ SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta: lr=num momentum=num 
   initial_accumulator_value=num
 
 [scheduler]
-LinearLR MultiStepLR StepLR CosineAnnealingLR ConstantLR PolyLR ExponentialLR OneCycleLR CosineRestartLR LinearMomentum
+LinearLR QuadraticWarmupLR QuadraticWarmupMomentum
+  MultiStepLR StepLR CosineAnnealingLR ConstantLR PolyLR ExponentialLR OneCycleLR CosineRestartLR LinearMomentum
   MultiStepMomentum CosineAnnealingMomentum ReduceOnPlateauLR: begin=num end=num by_epoch=num last_step=num verbose=num
   start_factor=num end_factor=num milestones=num gamma=num step_size=num T_max=num eta_min=num eta_min_ratio=num
   factor=num power=num eta_max=num total_steps=num pct_start=num anneal_strategy=cos|linear div_factor=num
@@ -236,9 +238,11 @@ LoggerHook: interval=num ignore_last=num interval_exp_name=num log_metric_by_epo
 CheckpointHook: interval=num by_epoch=num save_optimizer=num save_param_scheduler=num max_keep_ckpts=num save_last=num
   save_best=metric rule=greater|less greater_keys=metric less_keys=metric filename_tmpl=template save_begin=num
   published_keys=word priority=priority
-DetVisualizationHook: draw=num interval=num score_thr=num show=num wait_time=num priority=priority
-EMAHook: ema_type=ExpMomentumEMA|ExponentialMovingAverage|StochasticWeightAverage|MomentumAnnealingEMA strict_load=num
-  begin_iter=num begin_epoch=num momentum=num gamma=num interval=num update_buffers=num priority=priority
+DetVisualizationHook: draw=num interval=num score_thr=num show=off wait_time=num priority=priority
+EMAHook:
+  ema_type=ExpMomentumEMA|mmdet.ExpMomentumEMA|ExponentialMovingAverage|StochasticWeightAverage|MomentumAnnealingEMA
+  strict_load=num begin_iter=num begin_epoch=num momentum=num gamma=num interval=num update_buffers=num
+  priority=priority
 EarlyStoppingHook: monitor=metric rule=greater|less min_delta=num strict=num check_finite=num patience=num
   stopping_threshold=num priority=priority
 CheckInvalidLossHook MemoryProfilerHook: interval=num priority=priority
@@ -249,7 +253,7 @@ PipelineSwitchHook: switch_epoch=num switch_pipeline=@transform priority=priorit
 LogProcessor: window_size=num by_epoch=num num_digits=few log_with_hierarchy=num custom_cfg=.logged
 
 [visualizer]
-DetLocalVisualizer: name=word vis_backends=@vis_backend bbox_color=num,word text_color=num,word mask_color=num,word
+DetLocalVisualizer: name=line vis_backends=@vis_backend bbox_color=num,word text_color=num,word mask_color=num,word
   line_width=num alpha=num
 
 [vis_backend]
@@ -267,7 +271,8 @@ config: model=@detector work_dir=folder train_dataloader=.loader val_dataloader=
   data_root=data dataset_type=word backend_args=.backend find_unused_parameters=num sync_bn=torch|mmcv
 imports: imports=word allow_failed_imports=num
 loader: batch_size=size num_workers=few persistent_workers=num pin_memory=num drop_last=num prefetch_factor=few
-  timeout=num num_batch_per_epoch=num sampler=@sampler batch_sampler=@batch_sampler dataset=@dataset
+  timeout=num num_batch_per_epoch=num multiprocessing_context=fork|spawn|forkserver
+  sampler=@sampler batch_sampler=@batch_sampler dataset=@dataset
   collate_fn=@collate
 loop: by_epoch=num max_epochs=num max_iters=num val_begin=num val_interval=num dynamic_intervals=num
 eval_loop: fp16=num

@@ -17,6 +17,7 @@ MAX_ID = 1 << 63
 MAX_DEPTH = 60  # of lists and objects in each other
 REACH = 10  # of an image's longer side, by which coordinates may lie beyond it: more is a mistake, or an attack
 MAX_OUTLINE = 4e6  # pixels along a polygon: pycocotools takes 40 bytes for each
+MAX_NOTES = 10  # of one sort
 LISTS = ("images", "annotations", "categories")
 COMPRESSED = {  # how files of a format begin
     b"\x1f\x8b": "gzip",
@@ -49,7 +50,22 @@ def load_content(path: Path) -> dict[str, Any]:
     for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
+    rest = [content["categories"], *(value for key, value in content.items() if key not in LISTS)]
+    if not _is_shallow(rest):  # pycocotools copies these, level by level, after an epoch
+        raise InputError(f"{path}: not a COCO annotation file (it is nested more than {MAX_DEPTH} deep)")
     return content
+
+
+def _is_shallow(values: list[Any]) -> bool:
+    """Whether lists and objects are at most `MAX_DEPTH` deep in each other."""
+    for _ in range(MAX_DEPTH):
+        values = [
+            inner
+            for each in values
+            if isinstance(each, list | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return not values
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,19 +143,25 @@ def _remove_unused_doubles(content: dict[str, Any], annotations: list[dict[str, 
     """Remove categories without annotations whose name another category has, as Roboflow's category 0."""
     used = Counter(key_of(each.get("category_id")) for each in annotations)
     by_name = defaultdict(list)
+    removed: set[int] = set()
     for category in content["categories"]:
         if isinstance(category, dict) and isinstance(category.get("name"), str):
             by_name[category["name"]].append(category)
     notes = []
     for name, same in by_name.items():
         kept = [each for each in same if used[key_of(each.get("id"))]] or same[-1:]
-        for each in same:
-            if not any(each is other for other in kept):
-                content["categories"] = [other for other in content["categories"] if other is not each]
-                notes.append(
-                    f"category {short(each.get('id'))} is unused and is called {short(name)} like category "
-                    f"{short(kept[0].get('id'))}: it is ignored; remove it from the file"
-                )
+        is_kept = {id(each) for each in kept}
+        unused = [each for each in same if id(each) not in is_kept]
+        removed.update(map(id, unused))
+        notes += [
+            f"category {short(each.get('id'))} is unused and is called {short(name)} like category "
+            f"{short(kept[0].get('id'))}: it is ignored; remove it from the file"
+            for each in unused
+        ]
+    if removed:
+        content["categories"] = [each for each in content["categories"] if id(each) not in removed]
+    if len(notes) > MAX_NOTES:
+        notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES:,} more categories are unused and called like others"]
     return notes
 
 

@@ -80,7 +80,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
 
 def set_data_root(config: Config, folder: Path) -> None:
     """Has the config's datasets and metrics read below `folder` in place of its own data_root."""
-    root = f"{folder}/"
+    root = f"{folder.resolve() if '..' in folder.parts else folder}/"  # a run's own config is read again
     for split in ("train", "val", "test"):
         loader = config.get(f"{split}_dataloader")
         if loader is None:
@@ -155,7 +155,7 @@ def _checked() -> Iterator[None]:
     """
     import mmdet
 
-    ours = (CONFIGS.resolve(), (Path(mmdet.__file__).parent / ".mim").resolve())
+    ours = (CONFIGS.resolve(), (Path(mmdet.__file__).parent / ".mim" / "configs").resolve())
     sources: dict[str, Path] = {}
     fill_in, find_bases = Config._substitute_predefined_vars, Config._get_base_files
 

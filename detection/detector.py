@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
 from shvit.errors import InputError, first_line
@@ -26,6 +27,9 @@ STEP = 32
 """Detectors pad photographs to a multiple of this many pixels."""
 
 MAX_IMG_SIZE = 4096
+MAX_NUMBERS = 1 << 29
+"""Of a detector's parameters and buffers: 2 GB. The largest of MMDetection's that are built here has a third."""
+CREATING = {torch.empty, torch.zeros, torch.ones, torch.full}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def build_detector(config: Config) -> nn.Module:
     config.model.setdefault("train_cfg", None)
     forget_initial_weights(config)
     try:
-        with quiet():
+        with quiet(), _BoundedSizes(config.filename):
             model = MODELS.build(config.model)
         model.eval()
     except InputError:
@@ -81,6 +85,23 @@ def build_detector(config: Config) -> nn.Module:
         raise InputError(f"{config.filename}: no detector can be built ({first_line(error)})") from error
     _check_neck(model, config)
     return model
+
+
+class _BoundedSizes(TorchFunctionMode):
+    """A block in which tensors are created up to a sum of `MAX_NUMBERS`: their memory is not yet filled then."""
+
+    def __init__(self, name: str | None):
+        super().__init__()
+        self.name = name
+        self.numbers = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in CREATING:
+            self.numbers += result.numel()
+            if self.numbers > MAX_NUMBERS:
+                raise InputError(f"{self.name}: the detector has more than the {MAX_NUMBERS:,} parameters allowed")
+        return result
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ MAX_ITEMS = 50_000  # in a value, counted as often as it is written out
 MAX_TEXT = 100_000  # characters
 MAX_NUMBER = 1 << 64
 MAX_DEPTH = 60  # of expressions in expressions
+MAX_NODES = 150_000  # of syntax in one file; mmengine looks at each several times
 
 NODES = (
     *(ast.Module, ast.Assign, ast.Name, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Call, ast.keyword),
@@ -77,7 +78,9 @@ def parse(text: str) -> ast.Module:
 def problem_of(tree: ast.Module) -> tuple[int | None, str] | None:
     """Return the first thing that is neither a name nor a value, and so might run code: its line, and what it is."""
     bases = {id(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
-    for node in ast.walk(tree):
+    for number, node in enumerate(ast.walk(tree)):
+        if number > MAX_NODES:
+            return None, f"a text of more than {MAX_NODES:,} parts"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         if problem := _problem(node, bases):

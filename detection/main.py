@@ -78,7 +78,8 @@ class Train(_Reads):
             forget_initial_weights(config)
         if self.pretrained not in (None, "none"):
             check_backbone(config, self.pretrained)
-            config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": self.pretrained}
+            named = str(Path(self.pretrained).resolve()) if ".." in Path(self.pretrained).parts else self.pretrained
+            config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": named}
         if not self.trust_config:
             config = only_known(config, self.options)
         return train(config, self.output or Path("runs") / Path(self.config).stem, self.auto_scale_lr)
@@ -279,6 +280,9 @@ class Predict(_Detects):
         if not 0 <= self.score <= 1:
             raise InputError(f"--score {self.score} is out of range; choose 0 to 1")
         check_output_folder(self.output)
+        if self.images is not None and self.output.resolve().is_relative_to(self.images.resolve()):
+            raise InputError(f"--output {self.output}: is inside of --images {self.images}, among the images that are "
+                             "read; choose a place outside")  # fmt: skip
         config = self._config()
         detectors, pipeline, classes = self._open(config)
         if len(detectors) > 1:

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,7 +22,7 @@ from torch import distributed, nn
 
 from shvit import terminal
 from shvit.errors import InputError, first_line
-from shvit.files import check_file, check_output_folder, is_file, is_there, open_file, read_text
+from shvit.files import check_file, check_output_folder, is_file, is_there, open_file, read_text, write_whole
 
 from .annotations import check_datasets
 from .detector import build_detector, log_types
@@ -32,6 +33,10 @@ from .transforms import named_images
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint
 REFUSED = "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
+WRITTEN = "# Written by shvit detect train.\n"
+"""How the configs in run folders begin; what begins otherwise is somebody's own."""
+WEIGHTS = re.compile(r"(epoch|iter)_\d+\.pth|best_")
+"""Names of the checkpoints that a run writes."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """PyTorch's switch: while it is set, no `torch.load`, whoever calls it, runs pickled code."""
 
@@ -54,12 +59,15 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     """
     last = output / "last_checkpoint"
     check_output_folder(output)
+    if not is_file(last) and (others := sorted(each.name for each in output.glob("*.pth") if WEIGHTS.match(each.name))):
+        raise InputError(f"{output}: holds {others[0]}, and no run to go on with; choose another folder for --output")
     if auto_scale_lr and not config.get("auto_scale_lr"):
         raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
     rank = int(os.environ.get("RANK", "0"))
     reports = check_datasets(config, ("train", "val"))
     show(reports, terminal.console(quiet=rank != 0))
     model = build_detector(config)  # which says what does not fit; the Runner builds its own
+    written = copy.deepcopy(config)
     config = copy.deepcopy(config)
     config.work_dir = str(output)
     if config.get("visualizer"):
@@ -74,7 +82,13 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     if config.launcher == "pytorch" and not torch.cuda.is_available():
         _join_without_gpus(config)
     journal = Journal()
-    with plainly(), weights_only(), named_images(), redirect_stdout(_Brief(sys.stdout)):
+    with (
+        plainly(),
+        weights_only(),
+        named_images(),
+        redirect_stdout(_Brief(sys.stdout)),
+        patch.object(Runner, "dump_config", lambda runner: write_config(written, output) if rank == 0 else None),
+    ):
         runner = Runner.from_cfg(config)
         runner.register_hook(journal, priority="VERY_LOW")
         try:
@@ -89,6 +103,39 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         "iterations": runner.iter,
         "ap": journal.ap,
     }
+
+
+def write_config(config: Config, output: Path) -> Path:
+    """Write a config into its run folder, as it was given to the run and can be given to the next command.
+
+    mmengine's own dump also holds what a run sets, such as the folder's whole path, which is not taken from a file; and
+    it writes over any file of that name.
+
+    Returns:
+        The file: of the config's name, or of another where a file that no run wrote has it.
+
+    Raises:
+        InputError: it cannot be written, or not be read again.
+    """
+    config = copy.deepcopy(config)
+    for name in ("work_dir", "resume", "launcher"):
+        config.pop(name, None)
+    path = output / Path(config.filename).name
+    while is_there(path) and not (is_file(path) and _is_written(path)):
+        path = path.with_name(f"{path.stem}_run.py")
+    try:
+        text = config.pretty_text
+    except Exception as error:  # whatever yapf raises for names that Python keeps for itself
+        raise InputError(f"{config.filename}: cannot be written as Python ({first_line(error)}); correct it") from error
+    with write_whole(path) as partial:
+        partial.write_text(WRITTEN + text, "utf-8")
+    return path
+
+
+def _is_written(path: Path) -> bool:
+    """Whether a run has written a config."""
+    with open_file(path) as file:
+        return file.read(len(WRITTEN)) == WRITTEN.encode()
 
 
 def check_resumable(last: Path, model: nn.Module) -> None:
@@ -221,7 +268,7 @@ def plainly() -> Iterator[None]:
         if place is None:
             raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise InputError(f"{place}: {_innermost(message)}") from error
+        raise InputError(f"{place}: {_innermost(message) or type(error).__name__}") from error
 
 
 PLACES = {
@@ -230,16 +277,21 @@ PLACES = {
     "build_from_cfg": "the config cannot be built",
     "from_cfg": "the config cannot be built",
     "build_runner_from_cfg": "the config cannot be built",
+    "mmengine.runner.loops": "the detector cannot be trained as the config says",
+    "mmengine.model.base_model.base_model": "the detector cannot be run as the config says",
+    "mmengine.evaluator.metric": "the metric cannot be computed as the config says",
 }
-"""What failed, by mmengine's function in which it did."""
+"""What failed, by mmengine's function or module in which it did."""
 
 
 def _place(error: BaseException) -> str | None:
     """Return what failed, if the input can be to blame for it."""
     trace = error.__traceback__
     while trace is not None:
-        if (name := trace.tb_frame.f_code.co_name) in PLACES:
-            return PLACES[name]
+        frame = trace.tb_frame
+        for name in (frame.f_code.co_name, frame.f_globals.get("__name__")):
+            if name in PLACES:
+                return PLACES[name]
         trace = trace.tb_next
     return None
 

@@ -1,6 +1,7 @@
 """What a config may say without being trusted: fields, types and their arguments by list, each value of its kind."""
 
 import difflib
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ SCOPES = ("mmdet", "mmengine", "mmcv")
 """Registries that a type may come from."""
 
 MAX_DEPTH = 40  # of dicts and lists in each other
+MAX_ITEMS = 2000  # of a list, each of which may become an anchor or a layer; LVIS has 1,203 classes
 MAX_LENGTH = 100_000  # characters of a text
 UNTRUSTED = "is not taken from a config that might be somebody else's"
 
@@ -62,7 +64,7 @@ def registered() -> set[str]:
 WORD = re.compile(r"[\w.\- ]{0,200}")
 METRIC = re.compile(r"(\w[\w.\-]*/)?\w[\w.\-]{0,100}")
 TEMPLATE = re.compile(r"[\w\-]{0,100}\{(:0?[1-9]?d)?\}[\w\-]{0,100}\.pth")
-KEY = re.compile(r"[A-Za-z_][\w.\-]{0,200}")
+KEY = re.compile(rf"(?!({'|'.join(keyword.kwlist)})$)[A-Za-z_][\w.\-]{{0,200}}")  # that Python writes and reads
 KNOWN_WEIGHTS = re.compile(  # names whose addresses libraries keep, and the servers of MMDetection and torchvision
     r"(torchvision://\w+|open-mmlab://[\w/]+"
     r"|https://(download\.openmmlab\.com|mmassets\.onedl\.ai|download\.pytorch\.org)/[\w\-./]+\.pth)"
@@ -119,6 +121,12 @@ def _weights(value: Any) -> None:
         _data(value, instead="give --pretrained FILE")
 
 
+def _off(value: Any) -> None:
+    """Refuse what would wait for a window to be closed, or read files that nothing has checked."""
+    if value not in (False, 0):
+        raise Refused(f"is {_short(value)}; leave it out")
+
+
 def _names(value: Any) -> None:
     if isinstance(value, str):
         raise Refused(f"is the text {_short(value)}; write a tuple, with a comma: ({_short(value)},)")
@@ -156,6 +164,8 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "ratio": _number(64),
     "few": _number(256, -1),
     "word": _word,
+    "line": _line,
+    "off": _off,
     "metric": _metric,
     "template": _template,
     "data": _data,
@@ -216,6 +226,8 @@ class _Checker:
             self.mapping(value, kind, place, depth)
             return
         if isinstance(value, list | tuple) and kind != "names":
+            if len(value) > MAX_ITEMS:
+                raise Refused(f"{place} has {len(value):,} items; a list has at most {MAX_ITEMS:,}")
             for index, each in enumerate(value):
                 self.check(each, kind, f"{place}[{index}]", depth - 1)
             return

@@ -1,6 +1,7 @@
 """Annotation files from strangers: pycocotools never sees what crashes it, and nothing raises after an epoch."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -109,6 +110,33 @@ def test_every_polygon_that_passes_is_drawn():
         assert is_drawable(polygon)
         mask_api.decode(mask_api.frPyObjects([polygon], 96, 128))
     assert not is_drawable([0, 0, MAX_OUTLINE, 0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["info", "categories"])
+def test_what_pycocotools_copies_is_shallow(coco, tmp_path, name):
+    """It copies level by level, in Python, after the first epoch."""
+    deep: list = []
+    for _ in range(800):
+        deep = [deep]
+    with pytest.raises(InputError, match="more than 60 deep"):
+        report_of(coco, tmp_path, lambda content: content.update({name: deep}))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_many_categories_of_one_name_take_no_time(coco, tmp_path, used):
+    def many(content):
+        same = [{"id": number, "name": f"z{number // 2}" if used else "z"} for number in range(10, 15_010)]
+        content["categories"] += same
+        first = content["annotations"][0]
+        new = [{**first, "id": 1000 + each["id"], "category_id": each["id"]} for each in same if used]
+        content["annotations"] += new
+
+    began = time.perf_counter()
+    report = report_of(coco, tmp_path, many)
+    assert time.perf_counter() - began < 5
+    assert len(report.notes) < 20
+    assert bool(report.counts) is used
+    assert not used or len(report.refusal()) < 3000
 
 
 @pytest.mark.parametrize(

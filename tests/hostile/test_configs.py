@@ -169,6 +169,33 @@ env_cfg = dict(cudnn_benchmark=True, mp_cfg=dict(mp_start_method="spawn", opencv
 auto_scale_lr = dict(enable=True, base_batch_size=16)
 experiment_name = f"pets_{_base_.train_cfg.max_epochs}e"
 """,
+    "warm-up": RETINA + """
+custom_hooks = [dict(type="EMAHook", ema_type="mmdet.ExpMomentumEMA", momentum=0.0001)]
+param_scheduler = [dict(type="QuadraticWarmupLR", by_epoch=True, begin=0, end=5, convert_to_iter_based=True)]
+train_dataloader = dict(num_workers=4, persistent_workers=True, prefetch_factor=4, multiprocessing_context="spawn")
+""",
+    "hooks": FASTER + """
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"), logger=dict(type="LoggerHook", interval=50), sampler_seed=None,
+    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="auto", out_dir=None),
+    visualization=dict(type="DetVisualizationHook", draw=True, show=False, test_out_dir=None))
+resume = True
+load_from = None
+""",
+    "names": FASTER + """
+names = ("person (adult)", "bus/truck", "naïve", "日本語", "50% off", "a:b", "x{y}", "C#", "r&d", "it's")
+metainfo = dict(classes=names, palette=[[220, 20, 60]] * len(names))
+train_dataloader = dict(dataset=dict(metainfo=metainfo, data_root="D:/my data/", ann_file=r"D:\\my data\\train.json"))
+model = dict(pretrained=None, data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=(64, 64))]))
+""",
+    "old variables": FASTER + """
+cudnn_benchmark = True
+gpu_ids = range(0, 1)
+workflow = [("train", 1)]
+log_config = dict(interval=50, hooks=[dict(type="TextLoggerHook")])
+evaluation = dict(interval=1, metric="bbox")
+""",
+    "a run's own": OURS + 'visualizer = dict(name="/home/me/runs/pets (1)")\n',
 }  # fmt: skip
 
 
@@ -245,8 +272,12 @@ ATTACKS = {
     'note = {"a\\nimport os": 1}': "which is not a name",
     'default_hooks = {"a": None, "x=1\\nimport os": None}': "which is not a name",
     "model = dict(**{'a b': 1})": "which is not a name",
+    'default_hooks = {"class": None}': "has 'class', which is not a name",
     "note = [b'x']": "is b'x'; write numbers",
     'note = "{{$SECRET:}}"': "not told the environment variable SECRET",
+    # windows that are waited for, files that nothing has checked
+    "default_hooks = dict(visualization=dict(draw=True, show=True))": "show is True; leave it out",
+    loader('pipeline=[dict(type="LoadAnnotations", with_seg=True)]'): "with_seg is True; leave it out",
     # addresses
     'load_from = "http://127.0.0.1/x.pth"': "is an address",
     'load_from = "https://download.openmmlab.com.evil.org/x.pth"': "is an address",
@@ -311,6 +342,7 @@ ATTACKS = {
     "x = 3\n" + "x = x * x\n" * 40: "64 bits",
     "x = f'{1:>9999999999}'": "a format",
     "x = '%99999999999d' % 1": "is not a number",
+    "x=1;" * 60_000: "more than 150,000 parts",
     "x = 'ab'\n" + "x = x + x\n" * 40: "a text of",
     "x = " + "[" * 150 + "]" * 150: "more than|nested|deep|parentheses",
     "x = 1\n" + "x = [x]\n" * 300: "deep",
