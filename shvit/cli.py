@@ -220,6 +220,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 def program() -> None:
     """`main` for a shell: one whose stdout may be closed, full, a pipe whose reader has had enough, or not UTF-8."""
+    os.environ.setdefault("WDS_SECURE", "1")  # webdataset, if anything asks it, runs nothing
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  (until the process ends)

@@ -148,6 +148,15 @@ def test_next_command_clears_away_what_a_kill_left(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
+def test_webdataset_may_run_nothing_in_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shvit", "--version"])
+    monkeypatch.setenv("WDS_SECURE", "")
+    monkeypatch.delenv("WDS_SECURE")
+    cli.program()
+    assert os.environ["WDS_SECURE"] == "1"
+    assert capsys.readouterr().out.startswith("shvit ")
+
+
 # --- names on a terminal ----------------------------------------------------------------------------------------------
 
 NAMES = {
