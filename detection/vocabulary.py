@@ -158,7 +158,7 @@ def _number(largest: float, smallest: float | None = None) -> Callable[[Any], No
     return check
 
 
-CHECKS: dict[str, Callable[[Any], None]] = {
+CHECKS: dict[str, Callable[[Any], object]] = {
     "num": _number(1e12),
     "size": _number(16384, -1),
     "ratio": _number(64),

@@ -15,7 +15,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, first_line, some
-from .files import check_file, is_folder, write_whole
+from .files import check_file, is_folder, open_file, write_whole
 
 __all__ = [
     "Checkpoint",
@@ -190,7 +189,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
                 return dict(file.metadata() or {})
         except (SafetensorError, OSError, ValueError) as error:
             raise _not_safetensors(path, error) from error
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return {}  # a pickle from before PyTorch 1.6, older than any file of ours
     content = _read_torch(path, mmap=True)
     texts = content.items() if isinstance(content, Mapping) else ()
@@ -264,11 +263,25 @@ def _check_size(path: Path) -> None:
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     check_file(path)
     size = path.stat().st_size
-    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):  # torch.save's container
-        with suppress(Exception), zipfile.ZipFile(path) as archive:  # a damaged one is refused when it is loaded
-            size = max(size, sum(entry.file_size for entry in archive.infolist()))  # what it would unpack to
+    if path.suffix != ".safetensors" and _is_archive(path):
+        size = max(size, _unpacked_bytes(path))
     if size > MAX_BYTES:
         raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is torch.save's container, by its beginning, as PyTorch has it."""
+    with open_file(path) as file:
+        return file.read(2) == b"PK"
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """What an archive unpacks to; one that cannot be measured is not handed to another reader."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # BadZipFile, and others for damaged names and sizes
+        raise InputError(f"{path}: not a readable checkpoint ({_reason(error)}); fetch it again") from error
 
 
 def _read_safetensors(path: Path) -> StateDict:

@@ -27,7 +27,7 @@ JOINERS = "\u200c\u200d"
 
 def some(names: Sequence[object], limit: int = 4) -> str:
     """Return the first names, for a message, and how many more there are."""
-    shown = ", ".join(str(name)[:80] for name in names[:limit])
+    shown = ", ".join(str(name)[:200] for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

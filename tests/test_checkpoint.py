@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -467,6 +468,16 @@ def test_archive_with_a_broken_record_is_refused(tiny, tmp_path):
         for name, content in entries.items():
             archive.writestr(name, content)
     refused(path, "not a readable checkpoint")
+
+
+def test_archive_that_python_cannot_measure_is_refused(tmp_path):
+    """Found by the fuzz command: of several disks, as its end says."""
+    locator, end = b"PK\x06\x07" + struct.pack("<LQL", 1, 0, 2), b"PK\x05\x06" + bytes(18)
+    path = tmp_path / "disks.pth"
+    path.write_bytes(b"PK\x03\x04" + bytes(100) + locator + end)
+    refused(path, "not a readable checkpoint")
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        read_metadata(path)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class RunFolder:
             InputError: it cannot be written, as on a full disk; every older state is still there.
         """
         last = self.path / "last.pt"
-        if is_file(last) and not zipfile.is_zipfile(last):
+        if is_file(last) and not _is_archive(last):
             last.unlink()  # a damaged state, in place of which an older one was gone on from
         with write_whole(last) as partial:
             with partial.open("wb") as file:
@@ -187,6 +187,13 @@ class RunFolder:
         """metrics.jsonl: a line for each evaluation."""
         with write_whole(self.path / "metrics.jsonl") as partial:
             partial.write_text("".join(to_json(entry) + "\n" for entry in log))
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of a damaged end
+        return False
 
 
 def _read_state(path: Path) -> dict[str, Any]:
