@@ -22,6 +22,7 @@ from shvit.checkpoint import (
     create_model,
     load_strictly,
     read_checkpoint,
+    read_metadata,
     read_state_dict,
     to_reference,
     write_checkpoint,
