@@ -65,10 +65,11 @@ LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 def check_host(host: str) -> str:
     """Return a host's name or address as certificates and addresses of pages have it.
 
-    Names of other scripts are encoded (IDNA), a dot at the end and the brackets of an IPv6 address are left out.
+    A dot at the end and the brackets of an IPv6 address are left out.
 
     Raises:
-        InputError: it is neither a name nor an address, or is one that stands for no machine.
+        InputError: it is neither a name nor an address, stands for no machine, or is a name of other letters than
+            ASCII's, for which there are two encodings (IDNA's of 2003 and of 2008) that lead to different machines.
     """
     given = host if len(host) <= 80 else host[:80] + "…"
     advice = "give a name such as laptop.local, or an address such as 192.168.0.5 or 2001:db8::5"
@@ -81,10 +82,10 @@ def check_host(host: str) -> str:
         if address.is_unspecified or address.is_multicast or "%" in bare or str(address) == "255.255.255.255":
             raise InputError(f"--host {given}: no phone can open that address; {advice}")
         return str(address)
-    try:
-        name = host.removesuffix(".").encode("idna").decode("ascii").lower()
-    except UnicodeError as error:  # an empty label, one too long, a character that names do not have
-        raise InputError(f"--host {given!r}: is no host's name; {advice}") from error
+    if not host.isascii() and host.isprintable():
+        raise InputError(f"--host {given!r}: has letters that certificates do not have; give the name as it is "
+                         "encoded, which begins with xn--, or an address")  # fmt: skip
+    name = host.removesuffix(".").lower()
     labels = name.split(".")
     if len(name) > 253 or not all(map(LABEL.fullmatch, labels)) or labels[-1].isdigit():
         port = "; the port is given as --port" if re.fullmatch(r"[^:/]+:\d+", host) else ""

@@ -25,10 +25,10 @@ NO_HOSTS = (
     "", " ", "a b", "x" * 300, "x" * 64, "-x", "x-", "a..b", ".", ".x", "é" * 100, "\x1b[2J", "x\n", "x\x00", "0.0.0.0",
     "::", "224.0.0.1", "255.255.255.255", "256.1.1.1", "1.2.3", "2130706433", "fe80::1%eth0", "[::1", "[]", "[x]", "http://x",
     "x:8080", "[::1]:80", "x/y", "user@x", "x?y", "*.org", "xn--zzzz-é",
+    "bücher", "BÜCHER.de", "straße.de",
 )  # fmt: skip
 HOSTS = {
-    "bücher": "xn--bcher-kva",
-    "BÜCHER.de.": "xn--bcher-kva.de",
+    "xn--bcher-kva.de.": "xn--bcher-kva.de",
     "laptop.local": "laptop.local",
     "Laptop": "laptop",
     "my_host": "my_host",
