@@ -47,15 +47,15 @@ def say_much():
         (lambda: {}["x"], "KeyError in test_fuzz.py:<lambda> < test_fuzz.py:attack"),
         (lambda: os._exit(3), "the process ended with 3"),
         (os.abort, "the process ended with -6"),
-        (sleep, "no end within 1.8 s"),
-        (spin, "no end within 0.3 s of processor time"),
+        (sleep, "no end within 0.6 s"),
+        (spin, "no end within 0.1 s of processor time"),
         (take_memory, "MemoryError in test_fuzz.py:take_memory"),
         (say_much, "a refusal of several lines"),
     ],
     ids=["KeyError", "exit", "abort", "sleep", "spin", "memory", "lines"],
 )
 def test_a_planted_fault_is_found_and_its_file_kept(fault, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fuzz, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(fuzz, "TIMEOUT_S", 0.1)
     surface = planted(fault)
     counts = fuzz.fuzz("planted", 60, 0, tmp_path, surface, runs=12)
     assert counts["findings"] == 1
