@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from shvit.documents import MAX_DEPTH, is_deeper, without_repetition
 from shvit.errors import InputError, printable
 from shvit.files import check_file, is_there, read_bytes
 from shvit.run_info import same_name
@@ -14,7 +15,6 @@ from shvit.run_info import same_name
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7
 MAX_ID = 1 << 63
-MAX_DEPTH = 60  # of lists and objects in each other
 REACH = 10  # of an image's longer side, by which coordinates may lie beyond it: more is a mistake, or an attack
 MAX_OUTLINE = 4e6  # pixels along a polygon: pycocotools takes 40 bytes for each
 MAX_NOTES = 10  # of one sort
@@ -42,7 +42,7 @@ def load_content(path: Path) -> dict[str, Any]:
     if how := next((name for begin, name in COMPRESSED.items() if text.startswith(begin)), None):
         raise InputError(f"{path}: is compressed ({how}); unpack it and give the .json inside as ann_file")
     try:
-        content = json.loads(text, object_pairs_hook=_without_doubles)  # of bytes, it finds the encoding
+        content = json.loads(text, object_pairs_hook=without_repetition)  # of bytes, it finds the encoding
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a COCO annotation file ({error.reason}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -51,29 +51,8 @@ def load_content(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not a COCO annotation file (it has no list of {key})")
     rest = [content["categories"], *(value for key, value in content.items() if key not in LISTS)]
-    if not _is_shallow(rest):  # pycocotools copies these, level by level, after an epoch
+    if is_deeper(rest, MAX_DEPTH):  # pycocotools copies these, level by level, after an epoch
         raise InputError(f"{path}: not a COCO annotation file (it is nested more than {MAX_DEPTH} deep)")
-    return content
-
-
-def _is_shallow(values: list[Any]) -> bool:
-    """Whether lists and objects are at most `MAX_DEPTH` deep in each other."""
-    for _ in range(MAX_DEPTH):
-        values = [
-            inner
-            for each in values
-            if isinstance(each, list | dict)
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-    return not values
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of a key that stands in it twice, readers take one or the other."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-        raise ValueError(f"the key {short(twice)} stands twice in one object")
     return content
 
 

@@ -340,7 +340,7 @@ def _photographs(folder: Path | None) -> list[Path]:
 def _progress(items: Iterable[Any]) -> Iterator[Any]:
     """A bar on a terminal."""
     items = list(items)
-    return iter(track(items, "photographs", console=console, transient=True) if terminal.is_terminal() else items)
+    return iter(track(items, "images", console=console, transient=True) if terminal.is_terminal() else items)
 
 
 def _show_match(match: Any) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError, first_line
@@ -55,7 +55,7 @@ def parse_json(text: str | bytes, name: str, max_depth: int | None = MAX_DEPTH) 
     try:
         content = json.loads(
             text,
-            object_pairs_hook=_without_repetition,
+            object_pairs_hook=without_repetition,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
             parse_int=_bounded_int,
@@ -64,12 +64,13 @@ def parse_json(text: str | bytes, name: str, max_depth: int | None = MAX_DEPTH) 
         raise InputError(f"{name}: not readable as JSON (it is nested too deeply)") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
         raise InputError(f"{name}: not readable as JSON ({first_line(error)})") from error
-    if max_depth is not None and _is_deeper(content, max_depth):
+    if max_depth is not None and is_deeper(content, max_depth):
         raise InputError(f"{name}: not readable as JSON (it is nested more than {max_depth} levels deep)")
     return content
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as an `object_pairs_hook`; raise ValueError for a key twice, which readers differ on."""
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -94,8 +95,8 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def _is_deeper(content: Any, depth: int) -> bool:
-    """Whether lists and dicts are nested more than `depth` levels deep; level by level, not by recursion."""
+def is_deeper(content: Any, depth: int) -> bool:
+    """Return whether lists and dicts are nested more than `depth` levels deep; level by level, not by recursion."""
     level = [content]
     for _ in range(depth + 1):
         level = [
@@ -223,29 +224,45 @@ def _check_nodes(root: "yaml.Node | None") -> None:
     """Raise ValueError where aliases lead back or expand without bound, and for keys that are no words or repeated."""
     import yaml
 
-    sizes: dict[int, tuple[int, int]] = {}  # of each node with all below it: how many, and how deep
-    above: set[int] = set()
+    def children(node: Any) -> list[Any]:
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        return _children(node)
+
+    check_expansion(root, children, MAX_NODES, MAX_DEPTH + 1)
+
+
+def check_expansion(
+    root: Any, children: Callable[[Any], Sequence[Any]], max_size: int, max_depth: float = math.inf
+) -> None:
+    """Raise ValueError where what is nested leads back to itself, or is more than that once it is written out.
+
+    Something that stands in several places counts in each; it is looked at once, and not by recursion.
+
+    Args:
+        root: the outermost; None for nothing.
+        children: what is right inside of one.
+        max_size: how many there may be, written out.
+        max_depth: how deep they may be in each other.
+    """
+    sizes: dict[int, tuple[int, int]] = {}  # of each with all below it: how many, and how deep
+    above: dict[int, Sequence[Any]] = {}  # those that are under way, and what is in them
     stack = [] if root is None else [root]
     while stack:
-        node = stack[-1]
-        if id(node) in sizes:
+        each = stack[-1]
+        if id(each) in sizes:
             stack.pop()
-            continue
-        children = _children(node)
-        if id(node) not in above:
-            if isinstance(node, yaml.MappingNode):
-                _check_keys(node)
-            above.add(id(node))
-            if any(id(child) in above for child in children):
-                raise ValueError("an alias leads back to where it stands")
-            stack.extend(child for child in children if id(child) not in sizes)
-            continue
-        above.remove(id(node))
-        below = [sizes[id(child)] for child in children]
-        size, depth = 1 + sum(each for each, _ in below), 1 + max((each for _, each in below), default=0)
-        if size > MAX_NODES or depth > MAX_DEPTH + 1:
-            raise ValueError("its aliases expand without bound")
-        sizes[id(node)] = size, depth
+        elif id(each) not in above:
+            inner = above[id(each)] = children(each)
+            if any(id(child) in above for child in inner):
+                raise ValueError("it holds what leads back to itself")
+            stack.extend(child for child in inner if id(child) not in sizes)
+        else:
+            below = [sizes[id(child)] for child in above.pop(id(each))]
+            size, depth = 1 + sum(each for each, _ in below), 1 + max((each for _, each in below), default=0)
+            if size > max_size or depth > max_depth:
+                raise ValueError("its parts expand without bound")
+            sizes[id(each)] = size, depth
 
 
 def _children(node: "yaml.Node") -> "list[yaml.Node]":
@@ -290,4 +307,15 @@ def _is_bounded(value: Any) -> bool:
     return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
 
 
-__all__ = ["compose_yaml", "describe_problem", "load_json", "load_yaml", "parse_json", "parse_model", "to_json"]
+__all__ = [
+    "check_expansion",
+    "compose_yaml",
+    "describe_problem",
+    "is_deeper",
+    "load_json",
+    "load_yaml",
+    "parse_json",
+    "parse_model",
+    "to_json",
+    "without_repetition",
+]

@@ -165,7 +165,7 @@ def neighbours(count: int):
             process.wait()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the neighbours need a core that is told")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS and Windows cannot pin a process to a core")
 def test_beside_busy_processes_processor_time_is_chosen_and_said(foreign, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "measure_machine", lambda: MACHINE)
     monkeypatch.setattr(bench_module, "TURN_S", 0.06)

@@ -265,7 +265,7 @@ def test_damaged_photographs_are_named_once_and_passed_over(small, damaged, tmp_
 
 def test_too_many_damaged_photographs_are_an_error(small, damaged, tmp_path):
     recipe = replace(small, data=Data(root=damaged, workers=0, max_corrupt=2))
-    with pytest.raises(InputError, match=r"3 damaged photographs, and 2 are allowed; .*\.png: not a readable image"):
+    with pytest.raises(InputError, match=r"3 damaged images, and 2 are allowed; .*\.png: not a readable image"):
         train(recipe, tmp_path / "run")
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import shvit
-from shvit.documents import load_yaml, to_json
+from shvit.documents import check_expansion, load_yaml, to_json
 from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder, open_file, write_whole
 from shvit.run_info import same_name
@@ -213,26 +213,11 @@ MAX_VALUES = 5_000_000  # of a state, where a list that stands in several places
 
 def _check_expansion(state: Any) -> None:
     """Raise ValueError for containers that hold each other so often that to walk through them would not end."""
-    sizes: dict[int, int] = {}
-    above: set[int] = set()
-    stack = [state]
-    while stack:
-        each = stack[-1]
-        if id(each) in sizes:
-            stack.pop()
-            continue
-        children = list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
-        if id(each) not in above:
-            above.add(id(each))
-            if any(id(child) in above for child in children):
-                raise ValueError("it holds a list that holds itself")
-            stack.extend(child for child in children if id(child) not in sizes)
-            continue
-        above.remove(id(each))
-        sizes[id(each)] = 1 + sum(sizes[id(child)] for child in children)
-        if sizes[id(each)] > MAX_VALUES:
-            raise ValueError("its lists hold each other without bound")
-        stack.pop()
+
+    def children(each: Any) -> list[Any]:
+        return list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
+
+    check_expansion(state, children, MAX_VALUES)
 
 
 NESTING = (list, tuple, set)

@@ -167,9 +167,7 @@ def _list_tar(path: Path) -> Listing:
     except InputError:
         raise
     except Exception as error:  # of a damaged header tarfile raises what its bytes bring about
-        raise InputError(
-            f"{path}: not a readable tar of class folders with photographs ({first_line(error)})"
-        ) from error
+        raise InputError(f"{path}: not a readable tar of class folders with images ({first_line(error)})") from error
     for name in members:
         parts = name.split("/")
         folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}

@@ -190,7 +190,7 @@ class Training:
                 check_class_of(self.feed.dataset, index)
         limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
         if (count := sum(self.corrupt.values())) > limit:
-            raise InputError(f"{count} damaged photographs, and {limit} are allowed; mend or remove them, "
+            raise InputError(f"{count} damaged images, and {limit} are allowed; mend or remove them, "
                              f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
     def _look(self) -> None:

@@ -276,7 +276,7 @@ def test_training_counts_the_images_of_a_missing_shard(shards, recipe):
     feed = Feed(replace(streamed, augment=Augment(repeats=1)), None, one_process(), 1)
     problems = {problem for batch in feed.batches(0, 2) for problem in batch.problems}
     assert [(lost, "v-1.tar: no such file" in text) for text, _, lost in problems] == [(4, True)]
-    with pytest.raises(InputError, match=r"4 damaged photographs, and 3 are allowed.*v-1\.tar: no such file"):
+    with pytest.raises(InputError, match=r"4 damaged images, and 3 are allowed.*v-1\.tar: no such file"):
         train(replace(streamed, model="test_resnet", data=wds(shards, max_corrupt=3)), Path("run"))
 
 
