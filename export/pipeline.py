@@ -20,7 +20,7 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, scratch_folder
 from shvit.weights.resolve import Log, Weights
 
-from .backends.artifact import artifact_files, open_artifact
+from .backends.registry import artifact_files, open_artifact
 from .backends.tuning import TUNING
 from .images import ImageFile, read_pixels, spread
 from .quantization.qdq import LayerRanges

@@ -19,7 +19,7 @@ from shvit.files import is_there
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, resolve_weights
 
-from ..backends.artifact import refuse_changed
+from ..backends.registry import refuse_changed
 from ..backends.tuning import TUNING
 from ..guards import one_line
 from ..images import sample_images
@@ -356,7 +356,7 @@ def _image_input(path: Path, shapes: Sequence[Sequence[Any]]) -> tuple[int, int 
 
 
 def _read_onnx_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import onnx_session
+    from ..backends.registry import onnx_session
     from ..backends.onnx import metadata, read_onnx
 
     said = metadata(read_onnx(path))
@@ -396,7 +396,7 @@ def _read_openvino_file(path: Path) -> tuple[int, int | None, str]:
 
 
 def _read_coreml_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import open_artifact
+    from ..backends.registry import open_artifact
 
     spec = open_artifact(path).spec
     return spec.img_size, None, spec.precision

@@ -15,7 +15,7 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, sha256
 from shvit.weights.published import published_top1
 
-from ..backends.artifact import open_artifact
+from ..backends.registry import open_artifact
 from ..bench.cases import Settings, Subject
 from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels

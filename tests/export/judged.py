@@ -16,7 +16,7 @@ from torch import nn
 
 from shvit.deployment import DeployedSHSA, deploy
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import Artifact, open_artifact
+from shvit.export.backends.registry import Artifact, open_artifact
 from shvit.export.backends.coreml import write_coreml
 from shvit.export.backends.onnx import metadata, save_onnx, write_onnx
 from shvit.export.backends.openvino import write_openvino

@@ -105,7 +105,7 @@ def attack_onnx(data: bytes) -> None:
     """As `shvit eval --artifact` and `shvit verify` open and run a file."""
     import torch
 
-    from shvit.export.backends.artifact import open_artifact
+    from shvit.export.backends.registry import open_artifact
 
     artifact = open_artifact(_written(data, "x.onnx"), threads=1)
     artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))

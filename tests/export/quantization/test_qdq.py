@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.onnx import read_onnx, save_onnx, write_onnx
 from shvit.export.pipeline import _keep_fewest
 from shvit.export.quantization.qdq import (
