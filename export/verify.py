@@ -12,7 +12,7 @@ from torch import nn
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
-from shvit.train.data import open_image
+from shvit.train.data.images import open_image
 
 from .backends.artifact import Artifact, artifact_files, artifact_sha256
 from .backends.parameters import LayerParameters, compare_parameters, holds_shvit

@@ -24,7 +24,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from shvit.errors import InputError, first_line
 
-from .data import Images, Stream, ignore_interrupt, open_stream
+from .data.datasets import Images, ignore_interrupt
+from .data.streams import Stream, open_stream
 from .distributed import World
 from .recipe import Augment, Recipe
 

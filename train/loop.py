@@ -18,7 +18,10 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo, read_recipe_file
 
-from .data import Splits, check_class_of, is_stream, open_splits
+from .data.datasets import Splits, check_class_of, open_splits
+from .data.splits import check_outside
+from .data.streams import is_stream
+from .data.summary import print_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .feed import Batch, Feed, Problem
@@ -28,8 +31,6 @@ from .journal import Journal
 from .plots import plot_curves
 from .recipe import Recipe
 from .setup import check_recipe, open_held_out, open_training, set_up
-from .splits import check_outside
-from .summary import print_splits
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
 from .checks import check_fields
-from .data import EvalBatches, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream
+from .data.datasets import EvalBatches, Splits, any_readable, eval_loader, open_splits
+from .data.streams import is_stream, open_stream
 from .distributed import World
 from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
 from .recipe import Recipe

@@ -21,7 +21,8 @@ from torch import nn
 from shvit import terminal
 from shvit.errors import InputError
 
-from .data import is_stream, open_splits
+from .data.datasets import open_splits
+from .data.streams import is_stream
 from .distributed import World, join
 from .feed import Batch, Feed
 from .interrupt import Interrupt

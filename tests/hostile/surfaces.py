@@ -54,7 +54,7 @@ def _images() -> list[bytes]:
 
 def attack_image(data: bytes) -> None:
     """As training, evaluation and calibration open an image."""
-    from shvit.train.images import open_image
+    from shvit.train.data.images import open_image
 
     open_image(_written(data, "x.jpg")).convert("RGB").load()
 
@@ -213,7 +213,7 @@ def _yaml() -> list[bytes]:
 
 def attack_yaml(data: bytes) -> None:
     """As `shvit train --recipe` and a run folder's recipe are read."""
-    from shvit.train.data import read_trained_on
+    from shvit.train.data.datasets import read_trained_on
     from shvit.train.recipe import read_recipe
 
     path = _written(data, "recipe.yaml")

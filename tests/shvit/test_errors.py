@@ -12,7 +12,7 @@ import torch
 from timm.data import create_transform
 
 from shvit.errors import InputError, first_line
-from shvit.train.data import Prepared, ignore_interrupt, open_dataset
+from shvit.train.data.datasets import Prepared, ignore_interrupt, open_dataset
 from shvit.train.distributed import World
 from shvit.train.feed import Augmented, Feed, collate
 from shvit.train.recipe import Data, Recipe

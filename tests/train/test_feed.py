@@ -16,15 +16,10 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
-from shvit.train.data import (
-    Files,
-    Images,
-    eval_loader,
-    open_dataset,
-    open_eval_dataset,
-    open_named,
-    open_stream,
-)
+from shvit.train.data.datasets import Images, eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.image_folders import Files
+from shvit.train.data.images import open_image
+from shvit.train.data.streams import open_stream
 from shvit.train.distributed import World
 from shvit.train.feed import (
     Augmented,
@@ -37,7 +32,6 @@ from shvit.train.feed import (
     posterize,
     seed_generators,
 )  # fmt: skip
-from shvit.train.images import open_image
 from shvit.train.recipe import Augment, Data, Recipe
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import yaml
 
 from shvit.errors import InputError
 from shvit.run_info import read_recipe_file
+from shvit.train.data.splits import check_outside
 from shvit.train.folder import RunFolder, git_revision
 from shvit.train.recipes import DEMO
-from shvit.train.splits import check_outside
 from tests import forks
 
 

@@ -14,9 +14,9 @@ from timm.data.readers.reader import Reader
 from shvit.errors import InputError, first_line
 from shvit.extras import advise
 
+from ..recipe import Data
 from .images import open_image, to_rgb
 from .locations import SCHEME, check_dataset_name, check_path
-from .recipe import Data
 from .shards import Lost, Sample, Shards, class_index
 
 Split = Literal["train", "val"]

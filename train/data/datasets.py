@@ -22,10 +22,10 @@ from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder
 from shvit.run_info import same_name
 
-from .folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
+from ..recipe import Data
+from .image_folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
 from .images import open_image, to_rgb
 from .locations import NAMED, check_path
-from .recipe import Data
 from .shards import has_info
 from .splits import (
     as_listing,

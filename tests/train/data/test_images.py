@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from skimage.color import lab2rgb
 
 from shvit.errors import InputError
-from shvit.train import images
-from shvit.train.images import open_image, to_rgb
+from shvit.train.data import images
+from shvit.train.data.images import open_image, to_rgb
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)

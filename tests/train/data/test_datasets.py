@@ -10,16 +10,9 @@ import timm
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train import images
-from shvit.train.data import (
-    TrainedOn,
-    elpv,
-    eval_loader,
-    open_dataset,
-    open_eval_dataset,
-    open_image,
-    open_splits,
-)
+from shvit.train.data import images
+from shvit.train.data.datasets import TrainedOn, elpv, eval_loader, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data.images import open_image
 from shvit.train.recipe import Data
 
 

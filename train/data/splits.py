@@ -20,7 +20,7 @@ from shvit.errors import InputError, some
 from shvit.files import is_folder
 from shvit.run_info import same_name
 
-from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
+from .image_folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
 from .shards import has_info
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
