@@ -246,7 +246,7 @@ def attack_coco(data: bytes) -> None:
     """As `shvit detect train` checks annotations."""
     from PIL import Image
 
-    from shvit.detection.annotations import check_annotations
+    from shvit.detection.coco.annotations import check_annotations
 
     path = _written(data, "annotations.json")
     if not path.with_name("a.png").exists():
@@ -255,7 +255,7 @@ def attack_coco(data: bytes) -> None:
 
 
 def _configs() -> list[bytes]:
-    from shvit.detection.config import CONFIGS, bundled, open_config
+    from shvit.detection.parsing.config import CONFIGS, bundled, open_config
 
     ours = [path.read_text() for path in sorted(CONFIGS.glob("*-s1_*.py"))]
     flat = [open_config(name).pretty_text for name in bundled() if "-s1_" in name]
@@ -264,7 +264,7 @@ def _configs() -> list[bytes]:
 
 def attack_config(data: bytes) -> None:
     """As the detection commands read a config without --trust-config; it must run nothing, and so write nothing."""
-    from shvit.detection.config import open_config
+    from shvit.detection.parsing.config import open_config
 
     path = _written(data, "config.py")
     before = set(path.parent.iterdir())

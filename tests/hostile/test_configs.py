@@ -8,9 +8,9 @@ import mmdet
 import pytest
 from mmengine.config import Config
 
-from shvit.detection.arguments import SECTIONS
-from shvit.detection.config import CONFIGS, only_known, open_config
-from shvit.detection.vocabulary import CHECKS, DICTS, PARTS, PRIORITIES, TYPES, registered
+from shvit.detection.parsing.arguments import SECTIONS
+from shvit.detection.parsing.config import CONFIGS, only_known, open_config
+from shvit.detection.parsing.vocabulary import CHECKS, DICTS, PARTS, PRIORITIES, TYPES, registered
 from shvit.errors import InputError
 
 MIM = Path(mmdet.__file__).parent / ".mim" / "configs"

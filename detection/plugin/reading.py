@@ -13,7 +13,7 @@ from mmdet.evaluation.metrics import coco_metric
 
 from shvit.run_info import same_name
 
-from .coco import is_zero_box, load_content, repair
+from ..coco.content import is_zero_box, load_content, repair
 
 
 class AnnotationFile(COCO):

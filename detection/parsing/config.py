@@ -24,11 +24,11 @@ from shvit.files import check_file, is_there
 from . import expressions
 from .vocabulary import FIELDS, SCOPES, Refused, check_config
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDER_VARIABLE = "SHVIT_CONFIGS"
 """The environment variable by which a config elsewhere names the folder of ours; the commands set it."""
 
-OURS = ("shvit.detection", "shvit.detection.reading")
+OURS = ("shvit.detection", "shvit.detection.plugin.reading")
 """What every config has imported: our parts, and the reading of annotation files."""
 
 MAX_BYTES = 1 << 20  # of one file

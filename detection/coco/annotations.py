@@ -18,9 +18,9 @@ from shvit.errors import InputError
 from shvit.run_info import same_name
 from shvit.train.data.images import MAX_PIXELS
 
-from .coco import count, is_side, key_of, load_content, names_of, repair, short
-from .config import innermost, metrics_of
-from .detector import class_names
+from ..detector import class_names
+from ..parsing.config import innermost, metrics_of
+from .content import count, is_side, key_of, load_content, names_of, repair, short
 from .headers import Header, Reader, copies, read_headers
 from .objects import ListedImage, Objects, Use
 from .report import LISTED, Report

@@ -14,7 +14,7 @@ from shvit.errors import InputError, first_line
 from shvit.files import is_there, open_file
 from shvit.train.data.images import MAX_PIXELS
 
-from .headers import known_formats
+from ..coco.headers import known_formats
 
 
 @TRANSFORMS.register_module()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from .coco import is_polygon
+from .content import is_polygon
 
 SLACK = 2  # pixels by which boxes may reach beyond their image unmentioned: annotation tools round
 NEAR = 4  # pixels by which any edge may be off a mask's: tiny objects, whose IoU a pixel halves

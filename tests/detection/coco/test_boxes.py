@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from shvit.detection.boxes import MaskFits, Pair, extent_of_runs
-from shvit.detection.coco import repair, run_lengths
-from shvit.detection.objects import Use
+from shvit.detection.coco.boxes import MaskFits, Pair, extent_of_runs
+from shvit.detection.coco.content import repair, run_lengths
+from shvit.detection.coco.objects import Use
 from tests.detection.detection_data import CENTERS, CLASSES, LEARN, PARTS, every, first, report_of, write_coco
 
 

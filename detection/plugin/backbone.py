@@ -17,7 +17,7 @@ from shvit.checkpoint import create_model, load_checkpoint
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS, SHViT
 
-from .detector import find_weights
+from ..detector import find_weights
 
 PRETRAINED = "Pretrained"
 """mmengine's type of an init_cfg that names a checkpoint."""

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .coco import count
+from .content import count
 from .headers import Header
 
 LISTED = 10  # examples in a refusal, and names in a note

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .boxes import SLACK, BoxForms, MaskFits, Pair, Rectangle, extent, mask_extent
-from .coco import (
+from .content import (
     count,
     is_box,
     is_drawable,

@@ -18,11 +18,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from shvit.cli import run
-from shvit.detection.annotations import check_annotations, check_datasets, inspect
-from shvit.detection.coco import is_numbers, load_content
-from shvit.detection.config import open_config
-from shvit.detection.headers import Reader, read_headers
-from shvit.detection.objects import Use
+from shvit.detection.coco.annotations import check_annotations, check_datasets, inspect
+from shvit.detection.coco.content import is_numbers, load_content
+from shvit.detection.coco.headers import Reader, read_headers
+from shvit.detection.coco.objects import Use
+from shvit.detection.parsing.config import open_config
 from shvit.errors import InputError
 from tests.detection.detection_data import (
     CENTERS,

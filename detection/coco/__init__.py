@@ -1,0 +1,1 @@
+"""COCO annotation files: read, checked and repaired before a detector sees them. Installed as `shvit.detection.coco`."""

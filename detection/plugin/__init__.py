@@ -1,0 +1,1 @@
+"""What MMDetection's registries get: backbones, the neck, transforms, operators. Installed as `shvit.detection.plugin`."""
