@@ -27,10 +27,9 @@ ROOT_PAGES = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "RELEASIN
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the packages out as they are installed, for mkdocstrings, and check their docstrings."""
+    """Lay the packages out as they are installed, where mkdocs.yml has mkdocstrings look, and check their docstrings."""
     sources = ROOT / "build" / "docs"
     lay_out_packages(sources)
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(sources)]
     pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     if missing := undocumented(sources, re.findall(r"^::: (\S+)", pages, re.MULTILINE)):
         raise PluginError(f"public names without a docstring: {', '.join(missing)}")
@@ -71,9 +70,9 @@ def undocumented(sources: Path, names: list[str]) -> list[str]:
 
 def _public(top: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | griffe.Alias]:
     yield top
-    for member in top.members.values():
-        if member.is_public and not member.is_module:
-            yield from _public(member) if member.is_class else [member]
+    for name, member in top.members.items():
+        if member.is_public and not name.startswith("_") and (member.is_class or member.is_function):
+            yield from _public(member)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
