@@ -47,16 +47,30 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """Fail if a page or a stylesheet of the site loads anything from the network."""
+    for path in Path(config.site_dir).rglob("*.[hc][ts]*"):
+        if found := external(path.read_text()):
+            raise PluginError(f"{path.name} loads {', '.join(found)}; the site must work without a network")
+
+
+LOADED = r"""(?:<(?!a\b)\w+\b[^>]*?\b(?:src|href)=|\burl\(|@import )["']?((?:https?:)?//[^"'\s>)]+)"""
+
+
+def external(text: str) -> list[str]:
+    """Return the addresses that a page or a stylesheet loads, for which links that a reader may follow do not count."""
+    return sorted(set(re.findall(LOADED, text)))
+
+
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
 def lay_out_packages(folder: Path) -> None:
     """Copy the packages below `folder` as they are installed: `train/` becomes `shvit/train`."""
     shutil.rmtree(folder, ignore_errors=True)
-    for path in ROOT.glob("*/__init__.py"):
-        name = path.parent.name
+    for name in sorted({path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}):
         target = folder / "shvit" / ("" if name == "shvit" else name)
-        shutil.copytree(path.parent, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 def undocumented(sources: Path, names: list[str]) -> list[str]:
