@@ -274,7 +274,7 @@ class Predict(_Detects):
     """Draw what has at least this score."""
 
     def run(self) -> dict[str, Any]:
-        from .pictures import draw
+        from .draw import draw
         from .training import plainly
 
         if not 0 <= self.score <= 1:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shvit.deploy import deploy
+from shvit.deployment import deploy
 from shvit.documents import parse_json, parse_model
 from shvit.errors import InputError, first_line
 from shvit.files import check_file

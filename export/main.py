@@ -16,11 +16,11 @@ from shvit.files import check_output_folder, check_replaceable, is_file, sha256,
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from .formats import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
+from .backends.artifact import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, images_that_fit, rows_that_fit
+from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, find_photographs
 from .labels import find_labels, match_classes, refuse_unknown
-from .photographs import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, find_photographs
-from .runtimes import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
+from .pipeline import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
 from .summary import show
 from .verify import Reference, certify, require
@@ -40,7 +40,7 @@ class Info:
     """Input height and width in pixels; the model's own by default."""
 
     def run(self) -> dict[str, Any]:
-        from .info import describe, tables
+        from .analysis.info import describe, tables
 
         description = describe(*open_model(self.model, None, self.img_size))
         for shown in tables(description):
@@ -573,6 +573,6 @@ class Demo:
     """Training epochs; the recipe's by default."""
 
     def run(self) -> dict[str, Any]:
-        from .demo import demo
+        from .demo.run import demo
 
         return demo(self.output, self.data, self.epochs)

@@ -11,7 +11,7 @@ from shvit.documents import load_json, to_json
 from shvit.errors import CheckFailed
 from shvit.files import write_whole
 
-from .formats import SUFFIXES, Format, Options, Source, check_calibration, export
+from .pipeline import SUFFIXES, Format, Options, Source, check_calibration, export
 from .spec import Precision
 
 ROWS: tuple[tuple[Format, Precision], ...] = (

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from shvit.deploy import deploy
+from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 from shvit.train.data import open_image
 
-from .forms import layers
+from .backends.artifact import Artefact, artefact_files, artefact_sha256
+from .backends.parameters import LayerParameters, compare_parameters, holds_shvit
+from .images import Photograph, read_pixels, spread
 from .labels import contradiction
-from .parameters import LayerParameters, compare_parameters, holds_shvit
-from .photographs import Photograph, read_pixels, spread
-from .quantize import unfold_identities
-from .runtimes import Artefact, artefact_files, artefact_sha256
+from .quantization.qdq import unfold_identities
 from .spec import Spec
 from .verdict import (
     TOLERANCES,
@@ -31,6 +30,7 @@ from .verdict import (
     worst_figures,
     worst_verdict,
 )
+from .wrappers import layers
 
 BATCH = 16  # images at a time through model and artefact
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held

@@ -29,7 +29,7 @@ if _is_command():
     let_threads_sleep()  # before anything imports torch
 else:
     from .checkpoint import load_checkpoint
-    from .deploy import deploy
+    from .deployment import deploy
     from .shvit import SHViT
 
     __all__ = ["SHViT", "deploy", "load_checkpoint"]

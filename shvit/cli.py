@@ -46,9 +46,9 @@ COMMANDS = {
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
     "bench": Entry(
-        "shvit.export.bench_main:parse", "latency of models and runtimes, interleaved; `bench phone`: in a browser"
+        "shvit.export.bench.main:parse", "latency of models and runtimes, interleaved; `bench phone`: in a browser"
     ),
-    "site": Entry("shvit.export.bench_main:Site", "the page that measures in browsers as a static site"),
+    "site": Entry("shvit.export.bench.main:Site", "the page that measures in browsers as a static site"),
     "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
     "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real photographs"),

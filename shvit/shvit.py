@@ -40,7 +40,7 @@ class Fusable:
 
     def fuse(self) -> nn.Module:
         """The layer's inference form as a new module, or the layer itself where it has none."""
-        from .deploy import fuse_layer  # deploy.py knows the layers, not the other way round
+        from .deployment import fuse_layer  # deploy.py knows the layers, not the other way round
 
         return fuse_layer(self)  # type: ignore[arg-type]
 

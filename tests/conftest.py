@@ -42,27 +42,28 @@ def kept_files() -> set[str]:
 
 
 SLOW = (
-    "test_detection.py",
-    "test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
-    "test_formats.py",
-    "test_train.py",
-    "test_distributed.py",
-    "test_export.py",
-    "test_coreml.py",
-    "test_bench.py",
-    "test_judge.py",
-    "test_shvit.py",
-    "test_phone.py",
+    "detection/test_detection.py",
+    "detection/test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
+    "export/test_pipeline.py",
+    "train/test_train.py",
+    "train/test_distributed.py",
+    "export/test_export.py",
+    "export/backends/test_coreml.py",
+    "export/bench/test_measure.py",
+    "export/test_judge.py",
+    "shvit/test_shvit.py",
+    "export/browser/test_phone.py",
     "test_packaging.py",
     "test_readme.py",
-    "test_rounding.py",
-    "test_deploy.py",
+    "export/backends/test_rounding.py",
+    "shvit/test_deployment.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+    names = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    items.sort(key=lambda item: SLOW.index(names[item]) if names[item] in SLOW else len(SLOW))
 
 
 @pytest.hookimpl(trylast=True)
@@ -206,9 +207,9 @@ def small(recipe):
 @pytest.fixture
 def quick_machine(monkeypatch):
     """What the machine can do at best is measured for a moment, on small matrices; no time measured means anything."""
-    monkeypatch.setattr("shvit.export.roofline.SECONDS", 0.01)
-    monkeypatch.setattr("shvit.export.roofline.SIDES", (128,))
-    monkeypatch.setattr("shvit.export.roofline.READ_MB", 16)
+    monkeypatch.setattr("shvit.export.bench.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("shvit.export.bench.roofline.SIDES", (128,))
+    monkeypatch.setattr("shvit.export.bench.roofline.READ_MB", 16)
 
 
 @pytest.fixture

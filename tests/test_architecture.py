@@ -3,14 +3,15 @@
 import ast
 
 import pytest
-from conftest import ROOT, kept_files
+
+from tests.conftest import ROOT, kept_files
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 MAY_IMPORT = {  # besides itself
     "shvit": set(),
     "weights": {"shvit"},
@@ -20,7 +21,7 @@ MAY_IMPORT = {  # besides itself
 }
 
 
-def imported(source: str) -> list[str]:
+def imported(source: str, depth: int = 1) -> list[str]:
     """Every module that a source imports, as it names it: `shvit.train.data`, `.recipe`."""
     names = []
     for node in ast.walk(ast.parse(source)):
@@ -28,17 +29,17 @@ def imported(source: str) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+        elif isinstance(node, ast.ImportFrom) and node.level <= depth:
             names += [f".{name}" for name in ([node.module] if node.module else [alias.name for alias in node.names])]
         elif isinstance(node, ast.ImportFrom):
             names.append("..")  # out of the folder
     return names
 
 
-def violations(folder: str, source: str) -> list[str]:
+def violations(folder: str, source: str, depth: int = 1) -> list[str]:
     """The imports of a module in `folder` that point the wrong way."""
     wrong = []
-    for name in imported(source):
+    for name in imported(source, depth):
         first, _, rest = name.partition(".")
         if name == ".." or (first != "shvit" and first in MAY_IMPORT):
             wrong.append(name)  # `import train` finds the source folder, not the package
@@ -57,7 +58,8 @@ def violations(folder: str, source: str) -> list[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_point_one_way(folder):
     for path in (ROOT / folder).rglob("*.py"):
-        assert violations(folder, path.read_text()) == [], path.name
+        depth = len(path.relative_to(ROOT / folder).parts)
+        assert violations(folder, path.read_text(), depth) == [], path.name
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_wrong_arrow_is_found(folder, source):
     ("folder", "source"),
     [
         ("export", "from shvit.train.data import open_image"),
-        ("export", "from shvit.deploy import deploy"),
+        ("export", "from shvit.deployment import deploy"),
         ("train", "from .recipe import Recipe"),
         ("detection", "from shvit.weights.cache import obtain"),
         ("weights", "import shvit.shvit"),
@@ -100,7 +102,9 @@ def test_a_right_arrow_is_not(folder, source):
 def test_package_list_is_the_folders():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     installed = {folder: "shvit" if folder == "shvit" else f"shvit.{folder}" for folder in FOLDERS}
-    assert sorted(tool["packages"]) == sorted(installed.values())
+    rooms = [path.parent.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*/__init__.py")]
+    packages = [*installed.values(), *(".".join((installed[room.parts[0]], *room.parts[1:])) for room in rooms)]
+    assert sorted(tool["packages"]) == sorted(packages)
     assert tool["package-dir"] == {name: folder for folder, name in installed.items()}
 
 

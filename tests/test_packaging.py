@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, kept_files
+
+from tests.conftest import ROOT, kept_files
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder)}" in names
     assert "shvit/weights/manifest.toml" in names
-    for name in ("published.toml", "web/explorer.html", "web/explorer.css", "web/explorer.js"):
-        assert f"shvit/export/{name}" in names
+    for name in ("weights/published.toml", *(f"export/web/explorer.{kind}" for kind in ("html", "css", "js"))):
+        assert f"shvit/{name}" in names
     assert "shvit/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"shvit", "shvit-0.1.0.dist-info"}
 

@@ -11,14 +11,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from rich.console import Console
 
 from shvit.cli import COMMANDS, run
-from shvit.export.info import Description, describe, tables
+from shvit.export.analysis.info import Description, describe, tables
 from shvit.export.spec import open_model
 from shvit.weights.models import describe as describe_model
 from shvit.weights.models import names
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -39,8 +39,12 @@ def file_tree() -> str:
     lines = []
     for folder in FOLDERS:
         lines.append(f"{folder + '/':<20}{_first_line(ROOT / folder / '__init__.py')}")
-        modules = sorted(path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
-        lines += [f"  {path.name:<18}{_first_line(path)}" for path in modules]
+        for room in (ROOT / folder, *sorted(path.parent for path in (ROOT / folder).glob("*/__init__.py"))):
+            indent = "  " * len(room.relative_to(ROOT).parts)
+            if room != ROOT / folder:
+                lines.append(f"{indent[2:]}{room.name + '/':<18}{_first_line(room / '__init__.py')}")
+            modules = sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
+            lines += [f"{indent}{path.name:<18}{_first_line(path)}" for path in modules]
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -126,7 +130,7 @@ def commands() -> list[list[str]]:
 def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, tiny_demo):
     """From an empty folder, with a small model and few images; no time that is measured means anything."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("shvit.export.bench.TURN_S", 0.0)
+    monkeypatch.setattr("shvit.export.bench.measure.TURN_S", 0.0)
     assert len(commands()) >= 5
     for argv in commands():
         words = [word for word in argv if (argv[0], word) != ("bench", "shvit_s4")]

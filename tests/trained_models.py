@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from conftest import settle
 from PIL import Image
 from torch import nn
 
-from shvit.export.photographs import Photograph
+from shvit.export.images import Photograph
 from shvit.export.spec import Spec
 from shvit.train.data import open_image
+from tests.conftest import settle
 
 PX = 64
 SIDES = (72, 80)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shvit.checkpoint import Layout, StateDict, create_model, read_checkpoint, to_reference
-from shvit.deploy import deploy
+from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS
 

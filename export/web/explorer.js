@@ -1,5 +1,5 @@
 // The explorer of measurements. Data come from one JSON block, #shvit-measurements, in the form of
-// export/records.py; everything is built inside #shvit-explorer. Names are only ever set as text. export/explorer.py
+// export/bench/records.py; everything is built inside #shvit-explorer. Names are only ever set as text. export/bench/explorer.py
 // joins explorer_draw.js, explorer_devices.js and this file to one function.
 
 const data = JSON.parse(document.getElementById("shvit-measurements").textContent);

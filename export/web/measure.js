@@ -1,5 +1,5 @@
 // Measuring in a browser: which backends it has, whether a file gives its answers there, and how long it takes.
-// Nothing here draws; phone.js does. A `trial` is trial.json of export/trial.py; a `model` is one of trial.models.
+// Nothing here draws; phone.js does. A `trial` is trial.json of export/browser/served.py; a `model` is one of trial.models.
 import { normalize } from "./pixels.js";
 
 const PATIENCE_S = 180; // for one answer of a worker; a backend that takes longer is given up
@@ -326,7 +326,7 @@ export const secondsOf = ({ trial, cases, rounds, sustained }) =>
  *
  * @param plan {trial, cases: [{model, backend}], rounds, sustained: indices of cases}
  * @param told {say(text, done 0–1), changed(cases), second(index, seconds, case)}; and signal, an AbortSignal
- * @returns What export/phone_record.py reads, but for the device.
+ * @returns What export/browser/phone_record.py reads, but for the device.
  * @throws The signal's reason, if it is aborted.
  */
 export async function measure(plan, { say, changed, second, signal }) {

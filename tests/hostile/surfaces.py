@@ -65,7 +65,7 @@ def attack_image(data: bytes) -> None:
 def _onnx() -> list[bytes]:
     from onnx import TensorProto, helper, numpy_helper
 
-    from shvit.export.onnx import INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
+    from shvit.export.backends.onnx import INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
 
     def model(raw: bool) -> bytes:
         import numpy as np
@@ -105,7 +105,7 @@ def attack_onnx(data: bytes) -> None:
     """As `shvit eval --artefact` and `shvit verify` open and run a file."""
     import torch
 
-    from shvit.export.runtimes import open_artefact
+    from shvit.export.backends.artifact import open_artefact
 
     artefact = open_artefact(_written(data, "x.onnx"), threads=1)
     artefact(torch.zeros(1, *artefact.spec.shape, dtype=torch.uint8))
@@ -173,8 +173,8 @@ def _json() -> list[bytes]:
 def attack_json(data: bytes) -> None:
     """As every reader of JSON takes it: certificates, measurements, records, the cache's hashes, specs."""
     from shvit.certificate import read_origin
-    from shvit.export.phone_record import read_record_file
-    from shvit.export.records import read_measurements
+    from shvit.export.bench.records import read_measurements
+    from shvit.export.browser.phone_record import read_record_file
     from shvit.export.spec import Spec
     from shvit.weights.cache import read_lock
 

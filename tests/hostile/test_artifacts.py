@@ -11,17 +11,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import create_tiny
 from onnx import TensorProto, helper
 
 from shvit import cli
-from shvit.deploy import deploy
+from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.export import guards
-from shvit.export.cases import Settings, case_of_file
-from shvit.export.openvino import write_openvino
-from shvit.export.runtimes import open_artefact
+from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.openvino import write_openvino
+from shvit.export.bench.cases import Settings, case_of_file
 from shvit.export.spec import Spec
+from tests.conftest import create_tiny
 
 from .artifacts import SPEC, class_folders, constant, external, write_onnx
 
@@ -266,7 +266,7 @@ def test_an_ir_is_checked(ir, tmp_path, attack):
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     pytest.importorskip("coremltools")
-    from shvit.export.coreml import write_coreml
+    from shvit.export.backends.coreml import write_coreml
 
     path = tmp_path_factory.mktemp("package") / "m.mlpackage"
     model = create_tiny(num_classes=2, depth=(1, 1, 1))

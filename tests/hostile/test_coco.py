@@ -5,13 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from detection_data import LEARN, every, first, report_of, write_coco
 from PIL import Image
 from pycocotools import mask as mask_api
 
 from shvit.detection.coco import MAX_OUTLINE, is_drawable, is_within_reach, load_content, run_lengths
 from shvit.detection.objects import Use
 from shvit.errors import InputError
+from tests.detection.detection_data import LEARN, every, first, report_of, write_coco
 
 JUDGE = Use(LEARN.classes, masks=True, learn=False)
 USES = pytest.mark.parametrize("use", [LEARN, JUDGE], ids=["train", "val"])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detection_data import write_coco, write_config
 from mmdet.structures import DetDataSample
 
 from shvit.cli import run
@@ -13,6 +12,7 @@ from shvit.detection.detector import build_detector, torch_detect
 from shvit.detection.training import WRITTEN, plainly
 from shvit.detection.training import write_config as write_run_config
 from shvit.errors import InputError
+from tests.detection.detection_data import write_coco, write_config
 
 PREDICT = ["detect", "predict", "c.py", "--checkpoint", "x.pth"]
 

@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import create_tiny
-from detection_data import write_coco, write_config
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -20,6 +18,8 @@ from shvit.detection.detector import build_detector, fixed_pipeline, own_pipelin
 from shvit.detection.onnx import KEY, DetectorSpec, open_onnx
 from shvit.detection.training import check_resumable
 from shvit.errors import InputError
+from tests.conftest import create_tiny
+from tests.detection.detection_data import write_coco, write_config
 
 F32 = np.float32
 SPEC = {

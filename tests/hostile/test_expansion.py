@@ -7,7 +7,7 @@ import pytest
 
 from shvit.documents import load_yaml
 from shvit.errors import InputError
-from shvit.export.runtimes import refuse_changed
+from shvit.export.backends.artifact import refuse_changed
 from shvit.files import write_whole
 from shvit.train.data import Data
 from shvit.train.folder import _check_expansion
@@ -108,7 +108,7 @@ def test_builder_of_datasets_is_no_dataset(name):
 
 
 def test_folder_that_is_no_artifact_is_not_hashed(tmp_path, monkeypatch):
-    monkeypatch.setattr("shvit.export.runtimes.sha256", None)
+    monkeypatch.setattr("shvit.export.backends.artifact.sha256", None)
     with pytest.raises(InputError, match="unknown artifact"):
         refuse_changed(tmp_path)
 

@@ -84,7 +84,7 @@ def without(monkeypatch):
 def test_a_command_without_a_package_says_which_extra(module, argv, extra, without, tmp_path, monkeypatch):
     import json
 
-    from serving import RECORD
+    from tests.export.browser.serving import RECORD
 
     (tmp_path / "RECORD").write_text(json.dumps(RECORD))
     monkeypatch.chdir(tmp_path)

@@ -6,11 +6,11 @@ import tracemalloc
 
 import pytest
 
-from hostile import fuzz
-from hostile.mutators import mutate_bytes, mutate_json, mutate_text
-from hostile.surfaces import SURFACES, Surface
 from shvit.errors import InputError
 from shvit.files import read_bytes
+from tests.hostile import fuzz
+from tests.hostile.mutators import mutate_bytes, mutate_json, mutate_text
+from tests.hostile.surfaces import SURFACES, Surface
 
 
 def planted(fault):

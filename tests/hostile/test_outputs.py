@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import create_tiny
 
 from shvit import cli
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
-from shvit.export import formats
+from shvit.export import pipeline as formats
 from shvit.files import needs_room, partial_name, scratch_folder, write_whole
+from tests.conftest import create_tiny
 
 from .artifacts import class_folders, write_onnx
 

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import create_tiny
 from safetensors.torch import save_file
-from serving import CASE, RECORD
-from test_explorer import PHONES
 
 from shvit import cli
 from shvit.certificate import certificate_path, check_unchanged, read_origin
 from shvit.checkpoint import MAX_VALUE, read_checkpoint
 from shvit.errors import InputError
+from shvit.export.bench.records import read_measurements, write_measurements
+from shvit.export.browser.phone_record import read_record, read_record_file
 from shvit.export.labels import find_labels
-from shvit.export.phone_record import read_record, read_record_file
-from shvit.export.records import read_measurements, write_measurements
 from shvit.run_info import RUN_KEY, read_run_info
+from tests.conftest import create_tiny
+from tests.export.bench.test_explorer import PHONES
+from tests.export.browser.serving import CASE, RECORD
 
 from .artifacts import class_folders, write_onnx
 

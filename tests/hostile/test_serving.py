@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import RECORD, TOKEN, Serving
-from test_explorer import MEASUREMENTS
 
 from shvit.cli import run
 from shvit.errors import InputError
-from shvit.export import phone
-from shvit.export.content import Content
-from shvit.export.phone import Door, open_door
-from shvit.export.phone_record import read_record, read_record_file
-from shvit.export.site import OWN_NAMES, check_site_folder, write_site
-from shvit.export.tls import check_host, self_signed
+from shvit.export.browser import phone
+from shvit.export.browser.phone import Door, open_door
+from shvit.export.browser.phone_record import read_record, read_record_file
+from shvit.export.browser.site import OWN_NAMES, check_site_folder, write_site
+from shvit.export.browser.tls import check_host, self_signed
+from shvit.export.web import Content
+from tests.export.bench.test_explorer import MEASUREMENTS
+from tests.export.browser.serving import RECORD, TOKEN, Serving
 
 # --- hosts and ports --------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def unprepared(monkeypatch, tmp_path):
     def begin(*args, **kwargs):
         raise AssertionError("began, though an option was wrong")
 
-    monkeypatch.setattr("shvit.export.bench_main._BrowserOptions._prepare", begin)
+    monkeypatch.setattr("shvit.export.bench.main._BrowserOptions._prepare", begin)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_long(unprepared):
 
 
 def test_no_network_is_refused_before_anything_long(unprepared, monkeypatch):
-    monkeypatch.setattr("shvit.export.tls.lan_address", lambda: None)
+    monkeypatch.setattr("shvit.export.browser.tls.lan_address", lambda: None)
     assert "this machine has no network" in fails("bench", "phone", "--lan")
     assert phone.LOOPBACK == "127.0.0.1"
 
@@ -156,7 +156,7 @@ def test_a_site_that_was_killed_while_it_was_written_is_completed(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("shvit.export.site.write_explorer", kill)
+        patched.setattr("shvit.export.browser.site.write_explorer", kill)
         with pytest.raises(KeyboardInterrupt):
             write_site(tmp_path / "site", SERVED, [], MEASUREMENTS, hosted=True)
     write_site(tmp_path / "site", SERVED, [], MEASUREMENTS, hosted=True)
@@ -186,9 +186,9 @@ def test_an_output_that_is_a_file_is_one_line(command, unprepared):
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "folder of folders"])
 def test_a_runtime_folder_that_is_none_is_one_line(kind, tmp_path, monkeypatch):
-    from shvit.export.ort_web import FILES, runtime_files
+    from shvit.export.browser.ort_web import FILES, runtime_files
 
-    monkeypatch.setattr("shvit.export.ort_web._fetch", lambda folder, names: None)
+    monkeypatch.setattr("shvit.export.browser.ort_web._fetch", lambda folder, names: None)
     if kind == "file":
         (tmp_path / "ort").write_text("mine")
     elif kind == "fifo":

@@ -1,0 +1,299 @@
+"""What a model is made of: MACs, parameters, bytes moved and tokens, by stage, kind of layer and operator."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from shvit.deployment import deploy
+from shvit.shvit import FFN, SHSA, ConvNorm, PatchMerging, Residual, SHViT
+
+from ..spec import Spec
+from .counting import MULTIPLIES, Cost, Operation, cost, count
+from .designs import Comparison, MacroDesign, MicroDesign, compare_macro, compare_micro
+
+LAYERS = {ConvNorm: "depthwise conv", FFN: "FFN", SHSA: "attention"}  # what a residual branch is
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layer in one stage, all of its layers with as many tokens together."""
+
+    stage: str
+    kind: str
+    layers: int
+    tokens: int
+    """Positions of the grid that the layers put out, of the first where there are several; 1 behind the pooling, 0 of
+    what only holds layers or functions."""
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class OperatorRow:
+    """One kind of PyTorch's operators in the whole model."""
+
+    operator: str
+    calls: int
+    mac_percent: float
+    byte_percent: float
+    """Of activations and weights."""
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model with float32 parameters, and one image of `img_size` pixels in height and width."""
+
+    model: str
+    img_size: int
+    macs: int
+    params: int
+    rows: list[Row]
+    """By stage and kind of layer for a SHViT, by top-level module for any other model; they add up to the total."""
+    subtotals: list[Row]
+    """Of each stage of a SHViT, its downsampling included."""
+    total: Cost
+    operators: list[OperatorRow]
+    """The largest share of the bytes first."""
+    deployed: Cost | None
+    """The whole model as `shvit.deploy` rewrites it, its parameters included. This and the comparisons: of a SHViT."""
+    macro: Comparison | None
+    micro: list[Comparison]
+    """Of each stage with attention."""
+    says: str
+    """What a reader sees in the operators' figures."""
+
+
+def describe(model: nn.Module, spec: Spec) -> Description:
+    """Counts a model in eval mode on a blank image."""
+    x = spec.blank()
+    parts = _parts(model)
+    with _watched(parts):
+        operations = count(model, x)
+    params = sum(p.numel() for p in model.parameters())
+    total = Cost.of(operations, params)
+    rows = _rows(model, parts, operations)
+    operators = _operators(operations, total)
+    ours = model if isinstance(model, SHViT) and not model.deployed else None
+    return Description(
+        model=spec.model,
+        img_size=spec.img_size,
+        macs=total.macs,
+        params=params,
+        rows=rows,
+        subtotals=_subtotals(rows) if ours else [],
+        total=total,
+        operators=operators,
+        deployed=cost(deploy(ours, spec.img_size), x) if ours else None,
+        macro=compare_macro(ours, x) if ours else None,
+        micro=compare_micro(ours, x) if ours else [],
+        says=_says(operators, total),
+    )
+
+
+@dataclass
+class _Part:
+    """A module whose operators and parameters make a row, alone or with others of its stage, kind and tokens."""
+
+    stage: str
+    kind: str
+    name: str
+    module: nn.Module
+    layers: int = 1
+    operations: list[Operation] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    """Of the first tensor that the module returns."""
+
+    def see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """A forward hook."""
+        self.shape = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), ())
+
+
+@contextmanager
+def _watched(parts: list[_Part]) -> Iterator[None]:
+    """Parts learn the shape of what they return."""
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(part.module.register_forward_hook(part.see))
+        yield
+
+
+def _rows(model: nn.Module, parts: list[_Part], operations: list[Operation]) -> list[Row]:
+    """Every operator and every parameter is in one row; what belongs to no part has a row of its own at the end."""
+    rest = _Part("", "outside of these", "", model)
+    owners = {f"{part.name}.{name}".rstrip("."): part for part in parts for name, _ in part.module.named_modules()}
+    for operation in operations:
+        owner = next((owners[name] for name in operation.modules if name in owners), rest)
+        owner.operations.append(operation)
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    counted: set[nn.Parameter] = set()
+    merged: dict[tuple[str, str, int], list[tuple[_Part, int]]] = defaultdict(list)
+    for part in [*parts, rest]:
+        own = set(part.module.parameters()) - counted
+        counted |= own
+        params = sum(p.numel() for p in own)
+        if params or part.operations:
+            merged[part.stage, part.kind, _tokens(part, channels_last)].append((part, params))
+    return [
+        Row(
+            stage,
+            kind,
+            sum(part.layers for part, _ in group),
+            tokens,
+            Cost.of((o for part, _ in group for o in part.operations), sum(params for _, params in group)),
+        )
+        for (stage, kind, tokens), group in merged.items()
+    ]
+
+
+def _tokens(part: _Part, channels_last: bool) -> int:
+    """(B, C, H, W) and, if `channels_last`, (B, H, W, C) have H·W, (B, N, C) has N, (B, C) one."""
+    if len(part.shape) == 4:
+        return prod(part.shape[1:3] if channels_last else part.shape[2:])
+    return part.shape[1] if len(part.shape) == 3 else int(len(part.shape) == 2)
+
+
+def _parts(model: nn.Module) -> list[_Part]:
+    """Disjoint and in order of execution."""
+    if not isinstance(model, SHViT) or model.deployed:
+        return [_Part(name, type(module).__name__, name, module) for name, module in model.named_children()]
+    convs = sum(isinstance(layer, ConvNorm) for layer in model.patch_embed)
+    parts = [_Part("stem", "conv", "patch_embed", model.patch_embed, convs)]
+    for index, stage in enumerate(model.stages):
+        for name, module in stage.named_modules(prefix=f"stages.{index}"):
+            if isinstance(module, Residual):
+                parts.append(_Part(f"stage {index + 1}", LAYERS[type(module.m)], name, module))
+            elif isinstance(module, PatchMerging):
+                parts.append(_Part(f"stage {index + 1}", "patch merging", name, module))
+    parts.append(_Part("head", "pooling", "global_pool", model.global_pool))
+    heads = {"head": model.head, "head_dist": model.head_dist}
+    return parts + [_Part("head", "classifier", name, head) for name, head in heads.items() if head is not None]
+
+
+def _subtotals(rows: list[Row]) -> list[Row]:
+    """Of the stages, with the tokens of their last layer."""
+    stages: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        stages[row.stage].append(row)
+    return [
+        Row(stage, ALL, sum(row.layers for row in group), group[-1].tokens, Cost.sum(row.cost for row in group))
+        for stage, group in stages.items()
+        if len(group) > 1
+    ]
+
+
+def _operators(operations: list[Operation], total: Cost) -> list[OperatorRow]:
+    kinds: dict[str, list[Operation]] = defaultdict(list)
+    for operation in operations:
+        kinds[operation.kind].append(operation)
+    rows = []
+    for kind, group in kinds.items():
+        part = Cost.of(group)
+        shares = 100 * part.macs / max(total.macs, 1), 100 * part.bytes / max(total.bytes, 1)
+        rows.append(OperatorRow(kind, len(group), *shares, part))
+    return sorted(rows, key=lambda row: -row.cost.bytes)
+
+
+def _says(operators: list[OperatorRow], total: Cost) -> str:
+    depthwise = next((row for row in operators if row.operator == "depthwise convolution"), None)
+    bound = [row.operator for row in operators if row.operator not in MULTIPLIES]
+    sentence = (
+        f"Memory-bound operators ({', '.join(bound)}) do none of the multiply-adds and move "
+        f"{total.memory_bound_percent:.0f} % of the bytes"
+    )
+    if depthwise is None:
+        return sentence + "."
+    return sentence + f"; depthwise convolutions {depthwise.mac_percent:.1f} % and {depthwise.byte_percent:.1f} %."
+
+
+FIGURES = ("tokens", "MMACs", "params", "activations MB", "weights MB", "FLOP/byte", "memory-bound %")
+
+
+def tables(said: Description) -> list[Table | str]:
+    """What people see of a description: tables and, below each, a sentence or two."""
+    return [_layer_table(said), *_total_lines(said), _operator_table(said), said.says, *_comparison_tables(said)]
+
+
+def _layer_table(said: Description) -> Table:
+    table = _table("stage", "layer", right=("n", *FIGURES))
+    subtotals = {row.stage: row for row in said.subtotals}
+    for index, row in enumerate(said.rows):
+        last = index + 1 == len(said.rows) or said.rows[index + 1].stage != row.stage
+        end = last and bool(said.subtotals)
+        subtotal = subtotals.get(row.stage) if end else None
+        figures = (str(row.layers), *_figures(row.tokens or "", row.cost))
+        table.add_row(row.stage, row.kind, *figures, end_section=end and not subtotal)
+        if subtotal:
+            table.add_row(f"{row.stage}, {ALL}", "", "", *_figures(subtotal.tokens, subtotal.cost), end_section=True)
+    table.add_section()
+    table.add_row(ALL, "", "", *_figures("", said.total))
+    return table
+
+
+def _total_lines(said: Description) -> list[str]:
+    total, now = said.total, said.deployed
+    lines = [
+        f"{said.model} at {said.img_size} px: {said.macs / 1e9:.3f} GMACs, {said.params:,} parameters, "
+        f"{_mb(total.bytes)} MB moved for one image in float32 without fusion"
+    ]
+    if now is not None:
+        lines.append(
+            f"deployed: {_mb(now.bytes)} MB moved, {now.flop_per_byte:.1f} FLOP/byte, "
+            f"{now.memory_bound_percent:.0f} % memory-bound"
+        )
+    return lines
+
+
+def _operator_table(said: Description) -> Table:
+    table = _table("operator", right=("calls", "MACs %", "bytes %", "FLOP/byte"))
+    for row in said.operators:
+        shares = f"{row.mac_percent:.1f}", f"{row.byte_percent:.1f}"
+        table.add_row(row.operator, str(row.calls), *shares, f"{row.cost.flop_per_byte:.1f}")
+    return table
+
+
+def _comparison_tables(said: Description) -> list[Table | str]:
+    shown: list[Table | str] = []
+    if said.macro is not None:
+        table = _table("stem and stages", "embed_dim", right=FIGURES)
+        for design in (said.macro.own, said.macro.other):
+            assert isinstance(design, MacroDesign)
+            name = f"stride {design.stride}, {len(design.depth)} stages"
+            table.add_row(name, _list(design.embed_dim), *_figures(_list(design.tokens), design.cost))
+        shown += [table, said.macro.says]
+    if said.micro:
+        table = _table("attention", right=("heads", "channels", *FIGURES))
+        for pair in said.micro:
+            for design in (pair.own, pair.other):
+                assert isinstance(design, MicroDesign)
+                figures = _figures(design.tokens, design.cost)
+                table.add_row(design.stage, str(design.heads), str(design.channels), *figures)
+        shown += [table, *(pair.says for pair in said.micro)]
+    return shown
+
+
+def _figures(tokens: int | str, cost: Cost) -> list[str]:
+    """In the order of FIGURES."""
+    activations, weights = _mb(cost.activation_bytes), _mb(cost.weight_bytes)
+    shares = f"{cost.flop_per_byte:.1f}", f"{cost.memory_bound_percent:.0f}"
+    return [str(tokens), f"{cost.macs / 1e6:.1f}", f"{cost.params:,}", activations, weights, *shares]
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _table(*left: str, right: tuple[str, ...]) -> Table:
+    return Table(*left, *(Column(name, justify="right") for name in right))

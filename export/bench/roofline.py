@@ -1,0 +1,137 @@
+"""What this machine can do at best: arithmetic per precision, and reading memory, measured by short loops."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shvit.environment import WAITING, users_environment
+
+from .records import Machine
+
+SECONDS = 0.4  # that each loop runs
+SIDES = (512, 1024)  # of the matrices; the best counts
+READ_MB = 512  # more than a core's share of any cache
+PRECISIONS = ("fp32", "bf16", "int8")
+X86 = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+ARM = ("asimd", "sve", "bf16", "i8mm")
+SWITCHES = ("OMP_NUM_THREADS", *WAITING, "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "coremltools")
+
+
+def measure_machine() -> Machine:
+    """The machine as a run of `shvit bench` finds it, on the threads and cores that this process is set to; seconds."""
+    return Machine(
+        processor=processor_name(),
+        cores=os.cpu_count() or 1,
+        instructions=instruction_sets(),
+        frequency=frequency_policy(),
+        threads=torch.get_num_threads(),
+        peak_gflops=measure_peaks(),
+        bandwidth_gb_per_s=measure_bandwidth(),
+        versions=package_versions(),
+        environment={name: value for name, value in users_environment().items() if name in SWITCHES},
+    )
+
+
+def measure_peaks() -> dict[str, float]:
+    """GFLOP/s of square matrix products in PyTorch and ONNX Runtime: two for each multiply-add.
+
+    A precision in which they are slower than in float32 is left out: the processor has no instructions for it.
+    """
+    peaks: dict[str, float] = {}
+    for side in SIDES:
+        whole = torch.rand(side, side)
+        half, byte = whole.bfloat16(), (100 * whole).to(torch.int8)
+        loops: list[tuple[str, Callable[[], object]]] = [
+            ("fp32", partial(torch.mm, whole, whole)),
+            ("fp32", _onnx_product(whole.numpy())),
+            ("bf16", partial(torch.mm, half, half)),
+            ("int8", partial(torch._int_mm, byte, byte)),
+            ("int8", _onnx_product(byte.numpy())),  # without VNNI or AMX PyTorch's goes number by number
+        ]
+        for precision, call in loops:
+            peaks[precision] = max(peaks.get(precision, 0), 2 * side**3 / _fastest(call) / 1e9)
+    return {precision: round(peak, 1) for precision, peak in peaks.items() if peak >= peaks["fp32"]}
+
+
+def _onnx_product(a: np.ndarray) -> Callable[[], object]:
+    """The same product in ONNX Runtime, one factor of which is a weight; in int8 the other is unsigned, as in files."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from ..backends.artifact import onnx_session
+
+    whole = a.dtype == np.int8
+    x = a.astype(np.uint8) if whole else a
+    kinds = (TensorProto.UINT8, TensorProto.INT32) if whole else (TensorProto.FLOAT, TensorProto.FLOAT)
+    ends = [helper.make_tensor_value_info(name, kind, a.shape) for name, kind in zip("xy", kinds, strict=True)]
+    node = helper.make_node("MatMulInteger" if whole else "MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [numpy_helper.from_array(a, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnx_session(model.SerializeToString(), torch.get_num_threads())
+    return lambda: session.run(None, {"x": x})
+
+
+def measure_bandwidth() -> float:
+    """GB/s of reading: a matrix that no cache holds, times a vector."""
+    matrix = torch.ones(READ_MB * 2**18 // 8192, 8192)
+    vector = torch.ones(8192)
+    return round(matrix.nbytes / _fastest(lambda: matrix @ vector) / 1e9, 1)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds of a call; of one thread by processor time, as a long call is never left alone on a busy machine."""
+    coarse = sys.platform == "win32"  # whose processor time goes in steps of 16 ms
+    clock = time.process_time if torch.get_num_threads() == 1 and not coarse else time.perf_counter
+    call()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        start = clock()
+        call()
+        best = min(best, clock() - start)
+    return best
+
+
+def processor_name() -> str:
+    """As the operating system calls it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those for arithmetic that the processor says it has; what PyTorch makes use of where it does not say."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    return tuple(name for name in X86 + ARM if name in flags) or (torch.backends.cpu.get_cpu_capability().lower(),)
+
+
+def frequency_policy() -> str:
+    """Linux's governor, and a GPU's clock and power limit where there is one."""
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    said = f"governor {governor.read_text().strip()}" if governor.exists() else "not told by the operating system"
+    return f"{said}; {_gpu()}" if torch.cuda.is_available() else said
+
+
+def _gpu() -> str:
+    name = torch.cuda.get_device_name()
+    try:
+        return f"{name} at {torch.cuda.clock_rate()} MHz, {torch.cuda.power_draw() / 1e3:.0f} W"
+    except Exception:  # NVML's own errors, or its package is not there
+        return name
+
+
+def _cpuinfo(key: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and of what runs models here."""
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}

@@ -1,0 +1,308 @@
+"""One runtime with one model in a process of its own, which runs a batch whenever it is told to.
+
+Started by path (`python -I worker.py JOB`), so that nothing but the runtime is loaded: its memory and its start are
+then those of a program that ships it. It knows nothing of the rest of the project, except to build a model for PyTorch.
+
+A job and all answers are JSON. Commands come in lines on the standard input:
+
+    {"batch": 16}       make an input, run it for the first time
+    {"seconds": 0.2}    run for so long, at least twice, and tell the time of each call;
+                        with "processor": true until so much processor time is used
+
+Times are in seconds. An error is answered as {"error": "one line"} and ends the process.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Call = Callable[[], Any]
+Feed = Callable[[int], Call]
+"""From a batch size to a call that runs such a batch, on inputs that are random and stay the same."""
+
+
+def run_onnx(job: dict[str, Any]) -> Feed:
+    """A file in ONNX Runtime; `provider` is cpu, cuda or tensorrt."""
+    import onnxruntime
+
+    if job["provider"] != "cpu":
+        onnxruntime.preload_dlls()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = job["threads"]
+    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+    wanted = names[job["provider"]]
+    session = onnxruntime.InferenceSession(job["path"], options, providers=[wanted])
+    if wanted not in session.get_providers():
+        raise RuntimeError(f"ONNX Runtime here has no {wanted}; install onnxruntime-gpu")
+
+    def feed(batch: int) -> Call:
+        types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+        inputs = {each.name: random(each.shape, types[each.type], batch) for each in session.get_inputs()}
+        return lambda: session.run(None, inputs)
+
+    return feed
+
+
+class OpenVINO:
+    """An IR or ONNX file in OpenVINO, compiled for the batch: a free one costs a fifth of S1's speed."""
+
+    def __init__(self, job: dict[str, Any]):
+        import openvino as ov
+        from openvino import properties
+
+        core = ov.Core()
+        model = core.read_model(job["path"])
+        precision = properties.hint.inference_precision()
+        options = {
+            precision: ov.Type.bf16 if job["bf16"] else ov.Type.f32,
+            properties.inference_num_threads(): job["threads"],
+        }
+        self.shapes = {port.any_name: [dim.get_length() if dim.is_static else None for dim in port.partial_shape]
+                       for port in model.inputs}  # fmt: skip
+        self.types = {port.any_name: port.element_type.to_dtype().name for port in model.inputs}
+        batch = job["batch_size"]
+        model.reshape({name: [batch if dim is None else dim for dim in shape] for name, shape in self.shapes.items()})
+        compiled = core.compile_model(model, "CPU", options)
+        self.lacks_bf16 = job["bf16"] and compiled.get_property(precision) != ov.Type.bf16
+        self.request = compiled.create_infer_request()
+
+    def __call__(self, batch: int) -> Call:
+        inputs = {name: random(shape, self.types[name], batch) for name, shape in self.shapes.items()}
+        return lambda: self.request.infer(inputs, share_inputs=True, share_outputs=True)
+
+
+class CoreML:
+    """A package in Core ML, on macOS, through coremltools' benchmarker; of a batch one image after the other.
+
+    The benchmarker gives Core ML's own durations, of loading the compiled model and of each prediction, without what
+    Python does before and after them: that is what an app waits for. A call gives its seconds (`by_the_runtime`).
+    """
+
+    def __init__(self, job: dict[str, Any]):
+        import asyncio
+
+        import coremltools as ct
+        from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+
+        units = ct.ComputeUnit[job["compute_units"]]
+        model = ct.models.MLModel(job["path"], compute_units=units, skip_model_load=True)
+        self.benchmarker = MLModelBenchmarker(model)
+        self.run = asyncio.new_event_loop().run_until_complete
+        self.inputs = coreml_inputs(model.get_spec().description)
+        self.load = 1e-3 * sum(self.run(self.benchmarker.benchmark_load()).samples)
+
+    def __call__(self, batch: int) -> Call:
+        def call() -> float:
+            return 1e-3 * sum(self.run(self.benchmarker.benchmark_predict(self.inputs, iterations=batch)).samples)
+
+        return call
+
+
+def coreml_inputs(description: Any) -> dict[str, Any]:
+    """A random image or tensor for each input that a package's description has.
+
+    The benchmarker's own random inputs do not know images (coremltools 9.0).
+    """
+    import numpy as np
+    from PIL import Image
+
+    generator, inputs = np.random.default_rng(0), dict[str, Any]()
+    for each in description.input:
+        if each.type.WhichOneof("Type") == "imageType":
+            image = each.type.imageType
+            grey = image.colorSpace == image.ColorSpace.GRAYSCALE
+            sizes = (image.height, image.width) if grey else (image.height, image.width, 3)
+            inputs[each.name] = Image.fromarray(generator.integers(0, 256, sizes, dtype=np.uint8))
+        else:
+            sizes = tuple(each.type.multiArrayType.shape)
+            inputs[each.name] = generator.standard_normal(sizes, dtype=np.float32)
+    return inputs
+
+
+def run_torch(job: dict[str, Any]) -> Feed:
+    """A deployed model in PyTorch, eager or compiled; on a GPU within one CUDA graph."""
+    from pathlib import Path
+
+    import torch
+
+    from shvit.deployment import deploy
+    from shvit.export.spec import open_model
+
+    torch.set_num_threads(job["threads"])
+    device = torch.device(job["device"])
+    checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
+    model, spec = open_model(job["model"], checkpoint, job["img_size"])
+    dtype = torch.bfloat16 if job["bf16"] else torch.float32
+    layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
+    deployed = deploy(model, spec.img_size).to(device, dtype).to(memory_format=layout)
+    predict: Callable[[torch.Tensor], object] = deployed
+    if job["compiled"]:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        predict = torch.compile(deployed)
+
+    def feed(batch: int) -> Call:
+        x = torch.rand(batch, *spec.shape).to(device, dtype, memory_format=layout)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return predict(x)
+
+        if device.type == "cpu":
+            return call
+        return cuda_graph(call)
+
+    return feed
+
+
+def cuda_graph(call: Call) -> Call:
+    """The kernels that a call launches, launched at once from now on."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+RUNNERS: dict[str, Callable[[dict[str, Any]], Feed]] = {
+    "onnx": run_onnx,
+    "openvino": OpenVINO,
+    "coreml": CoreML,
+    "torch": run_torch,
+}
+
+
+def random(shape: list[Any], dtype: str, batch: int) -> Any:
+    """An input of that shape, in which a size that is open, the first, is the batch's."""
+    import numpy as np
+
+    sizes = [size if isinstance(size, int) else batch for size in shape]
+    if sizes[0] != batch:
+        raise RuntimeError(f"the file takes batches of {sizes[0]}, not of {batch}")
+    generator = np.random.default_rng(0)
+    if dtype == "uint8":
+        return generator.integers(0, 256, sizes, dtype=np.uint8)
+    return generator.standard_normal(sizes, dtype=np.float32).astype(dtype)
+
+
+MOST_WAITING = 4
+"""How many times as long by the wall a turn may last that is measured by processor time."""
+
+
+def time_calls(
+    call: Call, seconds: float, time_one: Callable[[Call], float], processor: bool = False
+) -> dict[str, Any]:
+    """The time of each call, and the processor time of all of them.
+
+    Args:
+        processor: go on until `seconds` of processor time are used, however much of the core others take.
+    """
+    call()  # brings back what others have driven out of the caches
+    times: list[float] = []
+    cpu, start = time.process_time(), time.perf_counter()
+
+    def lasts() -> bool:
+        waited = time.perf_counter() - start
+        return waited < seconds or (
+            processor and waited < MOST_WAITING * seconds and time.process_time() - cpu < seconds
+        )
+
+    while len(times) < 2 or lasts():
+        times.append(time_one(call))
+    return {"wall": times, "cpu": (time.process_time() - cpu) / len(times)}
+
+
+def by_the_wall(call: Call) -> float:
+    """Seconds of a call by this machine's clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def by_the_gpu(call: Call) -> float:
+    """Seconds of what a call launches, by the device's own clock."""
+    import torch
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def by_the_runtime(call: Call) -> float:
+    """Seconds that the call itself tells."""
+    return call()
+
+
+def wait_for_gpu() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that the process has had so far; None where the system does not tell (Windows)."""
+    if os.path.exists("/proc/self/status"):  # noqa: PTH110  (getrusage counts the parent's memory before exec, too)
+        with open("/proc/self/status") as status:  # noqa: PTH123
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a runtime prints is not an answer
+    job = json.loads(sys.argv[1])
+
+    def answer(**result: Any) -> None:
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
+
+    try:
+        if job["cores"]:
+            os.sched_setaffinity(0, job["cores"])
+        on_gpu = job.get("device") == "cuda"
+        time_one, wait = (by_the_gpu, wait_for_gpu) if on_gpu else (by_the_wall, lambda: None)
+        if job["runner"] == "coreml":
+            time_one = by_the_runtime
+        start = time.perf_counter()
+        feed = RUNNERS[job["runner"]](job)
+        load = feed.load if isinstance(feed, CoreML) else time.perf_counter() - start
+        answer(load=load, lacks_bf16=isinstance(feed, OpenVINO) and feed.lacks_bf16)
+        for line in sys.stdin:
+            command = json.loads(line)
+            if "batch" in command:
+                call = feed(command["batch"])
+                start = time.perf_counter()
+                call()
+                wait()
+                answer(first=time.perf_counter() - start)
+                call()
+            else:
+                times = time_calls(call, command["seconds"], time_one, command.get("processor", False))
+                answer(**times, peak=peak_memory())
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        answer(error=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

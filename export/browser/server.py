@@ -1,0 +1,209 @@
+"""Serving one page to a phone: an exact table of addresses below a token, bounded, logged, and gone when it is done."""
+
+import asyncio
+import hmac
+import io
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream, StreamClosedError
+from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+
+from shvit.errors import InputError
+
+from ..web import Content
+from .phone_record import MAX_BYTES, PhoneRecord, read_record
+
+RECORDS = "records"
+MOST_CONNECTIONS = 128
+MOST_OF_ONE = 16  # connections from one address; a browser opens six or so
+MAX_HEADER_BYTES = 16 << 10
+WAIT_S = 20.0  # for a request's head, and for its body; a record takes a phone a second
+BLOCK = 1 << 18
+LINGER_S = 1.0  # for the last answer to reach the phone
+LOGGER = logging.getLogger("shvit.phone")
+HEADERS = {
+    "Cross-Origin-Opener-Policy": "same-origin",  # these two allow threads
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",  # the address is a secret
+}
+
+
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Sockets that listen there, with None on every address of IPv4 and IPv6; port 0 is any that is free.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        return bind_sockets(port, host)
+    except OSError as error:
+        raise InputError(f"--port {port}: cannot listen on {host or 'IPv6'}: {error.strerror}; choose another, or "
+                         "leave it out") from error  # fmt: skip
+
+
+async def serve(
+    served: Mapping[str, Content],
+    policy: str,
+    token: str,
+    receive: Callable[[PhoneRecord], int],
+    sockets: Sequence[socket.socket],
+    tls: ssl.SSLContext | None,
+    time_limit_s: float,
+) -> bool:
+    """Serves until no more records are awaited or the time is over.
+
+    Args:
+        served: what is there, by address below the token; nothing else is.
+        policy: the Content-Security-Policy of all of it.
+        receive: is given each record that holds to the schema and returns how many more are awaited; none ends the
+            serving. It may raise InputError for one that it does not want.
+        sockets: as of `listen`; they are closed.
+
+    Returns:
+        Whether everything awaited has arrived.
+    """
+    done = asyncio.Event()
+
+    def accept(record: PhoneRecord) -> int:
+        awaited = receive(record)
+        if awaited < 1:
+            done.set()
+        return awaited
+
+    known = {"served": served, "policy": policy, "token": token, "accept": accept}
+    application = Application(
+        [(r"(.*)", _Page, known)], default_handler_class=_Page, default_handler_args=known, log_function=_log
+    )
+    server = _Server(
+        application,
+        ssl_options=tls,
+        max_header_size=MAX_HEADER_BYTES,
+        max_body_size=MAX_BYTES,
+        idle_connection_timeout=WAIT_S,
+        body_timeout=WAIT_S,
+    )
+    server.add_sockets(sockets)
+    try:
+        await asyncio.wait_for(done.wait(), time_limit_s)
+        await asyncio.sleep(LINGER_S)
+        return True
+    except asyncio.TimeoutError:
+        return False
+    finally:
+        server.stop()
+        await server.close_all_connections()
+
+
+class _Server(HTTPServer):
+    """Holds so many connections and no more, few of them from one address; logs those without one whole request."""
+
+    def handle_stream(self, stream: IOStream, address: tuple) -> None:
+        contexts: list[Any] = [connection.context for connection in self._connections]
+        if (
+            sum(context.address[0] == address[0] for context in contexts) >= MOST_OF_ONE
+            or len(contexts) >= MOST_CONNECTIONS
+        ):
+            stream.close()
+            return
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: Any) -> None:
+        super().on_close(server_conn)
+        if not getattr(server_conn.context, "asked", False):
+            LOGGER.info("dropped %s: no whole request within %g s", server_conn.context.remote_ip, WAIT_S)
+
+
+@stream_request_body
+class _Page(RequestHandler):
+    def initialize(
+        self, served: Mapping[str, Content], policy: str, token: str, accept: Callable[[PhoneRecord], int]
+    ) -> None:
+        self.served, self.policy, self.token, self.accept = served, policy, token, accept
+        self.body = bytearray()
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        for name, value in HEADERS.items():
+            self.set_header(name, value)
+
+    def prepare(self) -> None:
+        """Refuses before a body is read."""
+        self.request.connection.context.asked = True  # type: ignore[union-attr]
+        token, slash, self.address = (self.path_args or [""])[0].removeprefix("/").partition("/")
+        if not (slash and hmac.compare_digest(token.encode(), self.token.encode())):
+            raise HTTPError(404, "wrong token")
+        if self.request.method == "POST" and self.address != RECORDS:
+            raise HTTPError(404, "no such address")
+        said = self.request.headers.get("Content-Type", "").partition(";")[0]
+        if self.request.method == "POST" and said != "application/json":
+            raise HTTPError(415, "a record must be application/json")
+
+    def data_received(self, chunk: bytes) -> None:
+        if self.request.method == "POST":  # of at most MAX_BYTES
+            self.body += chunk
+
+    async def get(self, _: str = "") -> None:
+        content = self.served.get(self.address)
+        if content is None:
+            raise HTTPError(404, "no such address")
+        self.set_header("Content-Type", content.type)
+        self.set_header("Content-Length", content.size)
+        self.set_header("Content-Security-Policy", f"{self.policy}; frame-ancestors 'none'")
+        kept = "private, max-age=86400, immutable" if self.address.startswith("files/") else "no-store"
+        self.set_header("Cache-Control", kept)
+        if self.request.method == "HEAD":
+            return
+        try:
+            await self._send(content.source)
+        except StreamClosedError:
+            LOGGER.info("%s went away", self.request.remote_ip)
+        except asyncio.TimeoutError:
+            LOGGER.warning("dropped %s: took nothing within %g s", self.request.remote_ip, WAIT_S)
+            self.request.connection.stream.close()  # type: ignore[union-attr]
+
+    head = get
+
+    async def _send(self, source: bytes | Path) -> None:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            while block := file.read(BLOCK):
+                self.write(block)
+                await asyncio.wait_for(self.flush(), WAIT_S)
+
+    def post(self, _: str = "") -> None:
+        try:
+            awaited = self.accept(read_record(bytes(self.body)))
+        except InputError as error:
+            raise HTTPError(400, "%s", str(error)) from error
+        self.set_status(201)
+        self.finish({"awaited": awaited})
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        self.finish({"error": _said(error) or self._reason})
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if isinstance(value, HTTPError):
+            said = _said(value) or value.reason or ""
+            LOGGER.warning("refused %s %s: %d %s", self.request.remote_ip, self.request.method, value.status_code, said)
+        else:
+            failed = f"{type(value).__name__}: {value}"
+            LOGGER.error("failed for %s %s: %s", self.request.remote_ip, self.request.method, failed)
+
+
+def _said(error: Any) -> str:
+    """What an HTTPError says, if it is one."""
+    return error.log_message % error.args if isinstance(error, HTTPError) and error.log_message else ""
+
+
+def _log(handler: RequestHandler) -> None:
+    """Nothing of what went well: addresses hold the token."""

@@ -1,0 +1,82 @@
+"""`shvit site`: the page that measures, the explorer and the table of models as files for any web host."""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from shvit.errors import InputError
+from shvit.files import is_file, is_there, sha256, write_whole
+
+from ..bench.explorer import write_explorer
+from ..bench.records import Measurements
+from ..web import FRONT_TITLE, WEB, Content, is_page
+from .served import SCRIPTS, TrialModel, policy
+
+ISOLATION = "isolation.js"
+HEADERS = """/*
+  Cross-Origin-Opener-Policy: same-origin
+  Cross-Origin-Embedder-Policy: require-corp
+  X-Content-Type-Options: nosniff
+  Referrer-Policy: no-referrer
+"""
+"""The file `_headers`, as Netlify and Cloudflare Pages read it; elsewhere isolation.js stands in for the first two."""
+OURS = re.compile(r"[0-9a-f]{64}\.(onnx|bin|json)")
+FRONT = "index.html"
+OWN_NAMES = (FRONT, "measure.html", "explorer.html", "trial.json", "_headers", ISOLATION, "files", "ort", *SCRIPTS)
+"""What a site has in its folder."""
+
+
+def check_site_folder(folder: Path) -> None:
+    """For the beginning of a command that is to write a site there.
+
+    Raises:
+        InputError: a file or folder lies there under a name of a site's, and the folder holds no site of ours.
+    """
+    for name in ("files", "ort"):
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name}: is a symbolic link; choose another folder for --output")
+    if is_page(folder / FRONT, FRONT_TITLE):
+        return
+    for name in OWN_NAMES:
+        if (folder / name).is_symlink() or is_there(folder / name):
+            raise InputError(f"{folder / name}: is there already, and {folder} is not a folder of `shvit site`; choose "
+                             "a new folder for --output")  # fmt: skip
+
+
+def write_site(
+    folder: Path, served: Mapping[str, Content], tried: Sequence[TrialModel], measured: Measurements, hosted: bool
+) -> list[Path]:
+    """Writes the site into `folder`, each of its files whole or not at all, and removes those of an earlier one.
+
+    Raises:
+        InputError: the folder cannot be written to, or as `check_site_folder`.
+    """
+    check_site_folder(folder)
+    front = (WEB / "site.html").read_text(encoding="utf-8")
+    front = front.replace("$policy", policy(hosted)).replace("$rows", "\n".join(map(_row, tried)))
+    files = {
+        FRONT: Content.of(front.encode()),  # the first one: by it the folder is known as a site's
+        **{"measure.html" if name == "" else name: content for name, content in served.items()},
+        ISOLATION: Content.of(WEB / ISOLATION),
+        "_headers": Content.of(HEADERS.encode()),
+    }
+    for name, content in files.items():
+        if is_file(folder / name) and sha256(folder / name) == content.sha256:
+            continue  # as an earlier site had it
+        with write_whole(folder / name) as partial:
+            partial.write_bytes(content.read())
+    write_explorer(folder / "explorer.html", measured)
+    for path in (folder / "files").iterdir():
+        if OURS.fullmatch(path.name) and f"files/{path.name}" not in files:
+            path.unlink()
+    return [folder / "explorer.html", *(folder / name for name in files)]
+
+
+def _row(model: TrialModel) -> str:
+    """A line of the table of models."""
+    top1 = "–" if model.top1 is None else f"{model.top1:.1f}"
+    gmacs = "–" if model.gmacs is None else f"{model.gmacs:.2f}"
+    megabytes = f"{model.path.stat().st_size / 1e6:.1f}"
+    cells = (model.spec.precision, model.spec.img_size, top1, gmacs, megabytes)
+    return f'<tr><th scope="row">{escape(model.name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

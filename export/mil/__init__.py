@@ -1,0 +1,1 @@
+"""Runs a Core ML program on any machine. Installed as `shvit.export.mil`."""

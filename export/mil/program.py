@@ -1,0 +1,335 @@
+"""Runs a Core ML package on any machine: reads the saved file and computes each of its operations with PyTorch.
+
+Meant for verification, not for speed. Float32 throughout; or rounded to float16 after each operation whose result the
+program declares as such, which stands in for hardware that computes in half precision, such as the Neural Engine.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shvit.documents import load_json
+from shvit.errors import InputError, first_line
+from shvit.files import files_below, is_file, is_folder
+
+from ..backends.onnx import quiet
+from ..guards import Port, check_elements, one_line
+from ..spec import Spec
+from .operations import OPERATIONS
+
+MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
+"""How PIL calls the colours that Core ML can be given."""
+
+
+MAIN = "main"
+"""The function that is run, of those that a program may have."""
+LAYERS = ("conv", "linear")
+"""Operations that have a module's weights."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the package asks to be given under one name."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Those allowed, (B, C, H, W); the first is the usual one."""
+    colors: str | None
+    """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
+
+
+class Program:
+    """The main function of a program of Core ML's intermediate language (MIL), held in memory.
+
+    Args:
+        function: coremltools' object.
+        name: what errors call it.
+    """
+
+    def __init__(self, function: Any, name: str):
+        self.function = function
+        self.name = name
+
+    def values(self, given: Mapping[str, torch.Tensor], half: bool = False) -> dict[Any, Any]:
+        """Every variable's value, by coremltools' object for it; with gradients where PyTorch keeps them.
+
+        Args:
+            given: the inputs by name.
+            half: round to float16 wherever the program says float16.
+
+        Raises:
+            InputError: an operation cannot be computed.
+        """
+        inputs = self.function.inputs
+        values: dict[Any, Any] = {inputs[name]: _rounded(value, inputs[name], half) for name, value in given.items()}
+        for op in self.function.operations:
+            self._compute(op, values, half)
+        return values
+
+    def _compute(self, op: Any, values: dict[Any, Any], half: bool) -> None:
+        if op.op_type.startswith("const"):  # const and constexpr_…: among the constants
+            return
+        left_out = dict.fromkeys(op.input_spec.input_types)
+        arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}
+        try:
+            results = OPERATIONS[op.op_type](**arguments)
+        except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise InputError(
+                f"{self.name}: {op.op_type} {op.name!r} cannot be computed here ({first_line(error)})"
+            ) from error
+        results = results if isinstance(results, tuple | list) else (results,)
+        for var, result in zip(op.outputs, results, strict=False):
+            values[var] = _rounded(result, var, half)
+
+    def _argument(self, var: Any, values: Mapping[Any, Any]) -> Any:
+        if isinstance(var, tuple | list):
+            return [self._argument(each, values) for each in var]
+        if var is None:
+            return None
+        return values[var] if var in values else self._constants.get(var, None)
+
+    @cached_property
+    def _constants(self) -> dict[Any, Any]:
+        """Weights as float32 tensors, numbers and strings as Python's; compressed weights as what they stand for."""
+        found: dict[Any, Any] = {}
+        for op in self.function.operations:
+            if op.op_type == "const":
+                found[op.outputs[0]] = _constant(op.outputs[0].val)
+            elif op.op_type.startswith("constexpr_"):
+                found[op.outputs[0]] = _constant(op.materialized_val_inference())
+        return found
+
+
+class Package:
+    """A .mlpackage, opened.
+
+    Args:
+        half: round to float16 wherever the program says float16.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no ML Program, or holds an operation that is not known.
+    """
+
+    def __init__(self, path: Path, half: bool = False):
+        self.path = path
+        self.half = half
+        if not is_folder(path) or not is_file(path / "Manifest.json"):
+            raise InputError(f"{path}: not a Core ML package (a folder with a Manifest.json)")
+        _check_files(path)
+        with one_line(path, "not a readable Core ML package"):
+            with quiet():
+                import coremltools as ct
+                from coremltools.converters.mil.frontend.milproto.load import load
+
+                model = ct.models.MLModel(str(path), skip_model_load=True)
+                self.proto = model.get_spec()
+                if self.proto.WhichOneof("Type") != "mlProgram":
+                    raise InputError(f"{path}: a Core ML file of the older kind; only ML Programs can be read")
+                _check_program(path, self.proto)
+                program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
+            if MAIN not in program.functions:
+                found = ", ".join(sorted(program.functions)) or "none"
+                raise InputError(f"{path}: has no function {MAIN} (it has {found}); export the model again")
+            self.program = Program(program.functions[MAIN], str(path))
+            self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+        check_elements(path, self._shapes())
+        unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
+        if unknown:
+            raise InputError(f"{path}: holds operations that are not known here: {', '.join(sorted(unknown))}")
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """How many of each operation, most frequent first; constants are not counted."""
+        counts = Counter(op.op_type for op in self.program.function.operations if op.op_type != "const")
+        return dict(counts.most_common())
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what it gives."""
+        return [var.name for var in self.program.function.outputs]
+
+    @property
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """What it takes and gives, as it declares them."""
+        feeds = [Port(feed.name, "image" if feed.colors else "float32", feed.shapes[0]) for feed in self.feeds]
+        return feeds, [_port(var) for var in self.program.function.outputs]
+
+    def check_sizes(self, spec: Spec) -> None:
+        """Raise InputError where it does not take one of the sizes that its spec names."""
+        for px in spec.sizes:
+            shape = (1, spec.in_chans, px, px)
+            if shape not in self.feeds[0].shapes:
+                raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
+
+    def _shapes(self) -> Iterator[tuple[str, list[int | None]]]:
+        """Of everything that is computed, constants included; lengths that depend on the input are open."""
+        for op in self.program.function.operations:
+            for var in op.outputs:
+                yield var.name, _lengths(var)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its maker wrote into it."""
+        return dict(self.proto.description.metadata.userDefined)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's labels in its classes' order; none of any other model."""
+        for op in self.program.function.operations:
+            if op.op_type == "classify":
+                return tuple(map(str, op.inputs["classes"].val))
+        return ()
+
+    def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
+        """All outputs by name.
+
+        Args:
+            given: for each feed an image, or a tensor of one of its shapes: float32, for images the pixels' values,
+                0–255, channels in the feed's order.
+
+        Raises:
+            InputError: a feed is missing, or has another shape, or an operation cannot be computed.
+        """
+        values = self._values(given)
+        return {var.name: values[var] for var in self.program.function.outputs}
+
+    def layers(self, **given: torch.Tensor | Image.Image) -> dict[str, torch.Tensor]:
+        """The output of each convolution and linear layer by the operation's name; arguments and errors as above."""
+        values = self._values(given)
+        return {op.name: values[op.outputs[0]] for op in self.program.function.operations if op.op_type in LAYERS}
+
+    def _values(self, given: Mapping[str, torch.Tensor | Image.Image]) -> dict[Any, Any]:
+        for feed in self.feeds:
+            if feed.name not in given:
+                raise InputError(f"{self.path}: wants an input {feed.name!r}")
+        tensors = {feed.name: _tensor(feed, given[feed.name], self.path) for feed in self.feeds}
+        with torch.inference_mode():
+            return self.program.values(tensors, self.half)
+
+
+def _rounded(value: Any, var: Any, half: bool) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.half().float() if half and _is_half(var) else value.float()
+
+
+def _is_half(var: Any) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return types.builtin_to_string(var.dtype) == "fp16"
+
+
+def _lengths(var: Any) -> list[int | None]:
+    """A variable's shape; empty where it is no tensor."""
+    from coremltools.converters.mil.mil import types
+
+    shape = var.shape if types.is_tensor(var.sym_type) else ()
+    return [int(each) if isinstance(each, int | np.integer) else None for each in shape]
+
+
+def _port(var: Any) -> Port:
+    from coremltools.converters.mil.mil import types
+
+    if types.is_dict(var.sym_type):  # a classifier's probabilities by label
+        return Port(var.name, "float32", None)
+    kind = types.builtin_to_string(var.dtype)
+    return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
+
+
+MAX_FILES = 1000  # of a package; those that are written here have three
+
+
+def _check_files(path: Path) -> None:
+    """Raise InputError unless a package holds files and folders alone, all of which its hash covers.
+
+    A FIFO would be waited for, and names that begin with a dot, which file managers use, are left out of the hash.
+    """
+    if len(files_below(path)) > MAX_FILES:
+        raise InputError(f"{path}: has more than {MAX_FILES} files; export the model again")
+    manifest = load_json(path / "Manifest.json", MAX_MANIFEST_BYTES)
+    items = manifest.get("itemInfoEntries") if isinstance(manifest, dict) else None
+    for item in items.values() if isinstance(items, dict) else ():
+        name = item.get("path") if isinstance(item, dict) else None
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
+        if any(part.startswith((".", "/")) for part in parts):
+            raise InputError(f"{path}: its Manifest.json names {name!r}, which is no file of a package; export the "
+                             "model again")  # fmt: skip
+
+
+MAX_MANIFEST_BYTES = 1 << 20
+
+
+MADE = ("fill", "tile", "range_1d", "one_hot")
+"""Operations whose result has as many numbers as their constants say; coremltools computes it when it loads them."""
+
+
+def _check_program(path: Path, proto: Any) -> None:
+    """For a program that was not loaded yet.
+
+    Raises:
+        InputError: it has weights in a file that the package's hash leaves out, or tensors that are too large.
+    """
+    numbers: dict[str, list[int]] = {}
+    left = [function.block_specializations[function.opset] for function in proto.mlProgram.functions.values()
+            if function.opset in function.block_specializations]  # fmt: skip
+    while left:
+        for op in left.pop().operations:
+            left.extend(op.blocks)
+            declared = [(each.name, each.type.tensorType.dimensions) for each in op.outputs]
+            check_elements(path, [(name, [dim.constant.size or None for dim in dims]) for name, dims in declared])
+            if op.type == "const" and op.outputs:
+                value = op.attributes["val"].immediateValue.tensor
+                numbers[op.outputs[0].name] = [*value.ints.values, *value.longInts.values]
+            if op.type in MADE:
+                names = (each.name for argument in op.inputs.values() for each in argument.arguments)
+                check_elements(path, [(op.outputs[0].name, [abs(n) for name in names for n in numbers.get(name, ())])])
+            bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
+            for value in (*op.attributes.values(), *bound):
+                name = value.blobFileValue.fileName
+                if any(part.startswith((".", "/")) for part in PurePosixPath(name).parts):
+                    raise InputError(f"{path}: has weights in {name!r}, which is no file of a package; export the "
+                                     "model again")  # fmt: skip
+
+
+def _feed(description: Any) -> Feed:
+    kind = description.type.WhichOneof("Type")
+    if kind == "imageType":
+        image = description.type.imageType
+        colors = type(image).ColorSpace.Name(image.colorSpace)
+        sizes = [(image.height, image.width), *((s.height, s.width) for s in image.enumeratedSizes.sizes)]
+        chans = 1 if colors == "GRAYSCALE" else 3
+        return Feed(description.name, tuple(dict.fromkeys((1, chans, *size) for size in sizes)), colors)
+    array = description.type.multiArrayType
+    shapes = [tuple(array.shape), *(tuple(each.shape) for each in array.enumeratedShapes.shapes)]
+    return Feed(description.name, tuple(dict.fromkeys(shapes)), None)
+
+
+def _tensor(feed: Feed, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
+    if isinstance(value, Image.Image):
+        if feed.colors is None:
+            raise InputError(f"{path}: its input {feed.name!r} is a tensor, and an image was given")
+        pixels = np.asarray(value.convert(MODES[feed.colors]), dtype=np.float32)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if feed.colors == "BGR" else pixels))[None]
+    if tuple(value.shape) not in feed.shapes:
+        allowed = " or ".join("×".join(map(str, shape)) for shape in feed.shapes)
+        raise InputError(f"{path}: takes {allowed}, not {'×'.join(map(str, value.shape))}")
+    return value.float()
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "US" or value.dtype == object:
+            return value.tolist()
+        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        return tensor.float() if tensor.is_floating_point() else tensor
+    if isinstance(value, np.generic):
+        return value.item()
+    return value

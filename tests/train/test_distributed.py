@@ -1,0 +1,210 @@
+"""Training in processes of their own: several of them, stopped, and killed."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shvit.train.distributed import join
+from shvit.train.loop import train
+from shvit.train.recipe import Data, Optim, Recipe, Save
+from tests.conftest import PLAIN, assert_same_end, state
+
+
+def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
+    """`shvit train` of this recipe in a process of its own."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe.as_dict()))
+    return [sys.executable, *options, "-m", "shvit.train", "--recipe", str(file), "--output", str(folder)]
+
+
+def torchrun(*options: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", *options)
+
+
+# torchrun otherwise keeps the store of a group that died, in which the next one finds its dead members' addresses.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def finish(argv: list[str]) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def started(argv: list[str]) -> Iterator[subprocess.Popen]:
+    """torchrun, which is told at the end to stop whatever it still runs."""
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(photographs, tmp_path):
+    """Its backward pass is one call of many seconds on a CPU, in which Python runs nothing."""
+    slow = Recipe(
+        model="shvit_s2",
+        img_size=384,
+        epochs=2,
+        batch_size=32,
+        data=Data(root=photographs, workers=1),
+        augment=replace(PLAIN, repeats=3),
+        save=Save(eval_epochs=2),
+    )
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(slow, folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (folder / "tensorboard").exists())
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    wait_for((folder / "last.pt").exists, seconds=10)  # one or two where nothing else runs
+    assert process.poll() is None
+    saved = state(folder)
+    assert process.wait(timeout=60) == 143
+    assert saved["step"] == state(folder)["step"] < 6
+
+
+def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, tmp_path):
+    """As schedulers send it: the loader's workers get it too, and die of it."""
+    folder = tmp_path / "run"
+    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2)), folder)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for((folder / "last.pt").exists)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    saved = state(folder)
+    assert saved["step"] > 4 * len(saved["log"]) - 1
+
+
+def test_run_that_fails_ends_its_workers(small, tmp_path):
+    """The photographs vanish while workers read them: nobody must wait for these afterwards."""
+    folder = tmp_path / "run"
+    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2, max_corrupt=0)), folder)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "last.pt").exists)
+    photographs, hidden = small.data.root / "train", small.data.root / "hidden"
+    photographs.rename(hidden)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        hidden.rename(photographs)
+    assert process.returncode == 2
+    assert "none of the" in said
+    assert "can be read" in said
+
+
+def test_two_processes_train_as_one(small, tmp_path):
+    """With BatchNorm frozen, and nothing drawn for a process's own part of the batch, the losses are equal."""
+    recipe = replace(small, epochs=5, freeze_bn=True, augment=PLAIN, optim=Optim(lr=1e-2), save=Save(log_steps=1))
+    train(recipe, tmp_path / "one")
+    out = finish(command(recipe, tmp_path / "two", *torchrun("--standalone", "--nproc-per-node=2")))
+    assert "batch 8 = 2 processes × 1 turns × 4" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["n_val"] == 12  # each once
+    losses = []
+    for name in ("one", "two"):
+        events = EventAccumulator(str(tmp_path / name / "tensorboard"))
+        events.Reload()
+        losses.append([event.value for event in events.Scalars("train/loss")])
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    one, two = (state(tmp_path / name)["log"] for name in ("one", "two"))
+    assert [entry["train_loss"] for entry in two] == pytest.approx([entry["train_loss"] for entry in one], abs=1e-5)
+    assert [entry["top1"] for entry in two] == [entry["top1"] for entry in one]
+
+
+# --- long proofs ------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def children(number: int) -> list[int]:
+    """The processes that a process has started, torchrun's trainers for one."""
+    listed = subprocess.run(["pgrep", "-P", str(number)], capture_output=True, text=True, check=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_kills_change_nothing(small, tmp_path, workers):
+    often = replace(small, epochs=150, data=replace(small.data, workers=workers), save=Save(every_minutes=0.003))
+    finish(command(often, tmp_path / "whole"))
+    draw, kills = random.Random(workers), 0
+    while kills < 10:
+        process = subprocess.Popen(command(often, tmp_path / "cut"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        last = tmp_path / "cut" / "last.pt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        wait_for(lambda: process.poll() is not None or (last.exists() and last.stat().st_mtime_ns > before))  # noqa: B023
+        time.sleep(draw.uniform(0, 0.5))
+        assert process.poll() is None, f"finished after {kills} kills"
+        process.kill()
+        process.wait()
+        kills += 1
+    finish(command(often, tmp_path / "cut"))
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_elastic_restarts_a_killed_process_and_ends_the_same(small, tmp_path):
+    often = replace(small, epochs=100, save=Save(every_minutes=0.003))
+    elastic = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=3")
+    finish(command(often, tmp_path / "whole", *elastic))
+    with started(command(often, tmp_path / "cut", *elastic)) as process:
+        wait_for(lambda: (tmp_path / "cut" / "last-1.pt").exists())
+        listed = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(listed[-1]), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("restarts", "fresh", "warned"), [("3", "0", True), ("3", "1", False), ("0", "0", False)])
+def test_torchrun_that_keeps_the_addresses_of_the_dead_is_warned_of(monkeypatch, capsys, restarts, fresh, warned):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", fresh)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("timm.utils.distributed.init_distributed_device_so", lambda kind: {
+        "device": kind, "global_rank": 0, "world_size": 1
+    })  # fmt: skip
+    with join("cpu"):
+        pass
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.slow
+def test_two_nodes_end_as_one_node_of_two(small, tmp_path):
+    recipe = replace(small, epochs=10)
+    finish(command(recipe, tmp_path / "one", *torchrun("--standalone", "--nproc-per-node=2")))
+    nodes = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
+    argv = command(recipe, tmp_path / "two", *torchrun(*nodes))
+    processes = [subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert_same_end(tmp_path / "one", tmp_path / "two")
