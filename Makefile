@@ -16,7 +16,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-res
 
 .PHONY: demo test test-avx2 test-sse4 check clean
 
-demo: $(INSTALLED)  ## train, export, verify and time on real photographs; writes demo/report.html
+demo: $(INSTALLED)  ## train, export, verify and time on real images; writes demo/report.html
 	$(BIN)/shvit demo --output demo
 
 test: $(INSTALLED)  ## the tests, within 10 minutes on 2 cores

@@ -10,6 +10,6 @@ stand_in()  # before anything that imports mmcv.ops
 
 from .backbone import SHViTBackbone, TimmBackbone  # noqa: E402
 from .neck import TransposedFPN  # noqa: E402
-from .transforms import Border, LoadPhotograph  # noqa: E402
+from .transforms import Border, LoadImage  # noqa: E402
 
-__all__ = ["Border", "LoadPhotograph", "SHViTBackbone", "TimmBackbone", "TransposedFPN"]
+__all__ = ["Border", "LoadImage", "SHViTBackbone", "TimmBackbone", "TransposedFPN"]

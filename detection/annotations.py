@@ -130,7 +130,7 @@ def _measured(metric: Any) -> list[str]:
 
 def _use(config: Config, split: str, dataset: Any, classes: tuple[str, ...]) -> Use:
     steps = {str(step.get("type")).rpartition(".")[2]: step for step in dataset.get("pipeline") or []}
-    image = steps.get("LoadPhotograph") or steps.get("LoadImageFromFile") or {}
+    image = steps.get("LoadImage") or steps.get("LoadImageFromFile") or {}
     measured = [kind for metric in metrics_of(config.get(f"{split}_evaluator")) for kind in _measured(metric)]
     filters = {} if dataset.get("test_mode") or split != "train" else dataset.get("filter_cfg") or {}
     return Use(

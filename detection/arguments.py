@@ -161,7 +161,7 @@ AspectRatioBatchSampler: drop_last=num
 pseudo_collate default_collate:
 
 [transform]
-LoadPhotograph LoadImageFromFile: to_float32=num ignore_empty=num imdecode_backend=cv2|pillow backend_args=.backend
+LoadImage LoadImageFromFile: to_float32=num ignore_empty=num imdecode_backend=cv2|pillow backend_args=.backend
   color_type=color|grayscale|unchanged|color_ignore_orientation|grayscale_ignore_orientation
 LoadAnnotations: with_bbox=num with_label=num with_mask=num with_seg=off poly2mask=num box_type=hbox|
   imdecode_backend=cv2|pillow backend_args=.backend

@@ -17,7 +17,7 @@ INSIDE = 0.9  # part of the smaller rectangle within the other from which on a b
 MAX_SHARE = 0.05  # of a file's boxes: a slip here and there is less, and a wrong form or scale has most of them
 EXPLAINED = 0.8  # part of the boxes in doubt that one mistake must explain to be named
 EXPLAINED_IOU = 0.75
-FEWEST = 3  # boxes that one mistake must explain: any one box is a shift of its mask
+MIN_CALLS = 3  # boxes that one mistake must explain: any one box is a shift of its mask
 
 Rectangle = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
@@ -197,7 +197,7 @@ class MaskFits:
 
     def _explanation(self) -> str:
         pairs = self.doubtful
-        if len(pairs) < FEWEST:
+        if len(pairs) < MIN_CALLS:
             return ""
         shares = {text: _share(pairs, put) for text, put in FORMS.items()}
         best = max(shares, key=lambda text: shares[text])

@@ -95,7 +95,7 @@ def set_data_root(config: Config, folder: Path) -> None:
 
 
 def innermost(dataset: Any) -> Any:
-    """The config of the dataset with the photographs, inside those that repeat it."""
+    """The config of the dataset with the images, inside those that repeat it."""
     while "ann_file" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset

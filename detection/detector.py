@@ -1,4 +1,4 @@
-"""A trained detector: built from a config, its weights loaded safely, and what it finds on photographs."""
+"""A trained detector: built from a config, its weights loaded safely, and what it finds on images."""
 
 import copy
 import pickle
@@ -21,10 +21,10 @@ from shvit.weights.resolve import find_weights as weights_file
 from .config import innermost, quiet
 
 PADDING = (124, 116, 104)
-"""RGB of the border around a photograph at a fixed size: ImageNet's mean, about 0 after normalisation."""
+"""RGB of the border around an image at a fixed size: ImageNet's mean, about 0 after normalization."""
 
 STEP = 32
-"""Detectors pad photographs to a multiple of this many pixels."""
+"""Detectors pad images to a multiple of this many pixels."""
 
 MAX_IMG_SIZE = 4096
 MAX_NUMBERS = 1 << 29
@@ -34,7 +34,7 @@ CREATING = {torch.empty, torch.zeros, torch.ones, torch.full}
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found on one photograph, best first, in its own pixels."""
+    """What was found on one image, best first, in its own pixels."""
 
     boxes: torch.Tensor
     """float32 (n, 4): left, top, right, bottom."""
@@ -55,10 +55,10 @@ class Detections:
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks)
 
 
-Photograph = dict[str, Any]
+ImageFile = dict[str, Any]
 """What `prepare` makes: `inputs`, uint8 (3, H, W) in BGR, and `data_samples`, its sizes."""
 
-Detect = Callable[[Photograph], Detections]
+Detect = Callable[[ImageFile], Detections]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class _BoundedSizes(TorchFunctionMode):
 def _check_neck(model: Any, config: Config) -> None:
     """Raises where the neck expects other feature maps than the backbone gives."""
     expected = list(getattr(getattr(model, "neck", None), "in_channels", []))
-    with suppress(RuntimeError, AssertionError):  # of a backbone that takes no photograph as small as this
+    with suppress(RuntimeError, AssertionError):  # of a backbone that takes no image as small as this
         given = [each.shape[1] for each in model.backbone(torch.zeros(1, 3, 64, 64))]
         if expected and given != expected:
             raise InputError(
@@ -190,7 +190,7 @@ def class_names(config: Config) -> tuple[str, ...]:
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
-# --- photographs ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
     height, width = img_size
     blue_first = tuple(reversed(PADDING))
     return [
-        {"type": "LoadPhotograph"},
+        {"type": "LoadImage"},
         {"type": "Resize", "scale": (width, height), "keep_ratio": True},
         {"type": "Border", "size": (width, height), "pad_val": {"img": blue_first}},
         _PACK,
@@ -216,10 +216,10 @@ def own_pipeline(config: Config) -> list[Any]:
     """The config's own transforms for testing, without the annotations."""
     pipeline = innermost(config.test_dataloader.dataset).pipeline
     steps = [step for step in pipeline if step["type"].rpartition(".")[2] != "LoadAnnotations"]
-    return [{**step, "type": "LoadPhotograph"} if step["type"] == "LoadImageFromFile" else step for step in steps]
+    return [{**step, "type": "LoadImage"} if step["type"] == "LoadImageFromFile" else step for step in steps]
 
 
-def preparation(pipeline: Sequence[Any]) -> Callable[[Path], Photograph]:
+def preparation(pipeline: Sequence[Any]) -> Callable[[Path], ImageFile]:
     """Return a function from a file to what a detector takes; it raises InputError where an image cannot be used."""
     from mmcv.transforms import Compose
     from mmdet.registry import TRANSFORMS
@@ -228,7 +228,7 @@ def preparation(pipeline: Sequence[Any]) -> Callable[[Path], Photograph]:
 
     compose = Compose([TRANSFORMS.build(step) for step in pipeline])
 
-    def prepare(path: Path) -> Photograph:
+    def prepare(path: Path) -> ImageFile:
         data = {"img_path": str(path), "img_id": 0}
         try:
             return compose(dict(data))
@@ -259,8 +259,8 @@ def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
 def torch_detect(model: Any) -> Detect:
     """Detection by MMDetection's own code."""
 
-    def detect(photograph: Photograph) -> Detections:
-        batch = {"inputs": [photograph["inputs"]], "data_samples": [photograph["data_samples"].clone()]}
+    def detect(image: ImageFile) -> Detections:
+        batch = {"inputs": [image["inputs"]], "data_samples": [image["data_samples"].clone()]}
         with torch.inference_mode():
             found = model.test_step(batch)[0].pred_instances.cpu()
         order = found.scores.argsort(descending=True, stable=True)
@@ -271,7 +271,7 @@ def torch_detect(model: Any) -> Detect:
 
 
 def paste(masks: torch.Tensor, boxes: torch.Tensor, shape: tuple[int, int], threshold: float) -> torch.Tensor:
-    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of a photograph of that shape."""
+    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of an image of that shape."""
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
     pasted = torch.zeros(len(boxes), *shape, dtype=torch.bool)

@@ -1,15 +1,15 @@
-"""What a detector finds, drawn on the photograph by MMDetection's own visualizer."""
+"""What a detector finds, drawn on the image by MMDetection's own visualizer."""
 
 from pathlib import Path
 
 from shvit.errors import InputError, printable
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 from .detector import Detections
 
 
-def draw(photograph: Path, detections: Detections, classes: tuple[str, ...], output: Path) -> None:
-    """Writes the photograph with boxes, names, scores and masks as a .png.
+def draw(path: Path, detections: Detections, classes: tuple[str, ...], output: Path) -> None:
+    """Writes the image with boxes, names, scores and masks as a .png.
 
     Raises:
         InputError: `output` cannot be written.
@@ -26,10 +26,10 @@ def draw(photograph: Path, detections: Detections, classes: tuple[str, ...], out
     visualizer = DetLocalVisualizer()
     plain = tuple(printable(name).replace("$", r"\$") for name in classes)  # between dollars, Matplotlib reads formulas
     visualizer.dataset_meta = {"classes": plain, "palette": "random"}
-    image = mmcv.imread(str(photograph), channel_order="rgb")
-    with write_whole(output) as partial:
+    image = mmcv.imread(str(path), channel_order="rgb")
+    with atomic_write(output) as partial:
         visualizer.add_datasample(
-            photograph.name, image, sample, draw_gt=False, pred_score_thr=0.0, out_file=str(partial), show=False
+            path.name, image, sample, draw_gt=False, pred_score_thr=0.0, out_file=str(partial), show=False
         )
         if not partial.is_file():
             raise InputError(f"{output}: cannot be written")

@@ -21,32 +21,32 @@ FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """Accuracy and latency of one detector on a config's test photographs."""
+    """Accuracy and latency of one detector on a config's test images."""
 
     ap: dict[str, float]
     """COCO's figures in percent: bbox_mAP, bbox_mAP_50, … and of masks segm_mAP, …; -1 where a size does not occur."""
     latency_ms_p50: float
-    """From the prepared photograph to boxes and masks in its own pixels."""
+    """From the prepared image to boxes and masks in its own pixels."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Several detectors on the same photographs."""
+    """Several detectors on the same images."""
 
     n: int
     results: dict[str, DetectionResult]
     match: Match | None
     """Of the second detector with the first, where there are two and the first finds anything."""
     latency_ratio: float | None
-    """Median over the photographs of the second's time by the first's, measured in turns."""
+    """Median over the images of the second's time by the first's, measured in turns."""
 
 
 def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence[Any], progress: Any) -> Evaluation:
-    """Runs every test photograph of the config through every detector, in turns, and scores them with mmdet's metric.
+    """Runs every test image of the config through every detector, in turns, and scores them with mmdet's metric.
 
     Args:
         detectors: one or two, by name.
-        pipeline: transforms that prepare a photograph for them.
+        pipeline: transforms that prepare an image for them.
         progress: wraps an iterable and shows how far it is.
 
     Raises:
@@ -59,22 +59,22 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     with quiet():
         dataset = DATASETS.build(dataset_config)
     if not len(dataset):
-        raise InputError(f"{dataset_config.ann_file}: has no photographs to evaluate on")
+        raise InputError(f"{dataset_config.ann_file}: has no images to evaluate on")
     with quiet():
         metrics = {name: _metric(config, dataset) for name in detectors}
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     matching = Matching() if len(detectors) == 2 else None
     for index in progress(range(len(dataset))):
         with named_images():
-            photograph = dataset[index]
+            image = dataset[index]
         turn = list(detectors)[:: 1 if index % 2 else -1]
         by_name = {}
         for name in turn:
             begin = time.perf_counter()
-            by_name[name] = detectors[name](photograph)
+            by_name[name] = detectors[name](image)
             seconds[name].append(time.perf_counter() - begin)
         for name, metric in metrics.items():
-            metric.process({}, [_sample(by_name[name], photograph["data_samples"])])
+            metric.process({}, [_sample(by_name[name], image["data_samples"])])
         if matching is not None:
             matching.add(*(by_name[name] for name in detectors))
     results = {}

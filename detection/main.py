@@ -12,7 +12,7 @@ from rich.table import Table
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError, some
-from shvit.files import check_output_folder, sha256, write_whole
+from shvit.files import atomic_write, check_output_folder, sha256
 from shvit.run_info import read_run_info, same_name
 
 from .config import CONFIGS, bundled, only_known, open_config, set_data_root
@@ -49,7 +49,7 @@ class _Command:
 @dataclass(frozen=True, kw_only=True)
 class _Reads(_Command):
     data: Path | None = None
-    """The folder of photographs and annotations, in place of the config's data_root."""
+    """The folder of images and annotations, in place of the config's data_root."""
 
     def _config(self) -> Any:
         config = super()._config()
@@ -110,10 +110,10 @@ class _Detects(_Command):
     checkpoint: Path | None = None
     """The detector's weights: a file of our runs, the reference's or MMDetection's, or a name of `shvit weights
     list`."""
-    artefact: Path | None = None
+    artifact: Path | None = None
     """An .onnx file of `shvit detect export`."""
     img_size: tuple[int, ...] = ()
-    """Fit photographs into this square, or height and width, in pixels; an artefact has its own, and by default a
+    """Fit images into this square, or height and width, in pixels; an artifact has its own, and by default a
     checkpoint is fed as its config says."""
 
     def _open(self, config: Any, threads: int | None = None) -> tuple[dict[str, Detect], list[Any], tuple[str, ...]]:
@@ -123,33 +123,33 @@ class _Detects(_Command):
         from .annotations import check_heads
         from .onnx import open_onnx
 
-        if self.checkpoint is None and self.artefact is None:
-            raise InputError("nothing trained to detect with; give --checkpoint, or --artefact, or both")
+        if self.checkpoint is None and self.artifact is None:
+            raise InputError("nothing trained to detect with; give --checkpoint, or --artifact, or both")
         size = check_img_size(self.img_size) if self.img_size else None
         detectors: dict[str, Detect] = {}
         if self.checkpoint is not None:
             model = open_detector(config, find_weights(self.checkpoint))
-            if torch.cuda.is_available() and self.artefact is None:  # an artefact is timed beside it, on the CPU
+            if torch.cuda.is_available() and self.artifact is None:  # an artifact is timed beside it, on the CPU
                 model.cuda()
             detectors["pytorch"] = torch_detect(model)
         classes = class_names(config)
         check_heads(config, classes)
-        if self.artefact is not None:
-            artefact = open_onnx(self.artefact, threads)
-            check_unchanged(self.artefact, sha256(self.artefact))
-            if size not in (None, artefact.spec.img_size):
-                raise InputError(f"{self.artefact} takes {artefact.spec.img_size} px; leave out --img-size")
-            if [*map(same_name, artefact.spec.classes)] != [*map(same_name, classes)]:
-                raise InputError(f"{self.artefact} was exported for {some(artefact.spec.classes)}, and the config has "
+        if self.artifact is not None:
+            artifact = open_onnx(self.artifact, threads)
+            check_unchanged(self.artifact, sha256(self.artifact))
+            if size not in (None, artifact.spec.img_size):
+                raise InputError(f"{self.artifact} takes {artifact.spec.img_size} px; leave out --img-size")
+            if [*map(same_name, artifact.spec.classes)] != [*map(same_name, classes)]:
+                raise InputError(f"{self.artifact} was exported for {some(artifact.spec.classes)}, and the config has "
                                  f"{some(classes)}; give the config that it was exported with")  # fmt: skip
-            size = artefact.spec.img_size
-            detectors["onnxruntime"] = artefact.detect
+            size = artifact.spec.img_size
+            detectors["onnxruntime"] = artifact.detect
         return detectors, fixed_pipeline(size) if size else own_pipeline(config), classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(_Detects, _Reads):
-    """COCO's average precision on the config's test photographs; of a checkpoint and its export also side by side."""
+    """COCO's average precision on the config's test images; of a checkpoint and its export also side by side."""
 
     threads: int = 1
     """CPU threads of PyTorch and ONNX Runtime."""
@@ -174,7 +174,7 @@ class Eval(_Detects, _Reads):
         table = Table("figure", *detectors)
         for figure in figures:
             table.add_row(figure, *(f"{each.ap[figure]:.1f}" for each in result.results.values()))
-        table.add_row("ms a photograph", *(f"{each.latency_ms_p50:.0f}" for each in result.results.values()))
+        table.add_row("ms an image", *(f"{each.latency_ms_p50:.0f}" for each in result.results.values()))
         console.print(table)
         if result.match is not None:
             _show_match(result.match)
@@ -200,7 +200,7 @@ class Export(_Command):
     precision: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     """Of an .mlpackage, as in `shvit export coreml`."""
     images: Path | None = None
-    """A folder of photographs to verify with; scikit-image's bundled ones by default."""
+    """A folder of images to verify with; scikit-image's bundled ones by default."""
 
     def run(self) -> dict[str, Any]:
         height, width = check_img_size(self.img_size)
@@ -243,13 +243,13 @@ class Export(_Command):
             Path(self.config).stem, kind, img_size, class_names(config), graph.outputs, graph.mask_threshold
         )
         prepare = preparation(fixed_pipeline(img_size))
-        photographs = map(prepare, _photographs(self.images))
-        with write_whole(certificate_path(output)) as certified, write_whole(output) as partial:
+        prepared = map(prepare, _images(self.images))
+        with atomic_write(certificate_path(output)) as certified, atomic_write(output) as partial:
             write_onnx(graph, partial, spec)
             certificate = certify(
                 open_onnx(partial),
                 torch_detect(model),
-                photographs,
+                prepared,
                 str(self.images or "scikit-image"),
                 checkpoint,
                 output.name,
@@ -257,17 +257,17 @@ class Export(_Command):
             require(certificate)
             certified.write_text(to_json(certificate))
         console.print(f"{output.name} finds what its model finds: {kind} at {img_size[0]}×{img_size[1]} px, "
-                      f"{certificate.artefact_bytes / 1e6:.1f} MB")  # fmt: skip
+                      f"{certificate.artifact_bytes / 1e6:.1f} MB")  # fmt: skip
         _show_match(certificate.match)
-        return {"artefact": str(output), "certificate": asdict(certificate)}
+        return {"artifact": str(output), "certificate": asdict(certificate)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(_Detects):
-    """Draws boxes and masks on photographs."""
+    """Draws boxes and masks on images."""
 
     images: Path | None = None
-    """A folder of photographs; scikit-image's bundled ones by default."""
+    """A folder of images; scikit-image's bundled ones by default."""
     output: Path = Path("predictions")
     """The folder for the pictures."""
     score: float = 0.3
@@ -286,22 +286,22 @@ class Predict(_Detects):
         config = self._config()
         detectors, pipeline, classes = self._open(config)
         if len(detectors) > 1:
-            raise InputError("--checkpoint and --artefact exclude each other here; `shvit detect eval` compares them")
+            raise InputError("--checkpoint and --artifact exclude each other here; `shvit detect eval` compares them")
         (detect,) = detectors.values()
         prepare = preparation(pipeline)
         folder = self.images
         found: dict[str, list[str]] = {}
         skipped: dict[str, str] = {}
         with plainly():
-            for path in _progress(_photographs(folder)):
+            for path in _progress(_images(folder)):
                 name = f"{path.name}.png" if folder is None else f"{path.relative_to(folder)}.png"
                 try:
-                    photograph = prepare(path)
+                    image = prepare(path)
                 except InputError as error:  # a damaged image does not end the run
                     skipped[name.removesuffix(".png")] = str(error)
                     terminal.report(f"skipped {error}")
                     continue
-                detections = detect(photograph).above(self.score)
+                detections = detect(image).above(self.score)
                 draw(path, detections, classes, self.output / name)
                 found[name] = [classes[label] for label in detections.labels]
         number = sum(map(len, found.values()))
@@ -331,10 +331,10 @@ class Configs:
 DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "configs": Configs}
 
 
-def _photographs(folder: Path | None) -> list[Path]:
-    from shvit.train.folders import photograph_files
+def _images(folder: Path | None) -> list[Path]:
+    from shvit.train.folders import image_files
 
-    return photograph_files(folder)
+    return image_files(folder)
 
 
 def _progress(items: Iterable[Any]) -> Iterator[Any]:
@@ -348,6 +348,6 @@ def _show_match(match: Any) -> None:
     if match.mask_iou_mean is not None:
         iou += f", masks {match.mask_iou_mean:.4f} ({match.mask_iou_lowest:.3f})"
     console.print(
-        f"{match.detections} detections on {match.images} photographs: {match.matched_percent:.1f} % match, {iou}, "
+        f"{match.detections} detections on {match.images} images: {match.matched_percent:.1f} % match, {iou}, "
         f"scores within {match.score_error:.1e}"
     )

@@ -1,6 +1,6 @@
-"""Mask R-CNN and RetinaNet as ONNX: photographs of one size in, any number of detections out.
+"""Mask R-CNN and RetinaNet as ONNX: images of one size in, any number of detections out.
 
-MMDetection's own prediction code branches on what it finds, so that a trace of it holds for one photograph alone. The
+MMDetection's own prediction code branches on what it finds, so that a trace of it holds for one image alone. The
 graphs here do the same on one image without a branch: every choice is an index. Shapes in comments: n detections,
 L levels, A anchors, C classes.
 """
@@ -21,7 +21,7 @@ from shvit.documents import parse_json, parse_model
 from shvit.errors import InputError, first_line
 from shvit.files import check_file
 
-from .detector import MAX_IMG_SIZE, PADDING, Detections, Photograph, paste
+from .detector import MAX_IMG_SIZE, PADDING, Detections, ImageFile, paste
 
 OPSET = 17  # RoIAlign is aligned from 16 on
 INPUTS = ("pixels", "size")
@@ -44,8 +44,8 @@ AGAIN = "export it again"
 class DetectorSpec:
     """What an exported detector takes and gives; written into the file.
 
-    Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the photograph as large as fits with its aspect kept, at the top
-    left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the photograph in it.
+    Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the image as large as fits with its aspect kept, at the top
+    left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the image in it.
     Outputs: `boxes` float32 (n, 4), left, top, right, bottom in pixels of the input; `scores` float32 (n,), best first;
     `labels` int64 (n,); and of Mask R-CNN `masks` float32 (n, 28, 28), probabilities inside each box.
     """
@@ -89,7 +89,7 @@ class DetectorSpec:
 
 
 class _Boxes(nn.Module):
-    """The inverse of MMDetection's DeltaXYWHBBoxCoder, clipped to the photograph."""
+    """The inverse of MMDetection's DeltaXYWHBBoxCoder, clipped to the image."""
 
     means: torch.Tensor
     stds: torch.Tensor
@@ -101,13 +101,13 @@ class _Boxes(nn.Module):
         self.largest = abs(math.log(16 / 1000))  # MMDetection's bound of a side's growth, e^4.1
 
     def forward(self, anchors: torch.Tensor, deltas: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        """Anchors (…, 4) and deltas (…, 4) → boxes (…, 4); `size` is height and width of the photograph."""
+        """Anchors (…, 4) and deltas (…, 4) → boxes (…, 4); `size` is height and width of the image."""
         deltas = deltas * self.stds + self.means
         low, high = anchors[..., :2], anchors[..., 2:]
         sides = high - low
-        centre = (low + high) * 0.5 + sides * deltas[..., :2]
+        center = (low + high) * 0.5 + sides * deltas[..., :2]
         half = sides * deltas[..., 2:].clamp(-self.largest, self.largest).exp() * 0.5
-        boxes = torch.cat([centre - half, centre + half], dim=-1)
+        boxes = torch.cat([center - half, center + half], dim=-1)
         return torch.minimum(boxes.clamp(min=0), size.flip(0).repeat(2).to(boxes))  # x ≤ width, y ≤ height, twice
 
 
@@ -189,7 +189,7 @@ class _Rois(nn.Module):
 
 
 class _Graph(nn.Module):
-    """What both detectors begin with: pixels, normalised, through backbone and neck."""
+    """What both detectors begin with: pixels, normalized, through backbone and neck."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -297,7 +297,7 @@ class MaskRCNNGraph(_Graph):
 
 
 def detector_graph(model: Any, img_size: tuple[int, int]) -> RetinaNetGraph | MaskRCNNGraph:
-    """The detector as a graph for photographs of one size.
+    """The detector as a graph for images of one size.
 
     Raises:
         InputError: another kind of detector than Mask R-CNN, Faster R-CNN and RetinaNet with MMDetection's own heads.
@@ -393,10 +393,10 @@ class OnnxDetector:
     """Pixels and size → the outputs by name."""
     operators: dict[str, int]
 
-    def detect(self, photograph: Photograph) -> Detections:
-        """What is found on a photograph that `fixed_pipeline` of the detector's size has prepared."""
-        sample = photograph["data_samples"]
-        pixels = photograph["inputs"].flip(0).permute(1, 2, 0)[None]  # BGR (3, H, W) → RGB (1, H, W, 3)
+    def detect(self, image: ImageFile) -> Detections:
+        """What is found on an image that `fixed_pipeline` of the detector's size has prepared."""
+        sample = image["data_samples"]
+        pixels = image["inputs"].flip(0).permute(1, 2, 0)[None]  # BGR (3, H, W) → RGB (1, H, W, 3)
         size = np.array(sample.img_shape[:2], dtype=np.int64)
         found = self._checked(self.run(pixels.numpy(), size))
         boxes = found["boxes"] / torch.tensor(sample.scale_factor * 2)  # (w, h, w, h)

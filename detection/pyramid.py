@@ -15,7 +15,7 @@ IMG_SIZE = 512  # pixels, where none is asked for: the paper's table of detector
 
 
 class Pyramid(nn.Module):
-    """(B, 3, H, W), normalised → the maps that a detector's heads look at, finest first; no classifier.
+    """(B, 3, H, W), normalized → the maps that a detector's heads look at, finest first; no classifier.
 
     It has what timm asks of a model with feature maps, so that `shvit export --features` and `verify` take it.
 

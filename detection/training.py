@@ -22,7 +22,7 @@ from torch import distributed, nn
 
 from shvit import terminal
 from shvit.errors import InputError, first_line
-from shvit.files import check_file, check_output_folder, is_file, is_there, open_file, read_text, write_whole
+from shvit.files import atomic_write, check_file, check_output_folder, is_file, is_there, open_file, read_text
 
 from .annotations import check_datasets
 from .detector import build_detector, log_types
@@ -55,7 +55,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         evaluation's figures in percent.
 
     Raises:
-        InputError: annotations, photographs or the config are not usable, or training diverged.
+        InputError: annotations, images or the config are not usable, or training diverged.
     """
     last = output / "last_checkpoint"
     check_output_folder(output)
@@ -127,7 +127,7 @@ def write_config(config: Config, output: Path) -> Path:
         text = config.pretty_text
     except Exception as error:  # whatever yapf raises for names that Python keeps for itself
         raise InputError(f"{config.filename}: cannot be written as Python ({first_line(error)}); correct it") from error
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(WRITTEN + text, "utf-8")
     return path
 

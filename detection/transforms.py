@@ -18,7 +18,7 @@ from .headers import known_formats
 
 
 @TRANSFORMS.register_module()
-class LoadPhotograph(LoadImageFromFile):
+class LoadImage(LoadImageFromFile):
     """MMDetection's LoadImageFromFile (BGR, turned as EXIF says) that names a file that is not an image.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256
 
-from .detector import Detect, Detections, Photograph
+from .detector import Detect, Detections, ImageFile
 from .onnx import DetectorSpec, OnnxDetector
 
 COUNTED = 0.1
@@ -23,13 +23,13 @@ SAME = 0.5
 
 @dataclass(frozen=True)
 class Match:
-    """How far the detections of two detectors are from each other, over some photographs."""
+    """How far the detections of two detectors are from each other, over some images."""
 
     images: int
     detections: int
     """Of the model, with a score of at least `COUNTED`."""
     matched_percent: float
-    """Of these, and of the artefact's, that have a counterpart of the same class in the other's."""
+    """Of these, and of the artifact's, that have a counterpart of the same class in the other's."""
     box_iou_mean: float
     box_iou_lowest: float
     mask_iou_mean: float | None
@@ -41,7 +41,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an artefact must keep to. Rounding may turn one of many decisions of NMS, which moves a box by pixels."""
+    """What an artifact must keep to. Rounding may turn one of many decisions of NMS, which moves a box by pixels."""
 
     matched_percent: float = 99.0
     box_iou_mean: float = 0.995
@@ -53,11 +53,11 @@ class Bounds:
 class DetectionCertificate:
     """How far an exported detector is from its model, and what it is."""
 
-    artefact: str
-    artefact_sha256: str
-    artefact_bytes: int
+    artifact: str
+    artifact_sha256: str
+    artifact_bytes: int
     operators: dict[str, int]
-    """Of the artefact, most frequent first."""
+    """Of the artifact, most frequent first."""
     checkpoint_sha256: str
     spec: DetectorSpec
     runtime: str
@@ -87,7 +87,7 @@ def pair(reference: Detections, found: Detections) -> list[tuple[int, int, float
 
 
 class Matching:
-    """The figures of two detectors, photograph by photograph: what was found on one is not kept."""
+    """The figures of two detectors, image by image: what was found on one is not kept."""
 
     def __init__(self) -> None:
         self.images = self.of_model = self.counted = self.matched = 0
@@ -96,7 +96,7 @@ class Matching:
         self.errors: list[float] = []
 
     def add(self, reference: Detections, found: Detections) -> None:
-        """One photograph's detections, the model's and the artefact's."""
+        """One image's detections, the model's and the artifact's."""
         pairs = pair(reference, found)
         self.images += 1
         self.of_model += int((reference.scores >= COUNTED).sum())
@@ -114,15 +114,15 @@ class Matching:
                 self.mask_ious.append(_mask_iou(reference.masks[i], found.masks[j]))
 
     def figures(self) -> Match:
-        """Of all photographs so far.
+        """Of all images so far.
 
         Raises:
             InputError: the model finds nothing, so that there is nothing to compare.
         """
         if not self.of_model:
             raise InputError(
-                f"the detector finds nothing with a score of {COUNTED} on {self.images} photographs, so that there is "
-                "nothing to compare; give trained weights, or --images with photographs of its objects"
+                f"the detector finds nothing with a score of {COUNTED} on {self.images} images, so that there is "
+                "nothing to compare; give trained weights, or --images with images of its objects"
             )
         return Match(
             images=self.images,
@@ -153,33 +153,33 @@ def holds(match: Match, bounds: Bounds) -> bool:
 
 
 def certify(
-    artefact: OnnxDetector,
+    artifact: OnnxDetector,
     model: Detect,
-    photographs: Iterable[Photograph],
+    images: Iterable[ImageFile],
     source: str,
     checkpoint: Path,
     name: str,
 ) -> DetectionCertificate:
-    """Runs prepared photographs through model and artefact and states how far apart they are.
+    """Runs prepared images through model and artifact and states how far apart they are.
 
     Args:
-        photographs: prepared at the artefact's size.
+        images: prepared at the artifact's size.
         source: where they are from, for the certificate.
         checkpoint: the file with the model's weights, for its hash.
-        name: what the certificate calls the artefact.
+        name: what the certificate calls the artifact.
     """
     matching = Matching()
-    for photograph in photographs:
-        matching.add(model(photograph), artefact.detect(photograph))
+    for image in images:
+        matching.add(model(image), artifact.detect(image))
     match = matching.figures()
     bounds = Bounds()
     return DetectionCertificate(
-        artefact=name,
-        artefact_sha256=sha256(artefact.path),
-        artefact_bytes=artefact.path.stat().st_size,
-        operators=artefact.operators,
+        artifact=name,
+        artifact_sha256=sha256(artifact.path),
+        artifact_bytes=artifact.path.stat().st_size,
+        operators=artifact.operators,
         checkpoint_sha256=sha256(checkpoint),
-        spec=artefact.spec,
+        spec=artifact.spec,
         runtime="onnxruntime",
         image_source=source,
         match=match,
@@ -190,12 +190,12 @@ def certify(
 
 
 def require(certificate: DetectionCertificate) -> None:
-    """Raises CheckFailed if the artefact's detections are too far from its model's."""
+    """Raises CheckFailed if the artifact's detections are too far from its model's."""
     if certificate.passed:
         return
     match = certificate.match
     raise CheckFailed(
-        f"{certificate.artefact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes "
+        f"{certificate.artifact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes "
         f"by an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not written",
         asdict(certificate),
     )

@@ -1,1 +1,1 @@
-"""A trained model into a verified artefact, and its latency. Installed as `shvit.export`."""
+"""A trained model into a verified artifact, and its latency. Installed as `shvit.export`."""

@@ -76,9 +76,9 @@ def _check_outputs(path: Path, spec: Spec, outputs: Sequence[Any], rows: int) ->
         raise InputError(f"{path}: gives {len(outputs)} outputs of {len(spec.outputs)}; export the model again")
     for name, output in zip(spec.outputs, outputs, strict=False):
         shape = tuple(output.shape)
-        fits = shape == (rows, spec.num_classes) if spec.gives != "features" else shape[:1] == (rows,)
+        fits = shape == (rows, spec.num_classes) if spec.output_kind != "features" else shape[:1] == (rows,)
         if not fits:
-            wanted = f"({rows}, {spec.num_classes})" if spec.gives != "features" else f"({rows}, …)"
+            wanted = f"({rows}, {spec.num_classes})" if spec.output_kind != "features" else f"({rows}, …)"
             raise InputError(f"{path}: its output {name} is of shape {shape}, and should be {wanted}; export the model "
                              "again")  # fmt: skip
 
@@ -119,16 +119,16 @@ def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequenc
         found = f"the inputs {', '.join(port.name for port in inputs)}" if inputs else "no input"
         raise InputError(f"{path}: has {found}, and should have one, {name}; export the model again")
     pixels = (spec.img_size, spec.img_size, spec.in_chans)
-    wanted = pixels if spec.takes_pixels and inputs[0].dtype != "image" else spec.shape
-    _check_port(path, inputs[0], ("uint8", "image") if spec.takes_pixels else FLOATS, (None, *wanted))
+    wanted = pixels if spec.uint8_input and inputs[0].dtype != "image" else spec.shape
+    _check_port(path, inputs[0], ("uint8", "image") if spec.uint8_input else FLOATS, (None, *wanted))
     by_name = {port.name: port for port in outputs}
     missing = [each for each in spec.outputs if each not in by_name]
     if missing or [each for each in by_name if each in spec.outputs] != list(spec.outputs):
         raise InputError(f"{path}: says that it gives {', '.join(spec.outputs)}, and gives "
                          f"{', '.join(by_name) or 'nothing'}; export the model again")  # fmt: skip
-    if spec.gives != "features" and spec.num_classes < 1:
-        raise InputError(f"{path}: gives {spec.gives}, and says that it has no classes; export the model again")
-    shape = (None, spec.num_classes) if spec.gives != "features" else (None, None, None, None)
+    if spec.output_kind != "features" and spec.num_classes < 1:
+        raise InputError(f"{path}: gives {spec.output_kind}, and says that it has no classes; export the model again")
+    shape = (None, spec.num_classes) if spec.output_kind != "features" else (None, None, None, None)
     for each in spec.outputs:
         _check_port(path, by_name[each], FLOATS, shape)
 

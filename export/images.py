@@ -1,4 +1,4 @@
-"""Photographs to verify and to calibrate with."""
+"""Images to verify and to calibrate with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from shvit import terminal
 from shvit.errors import InputError
 from shvit.files import is_folder
-from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, list_images, photograph_files
+from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
 from shvit.train.images import open_image
 from shvit.train.splits import find_parts
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Photograph:
+class ImageFile:
     """A file, and its class where the folder tells."""
 
     path: Path
@@ -32,17 +32,17 @@ class Photograph:
     """Class index; -1 where it is not known."""
 
 
-def find_photographs(
+def sample_images(
     folder: Path | None,
     num_classes: int = 0,
-    most: int = MAX_IMAGES,
+    limit: int = MAX_IMAGES,
     classes: Sequence[str] = (),
     part: Literal["train", "val"] = "val",
-) -> list[Photograph]:
-    """The photographs in `folder` and below, at most `most` spread evenly; scikit-image's where None.
+) -> list[ImageFile]:
+    """The images in `folder` and below, at most `limit` spread evenly; scikit-image's where None.
 
     Args:
-        num_classes: of the model; a folder with so many folders of photographs in it tells their classes.
+        num_classes: of the model; a folder with so many folders of images in it tells their classes.
         classes: the model's, by index, where they are known: folders are then matched by name, and where none of them
             is a class, they tell nothing.
         part: of a folder with train/ and val/ the one that is taken, which is said.
@@ -51,7 +51,7 @@ def find_photographs(
         InputError: the folder is not there or holds none, or some of its folders are classes and others are not.
     """
     if folder is None:
-        return [Photograph(path, -1) for path in spread(photograph_files(None), most)]
+        return [ImageFile(path, -1) for path in spread(image_files(None), limit)]
     listing = _list_part(folder, part)
     found = sorted({_folder(name) for name in listing.names} - {""})
     indices = {name: index for index, name in enumerate(found)} if len(found) == num_classes else {}
@@ -60,13 +60,13 @@ def find_photographs(
         if len(match.unknown) < len(found):
             refuse_unknown(match, classes, folder, "move the others away")
         indices = dict(zip(found, match.index, strict=True))
-    names = spread(listing.names, most)
-    return [Photograph(listing.root / name, indices.get(_folder(name), -1)) for name in names]
+    names = spread(listing.names, limit)
+    return [ImageFile(listing.root / name, indices.get(_folder(name), -1)) for name in names]
 
 
 def _list_part(folder: Path, part: str) -> Listing:
     if not is_folder(folder):
-        raise InputError(f"{folder}: no such folder of photographs")
+        raise InputError(f"{folder}: no such folder of images")
     parts = find_parts(folder)
     chosen = (parts.val or parts.train) if part == "val" else (parts.train or parts.val)
     if isinstance(chosen, Path) and chosen.is_dir():
@@ -74,7 +74,7 @@ def _list_part(folder: Path, part: str) -> Listing:
         folder = chosen
     listing = list_images(folder)
     if not listing.names:
-        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(SUFFIXES | RARE_SUFFIXES))})")
+        raise InputError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES | RARE_SUFFIXES))})")
     return listing
 
 
@@ -89,7 +89,7 @@ def spread(items: Sequence[T], limit: int) -> list[T]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def read_pixels(photographs: Sequence[Photograph], spec: Spec) -> torch.Tensor:
+def read_pixels(images: Sequence[ImageFile], spec: Spec) -> torch.Tensor:
     """uint8 (n, C, H, W), cut as the model wants them."""
     transform = spec.transform(normalize=False)
-    return torch.stack([transform(open_image(photograph.path)) for photograph in photographs])
+    return torch.stack([transform(open_image(image.path)) for image in images])

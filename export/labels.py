@@ -13,7 +13,7 @@ from shvit.files import read_bytes
 from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 
-MOST_BYTES = 10 << 20
+MAX_BYTES = 10 << 20
 
 
 def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()) -> list[str]:
@@ -46,7 +46,7 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
 
 def _read_lines(path: Path) -> list[str]:
     """Lines without blanks around them, and without the empty ones at the end."""
-    content = read_bytes(path, MOST_BYTES)
+    content = read_bytes(path, MAX_BYTES)
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
         text = content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")

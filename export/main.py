@@ -12,13 +12,13 @@ from shvit.certificate import Origin, certificate_path, read_certificate, read_o
 from shvit.checkpoint import holds_average
 from shvit.documents import to_json
 from shvit.errors import CheckFailed, InputError, refuse, some
-from shvit.files import check_output_folder, check_replaceable, is_file, sha256, write_whole
+from shvit.files import atomic_write, check_output_folder, check_replaceable, is_file, sha256
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from .backends.artifact import Artefact, artefact_files, open_artefact, refuse_changed, torch_predict
+from .backends.artifact import Artifact, artifact_files, open_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, images_that_fit, rows_that_fit
-from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, find_photographs
+from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, sample_images
 from .labels import find_labels, match_classes, refuse_unknown
 from .pipeline import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
@@ -26,8 +26,8 @@ from .summary import show
 from .verify import Reference, certify, require
 
 console = terminal.console()
-MOST_CLASSES_PRINTED = 50
-MOST_CLASSES_COUNTED = 50_000  # the matrix of their confusions has 20 GB; ImageNet-21k has 21,841
+MAX_CLASSES_PRINTED = 50
+MAX_CLASSES_COUNTED = 50_000  # the matrix of their confusions has 20 GB; ImageNet-21k has 21,841
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Eval:
 
     data: str
     """A folder of class folders, or one that holds them under val/; a tar of one; a folder of WebDataset shards; a name
-    that timm knows, such as torch/cifar10; `elpv` for the demo's held-out photographs."""
+    that timm knows, such as torch/cifar10; `elpv` for the demo's held-out images."""
     split: str | None = None
     """Of shards and of a dataset with a name; validation by default."""
     checkpoint: Path | None = None
@@ -75,7 +75,7 @@ class Eval:
     """Take the model's published weights in place of a checkpoint."""
     ema: bool = False
     """Take the checkpoint's averaged weights alone."""
-    artefact: Path | None = None
+    artifact: Path | None = None
     """An .onnx file, .xml or .mlpackage of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
@@ -98,7 +98,7 @@ class Eval:
         check_loader(self.batch_size, self.workers, self.max_corrupt)
         check_output_folder(self.output)
         check_own(self.output, "accuracy.json", b'"model"', ("confusion.png", "confusion_ema.png"))
-        check_apart(self.output, checkpoint=self.checkpoint, artefact=self.artefact)
+        check_apart(self.output, checkpoint=self.checkpoint, artifact=self.artifact)
         if not self.data:
             raise InputError("--data is empty; give a folder of class folders, a tar or a name that timm knows")
         check_outside(self.output, Path(self.data))
@@ -111,14 +111,14 @@ class Eval:
         dataset = open_eval_dataset(self.data, self.split or "validation", trained_on)
         console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
-        kind = "weights" if weights is not None else "artefact"
+        kind = "weights" if weights is not None else "artifact"
         found = (transform, dataset, classes, index)
         result = {"model": spec.model, **self._evaluate(kind, predict, spec, *found)}
         if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
             averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
             result["ema"] = self._evaluate("averaged weights", averaged, spec, *found)
         if self.output is not None:
-            with write_whole(self.output / "accuracy.json") as partial:
+            with atomic_write(self.output / "accuracy.json") as partial:
                 partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")
         return result
 
@@ -162,8 +162,8 @@ class Eval:
         from shvit.train.data import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
-        if spec.num_classes > MOST_CLASSES_COUNTED:
-            raise InputError(f"{spec.num_classes:,} classes are more than the {MOST_CLASSES_COUNTED:,} whose "
+        if spec.num_classes > MAX_CLASSES_COUNTED:
+            raise InputError(f"{spec.num_classes:,} classes are more than the {MAX_CLASSES_COUNTED:,} whose "
                              "confusions can be counted; evaluate a model with fewer")  # fmt: skip
         loader = eval_loader(dataset, transform, rows_that_fit(self.batch_size, spec), self.workers, self.max_corrupt)
         batches = loader if index is None else Renumbered(loader, index)
@@ -173,12 +173,12 @@ class Eval:
         top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
         rest = f"; {left_out} of classes that the model does not know are left out" if left_out else ""
         rest += f"; {loader.damaged} damaged ones are left out" if loader.damaged else ""
-        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} photographs{rest}")
-        if len(classes) <= MOST_CLASSES_PRINTED:
-            table = Table("class", _right("photographs"), _right("top-1 %"))
+        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} images{rest}")
+        if len(classes) <= MAX_CLASSES_PRINTED:
+            table = Table("class", _right("images"), _right("top-1 %"))
             seen = counts.confusion.sum(1).tolist()
-            for name, photographs, top1 in zip(classes, seen, result.per_class, strict=True):
-                table.add_row(name, str(photographs), f"{top1:.1f}" if photographs else "")
+            for name, images, top1 in zip(classes, seen, result.per_class, strict=True):
+                table.add_row(name, str(images), f"{top1:.1f}" if images else "")
             console.print(table)
         if self.output is not None:
             name = "confusion_ema.png" if kind == "averaged weights" else "confusion.png"
@@ -187,31 +187,31 @@ class Eval:
 
     def _predict(self) -> tuple[Any, Spec, Any, tuple[str, ...], Weights | None]:
         """From what the transform makes to logits; that transform; known names of classes; the weights of no file."""
-        if self.artefact is None:
+        if self.artifact is None:
             if self.checkpoint is None and not self.pretrained:
-                raise InputError("nothing trained to evaluate; give --checkpoint, --artefact, or --model and "
+                raise InputError("nothing trained to evaluate; give --checkpoint, --artifact, or --model and "
                                  "--pretrained")  # fmt: skip
             weights = resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
             model, spec = open_weights(weights, self.img_size, log=console.print)
             return torch_predict(model), spec, spec.transform(), known_classes(weights, spec), weights
-        refuse(f"{self.artefact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
+        refuse(f"{self.artifact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
                pretrained=self.pretrained, ema=self.ema)  # fmt: skip
-        refuse_changed(self.artefact)
-        artefact = open_artefact(self.artefact)
-        spec = artefact.spec
-        if spec.gives == "features":
-            raise InputError(f"{self.artefact} gives feature maps, which have no accuracy; export it with logits")
+        refuse_changed(self.artifact)
+        artifact = open_artifact(self.artifact)
+        spec = artifact.spec
+        if spec.output_kind == "features":
+            raise InputError(f"{self.artifact} gives feature maps, which have no accuracy; export it with logits")
         if self.img_size not in (None, spec.img_size):
-            raise InputError(f"{self.artefact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
-        known = tuple(artefact.labels) if len(artefact.labels) == spec.num_classes else ()
-        return _to_logits(artefact), spec, spec.transform(normalize=False), known, None
+            raise InputError(f"{self.artifact} takes {spec.img_size} px; leave out --img-size {self.img_size}")
+        known = tuple(artifact.labels) if len(artifact.labels) == spec.num_classes else ()
+        return _to_logits(artifact), spec, spec.transform(normalize=False), known, None
 
     def _trained_on(self, weights: Weights | None) -> Any:
         """The images of the run that weights or file are of, where its folder, they or the certificate tell."""
         from shvit.train.data import TrainedOn, read_trained_on
 
         if weights is None:
-            origin = read_origin(self.artefact)  # type: ignore[arg-type]
+            origin = read_origin(self.artifact)  # type: ignore[arg-type]
             return TrainedOn.from_weights(origin.data if origin else None)
         beside = None if weights.checkpoint is None else read_trained_on(weights.checkpoint)
         return beside or TrainedOn.from_weights(weights.info.data if weights.info else None)
@@ -234,7 +234,7 @@ class Renumbered:
     def __iter__(self) -> Any:
         for images, targets in self.batches:
             if targets.max() >= len(self.index):
-                raise InputError(f"a photograph of class {int(targets.max())}, and the dataset names "
+                raise InputError(f"an image of class {int(targets.max())}, and the dataset names "
                                  f"{len(self.index)} classes, counted from 0; mend the dataset")  # fmt: skip
             renumbered = self.index[targets.clamp_min(0)].where(targets >= 0, targets)
             self.left_out += int(((renumbered < 0) & (targets >= 0)).sum())
@@ -250,11 +250,11 @@ def known_classes(weights: Weights, spec: Spec) -> tuple[str, ...]:
     return weights.classes
 
 
-def _to_logits(artefact: Artefact) -> Predict:
-    """What the artefact gives, as logits: of probabilities their logarithm."""
-    if artefact.spec.gives == "logits":
-        return artefact
-    return lambda pixels: artefact(pixels).clamp_min(1e-30).log()
+def _to_logits(artifact: Artifact) -> Predict:
+    """What the artifact gives, as logits: of probabilities their logarithm."""
+    if artifact.spec.output_kind == "logits":
+        return artifact
+    return lambda pixels: artifact(pixels).clamp_min(1e-30).log()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +271,10 @@ class _FromModel:
     img_size: int | None = None
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     images: Path | None = None
-    """A folder of photographs to verify with, best the held-out ones in folders of their classes; scikit-image's
+    """A folder of images to verify with, best the held-out ones in folders of their classes; scikit-image's
     bundled ones by default."""
     calibration: Path | None = None
-    """A folder of training photographs from which 8-bit ranges are learnt; scikit-image's bundled ones by default."""
+    """A folder of training images from which 8-bit ranges are learned; scikit-image's bundled ones by default."""
     labels: Path | None = None
     """A text file with the name of a class on each line; those that the checkpoint's run knows by default, and
     ImageNet's for published weights."""
@@ -295,8 +295,8 @@ class _FromModel:
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(
-                self.images, spec.num_classes, most=images_that_fit(MAX_IMAGES, spec), classes=labels
+            images=sample_images(
+                self.images, spec.num_classes, limit=images_that_fit(MAX_IMAGES, spec), classes=labels
             ),
             image_source=str(self.images or BUNDLED),
             labels=labels,
@@ -305,8 +305,8 @@ class _FromModel:
             ema=weights.ema,
             data=weights.info.data if weights.info else None,
         )
-        most = images_that_fit(MAX_CALIBRATION, spec)
-        return Source(reference, spec, find_photographs(self.calibration, most=most, part="train"))
+        limit = images_that_fit(MAX_CALIBRATION, spec)
+        return Source(reference, spec, sample_images(self.calibration, limit=limit, part="train"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +336,7 @@ class _Export(_FromModel):
             raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
         certificate = export(self.kind, self.output, source, self._options())
         show(certificate, console)
-        return {"artefact": str(self.output), "certificate": asdict(certificate)}
+        return {"artifact": str(self.output), "certificate": asdict(certificate)}
 
     @property
     def _outputs(self) -> str:
@@ -359,7 +359,7 @@ class _Export(_FromModel):
         if self.output.suffix != suffix:
             raise InputError(f"--output {self.output} must end in {suffix}")
         check_output_folder(self.output.parent)
-        for path in (*artefact_files(self.output), certificate_path(self.output)):
+        for path in (*artifact_files(self.output), certificate_path(self.output)):
             check_replaceable(path)
             if path.suffix == ".mlpackage" and is_file(path):
                 raise InputError(f"{path}: is a file; choose another name for --output")
@@ -375,12 +375,12 @@ class _Export(_FromModel):
 @dataclass(frozen=True, kw_only=True)
 class _ExportGraph(_Export):
     raw_pixels: bool = False
-    """Take RGB pixels, uint8 (B, H, W, C), and normalise them inside; a normalised float32 (B, C, H, W) by default."""
+    """Take RGB pixels, uint8 (B, H, W, C), and normalize them inside; a normalized float32 (B, C, H, W) by default."""
     dynamic_batch: bool = False
     """Leave the batch size open; 1 by default."""
 
     def _complete(self, spec: Spec) -> Spec:
-        return replace(spec, precision=self.precision, takes_pixels=self.raw_pixels)
+        return replace(spec, precision=self.precision, uint8_input=self.raw_pixels)
 
     def _options(self) -> Options:
         return Options(dynamic_batch=self.dynamic_batch)
@@ -414,7 +414,7 @@ class ExportCoreml(_Export):
     precision: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     """Of weights and arithmetic; int8 of weights alone, which are half of fp16's size, w8a8 of activations too."""
     tensor_input: bool = False
-    """Take a normalised float32 (1, C, H, W); an RGB image by default."""
+    """Take a normalized float32 (1, C, H, W); an RGB image by default."""
     other_sizes: tuple[int, ...] = ()
     """Further heights and widths in pixels that the same package takes."""
     classifier: bool = False
@@ -435,7 +435,7 @@ class ExportCoreml(_Export):
         if spec.img_size in self.other_sizes or len(set(self.other_sizes)) < len(self.other_sizes):
             raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
         return replace(
-            spec, precision=self.precision, takes_pixels=not self.tensor_input, other_sizes=tuple(self.other_sizes)
+            spec, precision=self.precision, uint8_input=not self.tensor_input, other_sizes=tuple(self.other_sizes)
         )
 
     def _options(self) -> Options:
@@ -454,7 +454,7 @@ class ExportAll(_FromModel):
 
         check_output_folder(self.output)
         self._check_apart(self.output)
-        check_own(self.output, "formats.json", b'"artefact"', ("formats.md",))
+        check_own(self.output, "formats.json", b'"artifact"', ("formats.md",))
         return export_all(self.output, self._source("logits"), console)
 
 
@@ -468,7 +468,7 @@ class Verify:
     The certificate beside the file tells its model and weights.
     """
 
-    artefact: tyro.conf.Positional[Path]
+    artifact: tyro.conf.Positional[Path]
     """An .onnx file, .xml (with its .bin) or .mlpackage of `shvit export`."""
     checkpoint: Path | None = None
     """The weights it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
@@ -479,24 +479,24 @@ class Verify:
     ema: bool = False
     """It was made from the checkpoint's EMA weights; as the certificate says by default."""
     images: Path | None = None
-    """A folder of photographs; scikit-image's bundled ones by default."""
+    """A folder of images; scikit-image's bundled ones by default."""
     runtime: Literal["auto", "coreml"] = "auto"
     """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
 
     def run(self) -> dict[str, Any]:
-        refuse_changed(self.artefact)
-        artefact = open_artefact(self.artefact, native=self.runtime == "coreml", rounded=True)
-        weights = self._weights(read_origin(self.artefact), artefact.spec)
-        model, spec = open_source_model(weights, artefact.spec.img_size, artefact.spec.gives, console.print)
-        classes = known_classes(weights, spec) if artefact.spec.gives != "features" else ()
+        refuse_changed(self.artifact)
+        artifact = open_artifact(self.artifact, native=self.runtime == "coreml", rounded=True)
+        weights = self._weights(read_origin(self.artifact), artifact.spec)
+        model, spec = open_source_model(weights, artifact.spec.img_size, artifact.spec.output_kind, console.print)
+        classes = known_classes(weights, spec) if artifact.spec.output_kind != "features" else ()
         reference = Reference(
             model=model,
             spec=spec,
-            photographs=find_photographs(
+            images=sample_images(
                 self.images,
                 spec.num_classes,
-                most=images_that_fit(MAX_IMAGES, spec, artefact.spec),
-                classes=classes or artefact.labels,
+                limit=images_that_fit(MAX_IMAGES, spec, artifact.spec),
+                classes=classes or artifact.labels,
             ),
             image_source=str(self.images or BUNDLED),
             labels=classes,
@@ -505,7 +505,7 @@ class Verify:
             ema=weights.ema,
             data=weights.info.data if weights.info else None,
         )
-        certificate = certify(artefact, reference)
+        certificate = certify(artifact, reference)
         show(certificate, console)
         require(certificate)
         return asdict(certificate)
@@ -523,7 +523,7 @@ class Verify:
         model = self.model or made_from
         if origin is None:
             if self.checkpoint is None and self.model is None and not self.pretrained:
-                raise InputError(f"{self.artefact}: no certificate beside it names its weights; give --checkpoint")
+                raise InputError(f"{self.artifact}: no certificate beside it names its weights; give --checkpoint")
             return resolve_weights(model, self.checkpoint, self.ema, self.pretrained, console.print)
         if self.ema and not origin.ema and origin.checkpoint is not None:
             raise self._other("the weights themselves, not their average", ema=False)
@@ -541,13 +541,13 @@ class Verify:
         return weights
 
     def _other(self, what: str, **certified: Any) -> CheckFailed:
-        return CheckFailed(f"{self.artefact} was made from {what}", {"artefact": str(self.artefact), **certified})
+        return CheckFailed(f"{self.artifact} was made from {what}", {"artifact": str(self.artifact), **certified})
 
     def _certified(self, origin: Origin) -> Path:
-        """The checkpoint that a certificate names: as it is named, or beside the artefact; the one of its hash."""
+        """The checkpoint that a certificate names: as it is named, or beside the artifact; the one of its hash."""
         if origin.checkpoint is None:
-            raise InputError(f"{self.artefact}: its certificate does not name its weights; give --checkpoint")
-        named, folder = Path(origin.checkpoint), self.artefact.parent
+            raise InputError(f"{self.artifact}: its certificate does not name its weights; give --checkpoint")
+        named, folder = Path(origin.checkpoint), self.artifact.parent
         found = [path for path in (named, folder / named, folder / named.name) if is_file(path)]
         for path in found:
             if sha256(path) == origin.checkpoint_sha256:
@@ -557,18 +557,18 @@ class Verify:
         try:
             return find_weights(origin.checkpoint, console.print)[0]
         except InputError as error:
-            raise InputError(f"{self.artefact}: its certificate names {named}, which is not there; give --checkpoint"
+            raise InputError(f"{self.artifact}: its certificate names {named}, which is not there; give --checkpoint"
                              ) from error  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train, export, verify, evaluate and time on real photographs, offline; writes one page with pictures."""
+    """Train, export, verify, evaluate and time on real images, offline; writes one page with pictures."""
 
     output: Path = Path("demo")
     """The folder for everything that is made; report.html is the page."""
     data: Path | None = None
-    """Your own photographs, a folder of class folders; solar cells (PyPI package elpv-dataset) by default."""
+    """Your own images, a folder of class folders; solar cells (PyPI package elpv-dataset) by default."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Training epochs; the recipe's by default."""
 

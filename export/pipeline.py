@@ -17,12 +17,12 @@ from shvit.certificate import certificate_path
 from shvit.deployment import deploy
 from shvit.documents import to_json
 from shvit.errors import InputError
-from shvit.files import scratch_folder, write_whole
+from shvit.files import atomic_write, scratch_folder
 from shvit.weights.resolve import Log, Weights
 
-from .backends.artifact import artefact_files, open_artefact
+from .backends.artifact import artifact_files, open_artifact
 from .backends.tuning import TUNING
-from .images import Photograph, read_pixels, spread
+from .images import ImageFile, read_pixels, spread
 from .quantization.qdq import LayerRanges
 from .quantization.ranges import Range
 from .spec import Precision, Spec, open_weights
@@ -34,12 +34,12 @@ Format = Literal["onnx", "openvino", "coreml"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}
 RANKED_IMAGES = 8  # images on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
-FEWEST_CALIBRATION = 8
+MIN_CALIBRATION = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an artefact can be besides its model, size and precision."""
+    """What an artifact can be besides its model, size and precision."""
 
     features: bool = False
     """Feature maps in place of logits."""
@@ -53,16 +53,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """What artefacts are made from, and what they are held against.
+    """What artifacts are made from, and what they are held against.
 
-    Images are decoded and ranges learnt once for all artefacts of a source and those that `replace` makes of it.
+    Images are decoded and ranges learned once for all artifacts of a source and those that `replace` makes of it.
     """
 
     reference: Reference
-    """The model, before deployment, which gives what the artefact is to give; and the images to verify with."""
+    """The model, before deployment, which gives what the artifact is to give; and the images to verify with."""
     spec: Spec
-    """Of the artefact."""
-    calibration: Sequence[Photograph]
+    """Of the artifact."""
+    calibration: Sequence[ImageFile]
     """To learn int8's ranges from."""
     _shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ class Source:
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Those of Core ML's w8a8, by the tensor's first layer; filled by the first file that is written."""
-        return self._once(("Core ML", self.spec.takes_pixels), dict)
+        return self._once(("Core ML", self.spec.uint8_input), dict)
 
     def noise(self, unfolded: bool) -> dict[str, float]:
         """The layers by the noise that int8 makes of them, worst first."""
@@ -147,22 +147,22 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
     int8 would not hold the bounds.
 
     Raises:
-        CheckFailed: the artefact drifts from its model.
+        CheckFailed: the artifact drifts from its model.
         InputError: it cannot be written, or int8 has nothing to learn from.
     """
     spec = source.spec
     check_calibration(kind, source)
     always_kept = float_layers(kind, source.deployed()) if spec.precision == "int8" else ()
     with ExitStack() as stack:
-        record = stack.enter_context(write_whole(certificate_path(output)))
-        partials = [stack.enter_context(write_whole(file)) for file in artefact_files(output)]
+        record = stack.enter_context(atomic_write(certificate_path(output)))
+        partials = [stack.enter_context(atomic_write(file)) for file in artifact_files(output)]
         folder = stack.enter_context(scratch_folder(output))
         write = _writer(kind, source, options)
 
         def attempt(kept: Sequence[str] = ()) -> tuple[Certificate, Path]:
             path = Path(tempfile.mkdtemp(dir=folder)) / output.name
-            write(path, replace(spec, kept=tuple(dict.fromkeys((*always_kept, *kept)))))
-            return certify(open_artefact(path, rounded=True), source.reference, output.name), path
+            write(path, replace(spec, excluded_layers=tuple(dict.fromkeys((*always_kept, *kept)))))
+            return certify(open_artifact(path, rounded=True), source.reference, output.name), path
 
         certificate, path = attempt()
         quantized = spec.precision in ("int8", "w8a8")
@@ -171,7 +171,7 @@ def export(kind: Format, output: Path, source: Source, options: Options) -> Cert
             if noise:
                 certificate, path = _keep_fewest(attempt, (certificate, path), noise)
         require(certificate)
-        for partial, file in zip(partials, artefact_files(path), strict=True):
+        for partial, file in zip(partials, artifact_files(path), strict=True):
             shutil.move(file, partial)
         record.write_text(to_json(asdict(certificate), indent=2) + "\n")
     return certificate
@@ -184,19 +184,19 @@ def float_layers(kind: Format, model: nn.Module) -> tuple[str, ...]:
 
 
 LEARNING: dict[Format, Precision] = {"onnx": "int8", "openvino": "int8", "coreml": "w8a8"}
-"""The precision whose ranges are learnt from photographs."""
+"""The precision whose ranges are learned from images."""
 
 
 def check_calibration(kind: Format, source: Source) -> None:
-    """Raises InputError where ranges are to be learnt, and there is nothing to learn them from."""
+    """Raises InputError where ranges are to be learned, and there is nothing to learn them from."""
     precision = source.spec.precision
     if precision != LEARNING[kind]:
         return
     if source.reference.checkpoint is None:
-        raise InputError(f"{precision}, whose ranges are learnt, needs trained weights; give --checkpoint")
-    if len(source.calibration) < FEWEST_CALIBRATION:
-        raise InputError(f"{len(source.calibration)} photographs are too few to learn the ranges of {precision} from; "
-                         f"give --calibration a folder of {FEWEST_CALIBRATION} or more, best some hundred")  # fmt: skip
+        raise InputError(f"{precision}, whose ranges are learned, needs trained weights; give --checkpoint")
+    if len(source.calibration) < MIN_CALIBRATION:
+        raise InputError(f"{len(source.calibration)} images are too few to learn the ranges of {precision} from; "
+                         f"give --calibration a folder of {MIN_CALIBRATION} or more, best some hundred")  # fmt: skip
 
 
 Attempt = tuple[Certificate, Path]
@@ -240,7 +240,7 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
 
 
 def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, Spec], None]:
-    """A function that writes the artefact, given which layers are kept; what all attempts share is done once."""
+    """A function that writes the artifact, given which layers are kept; what all attempts share is done once."""
     if kind == "coreml":
         return _coreml_writer(source, options)
     if source.spec.precision == "int8":
@@ -302,6 +302,6 @@ def _coreml_writer(source: Source, options: Options) -> Callable[[Path, Spec], N
         labels=source.labels,
         classifier=options.classifier,
         calibration=list(source.calibration_pixels()) if learns else [],
-        keep=spec.kept,
+        keep=spec.excluded_layers,
         ranges=source.coreml_ranges(),
     )

@@ -1,4 +1,4 @@
-"""What a model wants to be fed: written into every artefact, and read back from it."""
+"""What a model wants to be fed: written into every artifact, and read back from it."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -27,8 +27,8 @@ MAX_RESIZED = 2 * MAX_IMG_SIZE
 class Spec:
     """Input and preprocessing of one model.
 
-    Photographs are resized so that the shorter side is `img_size / crop_pct`, centre-cropped to `img_size`, scaled to
-    0–1 and normalised as (x - mean) / std, channel order RGB; in grey levels first for a model of one channel.
+    Images are resized so that the shorter side is `img_size / crop_pct`, center-cropped to `img_size`, scaled to
+    0–1 and normalized as (x - mean) / std, channel order RGB; in gray levels first for a model of one channel.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
@@ -45,19 +45,19 @@ class Spec:
     crop_mode: str = "center"
     """timm's: center, squash or border."""
     precision: Precision = "fp32"
-    """Of the artefact's arithmetic. Core ML's int8 is of weights alone, its w8a8 of activations too."""
-    takes_pixels: bool = False
-    """The artefact is fed pixels, 0–255, and normalises them itself."""
+    """Of the artifact's arithmetic. Core ML's int8 is of weights alone, its w8a8 of activations too."""
+    uint8_input: bool = False
+    """The artifact is fed pixels, 0–255, and normalizes them itself."""
     outputs: tuple[str, ...] = ("logits",)
     """Names of what it gives, in order: logits, or probabilities, or stride_16, … for feature maps."""
     other_sizes: tuple[int, ...] = ()
     """Further heights and widths in pixels that it takes."""
-    kept: tuple[str, ...] = ()
-    """Layers of an int8 artefact that are in higher precision."""
+    excluded_layers: tuple[str, ...] = ()
+    """Layers of an int8 artifact that are in higher precision."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Every height and width that the artefact takes."""
+        """Every height and width that the artifact takes."""
         return (self.img_size, *self.other_sizes)
 
     @classmethod
@@ -70,7 +70,7 @@ class Spec:
 
         Raises:
             InputError: `img_size` is out of range, or the model takes another size only, or other channels than
-                photographs have.
+                images have.
         """
         from timm.data import resolve_data_config
 
@@ -82,7 +82,7 @@ class Spec:
         if in_chans == 1 and len(mean) > 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # as timm's loader does
         if in_chans not in (1, 3):
-            raise InputError(f"{name} takes {in_chans} channels; photographs have 3, or 1 of grey levels")
+            raise InputError(f"{name} takes {in_chans} channels; images have 3, or 1 of gray levels")
         size = own_size if img_size is None else img_size
         if not 1 <= size <= MAX_IMG_SIZE:
             raise InputError(f"--img-size {size} is out of range; choose 1 to {MAX_IMG_SIZE}, {own_size} by default")
@@ -104,7 +104,7 @@ class Spec:
         )
 
     @property
-    def gives(self) -> str:
+    def output_kind(self) -> str:
         """What the outputs are: logits, probabilities or features."""
         return self.outputs[0] if self.outputs[0] in ("logits", "probabilities") else "features"
 
@@ -114,7 +114,7 @@ class Spec:
         return (self.in_chans, self.img_size, self.img_size)
 
     def transform(self, normalize: bool = True) -> Any:
-        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalised; or uint8, the pixels."""
+        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalized; or uint8, the pixels."""
         from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
@@ -135,8 +135,8 @@ class Spec:
         return (pixels.float() / 255 - mean) / std
 
     def feed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What an artefact takes, from uint8 (B, C, H, W): these normalised, or the pixels as (B, H, W, C)."""
-        return pixels.permute(0, 2, 3, 1).contiguous() if self.takes_pixels else self.normalize(pixels)
+        """What an artifact takes, from uint8 (B, C, H, W): these normalized, or the pixels as (B, H, W, C)."""
+        return pixels.permute(0, 2, 3, 1).contiguous() if self.uint8_input else self.normalize(pixels)
 
     def to_json(self) -> str:
         return to_json(asdict(self))
@@ -161,7 +161,7 @@ class Spec:
         """What no model of timm's is fed with, or no artifact of ours gives."""
         if min(self.sizes) < 1 or max(self.sizes) > MAX_IMG_SIZE or len(self.sizes) > MAX_SIZES:
             return f"img_size is {some(self.sizes)}; up to {MAX_SIZES} sizes of 1 to {MAX_IMG_SIZE} px are read"
-        names = (self.model, *self.outputs, *self.kept)
+        names = (self.model, *self.outputs, *self.excluded_layers)
         if not self.outputs or len(set(self.outputs)) < len(self.outputs) or not all(map(_is_name, names)):
             return f"outputs {some(self.outputs)} or other names of it cannot be names"
         if self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
@@ -265,7 +265,7 @@ def randomize_norms(model: nn.Module) -> None:
     """Draws every BatchNorm's weights and statistics.
 
     A fresh model has branches whose weights are all zero, which runtimes fold away: neither its speed nor its
-    agreement with an artefact would mean anything.
+    agreement with an artifact would mean anything.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:

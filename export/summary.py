@@ -29,13 +29,13 @@ def show(certificate: Certificate, console: Console) -> None:
         rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
     if largest := certificate.largest_values:
         rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
-    if kept := certificate.spec.kept:
-        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.kept_macs:.1f} % of the multiplications"))
+    if kept := certificate.spec.excluded_layers:
+        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.excluded_macs:.1f} % of the multiplications"))
     rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
-    rows.append(("preprocessing", f"within {certificate.grey_levels:.2g} grey levels of timm's"))
+    rows.append(("preprocessing", f"within {certificate.gray_levels:.2g} gray levels of timm's"))
     rows.append(("weights' file", "none: random weights" if certificate.random_weights else "trained"))
     rows += [("note", note) for note in certificate.notes]
-    rows.append(("size", f"{certificate.artefact_bytes / 1e6:.2f} MB"))
+    rows.append(("size", f"{certificate.artifact_bytes / 1e6:.2f} MB"))
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -44,12 +44,12 @@ def show(certificate: Certificate, console: Console) -> None:
 def _headline(certificate: Certificate) -> str:
     """The verdict in a sentence, with what must not be overlooked."""
     random = " with random weights" if certificate.random_weights else ""
-    compared = f"{certificate.images} photographs in {certificate.runtime}"
+    compared = f"{certificate.images} images in {certificate.runtime}"
     if certificate.passed is None:
-        return f"{certificate.artefact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
+        return f"{certificate.artifact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
     verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
     floats = ""
-    if certificate.kept_macs > MAX_FLOAT_MACS:
-        floats = (f"; {certificate.kept_macs:.0f} % of its multiplications are not in int8, without which it would "
+    if certificate.excluded_macs > MAX_FLOAT_MACS:
+        floats = (f"; {certificate.excluded_macs:.0f} % of its multiplications are not in int8, without which it would "
                   "not keep to the bounds")  # fmt: skip
-    return f"{certificate.artefact}{random} {verdict}: {compared}{floats}"
+    return f"{certificate.artifact}{random} {verdict}: {compared}{floats}"

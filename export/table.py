@@ -9,7 +9,7 @@ from rich.console import Console
 
 from shvit.documents import load_json, to_json
 from shvit.errors import CheckFailed
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 from .pipeline import SUFFIXES, Format, Options, Source, check_calibration, export
 from .spec import Precision
@@ -57,9 +57,9 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
         except CheckFailed as error:
             certificates[name] = error.result
     text = markdown(certificates)
-    with write_whole(folder / "formats.md") as partial:
+    with atomic_write(folder / "formats.md") as partial:
         partial.write_text(text, encoding="utf-8")
-    with write_whole(folder / "formats.json") as partial:
+    with atomic_write(folder / "formats.json") as partial:
         partial.write_text(to_json(certificates, indent=2) + "\n")
     for line in text.splitlines():
         console.print(line)
@@ -68,7 +68,7 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
 
 def with_precision(source: Source, kind: Format, precision: Precision) -> Source:
     """The same source for another format; Core ML's takes images."""
-    return replace(source, spec=replace(source.spec, precision=precision, takes_pixels=kind == "coreml"))
+    return replace(source, spec=replace(source.spec, precision=precision, uint8_input=kind == "coreml"))
 
 
 def markdown(certificates: dict[str, dict[str, Any]]) -> str:
@@ -86,14 +86,14 @@ def _row(name: str, certificate: dict[str, Any]) -> tuple[str, ...]:
     holds = {True: "yes", False: "no", None: "undecided"}[certificate["passed"]]
     if "snr_db" not in certificate:
         return (name, "", "", "", "", "", holds)
-    kept = len(certificate["spec"]["kept"])
+    kept = len(certificate["spec"]["excluded_layers"])
     return (
         name,
         _percent(certificate["accuracy"]),
         f"{certificate['top1_agreement']:.1f}",
         f"{certificate['snr_db']:.1f}",
-        f"{certificate['artefact_bytes'] / 1e6:.2f}",
-        f"{kept} layer{'s' * (kept > 1)}, {certificate['kept_macs']:.0f} % of MACs" if kept else "",
+        f"{certificate['artifact_bytes'] / 1e6:.2f}",
+        f"{kept} layer{'s' * (kept > 1)}, {certificate['excluded_macs']:.0f} % of MACs" if kept else "",
         holds,
     )
 

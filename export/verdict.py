@@ -39,7 +39,7 @@ FAR = 2.0
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an artefact must keep to."""
+    """What an artifact must keep to."""
 
     snr_db: float
     """Least signal to noise: power of the spread over the mean power of the errors; few images are asked whether it can
@@ -70,7 +70,7 @@ def compare(
 
     Args:
         reference: the model's, (n, classes) or (n, C, H, W).
-        output: the artefact's, of the same shape.
+        output: the artifact's, of the same shape.
         probabilities: what rounding moves in them is between the highest two, not spread over all classes.
 
     Returns:
@@ -84,7 +84,7 @@ def compare(
         size_snr_db: the same for the outputs' own power in place of the spread's.
         cosine: the lowest of an image's two outputs.
         top1_agreement, top5_agreement: percent of the images with the same highest class, percent of the model's five
-            highest that are among the artefact's; 100 for what has no classes.
+            highest that are among the artifact's; 100 for what has no classes.
         changed: images with another highest class.
         decisions: images on which the model is surer of its highest class than the tolerance lets rounding move it.
         changed_decisions: those of them with another highest class.
@@ -94,9 +94,9 @@ def compare(
     """
     if reference.shape != output.shape:
         shapes = f"{tuple(output.shape)}, and its model {tuple(reference.shape)}"
-        raise CheckFailed(f"the artefact gives outputs of shape {shapes}", {"output_shape": list(output.shape)})
+        raise CheckFailed(f"the artifact gives outputs of shape {shapes}", {"output_shape": list(output.shape)})
     if not torch.isfinite(output).all():
-        raise CheckFailed("the artefact gives NaN or infinite outputs", {"finite": False})
+        raise CheckFailed("the artifact gives NaN or infinite outputs", {"finite": False})
     classes = reference.shape[1] if reference.dim() == 2 else 0
     reference, output = reference.double().flatten(1), output.double().flatten(1)
     size = reference.square().sum(1).mean().sqrt().item()
@@ -261,7 +261,7 @@ def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def worst_figures(outputs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """The least favourable of each figure over several outputs and sizes."""
+    """The least favorable of each figure over several outputs and sizes."""
     lowest = (
         "evidence",
         "snr_db",

@@ -1,4 +1,4 @@
-"""Does an artefact give its model's outputs? Compared on images, written down as a certificate."""
+"""Does an artifact give its model's outputs? Compared on images, written down as a certificate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,9 +14,9 @@ from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 from shvit.train.data import open_image
 
-from .backends.artifact import Artefact, artefact_files, artefact_sha256
+from .backends.artifact import Artifact, artifact_files, artifact_sha256
 from .backends.parameters import LayerParameters, compare_parameters, holds_shvit
-from .images import Photograph, read_pixels, spread
+from .images import ImageFile, read_pixels, spread
 from .labels import contradiction
 from .quantization.qdq import unfold_identities
 from .spec import Spec
@@ -32,27 +32,27 @@ from .verdict import (
 )
 from .wrappers import layers
 
-BATCH = 16  # images at a time through model and artefact
+BATCH = 16  # images at a time through model and artifact
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
-MAX_GREY_LEVELS = 1.0
-MAX_8_BIT_GREY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
+MAX_GRAY_LEVELS = 1.0
+MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
 PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far an artefact's outputs are from its model's, and what the artefact is.
+    """How far an artifact's outputs are from its model's, and what the artifact is.
 
     Errors are those of `verdict.compare`, the worst of all outputs and sizes.
     """
 
-    artefact: str
-    artefact_sha256: str
-    artefact_bytes: int
+    artifact: str
+    artifact_sha256: str
+    artifact_bytes: int
     operators: dict[str, int]
-    """Of the artefact, most frequent first."""
+    """Of the artifact, most frequent first."""
     model: str
     checkpoint_sha256: str | None
     """None where the model has random weights."""
@@ -60,7 +60,7 @@ class Certificate:
     spec: Spec
     """Input, preprocessing and precision; for int8 also the layers that are in higher precision."""
     runtime: str
-    """What ran the artefact; mil is this project's evaluator of Core ML packages."""
+    """What ran the artifact; mil is this project's evaluator of Core ML packages."""
     images: int
     image_source: str
     max_abs_error: float
@@ -86,7 +86,7 @@ class Certificate:
     top1_agreement: float
     """Percent of images with the same highest class; 100 for feature maps."""
     top5_agreement: float
-    """Percent of the model's five highest classes that are among the artefact's; 100 for feature maps."""
+    """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
     changed: int
     """Images with another highest class."""
     decisions: int
@@ -96,7 +96,7 @@ class Certificate:
     outputs: dict[str, dict[str, float]]
     """These figures of each output at each size."""
     accuracy: float | None
-    """Top-1 of the artefact, percent, at its first size; None where folders give no labels."""
+    """Top-1 of the artifact, percent, at its first size; None where folders give no labels."""
     model_accuracy: float | None
     """Top-1 of the model, percent."""
     worst_layer: str | None
@@ -104,12 +104,12 @@ class Certificate:
     worst_layer_snr_db: float | None
     largest_values: dict[str, float]
     """Of a file in half precision: the operations with the largest values seen, by name; float16 ends at 65504."""
-    kept_macs: float
-    """Percent of the multiplications that an int8 artefact keeps in higher precision."""
+    excluded_macs: float
+    """Percent of the multiplications that an int8 artifact keeps in higher precision."""
     compared_layers: int
     """Layers whose weights were compared one by one."""
-    grey_levels: float
-    """Largest difference, in grey levels of 255, of the artefact's preprocessing from timm's; at most 1 is allowed."""
+    gray_levels: float
+    """Largest difference, in gray levels of 255, of the artifact's preprocessing from timm's; at most 1 is allowed."""
     tolerance: Tolerance
     passed: bool | None
     """None where the images can't tell: undecided."""
@@ -134,11 +134,11 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model on a set of images: what artefacts are held against. Images are decoded, and the model is run, once.
+    """A model on a set of images: what artifacts are held against. Images are decoded, and the model is run, once.
 
     Args:
-        model: in eval mode, before deployment; it gives what the artefacts are to give.
-        spec: the model's own preprocessing, whatever an artefact says.
+        model: in eval mode, before deployment; it gives what the artifacts are to give.
+        spec: the model's own preprocessing, whatever an artifact says.
         image_source: what certificates say of where the images are from.
         labels: names of the classes in the order of the model's outputs; empty where they have none.
         checkpoint: the file with the model's weights, for its hash; None for random weights.
@@ -148,7 +148,7 @@ class Reference:
 
     model: nn.Module
     spec: Spec
-    photographs: Sequence[Photograph]
+    images: Sequence[ImageFile]
     image_source: str
     labels: Sequence[str] = ()
     checkpoint: Path | None = None
@@ -157,23 +157,23 @@ class Reference:
     data: Mapping[str, Any] | None = None
     _pixels: dict[Spec, torch.Tensor] = field(default_factory=dict)
     _outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _grey_levels: dict[Spec, float] = field(default_factory=dict)
+    _gray_levels: dict[Spec, float] = field(default_factory=dict)
 
     def pixels(self, spec: Spec) -> torch.Tensor:
         """uint8 (n, C, H, W), resized and cut as `spec` says."""
         key = _input_of(spec)
         if key not in self._pixels:
-            self._pixels[key] = read_pixels(self.photographs, spec)
+            self._pixels[key] = read_pixels(self.images, spec)
         return self._pixels[key]
 
-    def grey_levels(self, told: Spec) -> float:
+    def gray_levels(self, told: Spec) -> float:
         """The largest difference between what `told` makes of some of the images and what timm's transform does."""
         if told.in_chans != self.spec.in_chans:
             return 255.0
         key = replace(_input_of(told), mean=told.mean, std=told.std)
-        if key not in self._grey_levels:
-            self._grey_levels[key] = _grey_levels(told, self.spec, spread(self.photographs, PREPROCESSED_IMAGES))
-        return self._grey_levels[key]
+        if key not in self._gray_levels:
+            self._gray_levels[key] = _gray_levels(told, self.spec, spread(self.images, PREPROCESSED_IMAGES))
+        return self._gray_levels[key]
 
     def outputs(self, px: int) -> list[torch.Tensor]:
         """The model's outputs for all images at one size."""
@@ -203,15 +203,15 @@ class Reference:
         return layer_outputs(self.deployed, self.spec.normalize(self.pixels(self.spec)[:LAYER_IMAGES]))
 
 
-def _check_overflow(artefact: Artefact) -> None:
-    """Raises CheckFailed if a value did not fit the artefact's half precision."""
-    if (name := artefact.overflow()) is None:
+def _check_overflow(artifact: Artifact) -> None:
+    """Raises CheckFailed if a value did not fit the artifact's half precision."""
+    if (name := artifact.overflow()) is None:
         return
-    largest = ", ".join(f"{each} {value:.3g}" for each, value in artefact.largest_values().items())
+    largest = ", ".join(f"{each} {value:.3g}" for each, value in artifact.largest_values().items())
     raise CheckFailed(
-        f"{artefact.path.name} overflows {artefact.spec.precision}: {name} is the first operation whose values do not "
+        f"{artifact.path.name} overflows {artifact.spec.precision}: {name} is the first operation whose values do not "
         f"fit; nearest before it: {largest}; choose fp32",
-        {"passed": False, "overflow": name, "largest_values": dict(artefact.largest_values())},
+        {"passed": False, "overflow": name, "largest_values": dict(artifact.largest_values())},
     )
 
 
@@ -221,50 +221,50 @@ def _input_of(spec: Spec) -> Spec:
     return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **kept)
 
 
-def _grey_levels(told: Spec, spec: Spec, photographs: Sequence[Photograph]) -> float:
+def _gray_levels(told: Spec, spec: Spec, images: Sequence[ImageFile]) -> float:
     to_model, to_pixels = spec.transform(), told.transform(normalize=False)
     std = torch.tensor(spec.std)[:, None, None]
     largest = 0.0
-    for photograph in photographs:
-        image = open_image(photograph.path)
+    for file in images:
+        image = open_image(file.path)
         difference = told.normalize(to_pixels(image)[None]) - to_model(image)
         largest = max(largest, (difference.abs() * std * 255).max().nan_to_num(255.0).item())
     return largest
 
 
-def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certificate:
-    """Runs the reference's images through an artefact and states how far it is from the model.
+def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certificate:
+    """Runs the reference's images through an artifact and states how far it is from the model.
 
-    The model is fed through timm's transform, the artefact with pixels, which are cut and normalised as it says itself.
+    The model is fed through timm's transform, the artifact with pixels, which are cut and normalized as it says itself.
 
     Args:
-        name: what the certificate calls the artefact; its file name where empty.
+        name: what the certificate calls the artifact; its file name where empty.
     """
     spec = reference.spec
-    outputs = _compare_outputs(artefact, reference)
-    given = run_layers(artefact, reference)
-    limit = _grey_level_limit(artefact, reference)
-    parameters = artefact.parameters()
+    outputs = _compare_outputs(artifact, reference)
+    given = run_layers(artifact, reference)
+    limit = _gray_level_limit(artifact, reference)
+    parameters = artifact.parameters()
     stem = parameters.get(reference.stem or "")
-    grey_levels, faults = preprocessing_faults(artefact.spec, reference, given, limit, stem)
-    weights = compare_parameters(parameters, _quantizable(artefact, reference))
-    faults += [*weights.faults, *artefact.scale_faults(), *label_faults(artefact.labels, reference.labels)]
+    gray_levels, faults = preprocessing_faults(artifact.spec, reference, given, limit, stem)
+    weights = compare_parameters(parameters, _quantizable(artifact, reference))
+    faults += [*weights.faults, *artifact.scale_faults(), *label_faults(artifact.labels, reference.labels)]
     verdict = "refused" if faults else outputs.verdict
     worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
     shown = {each.name for each in fields(Certificate)}
-    worst_image = reference.photographs[worst["worst_image"]].path
+    worst_image = reference.images[worst["worst_image"]].path
     layer, layer_snr_db = worst_layer(given, reference)
     return Certificate(
-        artefact=name or artefact.path.name,
-        artefact_sha256=artefact_sha256(artefact.path),
-        artefact_bytes=sum(size(file) for file in artefact_files(artefact.path)),
-        operators=artefact.operators,
+        artifact=name or artifact.path.name,
+        artifact_sha256=artifact_sha256(artifact.path),
+        artifact_bytes=sum(size(file) for file in artifact_files(artifact.path)),
+        operators=artifact.operators,
         model=spec.model,
         checkpoint_sha256=sha256(reference.checkpoint) if reference.checkpoint else None,
         random_weights=reference.checkpoint is None,
-        spec=artefact.spec,
-        runtime=artefact.runtime,
-        images=len(reference.photographs),
+        spec=artifact.spec,
+        runtime=artifact.runtime,
+        images=len(reference.images),
         image_source=reference.image_source,
         **{key: value for key, value in worst.items() if key in shown and key != "worst_image"},
         worst_image=worst_image.name,
@@ -273,15 +273,15 @@ def certify(artefact: Artefact, reference: Reference, name: str = "") -> Certifi
         model_accuracy=outputs.model_accuracy,
         worst_layer=layer,
         worst_layer_snr_db=layer_snr_db,
-        largest_values=dict(artefact.largest_values()),
-        kept_macs=share_of_macs(reference.deployed, spec, artefact.spec.kept),
+        largest_values=dict(artifact.largest_values()),
+        excluded_macs=share_of_macs(reference.deployed, spec, artifact.spec.excluded_layers),
         compared_layers=weights.compared,
-        grey_levels=grey_levels,
-        tolerance=TOLERANCES[artefact.spec.precision],
+        gray_levels=gray_levels,
+        tolerance=TOLERANCES[artifact.spec.precision],
         passed={"passed": True, "refused": False, "undecided": None}[verdict],
         faults=tuple(faults),
         reasons=(*faults, *outputs.reasons),
-        notes=tuple(_saturation(artefact, reference)),
+        notes=tuple(_saturation(artifact, reference)),
         versions=versions(),
         checkpoint=reference.checkpoint_name,
         ema=reference.ema,
@@ -299,26 +299,26 @@ class _Outputs:
     model_accuracy: float | None
 
 
-def _compare_outputs(artefact: Artefact, reference: Reference) -> _Outputs:
-    """Runs all images at each of the artefact's sizes.
+def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
+    """Runs all images at each of the artifact's sizes.
 
     Raises:
-        CheckFailed: a value does not fit the artefact's half precision.
+        CheckFailed: a value does not fit the artifact's half precision.
     """
-    tolerance, probabilities = TOLERANCES[artefact.spec.precision], artefact.spec.gives == "probabilities"
-    labels = torch.tensor([photograph.label for photograph in reference.photographs])
+    tolerance, probabilities = TOLERANCES[artifact.spec.precision], artifact.spec.output_kind == "probabilities"
+    labels = torch.tensor([image.label for image in reference.images])
     figures, verdicts, reasons, accuracies = {}, [], [], []
-    for px in artefact.spec.sizes:
+    for px in artifact.spec.sizes:
         expected = reference.outputs(px)
         got = run_batches(
-            lambda pixels: artefact.run(artefact.spec.feed(pixels)),
-            reference.pixels(replace(artefact.spec, img_size=px)),
+            lambda pixels: artifact.run(artifact.spec.feed(pixels)),
+            reference.pixels(replace(artifact.spec, img_size=px)),
         )
-        _check_overflow(artefact)
+        _check_overflow(artifact)
         accuracies.append((_accuracy(got[0], labels), _accuracy(expected[0], labels)))
-        for output, wanted, found in zip(artefact.spec.outputs, expected, got, strict=True):
+        for output, wanted, found in zip(artifact.spec.outputs, expected, got, strict=True):
             figure = compare(wanted, found, tolerance, probabilities)
-            verdict, why = judge(figure, tolerance, len(reference.photographs))
+            verdict, why = judge(figure, tolerance, len(reference.images))
             figures[f"{output} at {px} px"] = figure
             verdicts.append(verdict)
             reasons += why
@@ -332,20 +332,20 @@ SETTINGS = {
 }
 
 
-def _saturation(artefact: Artefact, reference: Reference) -> list[str]:
+def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
     """What a runtime's own settings make of 8-bit sums on a processor whose instructions let them overflow."""
-    if artefact.run_as_usual is None:
+    if artifact.run_as_usual is None:
         return []
-    pixels = reference.pixels(replace(artefact.spec, img_size=reference.spec.img_size))[:SATURATION_IMAGES]
+    pixels = reference.pixels(replace(artifact.spec, img_size=reference.spec.img_size))[:SATURATION_IMAGES]
     expected = [output[:SATURATION_IMAGES] for output in reference.outputs(reference.spec.img_size)]
-    right, usual = (run_batches(lambda batch: run(artefact.spec.feed(batch)), pixels)  # noqa: B023
-                    for run in (artefact.run, artefact.run_as_usual))  # fmt: skip
+    right, usual = (run_batches(lambda batch: run(artifact.spec.feed(batch)), pixels)  # noqa: B023
+                    for run in (artifact.run, artifact.run_as_usual))  # fmt: skip
     differ = min(snr_db(a, b) for a, b in zip(right, usual, strict=True))
     found = min(snr_db(a, b) for a, b in zip(expected, usual, strict=True))
     if differ > SATURATED_DB:
         return []
-    return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artefact.runtime}'s own settings, "
-            f"which leaves {found:.1f} dB: {SETTINGS[artefact.runtime]}"]  # fmt: skip
+    return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
+            f"which leaves {found:.1f} dB: {SETTINGS[artifact.runtime]}"]  # fmt: skip
 
 
 SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
@@ -365,7 +365,7 @@ def run_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 
 def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Percent of the labelled photographs whose highest class is the right one."""
+    """Percent of the labeled images whose highest class is the right one."""
     known = labels >= 0
     if outputs.dim() != 2 or not known.any():
         return None
@@ -376,15 +376,15 @@ def preprocessing_faults(
     told: Spec,
     reference: Reference,
     found: Mapping[str, torch.Tensor],
-    limit: float = MAX_GREY_LEVELS,
+    limit: float = MAX_GRAY_LEVELS,
     stem: LayerParameters | None = None,
 ) -> tuple[float, list[str]]:
-    """By how many grey levels of 255 an artefact's preprocessing differs from timm's, and what is wrong with it.
+    """By how many gray levels of 255 an artifact's preprocessing differs from timm's, and what is wrong with it.
 
     Args:
-        told: what the artefact says of itself.
+        told: what the artifact says of itself.
         found: what its layers give, of `run_layers`: the first shows what was done inside.
-        limit: of the grey levels that the first layer shows; those of the preprocessing outside may be 1.
+        limit: of the gray levels that the first layer shows; those of the preprocessing outside may be 1.
         stem: what the file holds of the first layer, where that is known.
     """
     spec = reference.spec
@@ -393,22 +393,22 @@ def preprocessing_faults(
     faults = [
         f"preprocessing: {name} is {getattr(told, name)} and the model's {getattr(spec, name)}" for name in unequal
     ]
-    levels = reference.grey_levels(told)
-    if levels > MAX_GREY_LEVELS:
-        faults.append(f"preprocessing is off by {levels:.1f} grey levels (at most {MAX_GREY_LEVELS:g})")
-    inside = stem_grey_levels(found, reference, stem)
+    levels = reference.gray_levels(told)
+    if levels > MAX_GRAY_LEVELS:
+        faults.append(f"preprocessing is off by {levels:.1f} gray levels (at most {MAX_GRAY_LEVELS:g})")
+    inside = stem_gray_levels(found, reference, stem)
     if inside > limit:
-        faults.append(f"the first layer is given colors that are off by {inside:.1f} grey levels (at most {limit:g})")
-    return levels if limit > MAX_GREY_LEVELS and inside <= limit else max(levels, inside), faults
+        faults.append(f"the first layer is given colors that are off by {inside:.1f} gray levels (at most {limit:g})")
+    return levels if limit > MAX_GRAY_LEVELS and inside <= limit else max(levels, inside), faults
 
 
-def _grey_level_limit(artefact: Artefact, reference: Reference) -> float:
+def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
     """By how much the first layer's colors may seem to be off: where its input is in 8 bits, these round them too."""
-    spec = artefact.spec
-    if spec.precision not in ("int8", "w8a8") or reference.stem in spec.kept:
-        return MAX_GREY_LEVELS
-    weights_alone = spec.precision == "int8" and artefact.path.suffix == ".mlpackage"
-    return MAX_GREY_LEVELS if weights_alone else MAX_8_BIT_GREY_LEVELS
+    spec = artifact.spec
+    if spec.precision not in ("int8", "w8a8") or reference.stem in spec.excluded_layers:
+        return MAX_GRAY_LEVELS
+    weights_alone = spec.precision == "int8" and artifact.path.suffix == ".mlpackage"
+    return MAX_GRAY_LEVELS if weights_alone else MAX_8_BIT_GRAY_LEVELS
 
 
 def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
@@ -422,19 +422,19 @@ def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
     return [f"labels that are not the model's classes: {', '.join(map(repr, others[:4]))}"]
 
 
-def _quantizable(artefact: Artefact, reference: Reference) -> nn.Module:
-    """The deployed model in the form that the artefact was written from."""
-    unfolded = artefact.spec.precision == "int8" and artefact.path.suffix != ".mlpackage"
+def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
+    """The deployed model in the form that the artifact was written from."""
+    unfolded = artifact.spec.precision == "int8" and artifact.path.suffix != ".mlpackage"
     return unfold_identities(reference.deployed) if unfolded else reference.deployed
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def run_layers(artefact: Artefact, reference: Reference) -> Mapping[str, torch.Tensor]:
-    """What an artefact's layers give for the first few images."""
-    spec = replace(artefact.spec, img_size=reference.spec.img_size)
-    return artefact.run_layers(artefact.spec.feed(reference.pixels(spec)[:LAYER_IMAGES]))
+def run_layers(artifact: Artifact, reference: Reference) -> Mapping[str, torch.Tensor]:
+    """What an artifact's layers give for the first few images."""
+    spec = replace(artifact.spec, img_size=reference.spec.img_size)
+    return artifact.run_layers(artifact.spec.feed(reference.pixels(spec)[:LAYER_IMAGES]))
 
 
 def worst_layer(found: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
@@ -465,10 +465,10 @@ def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
     return names[0] if names else None
 
 
-def stem_grey_levels(
+def stem_gray_levels(
     found: Mapping[str, torch.Tensor], reference: Reference, stem: LayerParameters | None = None
 ) -> float:
-    """By how many grey levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
+    """By how many gray levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
 
     What the file's own weights make of the image, `stem`, is no sign of another image: they are compared elsewhere. A
     wrong constant of the normalization moves each color by some levels at black and some at white: these are fitted.
@@ -542,13 +542,13 @@ def share_of_macs(model: nn.Module, spec: Spec, names: Sequence[str]) -> float:
 
 
 def require(certificate: Certificate) -> None:
-    """Raises CheckFailed, with the figures, if the artefact is refused."""
+    """Raises CheckFailed, with the figures, if the artifact is refused."""
     if certificate.passed is not False:
         return
     worst = f"; worst layer {certificate.worst_layer}" if certificate.worst_layer else ""
     more = len(certificate.reasons) - MAX_REASONS
     reasons = "; ".join(certificate.reasons[:MAX_REASONS]) + (f" and {more} more" if more > 0 else "")
-    raise CheckFailed(f"{certificate.artefact} drifts from its model: {reasons}{worst}", asdict(certificate))
+    raise CheckFailed(f"{certificate.artifact} drifts from its model: {reasons}{worst}", asdict(certificate))
 
 
 MAX_REASONS = 4  # in the one line of a refusal; the certificate has all

@@ -1,4 +1,4 @@
-"""What a deployed model is wrapped in for its artefact: what goes in, what comes out, in which arithmetic."""
+"""What a deployed model is wrapped in for its artifact: what goes in, what comes out, in which arithmetic."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from shvit.errors import InputError
 from .spec import Spec
 
 
-class Form(nn.Module):
+class Wrapper(nn.Module):
     """Something around a model."""
 
     def __init__(self, model: nn.Module):
@@ -19,7 +19,7 @@ class Form(nn.Module):
         self.model = model
 
 
-class Half(Form):
+class Half(Wrapper):
     """A copy of the model in float16 behind float32 inputs and outputs."""
 
     def __init__(self, model: nn.Module):
@@ -30,8 +30,8 @@ class Half(Form):
         return outputs.float() if isinstance(outputs, torch.Tensor) else [output.float() for output in outputs]
 
 
-class Normalized(Form):
-    """The model behind its own normalisation: takes (B, C, H, W) float32, RGB from 0 to `white`."""
+class Normalized(Wrapper):
+    """The model behind its own normalization: takes (B, C, H, W) float32, RGB from 0 to `white`."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -46,14 +46,14 @@ class Normalized(Form):
         return self.model(x * self.scale + self.shift)
 
 
-class ChannelsLast(Form):
+class ChannelsLast(Wrapper):
     """The model behind (B, H, W, C) uint8, as pixels lie in memory."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         return self.model(x.permute(0, 3, 1, 2).float())
 
 
-class Probabilities(Form):
+class Probabilities(Wrapper):
     """The model with a softmax behind its logits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

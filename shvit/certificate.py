@@ -11,14 +11,14 @@ from .files import is_there
 MAX_BYTES = 64 << 20
 
 
-def certificate_path(artefact: Path) -> Path:
-    """Where an artefact's certificate stands: beside it."""
-    return artefact.with_name(artefact.name + ".certificate.json")
+def certificate_path(artifact: Path) -> Path:
+    """Where an artifact's certificate stands: beside it."""
+    return artifact.with_name(artifact.name + ".certificate.json")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a certificate says that its artefact was made from."""
+    """What a certificate says that its artifact was made from."""
 
     model: str
     checkpoint: str | None
@@ -30,17 +30,17 @@ class Origin:
     """The identity of the images that the weights were trained on, where their run told it."""
 
 
-def read_origin(artefact: Path) -> Origin | None:
-    """What the certificate beside an artefact says of its model; None where there is no certificate.
+def read_origin(artifact: Path) -> Origin | None:
+    """What the certificate beside an artifact says of its model; None where there is no certificate.
 
     Raises:
         InputError: the certificate is not readable.
     """
-    record = read_certificate(artefact)
+    record = read_certificate(artifact)
     if record is None:
         return None
     if record.model is None:
-        raise InputError(f"{certificate_path(artefact)}: does not name the model; export again, or remove it")
+        raise InputError(f"{certificate_path(artifact)}: does not name the model; export again, or remove it")
     return Origin(record.model, record.checkpoint, record.checkpoint_sha256, record.ema, record.data)
 
 
@@ -48,9 +48,9 @@ def read_origin(artefact: Path) -> Origin | None:
 class CertificateRecord:
     """What is read of a certificate: its envelope, which those of all kinds of artifacts share."""
 
-    artefact: str
+    artifact: str
     """The artifact's file name."""
-    artefact_sha256: str
+    artifact_sha256: str
     model: str | None = None
     """Not told by a detector's."""
     checkpoint: str | None = None
@@ -59,13 +59,13 @@ class CertificateRecord:
     data: dict[str, Any] | None = None
 
 
-def read_certificate(artefact: Path) -> CertificateRecord | None:
+def read_certificate(artifact: Path) -> CertificateRecord | None:
     """Return what the certificate beside an artifact says; None where there is no certificate.
 
     Raises:
         InputError: the certificate is not readable.
     """
-    path = certificate_path(artefact)
+    path = certificate_path(artifact)
     if not is_there(path):
         return None
     try:
@@ -74,26 +74,26 @@ def read_certificate(artefact: Path) -> CertificateRecord | None:
         raise InputError(f"{error}: not a readable certificate; export again, or remove it") from error
 
 
-def check_unchanged(artefact: Path, found: str) -> None:
-    """Compares an artefact's SHA-256 with the one in its certificate, where one stands beside it.
+def check_unchanged(artifact: Path, found: str) -> None:
+    """Compares an artifact's SHA-256 with the one in its certificate, where one stands beside it.
 
     Args:
-        found: the artefact's, hex digits.
+        found: the artifact's, hex digits.
 
     Raises:
         InputError: the certificate is not readable, or is another file's.
-        CheckFailed: the artefact has changed since it was certified.
+        CheckFailed: the artifact has changed since it was certified.
     """
-    path, record = certificate_path(artefact), read_certificate(artefact)
+    path, record = certificate_path(artifact), read_certificate(artifact)
     if record is None:
         return
-    name, expected = record.artefact, record.artefact_sha256
+    name, expected = record.artifact, record.artifact_sha256
     if found == expected:
         return
-    if name != artefact.name:
+    if name != artifact.name:
         raise InputError(f"{path}: is the certificate of another file, {name[:200]}; export again, or remove it")
     raise CheckFailed(
-        f"{artefact} has changed since it was certified: its SHA-256 is {found[:12]}…, and was {expected[:12]}…; "
+        f"{artifact} has changed since it was certified: its SHA-256 is {found[:12]}…, and was {expected[:12]}…; "
         "export it again",
-        {"artefact": str(artefact), "artefact_sha256": found, "certified_sha256": expected},
+        {"artifact": str(artifact), "artifact_sha256": found, "certified_sha256": expected},
     )

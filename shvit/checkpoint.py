@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, first_line, some
-from .files import check_file, is_folder, open_file, write_whole
+from .files import atomic_write, check_file, is_folder, open_file
 
 __all__ = [
     "Checkpoint",
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
 Layout = Literal["reference", "timm", "deployed"]
-MAX_BYTES = 4 << 30  # S4 with optimiser and EMA is 0.3 GB
+MAX_BYTES = 4 << 30  # S4 with optimizer and EMA is 0.3 GB
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 STEM = "patch_embed.0."  # every layout's first parameter begins with it
@@ -363,7 +363,7 @@ def _check_layout(checkpoint: Checkpoint, model: nn.Module, reset_head: bool) ->
         fused = " and fuse() it" if checkpoint.deployed else ""
         raise InputError(
             f"{checkpoint.path}: has a distillation head; create the model with distilled=True{fused}, or have its "
-            "head re-initialised"
+            "head re-initialized"
         )
 
 
@@ -389,14 +389,14 @@ def load_strictly(
     if missing and only_head and not any(name.startswith(heads) for name in source):
         raise InputError(
             f"{path}: has no head, and the model has one; create the model with num_classes=0, or have its head "
-            "re-initialised"
+            "re-initialized"
         )
     rows = [name for name in reshaped if target[name].ndim > 1 and source[name].shape[1:] == target[name].shape[1:]]
     if rows and only_head and not missing and not left_over:
         name = rows[0]
         raise InputError(
             f"{path}: made for {source[name].shape[0]} classes, and the model has {target[name].shape[0]}; "
-            "give it that many classes, or have its head re-initialised"
+            "give it that many classes, or have its head re-initialized"
         )
     problems = []
     if missing:
@@ -416,7 +416,7 @@ def load_strictly(
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
     model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
     if kept:
-        _logger.warning(f"{path}: the head is not loaded; {some(kept)} stay as they were initialised")
+        _logger.warning(f"{path}: the head is not loaded; {some(kept)} stay as they were initialized")
     return kept
 
 
@@ -523,7 +523,7 @@ def write_checkpoint(
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         if path.suffix == ".safetensors":
             partial.write_bytes(save(tensors, metadata={"format": "pt", **(metadata or {})}))
         elif path.suffix in (".pth", ".pt"):

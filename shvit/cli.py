@@ -42,16 +42,16 @@ COMMANDS = {
         "what one model costs, per stage and layer: MACs, parameters, bytes moved; its design explained",
     ),
     "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
-    "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artefact on photographs"),
+    "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artifact on images"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
-    "verify": Entry("shvit.export.main:Verify", "compare an artefact with its model on photographs"),
+    "verify": Entry("shvit.export.main:Verify", "compare an artifact with its model on images"),
     "bench": Entry(
         "shvit.export.bench.main:parse", "latency of models and runtimes, interleaved; `bench phone`: in a browser"
     ),
     "site": Entry("shvit.export.bench.main:Site", "the page that measures in browsers as a static site"),
     "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
-    "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real photographs"),
+    "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real images"),
 }
 
 HELP = "\n".join(

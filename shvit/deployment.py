@@ -73,7 +73,7 @@ def fold_norm_into_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
 
 @torch.no_grad()
 def fold_identity_into_depthwise(conv: nn.Conv2d) -> nn.Conv2d:
-    """x + W∗x = (W + δ)∗x, where δ is 1 at each kernel's centre; `conv` must be depthwise, stride 1, 'same' padding."""
+    """x + W∗x = (W + δ)∗x, where δ is 1 at each kernel's center; `conv` must be depthwise, stride 1, 'same' padding."""
     weight = conv.weight.clone()
     weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
     assert conv.bias is not None

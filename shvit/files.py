@@ -137,7 +137,7 @@ STALE_S = 86400.0
 
 
 @contextmanager
-def write_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path`, with its suffix, to write a file or a folder to; it is renamed to `path` at the end.
 
     If the body raises, what it wrote is removed and `path` stays as it was. What processes that were killed have left
@@ -198,7 +198,7 @@ def needs_room(path: Path, name: str = "", is_temporary: bool = False) -> Iterat
 
 @contextmanager
 def scratch_folder(path: Path | None = None) -> Iterator[Path]:
-    """A temporary folder, removed at the end; raises as `write_whole` where a disk is full.
+    """A temporary folder, removed at the end; raises as `atomic_write` where a disk is full.
 
     Args:
         path: what is to be written in the end, and the folder is beside; in the system's own place where None.

@@ -35,7 +35,7 @@ from .checkpoint import rename_reference_keys
 __all__ = ["VARIANTS", "SHViT", "Variant"]
 
 
-class Fusable:
+class Fusible:
     """A layer with a cheaper inference form, found by `timm.utils.reparameterize_model` through `fuse`."""
 
     def fuse(self) -> nn.Module:
@@ -45,7 +45,7 @@ class Fusable:
         return fuse_layer(self)  # type: ignore[arg-type]
 
 
-class ConvNorm(nn.Sequential, Fusable):
+class ConvNorm(nn.Sequential, Fusible):
     """Bias-free convolution with 'same' padding, then BatchNorm whose weight starts at `norm_init`."""
 
     def __init__(
@@ -69,7 +69,7 @@ class ConvNorm(nn.Sequential, Fusable):
         nn.init.constant_(self.bn.weight, self.norm_init)
 
 
-class NormLinear(nn.Sequential, Fusable):
+class NormLinear(nn.Sequential, Fusible):
     """BatchNorm, then the classifier: (B, C) → (B, num_classes)."""
 
     def __init__(self, in_dim: int, out_dim: int, **dd: Any):
@@ -83,7 +83,7 @@ class NormLinear(nn.Sequential, Fusable):
         nn.init.zeros_(self.l.bias)
 
 
-class Residual(nn.Module, Fusable):
+class Residual(nn.Module, Fusible):
     """x + m(x), with stochastic depth of rate `drop_path` on m."""
 
     def __init__(self, m: nn.Module, drop_path: float = 0.0):
@@ -108,7 +108,7 @@ class FFN(nn.Module):
         return self.pw2(self.act(self.pw1(x)))
 
 
-class SHSA(nn.Module, Fusable):
+class SHSA(nn.Module, Fusible):
     """Single-head self-attention on the first `partial_dim` channels; the others pass beside it.
 
     The norm is a GroupNorm of one group: its statistics run over channels and positions together.
@@ -166,7 +166,7 @@ class BasicBlock(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-class SqueezeExcite(SEModule, Fusable):
+class SqueezeExcite(SEModule, Fusible):
     """timm's squeeze-excite: channels gated by a sigmoid of their means."""
 
 

@@ -170,9 +170,9 @@ SMALL = "test_resnet"
 
 
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
+def image_folder(tmp_path_factory):
     """Red noise and blue noise, easy to tell apart."""
-    root = tmp_path_factory.mktemp("photographs")
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 6)):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -185,14 +185,14 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(photographs):
+def recipe(image_folder):
     return Recipe(
         model="tiny_vit",
         img_size=32,
         epochs=2,
         batch_size=8,
         ema_decay=0.9,
-        data=Data(root=photographs, workers=0),
+        data=Data(root=image_folder, workers=0),
         augment=PLAIN,
         optim=Optim(lr=2e-2, warmup_epochs=1),
     )
@@ -219,7 +219,7 @@ def tiny_demo(monkeypatch, quick_machine):
 
     def few(split):
         whole = cells(split)
-        return data.Photographs(whole.source, whole.classes, whole.indices[::6])
+        return data.Images(whole.source, whole.classes, whole.indices[::6])
 
     monkeypatch.setattr(data, "elpv", few)
     monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], model=SMALL))
@@ -230,7 +230,7 @@ def state(folder: Path) -> dict:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Bit for bit: weights, their average, the optimiser's moments, and what was logged of the loss."""
+    """Bit for bit: weights, their average, the optimizer's moments, and what was logged of the loss."""
     one, other = state(first), state(second)
     for name in ("model", "model_ema"):
         assert all(torch.equal(one[name][key], tensor) for key, tensor in other[name].items()), name

@@ -54,12 +54,12 @@ def test_commands_of_export_parse(page, commands, tmp_path, monkeypatch):
 
 
 def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):
-    """On photographs of two colours, with less to do and without the network."""
+    """On images of two colors, with less to do and without the network."""
     rng = np.random.default_rng(0)
     for index in range(40):
         pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
         pixels[..., index % 2] += 150
-        path = tmp_path / "photographs" / ("red", "green")[index % 2] / f"{index}.png"
+        path = tmp_path / "images" / ("red", "green")[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "train" / "FINETUNE.md").read_text(), re.DOTALL)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from shvit.export.images import Photograph
+from shvit.export.images import ImageFile
 from shvit.export.spec import Spec
 from shvit.train.data import open_image
 from tests.conftest import settle
@@ -19,7 +19,7 @@ SIDES = (72, 80)
 CELLS = 6  # of a class's pattern in each direction
 
 
-def draw_images(folder: Path, classes: int, count: int, seed: int = 0) -> list[Photograph]:
+def draw_images(folder: Path, classes: int, count: int, seed: int = 0) -> list[ImageFile]:
     """Images of `classes` coarse random patterns in turn, each with a pattern of its own added, and their classes."""
     folder.mkdir(parents=True)
     patterns = np.random.default_rng(1000).normal(0, 38, (classes, CELLS, CELLS, 3))
@@ -32,17 +32,17 @@ def draw_images(folder: Path, classes: int, count: int, seed: int = 0) -> list[P
         grain = np.asarray(image) + rng.normal(0, 6, (*SIDES, 3))
         path = folder / f"{index:05}.png"
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
-        drawn.append(Photograph(path, label))
+        drawn.append(ImageFile(path, label))
     return drawn
 
 
-def read(drawn: Sequence[Photograph], spec: Spec) -> torch.Tensor:
+def read(drawn: Sequence[ImageFile], spec: Spec) -> torch.Tensor:
     """As timm's transform gives them: (n, C, H, W)."""
     transform = spec.transform()
     return torch.stack([transform(open_image(each.path)) for each in drawn])
 
 
-def trained(classes: int, drawn: Sequence[Photograph], seed: int = 0, steps: int = 40) -> tuple[nn.Module, Spec]:
+def trained(classes: int, drawn: Sequence[ImageFile], seed: int = 0, steps: int = 40) -> tuple[nn.Module, Spec]:
     """A tiny SHViT that was trained on the images for a few seconds, and its spec."""
     torch.manual_seed(seed)
     model = timm.create_model("tiny_vit", num_classes=classes)

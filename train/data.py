@@ -1,4 +1,4 @@
-"""Which photographs: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
+"""Which images: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
 
 import hashlib
 import os
@@ -42,8 +42,8 @@ from .splits import check_outside as check_outside
 from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
 
 
-class Photographs(Dataset):
-    """Photographs with their classes: item i is (RGB image, class index).
+class Images(Dataset):
+    """Images with their classes: item i is (RGB image, class index).
 
     Files are read when an item is asked for; a damaged one raises InputError and is named.
 
@@ -95,9 +95,9 @@ class Photographs(Dataset):
         counts = Counter(target for _, target in self.samples)
         return [counts[index] for index in range(len(self.classes))]
 
-    def every(self, step: int, start: int) -> "Photographs":
+    def every(self, step: int, start: int) -> "Images":
         """Item `start` and every `step`-th after it: one process's share."""
-        return Photographs(self.source, self.classes, self.indices[start::step])
+        return Images(self.source, self.classes, self.indices[start::step])
 
 
 # --- folders and tars -------------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ class Photographs(Dataset):
 class Splits:
     """What is trained on, what it is validated with, and what there is to say of them."""
 
-    train: Photographs
-    val: Photographs
+    train: Images
+    val: Images
     notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def open_splits(data: Data) -> Splits:
     return _splits_of(data.root, data.group)
 
 
-def open_dataset(root: Path | None, split: Split, group: str | None = None) -> Photographs:
+def open_dataset(root: Path | None, split: Split, group: str | None = None) -> Images:
     """The training or the validation images.
 
     Args:
@@ -138,7 +138,7 @@ def open_dataset(root: Path | None, split: Split, group: str | None = None) -> P
         group: see `folders.group_keys`.
 
     Raises:
-        InputError: no such folder, no photographs, one class alone, an empty class, or classes in validation alone.
+        InputError: no such folder, no images, one class alone, an empty class, or classes in validation alone.
     """
     splits = _splits_of(root, group)
     return splits.train if split == "train" else splits.val
@@ -169,12 +169,12 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
         )
         raise InputError(f"{root}: classes in only one of {splits}: {', '.join(unknown)}{_nearly(unknown, classes)}")
     if not validation.names:
-        raise InputError(f"{validation.label}: no photographs to validate with")
+        raise InputError(f"{validation.label}: no images to validate with")
     notes = [*parts.notes, *_listing_notes(training, classes), *_listing_notes(validation, classes)]
     readers = class_reader(training, classes), class_reader(validation, classes)
     if copies := count_copies(*readers, group):
         notes.append(f"{copies} validation images are copies of training images, by their names")
-    return _noted(Photographs(readers[0], classes), Photographs(readers[1], classes), notes)
+    return _noted(Images(readers[0], classes), Images(readers[1], classes), notes)
 
 
 def _nearly(unknown: Sequence[str], classes: Sequence[str]) -> str:
@@ -194,12 +194,12 @@ def _split(listing: Listing, notes: Sequence[str], group: str | None) -> Splits:
     held_out = {key: is_held_out(key) for key in set(keys)}
     parts = [[i for i, key in enumerate(keys) if held_out[key] == wanted] for wanted in (False, True)]
     if not all(parts):
-        raise InputError(f"{listing.label}: {len(keys)} photographs in {len(held_out)} groups are too few to hold some "
+        raise InputError(f"{listing.label}: {len(keys)} images in {len(held_out)} groups are too few to hold some "
                          "out; give train/ and val/, or groups by --data.group")  # fmt: skip
     if keys != reader.names:
         how = "by --data.group" if group else "copies stay with their original"
         notes = (*notes, f"{len(keys)} images are in {len(held_out)} groups, none of which is on both sides: {how}")
-    training, validation = (Photographs(reader, classes, part) for part in parts)
+    training, validation = (Images(reader, classes, part) for part in parts)
     return _noted(training, validation, (*notes, *_listing_notes(listing, classes)))
 
 
@@ -212,7 +212,7 @@ def _listing_notes(listing: Listing, classes: Sequence[str]) -> Iterator[str]:
         yield f"{listing.label}: {nested}"
 
 
-def _noted(training: Photographs, validation: Photographs, notes: Sequence[str]) -> Splits:
+def _noted(training: Images, validation: Images, notes: Sequence[str]) -> Splits:
     """With what the two say of each other."""
     counts = validation.class_counts
     if missing := [name for name, count in zip(validation.classes, counts, strict=True) if not count]:
@@ -232,7 +232,7 @@ def duplicates_note(splits: Splits) -> str | None:
     return f"{found} of {looked_at} validation images are in training too, byte for byte" if found else None
 
 
-def any_readable(dataset: Photographs, indices: Iterable[int]) -> bool:
+def any_readable(dataset: Images, indices: Iterable[int]) -> bool:
     """Whether one of these images can be read; the first that can ends the search."""
     for index in indices:
         with suppress(InputError):
@@ -240,7 +240,7 @@ def any_readable(dataset: Photographs, indices: Iterable[int]) -> bool:
     return False
 
 
-def check_class_of(dataset: Photographs | None, index: int) -> None:
+def check_class_of(dataset: Images | None, index: int) -> None:
     """For a damaged image of a folder or a tar: whether others of its class can be read.
 
     Raises:
@@ -255,7 +255,7 @@ def check_class_of(dataset: Photographs | None, index: int) -> None:
                          f"read, {dataset.name(index)} for one; replace them, or remove the class")  # fmt: skip
 
 
-def identity(dataset: "Photographs | Stream") -> dict[str, Any]:
+def identity(dataset: "Images | Stream") -> dict[str, Any]:
     """What tells a dataset's images from others: `count`, and of folders and tars `names_sha256`."""
     if isinstance(dataset, Stream) or not isinstance(dataset.source, Files | TarFiles):
         return {"count": len(dataset)}
@@ -306,7 +306,7 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
 
 def open_eval_dataset(
     data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
-) -> "Photographs | Stream":
+) -> "Images | Stream":
     """The images to evaluate on; which part of `data` they are is told by their `part`.
 
     Args:
@@ -333,8 +333,8 @@ def open_eval_dataset(
         raise InputError(f"{root} holds training images and no val/; give the folder of class folders itself")
     listing = as_listing(parts.val or parts.whole or root)
     if not listing.classes:
-        raise InputError(f"{root}: no class folders in it; put each class's photographs into a folder of their own")
-    everything = Photographs(class_reader(listing, listing.classes), listing.classes)
+        raise InputError(f"{root}: no class folders in it; put each class's images into a folder of their own")
+    everything = Images(class_reader(listing, listing.classes), listing.classes)
     if parts.val is not None:
         everything.part = f"its {listing.label.removeprefix(f'{root}/')}"
     elif trained_on is not None:
@@ -353,7 +353,7 @@ def takes_split(data: str | Path) -> bool:
     return str(data).startswith(NAMED) or (is_folder(root) and has_info(root))
 
 
-def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) -> Photographs:
+def _unseen(everything: Images, listing: Listing, trained_on: TrainedOn) -> Images:
     """Of a run's own folder without splits, the part that the run kept for validation."""
     found = identity(everything)
     if found == trained_on.images["train"]:
@@ -363,7 +363,7 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
     keys = group_keys(everything.source.names, trained_on.group)
     held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
     source, classes = everything.source, everything.classes
-    validation = Photographs(source, classes, held_out, "the part that this run kept for validation")
+    validation = Images(source, classes, held_out, "the part that this run kept for validation")
     own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
     grown = trained_on.count != len(everything)
     if held_out and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
@@ -379,7 +379,7 @@ def _unseen(everything: Photographs, listing: Listing, trained_on: TrainedOn) ->
 # --- datasets with a name ---------------------------------------------------------------------------------------------
 
 
-def open_named(data: Data, split: Split) -> Photographs:
+def open_named(data: Data, split: Split) -> Images:
     """A dataset with a name whose items can be asked for in any order.
 
     Raises:
@@ -394,7 +394,7 @@ def open_named(data: Data, split: Split) -> Photographs:
     classes = sorted(known, key=known.__getitem__)
     if data.name.startswith("hfds/"):
         source = HubImages(source, data.name)
-    return Photographs(source, classes or numbered(data))
+    return Images(source, classes or numbered(data))
 
 
 def _open_path(path: str) -> Image.Image:
@@ -404,13 +404,13 @@ def _open_path(path: str) -> Image.Image:
 MODULE = 60  # cells: 6×10
 
 
-def elpv(split: Split) -> Photographs:
-    """2,624 electroluminescence photographs of solar cells, mono- or polycrystalline (PyPI package elpv-dataset).
+def elpv(split: Split) -> Images:
+    """2,624 electroluminescence images of solar cells, mono- or polycrystalline (PyPI package elpv-dataset).
 
-    Photographs of cells from one module are alike, so a module must not stand on both sides of the split. The
+    Images of cells from one module are alike, so a module must not stand on both sides of the split. The
     package does not name modules, but numbers cells module after module, and a module's cells are of one type. Its
     list of types has ten runs: 60, 300, 180, 360, 714, 530, 72, 180, 48 and 180 cells. Modules have 60 cells as a rule:
-    in the runs that are multiples of 60 the photographs' brightness profile jumps at every 60th cell. Held out are the
+    in the runs that are multiples of 60 the images' brightness profile jumps at every 60th cell. Held out are the
     last module of each of these runs that has three or more, and the run of 72 cells, a module of its own: 132 mono
     and 240 poly cells. The other runs, where modules' borders are not certain, are for training alone.
 
@@ -430,7 +430,7 @@ def elpv(split: Split) -> Photographs:
         held_out = MODULE if len(run) % MODULE == 0 and len(run) >= 3 * MODULE else len(run) if len(run) == 72 else 0
         border = len(run) - held_out
         chosen += run[border:] if split == "val" else run[:border]
-    return Photographs(Files(chosen), classes)
+    return Images(Files(chosen), classes)
 
 
 # --- for evaluation ---------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ MAX_CORRUPT = 10  # damaged images that an evaluation leaves out
 class Prepared(Dataset):
     """Items, prepared for an evaluation; damaged ones too, which have the class `IGNORED`."""
 
-    def __init__(self, dataset: Photographs, transform: Prepare):
+    def __init__(self, dataset: Images, transform: Prepare):
         self.dataset = dataset
         self.transform = transform
 
@@ -544,7 +544,7 @@ def max_workers() -> int:
 
 
 def eval_loader(
-    dataset: Photographs | Stream,
+    dataset: Images | Stream,
     transform: Prepare,
     batch_size: int,
     workers: int = 0,

@@ -1,4 +1,4 @@
-"""Accuracy of anything that maps photographs to logits."""
+"""Accuracy of anything that maps images to logits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,25 +9,25 @@ import torch
 from torch.nn import functional as F
 
 from shvit.errors import InputError, printable
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Normalised float32 (B, C, H, W) → logits (B, num_classes), from PyTorch or any other runtime."""
+"""Normalized float32 (B, C, H, W) → logits (B, num_classes), from PyTorch or any other runtime."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy over a set of photographs, each counted once. Percent."""
+    """Accuracy over a set of images, each counted once. Percent."""
 
     top1: float
     top5: float
     """Among the 5 highest classes, or among all where there are fewer."""
     n: int
-    """Photographs."""
+    """Images."""
     loss: float
     """Mean cross-entropy, in nats."""
     per_class: tuple[float, ...]
-    """Top-1 of each class; NaN would not be JSON, so a class without photographs has 0."""
+    """Top-1 of each class; NaN would not be JSON, so a class without images has 0."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Counts:
     """What an evaluation counts; counts of disjoint sets add up."""
 
     confusion: torch.Tensor
-    """(classes, classes) int64: photographs by their class and by the one they were taken for."""
+    """(classes, classes) int64: images by their class and by the one they were taken for."""
     totals: torch.Tensor
     """(3,) float64: images whose class is among the 5 highest, summed cross-entropy, images without finite logits."""
 
@@ -52,7 +52,7 @@ class Counts:
         seen, hits = self.confusion.sum(1), self.confusion.diagonal()
         n = int(seen.sum())
         if n == 0:
-            raise InputError("no photograph to evaluate on could be read; give others")
+            raise InputError("no image to evaluate on could be read; give others")
         hits5, loss, unusable = self.totals.tolist()
         if unusable or not math.isfinite(loss):
             raise InputError(f"the model's outputs are not finite, or too large for a loss, for {int(unusable) or n} "
@@ -75,7 +75,7 @@ def count(
     """Runs every batch through `predict`.
 
     Args:
-        batches: (images, int64 class indices); a photograph with a negative index does not count.
+        batches: (images, int64 class indices); an image with a negative index does not count.
         device: where `predict` wants its images.
 
     Raises:
@@ -85,7 +85,7 @@ def count(
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for images, targets in batches:
         if targets.max() >= num_classes:
-            raise InputError(f"a photograph of class {int(targets.max())}, and the model has {num_classes} classes, "
+            raise InputError(f"an image of class {int(targets.max())}, and the model has {num_classes} classes, "
                              "counted from 0; evaluate on the classes that it was trained for")  # fmt: skip
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         logits = predict(images).float()
@@ -130,8 +130,8 @@ def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: st
             axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if share > 50 else "#1c2733")  # fmt: skip
     axis.set_xlabel("taken for, % of the row")
-    axis.set_ylabel("class (photographs)")
+    axis.set_ylabel("class (images)")
     axis.set_title(title, fontsize=10)
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)

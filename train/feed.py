@@ -1,7 +1,7 @@
-"""Training batches: the order of photographs, their augmentation, and what happens on the device.
+"""Training batches: the order of images, their augmentation, and what happens on the device.
 
 All of it is a function of the recipe and the step, so that a run goes on exactly where it stopped, in the middle of an
-epoch too: which photographs stand in a step's batch follows from seed and epoch, how each is augmented from seed and
+epoch too: which images stand in a step's batch follows from seed and epoch, how each is augmented from seed and
 place in the run, and how the batch is mixed from seed, step and process. Nothing depends on the number of workers.
 """
 
@@ -24,12 +24,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from shvit.errors import InputError, first_line
 
-from .data import Photographs, Stream, ignore_interrupt, open_stream
+from .data import Images, Stream, ignore_interrupt, open_stream
 from .distributed import World
 from .recipe import Augment, Recipe
 
 Key = tuple[int, int]
-"""(place in the run, index of the photograph)."""
+"""(place in the run, index of the image)."""
 
 
 def seed_generators(*key: int) -> None:
@@ -56,12 +56,12 @@ AUGMENTATION, MIXING, STREAM = 1, 2, 3  # what a seed is for, so that no two pur
 
 
 class Order:
-    """Which photographs stand in each step's batch, over all processes.
+    """Which images stand in each step's batch, over all processes.
 
     Args:
-        length: number of photographs.
-        batch_size: of an optimiser step, over all processes and turns.
-        repeats: of repeated augmentation (timm's sampler; copies of a photograph are neighbours, so they go to
+        length: number of images.
+        batch_size: of an optimizer step, over all processes and turns.
+        repeats: of repeated augmentation (timm's sampler; copies of an image are neighbors, so they go to
             different processes).
     """
 
@@ -75,13 +75,13 @@ class Order:
             self.sampler = DistributedSampler(range(length), num_replicas=1, rank=0)  # type: ignore[arg-type]
         self.steps_per_epoch = len(self.sampler) // batch_size
         if self.steps_per_epoch < 1:
-            raise InputError(f"{len(self.sampler)} training photographs in an epoch are fewer than the batch of "
+            raise InputError(f"{len(self.sampler)} training images in an epoch are fewer than the batch of "
                              f"{batch_size}; give a smaller --batch-size")  # fmt: skip
         self._epoch = -1
         self._indices: list[int] = []
 
     def batch(self, step: int) -> list[Key]:
-        """The photographs of a step, counted from the beginning of the run."""
+        """The images of a step, counted from the beginning of the run."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self.sampler.set_epoch(1_000_003 * self.seed + epoch)
@@ -98,7 +98,7 @@ def micro_batch_sizes(share: int, turns: int, multiple: int = 1) -> list[int]:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's photographs of the steps from `start` to `end`, in turns; a batch sampler for a DataLoader."""
+    """One process's images of the steps from `start` to `end`, in turns; a batch sampler for a DataLoader."""
 
     order: Order
     start: int
@@ -119,7 +119,7 @@ class Share:
         return (self.end - self.start) * self.turns
 
 
-# --- photographs ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 Problem = tuple[str, int, int]
@@ -128,7 +128,7 @@ Problem = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader gives: augmented photographs as bytes, and what went wrong with others."""
+    """What a loader gives: augmented images as bytes, and what went wrong with others."""
 
     images: torch.Tensor
     """(B, 3, H, W), uint8."""
@@ -155,12 +155,12 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class Augmented(Dataset):
-    """Photographs by `Key`, each augmented by generators that are seeded for its place in the run.
+    """Images by `Key`, each augmented by generators that are seeded for its place in the run.
 
     A damaged one's place is taken by the next in order, for at most `tries` of them; then the place stays black.
     """
 
-    def __init__(self, dataset: Photographs, transform_at: Callable[[int], Transform], seed: int, tries: int):
+    def __init__(self, dataset: Images, transform_at: Callable[[int], Transform], seed: int, tries: int):
         self.dataset = dataset
         self.transform_at = transform_at
         self.seed = seed
@@ -186,7 +186,7 @@ class Augmented(Dataset):
 
 
 class Streamed(IterableDataset):
-    """A stream's photographs of one epoch, each augmented by generators that are seeded for its place."""
+    """A stream's images of one epoch, each augmented by generators that are seeded for its place."""
 
     def __init__(self, stream: Stream, transform: Transform, key: tuple[int, ...]):
         self.stream = stream
@@ -222,7 +222,7 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
         transform = create_transform(
             (3, img_size, img_size),
             is_training=True,
-            use_prefetcher=True,  # bytes, not yet normalised
+            use_prefetcher=True,  # bytes, not yet normalized
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
@@ -256,11 +256,11 @@ class Feed:
     """Batches of one process, from any step of the run on.
 
     Args:
-        dataset: the training photographs; None for a stream, which is opened anew for each epoch.
-        turns: batches of this process in one optimiser step.
+        dataset: the training images; None for a stream, which is opened anew for each epoch.
+        turns: batches of this process in one optimizer step.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Photographs | None, world: World, turns: int):
+    def __init__(self, recipe: Recipe, dataset: Images | None, world: World, turns: int):
         self.recipe = recipe
         self.dataset = dataset
         self.world = world
@@ -273,12 +273,12 @@ class Feed:
             self.steps_per_epoch = self.order.steps_per_epoch
         else:
             if recipe.augment.repeats > 1:
-                raise InputError("repeated augmentation needs photographs in any order, and a stream has its own; "
+                raise InputError("repeated augmentation needs images in any order, and a stream has its own; "
                                  "give --augment.repeats 1")  # fmt: skip
             self.length = len(self._open_stream(0))
             self.steps_per_epoch = self.length // recipe.batch_size
             if self.steps_per_epoch < 1:
-                raise InputError(f"the stream has {self.length} photographs, fewer than the batch of "
+                raise InputError(f"the stream has {self.length} images, fewer than the batch of "
                                  f"{recipe.batch_size}; give a smaller --batch-size")  # fmt: skip
 
     @property
@@ -335,7 +335,7 @@ class Feed:
             if found < count:
                 raise InputError(f"{self.recipe.data.name}: the stream ended after {done * self.turns + found} batches "
                                  f"of epoch {epoch + 1}, and {done * self.turns + count} were announced; correct its "
-                                 "count of photographs")  # fmt: skip
+                                 "count of images")  # fmt: skip
             step += count // self.turns
 
 
@@ -343,7 +343,7 @@ class Feed:
 
 
 class DeviceAugment:
-    """Bytes to what the model is fed: normalised, erased and mixed by timm's pieces, on the device.
+    """Bytes to what the model is fed: normalized, erased and mixed by timm's pieces, on the device.
 
     Returns (images float32 (B, 3, H, W), targets: int64 (B,), or (B, classes) where batches are mixed).
     """

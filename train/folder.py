@@ -15,7 +15,7 @@ import torch
 import shvit
 from shvit.documents import check_expansion, load_yaml, to_json
 from shvit.errors import InputError, first_line
-from shvit.files import is_file, is_folder, open_file, write_whole
+from shvit.files import atomic_write, is_file, is_folder, open_file
 from shvit.run_info import same_name
 
 from .log import check_log, read_log
@@ -70,7 +70,7 @@ class RunFolder:
         self._check_entries()
 
         def write(record: dict[str, Any]) -> None:
-            with write_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
         if not is_file(path):
@@ -152,7 +152,7 @@ class RunFolder:
         last = self.path / "last.pt"
         if is_file(last) and not _is_archive(last):
             last.unlink()  # a damaged state, in place of which an older one was gone on from
-        with write_whole(last) as partial:
+        with atomic_write(last) as partial:
             with partial.open("wb") as file:
                 _write(state, file)
             for age in range(self.keep - 1, 0, -1):
@@ -185,7 +185,7 @@ class RunFolder:
 
     def write_log(self, log: list[dict[str, Any]]) -> None:
         """metrics.jsonl: a line for each evaluation."""
-        with write_whole(self.path / "metrics.jsonl") as partial:
+        with atomic_write(self.path / "metrics.jsonl") as partial:
             partial.write_text("".join(to_json(entry) + "\n" for entry in log))
 
 

@@ -216,7 +216,7 @@ def describe_skipped(skipped: Counter[str]) -> str:
     return f"files left out: {counts}{hint}"
 
 
-def photograph_files(folder: Path | None) -> list[Path]:
+def image_files(folder: Path | None) -> list[Path]:
     """The images in a folder and below, sorted; those that scikit-image brings where None.
 
     Raises:
@@ -227,10 +227,10 @@ def photograph_files(folder: Path | None) -> list[Path]:
 
         folder = Path(skimage.__file__).parent / "data"
     if not is_folder(folder):
-        raise InputError(f"{folder}: no such folder of photographs")
+        raise InputError(f"{folder}: no such folder of images")
     names = [name for name in list_images(folder).names if _suffix(name) in COMMON]
     if not names:
-        raise InputError(f"{folder}: no photographs in it ({', '.join(sorted(COMMON))})")
+        raise InputError(f"{folder}: no images in it ({', '.join(sorted(COMMON))})")
     return [folder / name for name in names]
 
 

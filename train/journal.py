@@ -114,7 +114,7 @@ class Journal:
         left = (self.recipe.epochs * self.steps_per_epoch - run.step) * self.recipe.batch_size / speed
         self.console.print(
             f"epoch {epoch}, step {run.step % self.steps_per_epoch}/{self.steps_per_epoch}: loss {loss:.3f}, "
-            f"{speed:.0f} images/s, {wait:.0%} waiting for photographs, {left / 60:.0f} minutes left"
+            f"{speed:.0f} images/s, {wait:.0%} waiting for images, {left / 60:.0f} minutes left"
         )
 
     def speed(self) -> dict[str, float]:

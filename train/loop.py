@@ -43,7 +43,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         Accuracies, the better one's checkpoint, and what it was trained on.
 
     Raises:
-        InputError: unusable photographs or fields, or `output` holds a run of another recipe.
+        InputError: unusable images or fields, or `output` holds a run of another recipe.
         CheckFailed: the loss is not finite any more.
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
@@ -138,7 +138,7 @@ class Training:
             print_splits(self.splits, self.console)
         held_out = f", {self.held_out_count} held out" if self.held_out_count is not None else ""
         self.console.print(
-            f"{recipe.model} at {recipe.img_size} px, {self.feed.length} photographs of {len(self.classes)} classes"
+            f"{recipe.model} at {recipe.img_size} px, {self.feed.length} images of {len(self.classes)} classes"
             f"{held_out}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
         if self.world.size > 1 or run.turns > 1:
@@ -248,7 +248,7 @@ class Training:
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
-        """On all held-out photographs, each in one process, in float32; BatchNorm's statistics are the primary's."""
+        """On all held-out images, each in one process, in float32; BatchNorm's statistics are the primary's."""
         model.eval()
         if self.world.size > 1:
             distribute_bn(model, self.world.size)

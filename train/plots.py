@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 PANELS = {
     "loss": {"train_loss": "training, as trained", "val_loss": "held out", "ema_loss": "averaged weights"},
@@ -37,6 +37,6 @@ def plot_curves(log: list[dict[str, Any]], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)

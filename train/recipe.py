@@ -23,7 +23,7 @@ STRICT = {
 
 @dataclass(frozen=True)
 class Data:
-    """The photographs."""
+    """The images."""
 
     __pydantic_config__ = STRICT
 
@@ -49,12 +49,12 @@ class Data:
     workers: int = 1
     """Processes that read and augment, for each process that trains; 0 to do it in that process."""
     max_corrupt: int = 10
-    """Damaged photographs that are named and passed over before the run stops, in each process that trains."""
+    """Damaged images that are named and passed over before the run stops, in each process that trains."""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training photograph, in timm's terms."""
+    """What happens to a training image, in timm's terms."""
 
     __pydantic_config__ = STRICT
 
@@ -85,13 +85,13 @@ class Augment:
     smoothing: float = 0.1
     """Label smoothing."""
     repeats: int = 3
-    """Repeated augmentation: copies of a photograph among which an epoch is drawn; 1 for none. An epoch keeps its
-    length, so each photograph is seen in about one of `repeats` epochs."""
+    """Repeated augmentation: copies of an image among which an epoch is drawn; 1 for none. An epoch keeps its
+    length, so each image is seen in about one of `repeats` epochs."""
 
 
 @dataclass(frozen=True)
 class Optim:
-    """The optimiser and its schedule, updated at every step."""
+    """The optimizer and its schedule, updated at every step."""
 
     __pydantic_config__ = STRICT
 
@@ -128,7 +128,7 @@ class Distill:
     __pydantic_config__ = STRICT
 
     teacher: str | None = None
-    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalisation,
+    """A name that timm knows, or None for no distillation. It is fed the student's images in its own normalization,
     resized to its own size where it takes no other (DeiT, LeViT, Swin)."""
     checkpoint: Path | None = None
     """The teacher's weights; timm's pretrained ones by default."""
@@ -149,7 +149,7 @@ class Compute:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
     device_batch_size: int = 256
-    """Most photographs at once in one process; a larger share of the batch is done in turns that are added up."""
+    """Most images at once in one process; a larger share of the batch is done in turns that are added up."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward pass by autocast; weights and their average are always float32."""
     channels_last: bool = True
@@ -193,9 +193,9 @@ class Recipe:
     first_img_size: int | None = None
     """Progressive resizing: height and width at the beginning, which grow by 32 px in equal shares of the epochs."""
     epochs: int = 300
-    """Passes over the training photographs."""
+    """Passes over the training images."""
     batch_size: int = 2048
-    """Photographs in an optimiser step, over all processes and turns."""
+    """Images in an optimizer step, over all processes and turns."""
     drop_path: float = 0.0
     """Stochastic depth; the reference uses none."""
     checkpoint: Path | None = None
@@ -225,7 +225,7 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: `optim.lr` per 512 photographs of a batch."""
+        """The learning rate after warm-up: `optim.lr` per 512 images of a batch."""
         return self.optim.lr * self.batch_size / 512
 
     def img_size_at(self, epoch: int) -> int:

@@ -40,10 +40,10 @@ FINETUNE = Recipe(
     compute=Compute(device_batch_size=64),
 )
 
-# A few thousand photographs from nothing: images grow from 96 to 128 px, so that the same minutes hold more epochs.
-# Rate and augmentation were chosen at 96 px on a sixth of the training photographs of clothing10: there a peak rate of
+# A few thousand images from nothing: images grow from 96 to 128 px, so that the same minutes hold more epochs.
+# Rate and augmentation were chosen at 96 px on a sixth of the training images of clothing10: there a peak rate of
 # 3.75e-3 was better than 1.5e-3 and 6.3e-3, AdamW as good as Muon and quicker, and little mixing better than much.
-# Trained on all of its 3,068 photographs and held against 341 others after the last epoch: 80.5 % (standard deviation
+# Trained on all of its 3,068 images and held against 341 others after the last epoch: 80.5 % (standard deviation
 # 0.7, three seeds), averaged weights 79.8 %; plain AdamW, cosine, RandAugment at 128 px for as long: 74.8 % (0.3) and
 # 75.1 %.
 SCRATCH = Recipe(
@@ -59,8 +59,8 @@ SCRATCH = Recipe(
     save=Save(eval_epochs=11),
 )
 
-# Real photographs in a minute or two on two cores: mono- and polycrystalline solar cells from the PyPI package
-# elpv-dataset. Colour says nothing in greyscale photographs, so it is left alone; a cell has no up and down.
+# Real images in a minute or two on two cores: mono- and polycrystalline solar cells from the PyPI package
+# elpv-dataset. Color says nothing in grayscale images, so it is left alone; a cell has no up and down.
 DEMO = Recipe(
     img_size=96,
     epochs=8,
@@ -73,7 +73,7 @@ DEMO = Recipe(
     optim=Optim(lr=8e-3, warmup_epochs=1),
 )  # fmt: skip
 
-# A few hundred photographs in half a minute, checkpoints often: does everything fit together?
+# A few hundred images in half a minute, checkpoints often: does everything fit together?
 DEBUG = replace(DEMO, img_size=64, epochs=3, batch_size=32, save=Save(every_minutes=0.05))
 
 RECIPES = {
@@ -97,8 +97,8 @@ DESCRIPTIONS = {
     "finetune_384": "S4's weights (--checkpoint) to 384 px: 30 epochs",
     "finetune_512": "S4's weights (--checkpoint) to 512 px: 30 epochs",
     **{f"distill_s{i}": f"S{i} with a second head that learns from RegNetY-16GF" for i in (1, 2, 3, 4)},
-    "finetune": "S1's published weights to your own photographs: 20 epochs",
-    "scratch": "S1 at 128 px on a few thousand photographs of your own, without other weights: 66 epochs",
-    "demo": "S1 from scratch at 96 px on real photographs of solar cells, or on yours, in a minute or two",
+    "finetune": "S1's published weights to your own images: 20 epochs",
+    "scratch": "S1 at 128 px on a few thousand images of your own, without other weights: 66 epochs",
+    "demo": "S1 from scratch at 96 px on real images of solar cells, or on yours, in a minute or two",
     "debug": "S1 at 64 px for three epochs: does everything fit together?",
 }

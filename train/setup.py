@@ -1,4 +1,4 @@
-"""From a recipe to everything that a step needs: model, task, optimiser, schedule and batches."""
+"""From a recipe to everything that a step needs: model, task, optimizer, schedule and batches."""
 
 import contextlib
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _turns(recipe: Recipe, world: World) -> int:
     largest = min(recipe.compute.device_batch_size // recipe.pairs, whole)
     if single or not largest:
         size = share if single else recipe.compute.device_batch_size
-        raise InputError(f"mixup and cutmix pair photographs, and {size} of a batch are done at once; choose "
+        raise InputError(f"mixup and cutmix pair images, and {size} of a batch are done at once; choose "
                          "--batch-size and --compute.device-batch-size so that this is even")  # fmt: skip
     turns = -(-whole // largest)
     if is_stream(recipe.data):
@@ -142,7 +142,7 @@ class Run:
     turns: int
     steps_per_epoch: int
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     log: list[dict[str, Any]] = field(default_factory=list)
     """An entry for each evaluation."""
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
@@ -172,12 +172,12 @@ class Run:
         self._unfinished = True
         total = torch.zeros((), device=self.world.device)
         dtype = PRECISIONS[self.recipe.compute.precision]
-        photographs = sum(len(batch.targets) for batch in batches)
+        images_total = sum(len(batch.targets) for batch in batches)
         for turn, batch in enumerate(batches):
             images, targets = self.augment(batch, self.step, turn)
             with self.task.no_sync() if turn < self.turns - 1 else contextlib.nullcontext():
                 with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
-                    loss = self.task(images, targets)["loss"] * (len(batch.targets) / photographs)
+                    loss = self.task(images, targets)["loss"] * (len(batch.targets) / images_total)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return self.world.average(total)
@@ -445,7 +445,7 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
 
 
 class Teacher(DistillationTeacher):
-    """timm's, fed the student's images in its own normalisation, and resized where it does not take their size.
+    """timm's, fed the student's images in its own normalization, and resized where it does not take their size.
 
     Args:
         model: in eval mode.
@@ -494,7 +494,7 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
             raise InputError(f"the teacher {distill.teacher} has no published weights that can be fetched "
                              f"({first_line(error)}); give --distill.checkpoint") from error  # fmt: skip
     if teacher.num_classes != num_classes:
-        raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the photographs have "
+        raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the images have "
                          f"{num_classes}; give --distill.checkpoint with a teacher of these classes")  # fmt: skip
     return teacher
 
@@ -516,7 +516,7 @@ def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
         raise
 
 
-# --- photographs ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 def open_training(recipe: Recipe, world: World, turns: int, splits: Splits | None = None) -> tuple[list[str], Feed]:

@@ -42,7 +42,7 @@ class Speed:
     batch_size: int
     steps: int
     step_images_per_s: float
-    """The optimiser step alone, on a batch that is there already."""
+    """The optimizer step alone, on a batch that is there already."""
     plain_images_per_s: float
     """The same in float32, eager, contiguous."""
     speedup: float
@@ -56,7 +56,7 @@ class Speed:
     both_images_per_s: float
     """Steps fed by the loader."""
     overhead_percent: float
-    """What the loop adds to mixing, forward, backward, clipping, optimiser and averaging: checks, scalars, schedule."""
+    """What the loop adds to mixing, forward, backward, clipping, optimizer and averaging: checks, scalars, schedule."""
     peak_memory_mb: float | None
     """Of this process and its largest worker; of the GPU where there is one. None where the system does not tell."""
     device: str

@@ -182,20 +182,20 @@ def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
     """
     classes = listing.classes
     if not classes:
-        raise InputError(f"{listing.label}: no class folders in it; put each class's photographs into a folder of "
+        raise InputError(f"{listing.label}: no class folders in it; put each class's images into a folder of "
                          "their own")  # fmt: skip
     counts = Counter(name.partition("/")[0] for name in listing.names if "/" in name)
     empty = next((name for name in classes if not counts[name]), None)
     if empty is not None:
         left = f" ({describe_skipped(listing.skipped)})" if listing.skipped else ""
-        raise InputError(f"{listing.label}/{empty}: an empty class; remove the folder or put photographs into it{left}")
+        raise InputError(f"{listing.label}/{empty}: an empty class; remove the folder or put images into it{left}")
     if len(classes) == 1:
         lower = _single(listing)
         if len(lower.classes) > 1 and not lower.loose:
             raise InputError(f"{listing.label} holds the folder {classes[0]} alone, which would be one class; give "
                              f"{option} {lower.label}, which holds {some(lower.classes)}")  # fmt: skip
         raise InputError(f"{listing.label} holds one class alone, {classes[0]}; there is nothing to tell it from, so "
-                         "put photographs of other classes into folders beside it")  # fmt: skip
+                         "put images of other classes into folders beside it")  # fmt: skip
     return classes
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import CheckFailed, InputError, first_line
-from shvit.files import is_file, is_folder, is_there, sha256, write_whole
+from shvit.files import atomic_write, is_file, is_folder, is_there, sha256
 
 from .address import shown_address
 from .download import Report, discard_partial, download
@@ -82,7 +82,7 @@ def read_lock(cache: Path) -> dict[str, Locked]:
 
 def _lock(cache: Path, name: str, record: Locked) -> None:
     records = {**read_lock(cache), name: record}
-    with write_whole(cache / "lock.json") as partial:
+    with atomic_write(cache / "lock.json") as partial:
         content = {key: asdict(value) for key, value in sorted(records.items())}
         partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError
-from shvit.files import check_replaceable, is_file, is_folder, is_there, sha256, write_whole
+from shvit.files import atomic_write, check_replaceable, is_file, is_folder, is_there, sha256
 
 from .address import shown_address
 from .cache import cache_folder, expected_hash, obtain, read_lock
@@ -67,14 +67,14 @@ class List:
 
 @dataclass(frozen=True)
 class WeightsList:
-    """The published checkpoints: whether cached, whether the hash is known, licence, accuracy and its source."""
+    """The published checkpoints: whether cached, whether the hash is known, license, accuracy and its source."""
 
     def run(self) -> dict[str, Any]:
         cache = cache_folder()
         locked = read_lock(cache)
         entries = read_manifest()
         sources = list(dict.fromkeys(entry.accuracy_source for entry in entries))
-        table = Table(Column("name", no_wrap=True), "cached", "hash", "licence", "accuracy %")
+        table = Table(Column("name", no_wrap=True), "cached", "hash", "license", "accuracy %")
         rows = []
         for entry in entries:
             cached = is_file(cache / entry.file_name)
@@ -114,7 +114,7 @@ class Pull:
         with _progress(console, entry.name) as report:
             obtained = obtain(entry, url, report)
         if self.output:
-            with write_whole(self.output) as partial:
+            with atomic_write(self.output) as partial:
                 shutil.copyfile(obtained.path, partial)
         path = self.output or obtained.path
         known = "trusted as the first download and recorded" if obtained.first_use else "as it should be"

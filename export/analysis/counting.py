@@ -16,7 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 MULTIPLIES = ("convolution", "depthwise convolution", "matrix product")  # the others are bound by memory
 KINDS = (  # the first pattern that is found in an operator's name
-    (r"norm", "normalisation"),
+    (r"norm", "normalization"),
     (r"softmax", "softmax"),
     (r"relu|gelu|silu|swish|sigmoid|tanh|mish|elu", "activation"),
     (r"pool|mean|amax", "pooling"),
@@ -55,7 +55,7 @@ class Cost:
     flop_per_byte: float
     """Arithmetic intensity: 2·macs / bytes."""
     memory_bound_bytes: int
-    """Activations and weights of operators without multiply-adds: normalisation, activation, softmax, copies …"""
+    """Activations and weights of operators without multiply-adds: normalization, activation, softmax, copies …"""
     memory_bound_percent: float
     """Their share of all bytes."""
 

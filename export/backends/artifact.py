@@ -1,4 +1,4 @@
-"""A model or an artefact as a function from a batch to its outputs, with a fixed number of threads."""
+"""A model or an artifact as a function from a batch to its outputs, with a fixed number of threads."""
 
 import hashlib
 import sys
@@ -47,7 +47,7 @@ def torch_predict(model: nn.Module) -> Predict:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """An exported file, opened."""
 
     path: Path
@@ -82,7 +82,7 @@ class Artefact:
         return finite(self.path, torch.cat([self.run(self.spec.feed(part))[0] for part in parts]))
 
 
-def open_artefact(path: Path, threads: int | None = None, native: bool = False, rounded: bool = False) -> Artefact:
+def open_artifact(path: Path, threads: int | None = None, native: bool = False, rounded: bool = False) -> Artifact:
     """A file of `shvit export`, by its suffix, in the runtime for it.
 
     Args:
@@ -96,24 +96,24 @@ def open_artefact(path: Path, threads: int | None = None, native: bool = False, 
     """
     _check_suffix(path)
     with one_line(path, "cannot be opened"):
-        artefact = OPENERS[path.suffix](path, threads)
+        artifact = OPENERS[path.suffix](path, threads)
         if native:
-            artefact = _in_coreml(artefact)
-        elif rounded and artefact.spec.precision in HALVES:
-            artefact = _rounded(artefact, threads)
-    return _guarded(artefact)
+            artifact = _in_coreml(artifact)
+        elif rounded and artifact.spec.precision in HALVES:
+            artifact = _rounded(artifact, threads)
+    return _guarded(artifact)
 
 
-def _guarded(artefact: Artefact) -> Artefact:
+def _guarded(artifact: Artifact) -> Artifact:
     """The same file; what its runtime raises is one line, and its outputs are those that it says it gives."""
-    path, spec = artefact.path, artefact.spec
-    usual = artefact.run_as_usual
+    path, spec = artifact.path, artifact.spec
+    usual = artifact.run_as_usual
     return replace(
-        artefact,
-        run=checked_run(artefact.run, path, spec),
-        run_layers=guarded(artefact.run_layers, path),
-        parameters=guarded(artefact.parameters, path, "its weights cannot be read"),
-        scale_faults=guarded(artefact.scale_faults, path, "its scales cannot be read"),
+        artifact,
+        run=checked_run(artifact.run, path, spec),
+        run_layers=guarded(artifact.run_layers, path),
+        parameters=guarded(artifact.parameters, path, "its weights cannot be read"),
+        scale_faults=guarded(artifact.scale_faults, path, "its scales cannot be read"),
         run_as_usual=None if usual is None else checked_run(usual, path, spec),
     )
 
@@ -123,21 +123,21 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN_VALUES = 3
 
 
-def _rounded(artefact: Artefact, threads: int | None) -> Artefact:
+def _rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """The same file in its own precision; `mil` rounds by itself."""
     from .openvino import read_openvino
     from .rounding import RoundedOnnx, RoundedOpenvino
 
-    dtype = HALVES[artefact.spec.precision]
-    if artefact.path.suffix == ".mlpackage":
-        return artefact
-    if artefact.path.suffix == ".onnx":
-        engine: Any = RoundedOnnx(read_onnx(artefact.path), threads)
+    dtype = HALVES[artifact.spec.precision]
+    if artifact.path.suffix == ".mlpackage":
+        return artifact
+    if artifact.path.suffix == ".onnx":
+        engine: Any = RoundedOnnx(read_onnx(artifact.path), threads)
     else:
-        engine = RoundedOpenvino(read_openvino(artefact.path)[0], dtype, threads)
+        engine = RoundedOpenvino(read_openvino(artifact.path)[0], dtype, threads)
     return replace(
-        artefact,
-        runtime=f"{artefact.runtime}, {str(dtype).removeprefix('torch.')} after each operation",
+        artifact,
+        runtime=f"{artifact.runtime}, {str(dtype).removeprefix('torch.')} after each operation",
         run=engine.run,
         run_layers=engine.run_layers,
         largest_values=lambda: engine.nearest(SHOWN_VALUES),
@@ -150,14 +150,14 @@ def _check_suffix(path: Path) -> None:
         raise InputError(f"{path}: unknown artifact {path.suffix!r}; choose from {', '.join(OPENERS)}")
 
 
-def artefact_files(path: Path) -> list[Path]:
-    """The files or folders that an artefact consists of."""
+def artifact_files(path: Path) -> list[Path]:
+    """The files or folders that an artifact consists of."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-def artefact_sha256(path: Path) -> str:
+def artifact_sha256(path: Path) -> str:
     """Of its file; of two, of their digests one after the other."""
-    digests = [sha256(file) for file in artefact_files(path)]
+    digests = [sha256(file) for file in artifact_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -168,14 +168,14 @@ def refuse_changed(path: Path) -> None:
         InputError: a suffix that no runtime here runs, such as that of a folder of anything, which is not hashed.
     """
     _check_suffix(path)
-    if all(is_there(file) for file in artefact_files(path)):
-        check_unchanged(path, artefact_sha256(path))
+    if all(is_there(file) for file in artifact_files(path)):
+        check_unchanged(path, artifact_sha256(path))
 
 
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 
-def _open_onnx(path: Path, threads: int | None) -> Artefact:
+def _open_onnx(path: Path, threads: int | None) -> Artifact:
     proto = read_onnx(path)
     spec = spec_from(metadata(proto), path)
     check_graph(proto, path)
@@ -185,7 +185,7 @@ def _open_onnx(path: Path, threads: int | None) -> Artefact:
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_onnx(onnx_session(path, threads, exact=False), batch)
 
-    return Artefact(
+    return Artifact(
         path,
         spec,
         "onnxruntime",
@@ -269,7 +269,7 @@ def _run_onnx_layers(path: Path, threads: int | None, batch: torch.Tensor) -> di
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
 
 
-def _open_openvino(path: Path, threads: int | None) -> Artefact:
+def _open_openvino(path: Path, threads: int | None) -> Artifact:
     from .openvino import check_model, compile_openvino, read_openvino, saturates
     from .openvino import operators as operations
 
@@ -286,7 +286,7 @@ def _open_openvino(path: Path, threads: int | None) -> Artefact:
     def run_as_usual(batch: torch.Tensor) -> Outputs:
         return _run_openvino(compile_openvino(model, spec.precision, threads, exact=False), batch)
 
-    return Artefact(
+    return Artifact(
         path,
         spec,
         "openvino",
@@ -340,7 +340,7 @@ def _run_openvino_layers(path: Path, spec: Spec, threads: int | None, batch: tor
 # --- Core ML ----------------------------------------------------------------------------------------------------------
 
 
-def _open_coreml(path: Path, threads: int | None) -> Artefact:
+def _open_coreml(path: Path, threads: int | None) -> Artifact:
     """Through `mil`, which runs everywhere, with PyTorch's threads."""
     from ..mil.program import Package
 
@@ -360,7 +360,7 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
     labels = labels_from(package.metadata, path)
     if package.labels not in ((), labels):
         raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
-    return Artefact(
+    return Artifact(
         path,
         spec,
         "mil",
@@ -376,28 +376,28 @@ def _open_coreml(path: Path, threads: int | None) -> Artefact:
     )
 
 
-def _in_coreml(artefact: Artefact) -> Artefact:
+def _in_coreml(artifact: Artifact) -> Artifact:
     """The same package in Core ML itself, on all of the machine's compute units; layers stay `mil`'s."""
-    if artefact.path.suffix != ".mlpackage":
-        raise InputError(f"{artefact.path}: Core ML runs .mlpackage alone; leave out --runtime coreml")
+    if artifact.path.suffix != ".mlpackage":
+        raise InputError(f"{artifact.path}: Core ML runs .mlpackage alone; leave out --runtime coreml")
     if sys.platform != "darwin":
         raise InputError("--runtime coreml needs macOS, of which Core ML is a part; leave it out for our own evaluator")
     import coremltools as ct
 
-    model, spec = ct.models.MLModel(str(artefact.path)), artefact.spec
+    model, spec = ct.models.MLModel(str(artifact.path)), artifact.spec
 
     def run(batch: torch.Tensor) -> Outputs:
-        given = (image if spec.takes_pixels else image.numpy() for image in _images(spec, batch))
-        return _by_name([model.predict({INPUT: image}) for image in given], spec, artefact.labels)
+        given = (image if spec.uint8_input else image.numpy() for image in _images(spec, batch))
+        return _by_name([model.predict({INPUT: image}) for image in given], spec, artifact.labels)
 
-    return replace(artefact, runtime="coreml", run=run)
+    return replace(artifact, runtime="coreml", run=run)
 
 
 def _images(spec: Spec, batch: torch.Tensor) -> list[Any]:
     """What a package is given for each item of a batch: a PIL image, or a tensor (1, C, H, W)."""
     from PIL import Image
 
-    return [Image.fromarray(item.squeeze(2).numpy()) if spec.takes_pixels else item[None] for item in batch]
+    return [Image.fromarray(item.squeeze(2).numpy()) if spec.uint8_input else item[None] for item in batch]
 
 
 def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec, labels: Sequence[str] = ()) -> Outputs:
@@ -422,7 +422,7 @@ def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
     return torch.tensor([[chances[label] for label in labels]])
 
 
-OPENERS: dict[str, Callable[[Path, int | None], Artefact]] = {
+OPENERS: dict[str, Callable[[Path, int | None], Artifact]] = {
     ".onnx": _open_onnx,
     ".xml": _open_openvino,
     ".mlpackage": _open_coreml,

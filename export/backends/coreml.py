@@ -17,14 +17,14 @@ from shvit.errors import InputError
 
 from ..quantization.ranges import Range
 from ..spec import Spec
-from ..wrappers import Form, Normalized, layer_name
+from ..wrappers import Normalized, Wrapper, layer_name
 from .onnx import INPUT, describe, quiet
 
 LABEL = "classLabel"
 """What a classifier calls the most probable label; Core ML's customary name."""
 
 
-class Tupled(Form):
+class Tupled(Wrapper):
     """A model of several outputs, which a trace can have as a tuple but not as a list."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -69,8 +69,8 @@ def write_coreml(
 ) -> None:
     """Exports `model`, already deployed, with an input `image` and float32 outputs named by `spec.outputs`.
 
-    The input is an RGB image (grey for a model of one channel) where `spec.takes_pixels`, with mean and standard
-    deviation inside the graph; a normalised float32 tensor (1, C, H, W) otherwise. int8 is that of the weights, one
+    The input is an RGB image (gray for a model of one channel) where `spec.uint8_input`, with mean and standard
+    deviation inside the graph; a normalized float32 tensor (1, C, H, W) otherwise. int8 is that of the weights, one
     scale for each output channel, computed with in float16; w8a8 has 8-bit inputs of convolutions and linear layers
     too, and needs iOS 17 where the others need iOS 16. Each convolution and linear layer is named after the module that
     it came from. The package carries its `Spec` and versions.
@@ -82,13 +82,13 @@ def write_coreml(
         labels: of the classes, in order.
         classifier: make it a Core ML classifier, which gives a label and the probabilities by label; `model` then ends
             in a softmax.
-        calibration: photographs as uint8 (C, H, W) of `spec.img_size`, as `spec.transform(normalize=False)` gives them;
+        calibration: images as uint8 (C, H, W) of `spec.img_size`, as `spec.transform(normalize=False)` gives them;
             w8a8 takes its activations' ranges from them.
-        keep: names of convolutions and linear layers that are not quantised.
-        ranges: of the inputs of w8a8's layers, by the layer's name; those that are missing are learnt and put in.
+        keep: names of convolutions and linear layers that are not quantized.
+        ranges: of the inputs of w8a8's layers, by the layer's name; those that are missing are learned and put in.
 
     Raises:
-        InputError: labels, photographs or names that do not fit, or w8a8 in several sizes.
+        InputError: labels, images or names that do not fit, or w8a8 in several sizes.
     """
     _check(spec, labels, classifier, calibration)
     with quiet():
@@ -137,11 +137,11 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
         sizes = ", ".join(map(str, spec.sizes))
         raise InputError(f"w8a8 is calibrated for one size, not {sizes}; write one package per size, or choose int8")
     if not calibration:
-        raise InputError("w8a8 takes its activations' ranges from photographs, and none were given; give 128 or more")
+        raise InputError("w8a8 takes its activations' ranges from images, and none were given; give 128 or more")
     wrong = [tuple(pixels.shape) for pixels in calibration if tuple(pixels.shape) != spec.shape]
     if wrong or any(pixels.dtype != torch.uint8 for pixels in calibration):
         got = f"{wrong[0]}" if wrong else "another type"
-        raise InputError(f"photographs to calibrate with must be uint8 {spec.shape}, not {got}; "
+        raise InputError(f"images to calibrate with must be uint8 {spec.shape}, not {got}; "
                          "take them from spec.transform(normalize=False)")  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _trace(model: nn.Module, spec: Spec) -> Any:
         model = flexible(model)
     if len(spec.outputs) > 1:
         model = Tupled(model)
-    if spec.takes_pixels:
+    if spec.uint8_input:
         model = Normalized(model, spec, white=1)  # which Core ML's image input gives at scale 1/255
     with torch.no_grad():
         return torch.jit.trace(model.eval(), torch.rand(1, *spec.shape), check_trace=False)  # the package is compared
@@ -158,7 +158,7 @@ def _trace(model: nn.Module, spec: Spec) -> Any:
 
 def _traced_names(model: nn.Module, spec: Spec) -> dict[str, str]:
     """Layers' names in `model` by those in what `_trace` makes of it."""
-    wrappers = (len(spec.outputs) > 1) + spec.takes_pixels
+    wrappers = (len(spec.outputs) > 1) + spec.uint8_input
     return {"model." * wrappers + name: layer_name(name) for name in layer_names(model)}
 
 
@@ -168,15 +168,15 @@ def _input(spec: Spec) -> Any:
 
     shapes = [(1, spec.in_chans, size, size) for size in spec.sizes]
     shape = ct.EnumeratedShapes(shapes, default=shapes[0]) if spec.other_sizes else shapes[0]
-    if not spec.takes_pixels:
+    if not spec.uint8_input:
         return ct.TensorType(name=INPUT, shape=shape, dtype=np.float32)
     colors = ct.colorlayout.GRAYSCALE if spec.in_chans == 1 else ct.colorlayout.RGB
     return ct.ImageType(name=INPUT, shape=shape, scale=1 / 255, color_layout=colors)
 
 
 def _inputs(spec: Spec, calibration: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The photographs as the traced graph takes them: (1, C, H, W), normalised or in 0–1."""
-    return [pixels[None].float() / 255 if spec.takes_pixels else spec.normalize(pixels[None]) for pixels in calibration]
+    """The images as the traced graph takes them: (1, C, H, W), normalized or in 0–1."""
+    return [pixels[None].float() / 255 if spec.uint8_input else spec.normalize(pixels[None]) for pixels in calibration]
 
 
 def layer_names(model: nn.Module) -> list[str]:

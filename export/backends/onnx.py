@@ -35,7 +35,7 @@ def write_onnx(
 ) -> None:
     """Exports `model`, already deployed, with input `image` and the outputs that `spec` names, float32.
 
-    The input is (B, C, H, W) float32, normalised; or (B, H, W, C) uint8 where `spec.takes_pixels`. With
+    The input is (B, C, H, W) float32, normalized; or (B, H, W, C) uint8 where `spec.uint8_input`. With
     `spec.precision` fp16 weights and arithmetic are float16; with any other they are float32. Convolutions and linear
     layers are named as their modules in `model`. The file carries its `Spec`, labels and the versions that made it,
     and has passed onnx.checker with full shape inference.
@@ -49,7 +49,7 @@ def write_onnx(
     if spec.precision == "fp16":
         model = Half(model).eval()
     batch = spec.blank(2 if dynamic_batch else 1)
-    if spec.takes_pixels:
+    if spec.uint8_input:
         model = ChannelsLast(Normalized(model, spec, white=255)).eval()
         batch = batch.permute(0, 2, 3, 1).to(torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
@@ -89,15 +89,15 @@ def save_onnx(
 
 
 def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None) -> dict[str, str]:
-    """What every artefact says of itself: its spec, labels, learnt ranges, license and the versions that made it."""
+    """What every artifact says of itself: its spec, labels, learned ranges, license and the versions that made it."""
     import timm
 
     named = {LABELS_KEY: to_json(list(labels))} if labels else {}
-    learnt = {RANGES_KEY: to_json(ranges)} if ranges else {}
+    learned = {RANGES_KEY: to_json(ranges)} if ranges else {}
     return {
         SPEC_KEY: spec.to_json(),
         **named,
-        **learnt,
+        **learned,
         "shvit.version": __version__,
         "torch.version": torch.__version__,
         "timm.version": timm.__version__,

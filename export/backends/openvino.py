@@ -30,7 +30,7 @@ def core() -> Any:
 
 
 def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
-    """Converts an ONNX file of ours, which for int8 is quantised already.
+    """Converts an ONNX file of ours, which for int8 is quantized already.
 
     With fp16 and bf16 the weights are stored in float16; bf16 is then a wish that `shvit` and whoever reads the file's
     spec passes on to the runtime, since an IR cannot hold it. Names of layers are those of the ONNX file.

@@ -161,22 +161,22 @@ def _channel_gains(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return gains.float().reshape(-1, *[1] * (expected.dim() - 1))
 
 
-FEWEST_STEP = 2.0**-14
+MIN_STEP = 2.0**-14
 """Core ML's least scale: finer ones say nothing of a range."""
 
 
-def range_faults(learnt: Mapping[str, Range], found: Mapping[str, tuple[float, float]]) -> list[str]:
-    """8-bit tensors whose scales and zero points do not stand for the ranges that were learnt for them.
+def range_faults(learned: Mapping[str, Range], found: Mapping[str, tuple[float, float]]) -> list[str]:
+    """8-bit tensors whose scales and zero points do not stand for the ranges that were learned for them.
 
     Args:
-        learnt: what the file says of itself; nothing is known of other tensors.
+        learned: what the file says of itself; nothing is known of other tensors.
         found: scale and zero point that each tensor is read with.
     """
     faults = []
-    for name in learnt.keys() & found.keys():
-        (low, high), (scale, zero_point) = learnt[name], found[name]
+    for name in learned.keys() & found.keys():
+        (low, high), (scale, zero_point) = learned[name], found[name]
         step = (high - low) / LEVELS
-        if step < FEWEST_STEP:
+        if step < MIN_STEP:
             continue
         if abs(scale / step - 1) > 2 * ROUNDING[torch.float16] or abs(zero_point + low / scale) > 0.51:
             ends = f"{-zero_point * scale:.4g} to {(LEVELS - zero_point) * scale:.4g}"

@@ -326,7 +326,7 @@ def _round_weights(model: Any, dtype: torch.dtype) -> None:
 
 @functools.cache
 def _round_op() -> Any:
-    """An operation that OpenVINO does not know, and so neither removes nor joins with its neighbours."""
+    """An operation that OpenVINO does not know, and so neither removes nor joins with its neighbors."""
     from openvino import Op
 
     class Round(Op):

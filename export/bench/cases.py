@@ -21,8 +21,8 @@ from shvit.weights.resolve import Weights, resolve_weights
 from ..backends.artifact import refuse_changed
 from ..backends.tuning import TUNING
 from ..guards import one_line
-from ..images import find_photographs
-from ..pipeline import FEWEST_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
+from ..images import sample_images
+from ..pipeline import MIN_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
 from ..spec import Spec, open_weights
 from ..verify import Reference
 
@@ -91,12 +91,14 @@ class Subject:
 
     def _int8(self, kind: Format) -> Path:
         path = self._path(f"-{kind}-int8.onnx")
-        self._write_int8(path, replace(self.spec, precision="int8", kept=float_layers(kind, deploy(self.opened[0]))))
+        self._write_int8(
+            path, replace(self.spec, precision="int8", excluded_layers=float_layers(kind, deploy(self.opened[0])))
+        )
         return path
 
     @cached_property
     def _write_int8(self) -> Callable[[Path, Spec], None]:
-        calibration = find_photographs(None, most=FEWEST_CALIBRATION)  # speed does not depend on the ranges
+        calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
         source = Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
         return int8_onnx_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
 
@@ -105,7 +107,7 @@ class Subject:
         from ..backends.coreml import write_coreml
 
         path = self._path(".mlpackage")
-        spec = replace(self.spec, precision="fp16", takes_pixels=True)
+        spec = replace(self.spec, precision="fp16", uint8_input=True)
         write_coreml(deploy(self.opened[0], spec.img_size), path, spec)
         return path
 
@@ -322,7 +324,7 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
         InputError: an unknown format, no such file, or no input that could be an image.
     """
     if path.suffix not in FILES:
-        raise InputError(f"{path}: unknown artefact {path.suffix!r}; choose from {', '.join(FILES)}")
+        raise InputError(f"{path}: unknown artifact {path.suffix!r}; choose from {', '.join(FILES)}")
     if not is_there(path):
         raise InputError(f"{path}: no such file")
     refuse_changed(path)
@@ -395,9 +397,9 @@ def _read_openvino_file(path: Path) -> tuple[int, int | None, str]:
 
 
 def _read_coreml_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import open_artefact
+    from ..backends.artifact import open_artifact
 
-    spec = open_artefact(path).spec
+    spec = open_artifact(path).spec
     return spec.img_size, None, spec.precision
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from shvit.documents import to_json
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 from ..web import WEB
 from .records import Measurements
@@ -23,7 +23,7 @@ def write_explorer(path: Path, measurements: Measurements) -> None:
     page = Template(_read("explorer.html")).substitute(
         policy=policy(style, script), style=style, script=script, explorer=explorer_body(measurements)
     )
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

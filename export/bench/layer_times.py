@@ -20,7 +20,7 @@ RUNS = 20
 SKIPPED = 3  # runs at the beginning
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("matmul", "softmax", "bmm", "baddbmm", "scaled_dot"),
-    "normalisation": ("norm", "mvn"),
+    "normalization": ("norm", "mvn"),
     "pooling": ("reducemean", "globalaveragepool", "mean", "adaptive_avg_pool"),
     "linear": ("gemm", "fullyconnected", "addmm"),
     "reordering": ("reorder", "transpose", "reshape", "split", "concat", "copy_", "cat", "flatten", "slice", "clone"),

@@ -308,8 +308,8 @@ def show_scaling(rows: Sequence[Any]) -> None:
 # --- browsers ---------------------------------------------------------------------------------------------------------
 
 NAMED_CDN = "cdn"
-MOST_MINUTES = 1440
-MOST_RECORDS = 32
+MAX_MINUTES = 1440
+MAX_RECORDS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +330,7 @@ class _BrowserOptions:
     """Input height and width in pixels of what is given by name; by default those that the checkpoint was trained for,
     or each model's own."""
     images: Path | None = None
-    """A folder of photographs; some of them, cut, go to the browser, and to everyone with the site. scikit-image's
+    """A folder of images; some of them, cut, go to the browser, and to everyone with the site. scikit-image's
     bundled ones by default."""
     threads: list[int] = field(default_factory=lambda: [1])
     """CPU threads of this machine's own rows."""
@@ -347,11 +347,11 @@ class _BrowserOptions:
         return self.ort_web != NAMED_CDN
 
     def _check(self) -> None:
-        from ..browser.phone_record import MOST_ROUNDS, MOST_SECONDS
+        from ..browser.phone_record import MAX_ROUNDS, MAX_SECONDS
 
         limits = {
-            "--rounds": (self.rounds, 1, MOST_ROUNDS),
-            "--sustained": (self.sustained, 2, MOST_SECONDS),
+            "--rounds": (self.rounds, 1, MAX_ROUNDS),
+            "--sustained": (self.sustained, 2, MAX_SECONDS),
         }
         checked = [(option, *limit) for option, limit in limits.items()]
         for option, value, low, high in (*checked, *(("--threads", each, 1, 1024) for each in self.threads or [0])):
@@ -361,7 +361,7 @@ class _BrowserOptions:
     def _prepare(self, folder: Path, submit: str | None, progress: Any) -> tuple[list[Any], dict[str, Any]]:
         """The files, and everything that a browser fetches."""
         from ..browser.ort_web import runtime_files
-        from ..browser.served import Pace, check_names, contents, few_photographs, prepare
+        from ..browser.served import Pace, check_names, contents, few_images, prepare
         from .cases import Settings
 
         models, checkpoint = choose_models(self.models, self.checkpoint, self.pretrained)
@@ -375,7 +375,7 @@ class _BrowserOptions:
         tried += prepare(self.peers, self.precision, plain, self.images, folder, progress)
         check_names(tried)
         pace = Pace(rounds=self.rounds, sustained_s=self.sustained)
-        return tried, contents(tried, few_photographs(self.images), runtime, pace, submit)
+        return tried, contents(tried, few_images(self.images), runtime, pace, submit)
 
     def _measure_here(self, tried: Sequence[Any], progress: Any) -> Any:
         """This machine's own measurements of the files."""
@@ -416,10 +416,10 @@ class BenchPhone(_BrowserOptions):
         check_apart(self.output, images=self.images, checkpoint=self.checkpoint)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is out of range; choose 1 to 65535, or leave it out")
-        if not 1 <= self.records <= MOST_RECORDS:
-            raise InputError(f"--records {self.records} is out of range; choose 1 to {MOST_RECORDS}")
-        if not 0 < self.minutes <= MOST_MINUTES:
-            raise InputError(f"--minutes {self.minutes:g} is out of range; choose more than 0 and up to {MOST_MINUTES}")
+        if not 1 <= self.records <= MAX_RECORDS:
+            raise InputError(f"--records {self.records} is out of range; choose 1 to {MAX_RECORDS}")
+        if not 0 < self.minutes <= MAX_MINUTES:
+            raise InputError(f"--minutes {self.minutes:g} is out of range; choose more than 0 and up to {MAX_MINUTES}")
 
     def run(self) -> dict[str, Any]:
         import segno  # noqa: F401  (where the extra is missing, that is said before anything long begins)
@@ -522,7 +522,7 @@ def write_report(measured: Any, output: Path, pictures: bool = True) -> list[Pat
 
 def show_devices(measured: Any) -> None:
     """Prints what browsers answered, and how they held their speed."""
-    table = Table("device", "model", "runtime", _right("photographs"), _right("dB"), _right("same top-1 %"), "outcome")
+    table = Table("device", "model", "runtime", _right("images"), _right("dB"), _right("same top-1 %"), "outcome")
     for each in measured.checks:
         figures = ("–", "–") if each.snr_db is None else (f"{each.snr_db:.0f}", f"{each.top1_agreement:.0f}")
         outcome = each.error or (f"timed, until: {each.incomplete}" if each.incomplete else "answers as expected")

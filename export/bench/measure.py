@@ -191,7 +191,7 @@ def _summary(running: Running, first: Running, machine: Machine) -> BenchResult:
 
 
 def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """The 50th, 90th and 99th, interpolated between neighbours."""
+    """The 50th, 90th and 99th, interpolated between neighbors."""
     p50, p90, p99 = (float(value) for value in np.quantile(values, [0.5, 0.9, 0.99]))
     return p50, p90, p99
 

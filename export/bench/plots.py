@@ -1,6 +1,6 @@
 """Pictures of measurements, as PNG files.
 
-The first eight colours are those that Okabe and Ito chose for the colour-blind.
+The first eight colors are those that Okabe and Ito chose for the color-blind.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 from .records import BenchResult, LayerTime, Measurements, Scaling, disturbance
 
@@ -23,7 +23,7 @@ OURS = "#c2410c"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5b6875", "#000000", "#b3b3b3",
            "#8c510a", "#7fcdbb")  # fmt: skip
 MARKERS = "osD^vP*X"
-MOST_PANELS = 12
+MAX_PANELS = 12
 PLACES = (
     (7, 0, "left", "center"),
     (-7, 0, "right", "center"),
@@ -38,7 +38,7 @@ PLACES = (
 NOISY = "too noisy, or too few rounds, to compare"
 LONGEST = 48
 """Characters of a name."""
-MOST_CASES = 60
+MAX_CASES = 60
 """Bars in one panel of bench.png; further cases are in bench.json."""
 
 
@@ -48,7 +48,7 @@ def draw(measurements: Measurements, folder: Path) -> list[Path]:
     for name, make in FIGURES.items():
         figure = make(measurements)
         if figure is not None:
-            with write_whole(folder / name) as partial:
+            with atomic_write(folder / name) as partial:
                 figure.savefig(partial, dpi=144, format="png")
             written.append(folder / name)
     return written
@@ -79,7 +79,7 @@ def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchRe
     found: dict[tuple[str, int], list[BenchResult]] = {}
     for result in results:
         found.setdefault((result.device, result.batch_size), []).append(result)
-    return dict(islice(found.items(), MOST_PANELS))
+    return dict(islice(found.items(), MAX_PANELS))
 
 
 def form(result: BenchResult) -> str:
@@ -110,7 +110,7 @@ def pareto(measurements: Measurements) -> Figure | None:
         for result in best:
             forms = [each.latency_ms_p50 for each in shown if _model(each) == _model(result)]
             axis.hlines(
-                result.top1 or 0, min(forms), max(forms), color=_colour(result), alpha=0.25, linewidth=1, zorder=0
+                result.top1 or 0, min(forms), max(forms), color=_color(result), alpha=0.25, linewidth=1, zorder=0
             )
         axis.margins(0.09, 0.07)
         _ticks(axis.xaxis)
@@ -133,8 +133,8 @@ def bench(measurements: Measurements) -> Figure | None:
     """A bar to each case's median, a whisker to the 90th percentile; a panel for each device and batch size."""
     if not measurements.results:
         return None
-    cases = {key: shown[:MOST_CASES] for key, shown in panels(measurements.results).items()}
-    colours = dict(zip(_unique(map(form, measurements.results)), cycle(COLOURS), strict=False))
+    cases = {key: shown[:MAX_CASES] for key, shown in panels(measurements.results).items()}
+    colors = dict(zip(_unique(map(form, measurements.results)), cycle(COLOURS), strict=False))
     rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
     figure, axes = _panels(1, len(cases), 6.8, 1.3 + 0.19 * rows)
     for axis, ((device, size), shown) in zip(axes, cases.items(), strict=True):
@@ -144,7 +144,7 @@ def bench(measurements: Measurements) -> Figure | None:
             forms = [result for result in shown if _model(result) == model]
             ticks.append((y + (len(forms) - 1) / 2, _name(forms[0], shown)))
             for result in forms:
-                _bar(axis, y, result, colours[form(result)], widest)
+                _bar(axis, y, result, colors[form(result)], widest)
                 y += 1
             y += 0.8
         axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
@@ -157,7 +157,7 @@ def bench(measurements: Measurements) -> Figure | None:
         axis.set_xlim(0, widest * 1.18)
         _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}{_disturbed(shown)}")
-    handles = [_handle(marker="s", color=colour, label=name, linestyle="") for name, colour in colours.items()]
+    handles = [_handle(marker="s", color=color, label=name, linestyle="") for name, color in colors.items()]
     if any(result.ratio_to_first is None for result in measurements.results):
         handles.append(_patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
@@ -177,7 +177,7 @@ def resolution(measurements: Measurements) -> Figure | None:
 
 
 def layers(measurements: Measurements) -> Figure | None:
-    """Where the time goes: a bar for each model, runtime and batch size, a colour for each kind of layer."""
+    """Where the time goes: a bar for each model, runtime and batch size, a color for each kind of layer."""
     bars: dict[tuple[str, str, int], list[LayerTime]] = {}
     for each in measurements.layers:
         bars.setdefault((each.model, each.runtime, each.batch_size), []).append(each)
@@ -192,11 +192,11 @@ def layers(measurements: Measurements) -> Figure | None:
     for y, parts in enumerate(bars.values()):
         left = 0.0
         for each in sorted(parts, key=lambda part: kinds.index(part.kind)):
-            colour = COLOURS[kinds.index(each.kind) % len(COLOURS)]
-            axis.barh(y, each.ms, left=left, color=colour, edgecolor="white", linewidth=0.8, label=each.kind)
+            color = COLOURS[kinds.index(each.kind) % len(COLOURS)]
+            axis.barh(y, each.ms, left=left, color=color, edgecolor="white", linewidth=0.8, label=each.kind)
             if each.ms > 0.045 * widest:
                 axis.text(left + each.ms / 2, y, f"{each.percent:.0f} %", ha="center", va="center", fontsize=8,
-                          color=_on(colour))  # fmt: skip
+                          color=_on(color))  # fmt: skip
             left += each.ms
         axis.text(left + 0.008 * widest, y, f"{left:.3g} ms", va="center", fontsize=9, color=INK)
     axis.set_yticks(range(len(bars)), [f"{_plain(model)}, {runtime}, batch {size}" for model, runtime, size in bars])
@@ -273,18 +273,18 @@ def _ticks(axis: Any) -> None:
 
 def _point(axis: Axes, result: BenchResult, marker: str, best: bool) -> None:
     """Full and dark where it is its model's best form; hollow where too noisy to be compared."""
-    colour, noisy = _colour(result), result.ratio_to_first is None
+    color, noisy = _color(result), result.ratio_to_first is None
     axis.plot(
-        result.latency_ms_p50, result.top1 or 0, marker, color=colour, markersize=8 if best else 5,
-        alpha=1 if best else 0.4, markerfacecolor="white" if noisy else colour, zorder=3 if best else 2,
+        result.latency_ms_p50, result.top1 or 0, marker, color=color, markersize=8 if best else 5,
+        alpha=1 if best else 0.4, markerfacecolor="white" if noisy else color, zorder=3 if best else 2,
     )  # fmt: skip
 
 
-def _bar(axis: Axes, y: float, result: BenchResult, colour: str, widest: float) -> None:
+def _bar(axis: Axes, y: float, result: BenchResult, color: str, widest: float) -> None:
     noisy = result.ratio_to_first is None
     above = max(0.0, result.latency_ms_p90 - result.latency_ms_p50)
     axis.barh(
-        y, result.latency_ms_p50, xerr=[[0], [above]], height=0.86, color=colour, ecolor=INK, capsize=1.5,
+        y, result.latency_ms_p50, xerr=[[0], [above]], height=0.86, color=color, ecolor=INK, capsize=1.5,
         alpha=0.45 if noisy else 1, hatch="////" if noisy else None, error_kw={"linewidth": 0.9}, edgecolor="white",
         linewidth=0,
     )  # fmt: skip
@@ -307,12 +307,12 @@ def _scaling(sweeps: list[Scaling], quantity: str, short: str) -> Figure | None:
             time = unit.startswith("ms")
             values = each.latency_ms if time else each.peak_memory_mb
             exponent = each.exponent if time else each.memory_exponent
-            colour = COLOURS[models.index(each.model) % len(COLOURS)]
+            color = COLOURS[models.index(each.model) % len(COLOURS)]
             label = f"{_plain(each.model)} {each.runtime}: {short}$^{{{exponent:.2f}}}$"
             look = ("-", "--", ":", "-.")[runtimes.index(each.runtime) % 4]
             points = [point for point in zip(each.values, values, strict=True) if point[1] > 0]  # log has no 0
-            axis.plot(*zip(*points, strict=True), look, marker="o", markersize=4, color=colour, label=label)
-            ends.append((*points[-1], label, colour))
+            axis.plot(*zip(*points, strict=True), look, marker="o", markersize=4, color=color, label=label)
+            ends.append((*points[-1], label, color))
         ticks = sorted({value for each in sweeps for value in each.values})
         if short == "batch":
             axis.set_xticks(ticks, [str(value) for value in ticks])
@@ -338,11 +338,11 @@ def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     low, high = axis.get_ylim()
     step = 0.055 * log(high / low)
     at = float("-inf")
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
+    for x, y, label, color in sorted(ends, key=lambda end: end[1]):
         at = max(log(y / low), at + step)
         axis.annotate(
-            label, (x, y), xytext=(1.02, at / log(high / low)), textcoords="axes fraction", fontsize=8.5, color=colour,
-            va="center", arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "linewidth": 0.7},
+            label, (x, y), xytext=(1.02, at / log(high / low)), textcoords="axes fraction", fontsize=8.5, color=color,
+            va="center", arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.7},
         )  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
         for x, y, across, along in PLACES:
             text = axis.annotate(
                 _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(x, y), ha=across, va=along,
-                textcoords="offset points", fontsize=10 if _ours(result) else 8.5, color=_colour(result, text=True),
+                textcoords="offset points", fontsize=10 if _ours(result) else 8.5, color=_color(result, text=True),
                 fontweight="bold" if _ours(result) else "normal",
             )  # fmt: skip
             box = text.get_window_extent(renderer)
@@ -369,7 +369,7 @@ def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
         else:
             text = axis.annotate(
                 _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(7, 0), va="center",
-                textcoords="offset points", fontsize=8, color=_colour(result, text=True),
+                textcoords="offset points", fontsize=8, color=_color(result, text=True),
             )  # fmt: skip
         taken.append(text.get_window_extent(renderer))
 
@@ -394,13 +394,13 @@ def _ours(result: BenchResult) -> bool:
     return result.model.startswith("shvit")
 
 
-def _colour(result: BenchResult, text: bool = False) -> str:
+def _color(result: BenchResult, text: bool = False) -> str:
     return OURS if _ours(result) else INK if text else MUTED
 
 
-def _on(colour: str) -> str:
-    """Black or white, whichever is read more easily on a colour."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def _on(color: str) -> str:
+    """Black or white, whichever is read more easily on a color."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
 
 

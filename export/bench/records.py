@@ -10,7 +10,7 @@ from typing import Any
 
 from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import InputError
-from shvit.files import write_whole
+from shvit.files import atomic_write
 from shvit.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
@@ -130,7 +130,7 @@ class Check:
     runtime: str
     precision: str
     images: int
-    """Photographs; 0 where it did not run."""
+    """Images; 0 where it did not run."""
     max_rel_error: float | None
     """As in a certificate, against the same file in ONNX Runtime on the machine that exported it."""
     snr_db: float | None
@@ -225,7 +225,7 @@ for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placeme
 
 def write_measurements(measurements: Measurements, path: Path) -> None:
     """Writes them as JSON, whole or not at all."""
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(to_json(asdict(measurements), indent=2) + "\n", encoding="utf-8")
 
 

@@ -114,8 +114,8 @@ def coreml_inputs(description: Any) -> dict[str, Any]:
     for each in description.input:
         if each.type.WhichOneof("Type") == "imageType":
             image = each.type.imageType
-            grey = image.colorSpace == image.ColorSpace.GRAYSCALE
-            sizes = (image.height, image.width) if grey else (image.height, image.width, 3)
+            gray = image.colorSpace == image.ColorSpace.GRAYSCALE
+            sizes = (image.height, image.width) if gray else (image.height, image.width, 3)
             inputs[each.name] = Image.fromarray(generator.integers(0, 256, sizes, dtype=np.uint8))
         else:
             sizes = tuple(each.type.multiArrayType.shape)
@@ -197,7 +197,7 @@ def random(shape: list[Any], dtype: str, batch: int) -> Any:
     return generator.standard_normal(sizes, dtype=np.float32).astype(dtype)
 
 
-MOST_WAITING = 4
+MAX_WAITING = 4
 """How many times as long by the wall a turn may last that is measured by processor time."""
 
 
@@ -216,7 +216,7 @@ def time_calls(
     def lasts() -> bool:
         waited = time.perf_counter() - start
         return waited < seconds or (
-            processor and waited < MOST_WAITING * seconds and time.process_time() - cpu < seconds
+            processor and waited < MAX_WAITING * seconds and time.process_time() - cpu < seconds
         )
 
     while len(times) < 2 or lasts():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shvit.errors import InputError
-from shvit.files import is_file, sha256, write_whole
+from shvit.files import atomic_write, is_file, sha256
 from shvit.weights.cache import cache_folder
 from shvit.weights.download import download
 
@@ -129,7 +129,7 @@ def _fetch(folder: Path, names: list[str]) -> None:
             for name in names:
                 member = archive.extractfile(f"package/dist/{name}")
                 assert member is not None  # the package's hash was right
-                with write_whole(folder / name) as partial:
+                with atomic_write(folder / name) as partial:
                     partial.write_bytes(member.read(FILES[name].size_bytes))
     finally:
         package.unlink(missing_ok=True)

@@ -11,16 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shvit.documents import parse_json
 from shvit.errors import InputError
-from shvit.files import is_there, read_bytes, write_whole
+from shvit.files import atomic_write, is_there, read_bytes
 from shvit.weights.published import published_top1
 
 from ..bench.measure import percentiles, ratio_of
 from ..bench.records import BenchResult, Check, Device, Measurements, Sustained
 
 MAX_BYTES = 16 << 20  # a record of 60 cases with as many rounds and calls as are allowed is half of that
-MOST_ROUNDS = 50
-MOST_CALLS = 300  # of a round that are told
-MOST_SECONDS = 3600
+MAX_ROUNDS = 50
+MAX_CALLS = 300  # of a round that are told
+MAX_SECONDS = 3600
 MAX_MS = 1e7
 
 CONTROL = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # would write elsewhere on a terminal
@@ -32,7 +32,7 @@ Backend = Annotated[str, Field(pattern="^(wasm|webgpu|webnn)$")]
 PRECISIONS = ("fp32", "fp16", "int8")
 Precision = Annotated[str, Field(pattern=f"^({'|'.join(PRECISIONS)})$")]
 Ms = Annotated[float, Field(ge=0, le=MAX_MS, allow_inf_nan=False)]
-Calls = Annotated[list[Ms], Field(min_length=1, max_length=MOST_CALLS)]
+Calls = Annotated[list[Ms], Field(min_length=1, max_length=MAX_CALLS)]
 Count = Annotated[int, Field(ge=0, le=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -80,7 +80,7 @@ class SaidCase(_Said):
     """Of the first opening."""
     first_ms: Ms | None
     rounds: Annotated[
-        list[Annotated[list[Ms], Field(min_length=1, max_length=MOST_CALLS)]], Field(max_length=MOST_ROUNDS)
+        list[Annotated[list[Ms], Field(min_length=1, max_length=MAX_CALLS)]], Field(max_length=MAX_ROUNDS)
     ]
     """Milliseconds of each call, in each round."""
 
@@ -90,7 +90,7 @@ class SaidSustained(_Said):
 
     case: Annotated[int, Field(ge=0, le=511)]
     """Its index among the cases."""
-    seconds: Annotated[list[Ms], Field(min_length=2, max_length=MOST_SECONDS)]
+    seconds: Annotated[list[Ms], Field(min_length=2, max_length=MAX_SECONDS)]
     """The median of each second, in milliseconds."""
 
 
@@ -251,6 +251,6 @@ def save_record(record: PhoneRecord, folder: Path) -> Path:
     number = 1
     while is_there(path := folder / f"record-{number}.json"):
         number += 1
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path

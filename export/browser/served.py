@@ -1,4 +1,4 @@
-"""What a browser is given to try: verified files, photographs cut for each of them, and the answers to be expected."""
+"""What a browser is given to try: verified files, images cut for each of them, and the answers to be expected."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,15 +12,15 @@ from shvit.certificate import certificate_path, check_unchanged, read_certificat
 from shvit.deployment import deploy
 from shvit.documents import to_json
 from shvit.errors import InputError
-from shvit.files import sha256, write_whole
+from shvit.files import atomic_write, sha256
 from shvit.weights.published import published_top1
 
-from ..backends.artifact import open_artefact
+from ..backends.artifact import open_artifact
 from ..backends.onnx import INPUT
 from ..bench.cases import Settings, Subject
-from ..images import BUNDLED, MAX_CALIBRATION, Photograph, find_photographs, read_pixels
+from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels
-from ..pipeline import FEWEST_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
+from ..pipeline import MIN_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
 from ..spec import Precision, Spec
 from ..verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures
 from ..verify import Reference
@@ -28,12 +28,12 @@ from ..web import WEB, Content
 from .ort_web import BUILDS, CDN, VERSION, integrity
 from .phone_record import NAME_CHARS, PRECISIONS
 
-MOST_PHOTOGRAPHS = 8
+MAX_SERVED_IMAGES = 8
 SCRIPTS = ("phone.js", "measure.js", "elements.js", "phone_worker.js", "pixels.js", "phone.css")
 
 
 @dataclass(frozen=True)
-class TrialModel:
+class ServedModel:
     """A file that is tried, and what is known of it."""
 
     name: str
@@ -74,13 +74,13 @@ def prepare(
     images: Path | None,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[TrialModel]:
+) -> list[ServedModel]:
     """Exports named models at each precision, verified, into `folder`; takes exported files as they are.
 
     Args:
         models: timm's names, or .onnx files of `shvit export` with their certificates.
         settings: checkpoint and size of the named models.
-        images: a folder of photographs to verify with; scikit-image's where None.
+        images: a folder of images to verify with; scikit-image's where None.
 
     Raises:
         InputError: an unknown model, a file without a certificate, or one that does not classify.
@@ -98,7 +98,7 @@ def prepare(
     return tried
 
 
-def check_names(tried: Sequence[TrialModel]) -> None:
+def check_names(tried: Sequence[ServedModel]) -> None:
     """Raises InputError if there is nothing to try, or two files would be taken for each other."""
     if not tried:
         raise InputError("nothing to try; give at least one model, and for named ones a precision")
@@ -106,23 +106,23 @@ def check_names(tried: Sequence[TrialModel]) -> None:
         raise InputError("two files are of one name and precision; a name can only be tried once")
 
 
-def take_file(path: Path) -> TrialModel:
+def take_file(path: Path) -> ServedModel:
     """A file of `shvit export onnx`, if it is the one that its certificate is of."""
-    artefact = open_artefact(path, threads=1)
-    if artefact.spec.gives == "features":
+    artifact = open_artifact(path, threads=1)
+    if artifact.spec.output_kind == "features":
         raise InputError(f"{path}: gives feature maps; export it with logits to compare answers")
-    if artefact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
+    if artifact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
         raise InputError(f"{path}: a browser is given files in {', '.join(PRECISIONS)} whose names have at most "
                          f"{NAME_CHARS} characters; rename it, or export it again")  # fmt: skip
     certificate = read_certificate(path)
     if certificate is None:
         raise InputError(f"{path}: has no certificate beside it; export it with `shvit export onnx`, which writes one")
     check_unchanged(path, sha256(path))
-    return TrialModel(
+    return ServedModel(
         name=path.name,
         path=path,
-        spec=artefact.spec,
-        labels=tuple(artefact.labels) if len(artefact.labels) == artefact.spec.num_classes else (),
+        spec=artifact.spec,
+        labels=tuple(artifact.labels) if len(artifact.labels) == artifact.spec.num_classes else (),
         certified=True,
         trained=certificate.checkpoint_sha256 is not None,
         gmacs=None,
@@ -130,29 +130,29 @@ def take_file(path: Path) -> TrialModel:
     )
 
 
-def _export(subject: Subject, precision: Precision, images: Path | None) -> TrialModel:
+def _export(subject: Subject, precision: Precision, images: Path | None) -> ServedModel:
     model, spec = subject.opened
     weights = subject.weights
     checkpoint = weights.checkpoint
     path = subject.folder / f"{subject.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes, weights.classes)
-    calibration = find_photographs(None, most=MAX_CALIBRATION if checkpoint else FEWEST_CALIBRATION)
+    calibration = sample_images(None, limit=MAX_CALIBRATION if checkpoint else MIN_CALIBRATION)
     spec = replace(spec, precision=precision)
     certified = precision != "int8" or checkpoint is not None
     if certified:
-        photographs = find_photographs(images, spec.num_classes, classes=labels)
+        samples = sample_images(images, spec.num_classes, classes=labels)
         reference = Reference(
-            model, spec, photographs, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
+            model, spec, samples, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
         )
         spec = export("onnx", path, Source(reference, spec, calibration), Options()).spec
     else:  # speed does not depend on what int8 makes of random weights
-        spec = replace(spec, kept=float_layers("onnx", deploy(model)))
+        spec = replace(spec, excluded_layers=float_layers("onnx", deploy(model)))
         certificate_path(path).unlink(missing_ok=True)  # of an earlier file
-        with write_whole(path) as partial:
+        with atomic_write(path) as partial:
             reference = Reference(model, spec, [], "", labels)
             source = Source(reference, spec, calibration)
             int8_onnx_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
-    return TrialModel(
+    return ServedModel(
         name=subject.name,
         path=path,
         spec=spec,
@@ -164,17 +164,17 @@ def _export(subject: Subject, precision: Precision, images: Path | None) -> Tria
     )
 
 
-def few_photographs(folder: Path | None) -> list[Photograph]:
-    """Some of a folder's photographs, spread evenly; scikit-image's where None."""
-    return find_photographs(folder, most=MOST_PHOTOGRAPHS)
+def few_images(folder: Path | None) -> list[ImageFile]:
+    """Some of a folder's images, spread evenly; scikit-image's where None."""
+    return sample_images(folder, limit=MAX_SERVED_IMAGES)
 
 
 # --- what is served ---------------------------------------------------------------------------------------------------
 
 
 def contents(
-    tried: Sequence[TrialModel],
-    photographs: Sequence[Photograph],
+    tried: Sequence[ServedModel],
+    images: Sequence[ImageFile],
     runtime: dict[str, Path] | None,
     pace: Pace,
     submit: str | None,
@@ -189,8 +189,8 @@ def contents(
     served |= {f"ort/{name}": Content.of(path) for name, path in (runtime or {}).items()}
     trial = {
         "runtime": _runtime(hosted=runtime is not None),
-        "models": [_describe(each, photographs, served) for each in tried],
-        "photographs": len(photographs),
+        "models": [_describe(each, images, served) for each in tried],
+        "images": len(images),
         "pace": asdict(pace),
         "submit": submit,
     }
@@ -227,9 +227,9 @@ def _runtime(hosted: bool) -> dict[str, Any]:
     return {"version": VERSION, "builds": builds}
 
 
-def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict[str, Content]) -> dict[str, Any]:
+def _describe(model: ServedModel, images: Sequence[ImageFile], served: dict[str, Content]) -> dict[str, Any]:
     """A model for the page; adds its files to what is served, each of them once."""
-    pixels = read_pixels(photographs, model.spec)
+    pixels = read_pixels(images, model.spec)
     return {
         "model": model.name,
         "precision": model.spec.precision,
@@ -239,7 +239,7 @@ def _describe(model: TrialModel, photographs: Sequence[Photograph], served: dict
         "labels": _add(served, Content.of(to_json(list(model.labels)).encode(), ".json"), ".json"),
         "spec": asdict(model.spec),
         "input": INPUT,
-        "tolerance": tolerance(model.spec.precision, len(photographs)),
+        "tolerance": tolerance(model.spec.precision, len(images)),
         "certified": model.certified,
         "trained": model.trained,
         "gmacs": model.gmacs,
@@ -262,13 +262,13 @@ def tolerance(precision: Precision, images: int) -> dict[str, float]:
     }
 
 
-def expected(model: TrialModel, pixels: torch.Tensor) -> torch.Tensor:
+def expected(model: ServedModel, pixels: torch.Tensor) -> torch.Tensor:
     """What the file answers in ONNX Runtime on this machine, as its certificate compared it with its model.
 
     Args:
         pixels: uint8 (n, C, H, W).
     """
-    return open_artefact(model.path)(pixels).float()
+    return open_artifact(model.path)(pixels).float()
 
 
 def _binary(tensor: torch.Tensor) -> Content:

@@ -21,8 +21,8 @@ from ..web import Content
 from .phone_record import MAX_BYTES, PhoneRecord, read_record
 
 RECORDS = "records"
-MOST_CONNECTIONS = 128
-MOST_OF_ONE = 16  # connections from one address; a browser opens six or so
+MAX_CONNECTIONS = 128
+MAX_PER_ADDRESS = 16  # connections from one address; a browser opens six or so
 MAX_HEADER_BYTES = 16 << 10
 WAIT_S = 20.0  # for a request's head, and for its body; a record takes a phone a second
 BLOCK = 1 << 18
@@ -110,8 +110,8 @@ class _Server(HTTPServer):
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
         contexts: list[Any] = [connection.context for connection in self._connections]
         if (
-            sum(context.address[0] == address[0] for context in contexts) >= MOST_OF_ONE
-            or len(contexts) >= MOST_CONNECTIONS
+            sum(context.address[0] == address[0] for context in contexts) >= MAX_PER_ADDRESS
+            or len(contexts) >= MAX_CONNECTIONS
         ):
             stream.close()
             return

@@ -6,12 +6,12 @@ from html import escape
 from pathlib import Path
 
 from shvit.errors import InputError
-from shvit.files import is_file, is_there, sha256, write_whole
+from shvit.files import atomic_write, is_file, is_there, sha256
 
 from ..bench.explorer import write_explorer
 from ..bench.records import Measurements
 from ..web import FRONT_TITLE, WEB, Content, is_page
-from .served import SCRIPTS, TrialModel, policy
+from .served import SCRIPTS, ServedModel, policy
 
 ISOLATION = "isolation.js"
 HEADERS = """/*
@@ -45,7 +45,7 @@ def check_site_folder(folder: Path) -> None:
 
 
 def write_site(
-    folder: Path, served: Mapping[str, Content], tried: Sequence[TrialModel], measured: Measurements, hosted: bool
+    folder: Path, served: Mapping[str, Content], tried: Sequence[ServedModel], measured: Measurements, hosted: bool
 ) -> list[Path]:
     """Writes the site into `folder`, each of its files whole or not at all, and removes those of an earlier one.
 
@@ -64,7 +64,7 @@ def write_site(
     for name, content in files.items():
         if is_file(folder / name) and sha256(folder / name) == content.sha256:
             continue  # as an earlier site had it
-        with write_whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_bytes(content.read())
     write_explorer(folder / "explorer.html", measured)
     for path in (folder / "files").iterdir():
@@ -73,7 +73,7 @@ def write_site(
     return [folder / "explorer.html", *(folder / name for name in files)]
 
 
-def _row(model: TrialModel) -> str:
+def _row(model: ServedModel) -> str:
     """A line of the table of models."""
     top1 = "–" if model.top1 is None else f"{model.top1:.1f}"
     gmacs = "–" if model.gmacs is None else f"{model.gmacs:.2f}"

@@ -1,4 +1,4 @@
-"""One page of sections, with pictures, tables and photographs."""
+"""One page of sections, with pictures, tables and images."""
 
 import base64
 import io
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from shvit.files import write_whole
+from shvit.files import atomic_write
 
 INK, ACCENT, MUTED = "#1c2733", "#c2410c", "#2f6690"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One held-out photograph and what the exported file says of it."""
+    """One held-out image and what the exported file says of it."""
 
-    photograph: Image.Image
+    image: Image.Image
     truth: str
     predicted: str
     probability: float
@@ -49,21 +49,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def gallery(predictions: Sequence[Prediction]) -> str:
-    """Photographs with what was said of them; wrong answers are marked."""
+    """Images with what was said of them; wrong answers are marked."""
     figures = []
     for item in predictions:
         right = item.predicted == item.truth
         caption = f"{item.predicted} {100 * item.probability:.0f} %" + ("" if right else f", is {item.truth}")
         mark = "right" if right else "wrong"
         figures.append(
-            f'<figure class="{mark}"><img alt="{escape(item.truth)}" src="{_thumbnail(item.photograph)}">'
+            f'<figure class="{mark}"><img alt="{escape(item.truth)}" src="{_thumbnail(item.image)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
     return f'<div class="gallery">{"".join(figures)}</div>'
 
 
-def _thumbnail(photograph: Image.Image, size: int = 144) -> str:
-    small = photograph.convert("RGB")
+def _thumbnail(image: Image.Image, size: int = 144) -> str:
+    small = image.convert("RGB")
     small.thumbnail((size, size))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
@@ -96,5 +96,5 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], f
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1><p>{escape(lead)}</p>{body}<footer>{escape(footer)}</footer></body></html>\n"
     )
-    with write_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")

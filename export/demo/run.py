@@ -1,4 +1,4 @@
-"""The whole line on real photographs: train → export → verify → evaluate → time → one page.
+"""The whole line on real images: train → export → verify → evaluate → time → one page.
 
 Each step is the command that a user would type, run through the command table.
 """
@@ -17,12 +17,12 @@ from shvit.files import check_output_folder, check_replaceable
 from shvit.train.data import eval_loader, open_dataset
 from shvit.train.evaluate import Evaluation, evaluate
 
-from ..backends.artifact import Predict, open_artefact, torch_predict
+from ..backends.artifact import Predict, open_artifact, torch_predict
 from ..bench.records import disturbance, measurements_from
 from . import report
 
 TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
-SHOWN = 18  # photographs in the page
+SHOWN = 18  # images in the page
 SHOWN_WRONG = 6
 NEAR_TIES = 0.5  # percent: on another processor an image whose two highest logits are equal may turn
 console = terminal.console()
@@ -30,7 +30,7 @@ console = terminal.console()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The held-out photographs, through PyTorch and through the exported file."""
+    """The held-out images, through PyTorch and through the exported file."""
 
     torch: Evaluation
     onnx: Evaluation
@@ -47,7 +47,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
         What each step returned, and the seconds it took.
 
     Raises:
-        CheckFailed: an artefact drifts, or the ONNX file's accuracy is further from PyTorch's than near-ties explain.
+        CheckFailed: an artifact drifts, or the ONNX file's accuracy is further from PyTorch's than near-ties explain.
     """
     check_output_folder(output)
     check_replaceable(output / "report.html")
@@ -69,7 +69,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
     model = torch_predict(_model(trained))
     accuracy = _evaluate(output / "model.onnx", model, data)
-    console.print(f"held-out photographs: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
+    console.print(f"held-out images: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
     models = [*TIMED, output / "model.onnx"]
     timed = step("time", "bench", "--models", *models, "--rounds", 9, "--output", output / "bench")
     _write_report(output, data, trained, onnx, coreml, accuracy, timed)
@@ -98,13 +98,13 @@ def _model(trained: dict[str, Any]) -> torch.nn.Module:
     return create_model(trained["model"], trained["checkpoint"])
 
 
-def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
-    """Both accuracies on the same held-out photographs.
+def _evaluate(artifact: Path, model: Predict, data: Path | None) -> Accuracy:
+    """Both accuracies on the same held-out images.
 
     Raises:
         CheckFailed: they differ by more than `NEAR_TIES`.
     """
-    exported = open_artefact(artefact)
+    exported = open_artifact(artifact)
     dataset, spec = open_dataset(data, "val"), exported.spec
     accuracy = Accuracy(
         evaluate(model, eval_loader(dataset, spec.transform(), batch_size=32), spec.num_classes),
@@ -112,16 +112,16 @@ def _evaluate(artefact: Path, model: Predict, data: Path | None) -> Accuracy:
     )
     if abs(accuracy.torch.top1 - accuracy.onnx.top1) > NEAR_TIES:
         raise CheckFailed(
-            f"{artefact} is right on {accuracy.onnx.top1:.2f} % of the held-out photographs, its model on "
+            f"{artifact} is right on {accuracy.onnx.top1:.2f} % of the held-out images, its model on "
             f"{accuracy.torch.top1:.2f} %",
             asdict(accuracy),
         )
     return accuracy
 
 
-def _predictions(artefact: Path, data: Path | None) -> list[report.Prediction]:
-    """What the exported file says of held-out photographs: up to `SHOWN_WRONG` mistakes among right answers."""
-    predict = open_artefact(artefact)
+def _predictions(artifact: Path, data: Path | None) -> list[report.Prediction]:
+    """What the exported file says of held-out images: up to `SHOWN_WRONG` mistakes among right answers."""
+    predict = open_artifact(artifact)
     dataset, transform = open_dataset(data, "val"), predict.spec.transform(normalize=False)
     targets = [target for _, target in dataset.samples]
     answers = [predict(transform(dataset[index][0])[None]).softmax(dim=1)[0] for index in range(len(dataset))]
@@ -154,14 +154,14 @@ def _write_report(
     measured = measurements_from(timed)
     assert measured.machine is not None  # nothing was measured elsewhere
     certificate, package = onnx["certificate"], coreml["certificate"]
-    source = str(data) if data else "ELPV: electroluminescence photographs of solar cells (CC BY-NC-SA 4.0)"
+    source = str(data) if data else "ELPV: electroluminescence images of solar cells (CC BY-NC-SA 4.0)"
     figures = (
-        ("photographs compared", lambda c: f"{c['images']} ({c['image_source']})"),
+        ("images compared", lambda c: f"{c['images']} ({c['image_source']})"),
         ("largest difference of two logits", lambda c: f"{c['max_abs_error']:.1e}"),
         ("relative to the logits' spread", lambda c: f"{c['max_rel_error']:.1e}"),
         ("signal to noise", lambda c: f"{c['snr_db']:.0f} dB"),
         ("same top-1", lambda c: f"{c['top1_agreement']:.1f} %"),
-        ("size", lambda c: f"{c['artefact_bytes'] / 1e6:.1f} MB"),
+        ("size", lambda c: f"{c['artifact_bytes'] / 1e6:.1f} MB"),
     )
     drift = [(name, figure(certificate), figure(package)) for name, figure in figures]
     drift += [
@@ -171,14 +171,14 @@ def _write_report(
     disturbed = f" of wall time; {said}" if (said := disturbance(measured.results)) else ""
     sections = [
         report.Section(
-            "Photographs",
-            "Held-out photographs and what the ONNX file says of them, mistakes among them.",
+            "Images",
+            "Held-out images and what the ONNX file says of them, mistakes among them.",
             report.gallery(_predictions(output / "model.onnx", data)),
         ),
         report.Section(
             "Training",
             f"{trained['model']} from scratch at {trained['img_size']} px for {trained['epochs']} epochs: "
-            f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out photographs, which also chose the best epoch.",
+            f"{accuracy.torch.top1:.2f} % on {accuracy.torch.n} held-out images, which also chose the best epoch.",
             report.picture(output / "train" / "curves.png", "loss and accuracy over epochs"),
         ),
         report.Section(
@@ -196,5 +196,5 @@ def _write_report(
         ),
     ]
     made_with = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
-    lead = f"{trained['model']} trained on real photographs, exported, verified and timed. Photographs: {source}."
-    report.write_page(output / "report.html", "SHViT, from photographs to phone", lead, sections, made_with)
+    lead = f"{trained['model']} trained on real images, exported, verified and timed. Images: {source}."
+    report.write_page(output / "report.html", "SHViT, from images to phone", lead, sections, made_with)

@@ -565,7 +565,7 @@ def crop(x, crop_height, crop_width):
     return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
 
 
-# --- quantisation and classes -----------------------------------------------------------------------------------------
+# --- quantization and classes -----------------------------------------------------------------------------------------
 
 
 def _along(values: Any, axis: Any, rank: int) -> Any:

@@ -25,7 +25,7 @@ from ..spec import Spec
 from .operations import OPERATIONS
 
 MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
-"""How PIL calls the colours that Core ML can be given."""
+"""How PIL calls the colors that Core ML can be given."""
 
 
 MAIN = "main"

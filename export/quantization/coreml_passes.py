@@ -24,7 +24,7 @@ from ..mil.program import LAYERS, Program
 from ..spec import Spec
 from .ranges import LEVELS, Range, best_range, histogram
 
-LEAST_SCALE = 2.0**-14  # float16's smallest normal number
+MIN_SCALE = 2.0**-14  # float16's smallest normal number
 
 
 def pipeline(
@@ -34,13 +34,13 @@ def pipeline(
     keep: Collection[str],
     ranges: dict[str, Range],
 ) -> Any:
-    """coremltools' own passes, then ours, then its quantiser of weights, as `spec.precision` needs them.
+    """coremltools' own passes, then ours, then its quantizer of weights, as `spec.precision` needs them.
 
     Args:
         names: of the modules that are layers, by their names in what was traced.
         calibration: inputs of the traced graph, (1, C, H, W).
-        keep: names of layers that are not quantised.
-        ranges: of layers' inputs, by the layer's name; those that are missing are learnt and put in.
+        keep: names of layers that are not quantized.
+        ranges: of layers' inputs, by the layer's name; those that are missing are learned and put in.
     """
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass("shvit::name_layers")
@@ -102,8 +102,8 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
         layers = [op for op in layers_of(prog) if self._is_wanted(op)]
         if missing := [op for op in layers if op.name not in self.ranges]:
             tensors = list(dict.fromkeys(op.inputs["x"] for op in missing))
-            learnt = calibrate(Program(function, "the traced model"), tensors, self.calibration)
-            self.ranges.update({op.name: learnt[op.inputs["x"]] for op in missing})
+            learned = calibrate(Program(function, "the traced model"), tensors, self.calibration)
+            self.ranges.update({op.name: learned[op.inputs["x"]] for op in missing})
         if layers:
             _insert(function, layers, [self.ranges[op.name] for op in layers])
 
@@ -131,7 +131,7 @@ def _insert(block: Any, layers: Sequence[Any], ranges: Sequence[tuple[float, flo
 def _round_trip(source: Any, low: float, high: float, before: Any) -> Any:
     """The tensor through 8 bits and back."""
     dtype = np.float16 if source.dtype == types.fp16 else np.float32
-    scale = dtype(max((high - low) / LEVELS, LEAST_SCALE))
+    scale = dtype(max((high - low) / LEVELS, MIN_SCALE))
     zero_point = np.uint8(min(round(-low / float(scale)), LEVELS))
     levels = Builder.quantize(input=source, scale=scale, zero_point=zero_point, output_dtype="uint8", before_op=before)
     return Builder.dequantize(input=levels, scale=scale, zero_point=zero_point, before_op=before)
@@ -139,7 +139,7 @@ def _round_trip(source: Any, low: float, high: float, before: Any) -> Any:
 
 @register_pass(namespace="shvit")
 class quantize_weights(AbstractGraphPass):  # noqa: N801
-    """Applies coremltools' quantiser, int8 with a scale for each output channel, to the weights of layers.
+    """Applies coremltools' quantizer, int8 with a scale for each output channel, to the weights of layers.
 
     They are named to it one by one: by kind of operation it refuses programs in which a norm and a convolution share a
     constant, as they do wherever two are equal.

@@ -1,8 +1,8 @@
-"""int8 for ONNX Runtime and OpenVINO: a float ONNX file into one with quantised convolutions and linear layers.
+"""int8 for ONNX Runtime and OpenVINO: a float ONNX file into one with quantized convolutions and linear layers.
 
 Activations are unsigned 8-bit with a range for each tensor, weights signed 8-bit with a scale for each output channel.
 What lies between the layers (additions, attention's softmax and products, norms, gates) stays in float32, and is given
-what is not rounded: quantising these too cost 0.8 to 2 dB on trained models, and a signal that is rounded wherever a
+what is not rounded: quantizing these too cost 0.8 to 2 dB on trained models, and a signal that is rounded wherever a
 layer reads it, with rounded logits at the end, 4 to 8 dB.
 """
 
@@ -35,13 +35,13 @@ class LayerRanges(NamedTuple):
 
 
 class Unfolded(nn.Module):
-    """x + (W - δ)∗x in place of W∗x, δ being 1 at each kernel's centre: what the identity carries is not rounded."""
+    """x + (W - δ)∗x in place of W∗x, δ being 1 at each kernel's center: what the identity carries is not rounded."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = copy.deepcopy(conv)
         with torch.no_grad():
-            self.conv.weight[_centre(conv)] -= 1
+            self.conv.weight[_center(conv)] -= 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv(x)
@@ -67,10 +67,10 @@ def _holds_identity(conv: nn.Conv2d) -> bool:
     sides = zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
     if not all(2 * padding == dilation * (size - 1) and size % 2 for padding, dilation, size in sides):
         return False
-    return conv.weight[_centre(conv)].mean().item() > 0.5  # nearer to 1 than to 0: |W - δ| < |W|
+    return conv.weight[_center(conv)].mean().item() > 0.5  # nearer to 1 than to 0: |W - δ| < |W|
 
 
-def _centre(conv: nn.Conv2d) -> tuple[Any, ...]:
+def _center(conv: nn.Conv2d) -> tuple[Any, ...]:
     return (slice(None), 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
 
 
@@ -86,7 +86,7 @@ def activation_ranges(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict
 
     Args:
         model: deployed, in eval mode; gives logits or feature maps.
-        batches: normalised photographs (B, C, H, W).
+        batches: normalized images (B, C, H, W).
     """
     model = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
 
     nodes = [node for node in proto.graph.node if node.op_type in LAYERS]
     if unknown := [node.name for node in nodes if node.name not in ranges]:
-        raise InputError(f"{spec.model} cannot be quantised: {unknown[0]} is no module of it; choose another precision")
+        raise InputError(f"{spec.model} cannot be quantized: {unknown[0]} is no module of it; choose another precision")
     tensors: dict[str, Range] = {}
     for node in nodes:
         if node.op_type not in FLOAT_OUTPUTS:
@@ -177,11 +177,11 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*spec.kept, *others],
+            nodes_to_exclude=[*spec.excluded_layers, *others],
             extra_options={"OpTypesToExcludeOutputQuantization": [*FLOAT_OUTPUTS]},
         )
     quantized = onnx.load(path)
-    _round_for_layers_alone(quantized, spec.kept)
+    _round_for_layers_alone(quantized, spec.excluded_layers)
     save_onnx(quantized, path, spec, labels, tensors)
 
 
@@ -228,7 +228,7 @@ def layer_noise(model: nn.Module, batch: torch.Tensor) -> dict[str, float]:
 
     Args:
         model: deployed, in eval mode.
-        batch: normalised photographs (B, C, H, W).
+        batch: normalized images (B, C, H, W).
 
     Returns:
         The power of the outputs' change over that of the outputs, by the layer's dotted name.

@@ -12,7 +12,7 @@ LEVELS = 255  # steps between 256 levels
 BINS = 32  # per octave
 LEAST, OCTAVES = 2.0**-20, 37  # up to beyond float16's largest
 NARROWEST = 28  # eighths of an octave: ranges down to a tenth of what was seen
-CUT = 4.0  # photographs to come have values further out than those seen; a cut value's error counts double
+CUT = 4.0  # images to come have values further out than those seen; a cut value's error counts double
 
 _magnitudes = LEAST * 2.0 ** ((torch.arange(BINS * OCTAVES, dtype=torch.float64) + 0.5) / BINS)
 CENTERS = torch.cat([-_magnitudes.flip(0), _magnitudes])

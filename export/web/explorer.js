@@ -25,7 +25,7 @@ const forms = unique(results.map(formOf));
 const devices = unique(results.map((result) => result.device));
 const deviceName = (device) => device || (data.machine ? data.machine.processor : "this machine");
 const onDevice = (result) => (devices.length > 1 ? ` on ${deviceName(result.device)}` : "");
-const colourOf = (device) => `c${devices.indexOf(device) % 12}`;
+const colorOf = (device) => `c${devices.indexOf(device) % 12}`;
 const shapeOf = (result) => SHAPES[forms.indexOf(formOf(result)) % SHAPES.length];
 const nameOf = (result) =>
   results.some((other) => other.model === result.model && other.img_size !== result.img_size)
@@ -156,7 +156,7 @@ function scatter() {
   parts.over,
   frame(size, x, y, apart(decades(fastest, slowest), x, 34), steps(low, high),
     "ms per image, logarithmic", "ImageNet top-1, %"),
-  ...fronts.map((front) => svg("path", { class: `front ${colourOf(front[0].device)}`, d: line(front) })),
+  ...fronts.map((front) => svg("path", { class: `front ${colorOf(front[0].device)}`, d: line(front) })),
   parts.limit, parts.ghosts,
   ...parts.points.map(({ element }) => element));
   parts.plot.replaceChildren(chart);
@@ -171,7 +171,7 @@ function key() {
   const item = (mark, text) => h("li", {}, svg("svg", { width: 18, height: 14, viewBox: "-9 -7 18 14" }, mark), text);
   return [
     ...(all ? ratedDevices : []).map((device) =>
-      h("li", {}, h("i", { class: `swatch ${colourOf(device)}` }), deviceName(device))),
+      h("li", {}, h("i", { class: `swatch ${colorOf(device)}` }), deviceName(device))),
     ...unique(here.map(formOf)).map((form) =>
       item(svg("path", { class: "mark", d: SHAPES[forms.indexOf(form) % SHAPES.length] }), form)),
     item(svg("path", { class: "front", d: "M-8,4H0V-4H8" }),
@@ -187,7 +187,7 @@ const placeOf = (result) => formOf(result) + (state.device === ALL ? onDevice(re
 function point(result, x, y) {
   const select = () => { state.selected = result; mark(); };
   return svg("g", {
-    class: `point ${colourOf(result.device)}${isOurs(result) ? " ours" : ""}`
+    class: `point ${colorOf(result.device)}${isOurs(result) ? " ours" : ""}`
       + `${isNumber(result.ratio_to_first) ? "" : " noisy"}`,
     transform: `translate(${x(result.latency_ms_p50)},${y(result.top1)})`,
     tabindex: 0, role: "button",
@@ -263,7 +263,7 @@ function mark() {
     `, takes ${number(group[0].latency_ms_p50, "ms")}.`];
   if (groups.length > 1)
     parts.verdict.replaceChildren("Within ", budget, " per image, the most accurate is",
-      ...groups.map((group, i) => h("span", { class: `line ${colourOf(group[0].device)}` },
+      ...groups.map((group, i) => h("span", { class: `line ${colorOf(group[0].device)}` },
         `on ${deviceName(group[0].device)}: `, ...(bests[i] ? found(bests[i], ", ") : ["none: ", ...none(group)]))));
   else if (bests[0])
     parts.verdict.replaceChildren("Within ", budget, " per image, the most accurate is ", ...found(bests[0], ": "));

@@ -15,7 +15,7 @@ function numerics(checks) {
   const columns = [
     ["model", (check) => check.model], ["outcome", (check) => (check.error ? "failed" : check.incomplete ? "passed, cut short" : "passed")], ["runs in", formOf],
     ...(several ? [["device", (check) => deviceName(check.device)]] : []),
-    ["photographs", (check) => String(check.images)],
+    ["images", (check) => String(check.images)],
     ["largest relative error", (check) => scientific(check.max_rel_error)],
     ["SNR dB", (check) => (check.max_rel_error === 0 ? "∞" : fixed(1)(check.snr_db))],
     ["same top-1 %", (check) => fixed(1)(check.top1_agreement)],
@@ -33,7 +33,7 @@ function numerics(checks) {
       h("tbody", {}, ...checks.map((check) => h("tr", { class: check.error ? "failed" : null },
         ...columns.map(([title, get], i) => (i ? h("td", { class: looks[title] }, get(check))
           : h("th", { scope: "row" }, get(check))))))))),
-    h("p", { class: "note" }, "Before anything was timed, answers to photographs were compared with those of the same "
+    h("p", { class: "note" }, "Before anything was timed, answers to images were compared with those of the same "
       + "file in ONNX Runtime on the machine that exported it."));
 }
 

@@ -5,10 +5,10 @@ import { normalize } from "./pixels.js";
 const PATIENCE_S = 180; // for one answer of a worker; a backend that takes longer is given up
 const OVERHEAD_S = 0.5; // of a turn, besides what is timed: opening, warming up
 const WARM_UP = 3; // calls of a turn that are not timed
-const FEWEST = 3; // calls of a turn
-const MOST_CALLS = 300; // of a turn that are told
-const MOST_ERROR = 1e6; // relative; JSON has no word for infinity
-const MOST_THREADS = 4; // more of them than fast cores slow every call down
+const MIN_CALLS = 3; // calls of a turn
+const MAX_CALLS = 300; // of a turn that are told
+const MAX_ERROR = 1e6; // relative; JSON has no word for infinity
+const MAX_THREADS = 4; // more of them than fast cores slow every call down
 
 // --- files ------------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ export async function findBackends(served) {
   const missing = {};
   let gpu = "";
   const cores = navigator.hardwareConcurrency ?? 1;
-  const threads = Math.min(MOST_THREADS, Math.max(2, Math.ceil(cores / 2)));
+  const threads = Math.min(MAX_THREADS, Math.max(2, Math.ceil(cores / 2)));
   const secure = needsHttps(served);
   if (!self.crossOriginIsolated)
     missing["threads in wasm"] = self.isSecureContext
@@ -171,25 +171,25 @@ export class Engine {
 
 export const nameOf = ({ model, precision }) => `${model} ${precision}`;
 
-// --- photographs and answers ------------------------------------------------------------------------------------------
+// --- images and answers ------------------------------------------------------------------------------------------
 
-/** What a model is fed for pixels (H, W, C): these, or they normalised. */
+/** What a model is fed for pixels (H, W, C): these, or they normalized. */
 export function feedOf({ spec }, pixels) {
-  const { img_size: px, in_chans: chans, takes_pixels: raw } = spec;
+  const { img_size: px, in_chans: chans, uint8_input: raw } = spec;
   return raw ? { type: "uint8", data: pixels, dims: [1, px, px, chans] }
     : { type: "float32", data: normalize(pixels, spec), dims: [1, chans, px, px] };
 }
 
-/** The trial's photographs for a model, cut as its certificate's were. */
-export async function photographsOf(trial, model) {
-  const all = new Uint8Array(await bytesOf(model.pixels, "the photographs"));
-  const size = all.length / trial.photographs;
-  return Array.from({ length: trial.photographs }, (_, i) => feedOf(model, all.slice(i * size, (i + 1) * size)));
+/** The trial's images for a model, cut as its certificate's were. */
+export async function imagesOf(trial, model) {
+  const all = new Uint8Array(await bytesOf(model.pixels, "the images"));
+  const size = all.length / trial.images;
+  return Array.from({ length: trial.images }, (_, i) => feedOf(model, all.slice(i * size, (i + 1) * size)));
 }
 
-/** Answers of an open model to the photographs, compared with the expected ones; the time and the input of the first. */
+/** Answers of an open model to the images, compared with the expected ones; the time and the input of the first. */
 async function check(engine, trial, model) {
-  const inputs = await photographsOf(trial, model);
+  const inputs = await imagesOf(trial, model);
   const expected = new Float32Array(await bytesOf(model.expected, "the expected answers"));
   const { answers, calls } = await engine.ask("answer", { inputs });
   const probabilities = model.spec.outputs[0] === "probabilities";
@@ -221,7 +221,7 @@ export function compare(expected, answers, tolerance, probabilities = false) {
   const far = errors.filter((error) => error > tolerance.max_rel_error * spread).length;
   const higher = tolerance.confidence_sigmas * deviation(distances, errors); // what the SNR may be above this one
   const beside = (scale) => ({
-    snr_db: decibels(scale, noise), max_rel_error: largest && Math.min(largest / scale, MOST_ERROR),
+    snr_db: decibels(scale, noise), max_rel_error: largest && Math.min(largest / scale, MAX_ERROR),
   });
   const holds = ({ snr_db, max_rel_error: share }) =>
     snr_db + higher >= tolerance.snr_db && decisions <= tolerance.max_changed
@@ -310,7 +310,7 @@ async function undisturbed(work) {
 const rounded = (ms) => Math.round(1000 * ms) / 1000;
 /** Some of a turn's calls, spread evenly. */
 const thinned = (calls) => {
-  const step = Math.ceil(calls.length / MOST_CALLS);
+  const step = Math.ceil(calls.length / MAX_CALLS);
   return calls.filter((_, i) => i % step === 0).map(rounded);
 };
 /** Words that a terminal can print as they are. */
@@ -377,7 +377,7 @@ export async function measure(plan, { say, changed, second, signal }) {
         await attempt(item, async (engine) => {
           await engine.open(item.model);
           const { calls } = await undisturbed(() =>
-            engine.ask("time", { input: item.input, seconds: turn, warmUp: WARM_UP, fewest: FEWEST }));
+            engine.ask("time", { input: item.input, seconds: turn, warmUp: WARM_UP, minCalls: MIN_CALLS }));
           await engine.ask("close");
           item.rounds.push(thinned(calls));
         });
@@ -408,7 +408,7 @@ export async function measure(plan, { say, changed, second, signal }) {
     const before = spent;
     while (elapsed() < length) {
       say(`sustained run, second ${Math.ceil(elapsed()) || 1} of ${length}: ${titleOf(item)}`, spent / total);
-      const { calls } = await engine.ask("time", { input: item.input, seconds: 1, warmUp: 0, fewest: 1 });
+      const { calls } = await engine.ask("time", { input: item.input, seconds: 1, warmUp: 0, minCalls: 1 });
       seconds.push(rounded(quantile(calls, 0.5)));
       spent = before + Math.min(elapsed(), length);
       second(index, seconds, item);

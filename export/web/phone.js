@@ -229,7 +229,7 @@ function tryIt(trial, { backends }) {
   const seen = h("div", { class: "seen hidden" }, canvas, answers);
   let open = null; // {key, engine, model, labels}
   let stream = null;
-  let photograph = null; // the last one that was chosen
+  let image = null; // the last one that was chosen
   let turn = Promise.resolve(); // one picture after the other
 
   async function opened() {
@@ -291,12 +291,12 @@ function tryIt(trial, { backends }) {
       await new Promise(requestAnimationFrame);
     }
   }
-  const again = guarded(async () => photograph && !stream && classify(photograph));
+  const again = guarded(async () => image && !stream && classify(image));
   model.addEventListener("change", again);
   backend.addEventListener("change", again);
   file.addEventListener("change", () => {
     stopCamera();
-    [photograph = null] = file.files;
+    [image = null] = file.files;
     again();
     file.value = "";
   });
@@ -307,7 +307,7 @@ function tryIt(trial, { backends }) {
     element: section("Try it",
       h("p", { class: "note" }, "Pictures stay in this page. They are cut and resized as the model's certificate says."),
       h("div", { class: "panel" }, model, backend, h("div", { class: "buttons" }, camera,
-        h("button", { type: "button", onclick: () => file.click() }, "Choose a photograph"), file)),
+        h("button", { type: "button", onclick: () => file.click() }, "Choose an image"), file)),
       status, seen),
   };
 }
@@ -413,7 +413,7 @@ async function start() {
   stopButton.addEventListener("click", () => stop.abort());
 
   root.replaceChildren(
-    h("p", { class: "note" }, "Each model first classifies photographs whose answers are known; only one that gives "
+    h("p", { class: "note" }, "Each model first classifies images whose answers are known; only one that gives "
       + "them is timed. Keep this page in the foreground, and unplug the phone if you want its everyday speed."),
     asked, section("Progress", status, bar, bars, sparks), result, tried.element,
     h("p", { class: "note" }, `onnxruntime-web ${trial.runtime.version}. `,

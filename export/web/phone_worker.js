@@ -3,7 +3,7 @@
 
 // A model of one Relu: its first opening makes ONNX Runtime compile its WebAssembly and start its threads.
 const TINY = "CAo6MwoMCgF4EgF5IgRSZWx1EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQFA==";
-const MOST = 20000; // calls of a turn
+const MAX_CALLS = 20000; // calls of a turn
 
 let ort = null;
 let provider = null;
@@ -65,12 +65,12 @@ const TASKS = {
   },
 
   /** The milliseconds of each call of so many seconds, after some calls that are not timed. */
-  async time({ input, seconds, warmUp, fewest }) {
+  async time({ input, seconds, warmUp, minCalls }) {
     const feed = tensorOf(input);
     for (let i = 0; i < warmUp; i += 1) await run(feed);
     const calls = [];
     const end = performance.now() + 1000 * seconds;
-    while (calls.length < fewest || (performance.now() < end && calls.length < MOST)) {
+    while (calls.length < minCalls || (performance.now() < end && calls.length < MAX_CALLS)) {
       const start = performance.now();
       await run(feed);
       calls.push(performance.now() - start);

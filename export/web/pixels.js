@@ -1,9 +1,9 @@
-// From a photograph or a camera frame to what a model is fed, with the very pixels of export/spec.py's transform:
+// From an image or a camera frame to what a model is fed, with the very pixels of export/spec.py's transform:
 // timm's evaluation transform over torchvision and Pillow. A `spec` has the fields of export/spec.py's Spec.
 
 const MAX_PIXELS = 40_000_000; // of one image; its copies here take 320 MB
-const STRIP = 256; // rows that are read at once: a canvas of a whole photograph is too large for some phones
-const BITS = 22; // of Pillow's fixed point: 32 less 8 of a grey level and 2 for sums out of range
+const STRIP = 256; // rows that are read at once: a canvas of a whole image is too large for some phones
+const BITS = 22; // of Pillow's fixed point: 32 less 8 of a gray level and 2 for sums out of range
 const HALF = 1 << (BITS - 1);
 
 /** Pillow's filters: how far they reach, in source pixels at scale 1, and their weight at a distance x ≥ 0. */
@@ -86,7 +86,7 @@ export function cut(image, spec) {
     for (let i = 0; i < pixels.length; i++) pixels[i] = fill[i % chans];
   }
 
-  const data = chans === 1 ? grey(image.data) : image.data;
+  const data = chans === 1 ? gray(image.data) : image.data;
   const whole = { data, row: 4 * image.width, column: 4 };
   const source = within(whole, y.first, x.first);
   const target = within({ data: pixels, row: 3 * size, column: 3 }, y.margin, x.margin);
@@ -180,8 +180,8 @@ function pass(source, target, rows, { starts, counts, weights, taps, shown }) {
   }
 }
 
-/** RGBA → the same grey level four times over, as Pillow converts to "L". */
-function grey(rgba) {
+/** RGBA → the same gray level four times over, as Pillow converts to "L". */
+function gray(rgba) {
   const levels = new Uint32Array(rgba.length / 4);
   for (let i = 0; i < levels.length; i++) {
     const level = (19595 * rgba[4 * i] + 38470 * rgba[4 * i + 1] + 7471 * rgba[4 * i + 2] + 0x8000) >> 16;
@@ -190,7 +190,7 @@ function grey(rgba) {
   return new Uint8ClampedArray(levels.buffer);
 }
 
-// --- normalising --------------------------------------------------------------------------------------------------
+// --- normalizing --------------------------------------------------------------------------------------------------
 
 /**
  * Spec.normalize of pixels that `cut` gave, in float32 as torch does it.

@@ -27,9 +27,9 @@ CLASSES = ("red", "blue")
 
 
 def write_coco(folder: Path, images: int = 8) -> Path:
-    """Photographs of 96×128 pixels with red and blue rectangles in noise, `photographs/` and `annotations.json`."""
+    """Images of 96×128 pixels with red and blue rectangles in noise, `images/` and `annotations.json`."""
     rng = np.random.default_rng(0)
-    (folder / "photographs").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     entries, annotations = [], []
     for number in range(images):
         pixels = rng.integers(0, 100, (96, 128, 3), dtype=np.uint8)
@@ -50,7 +50,7 @@ def write_coco(folder: Path, images: int = 8) -> Path:
                 }
             )
         name = f"{number}.png"
-        Image.fromarray(pixels).save(folder / "photographs" / name)
+        Image.fromarray(pixels).save(folder / "images" / name)
         entries.append({"id": number, "file_name": name, "width": 128, "height": 96})
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
     content = {"images": entries, "annotations": annotations, "categories": categories}
@@ -86,14 +86,14 @@ model = dict(
     neck=dict(in_channels={list(TINY["embed_dim"])}, out_channels={dim}),{heads}
 )
 train_pipeline = [
-    dict(type="LoadPhotograph"),
+    dict(type="LoadImage"),
     dict(type="LoadAnnotations", with_bbox=True{masked}),
     dict(type="Resize", scale=(128, 96), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadPhotograph"),
+    dict(type="LoadImage"),
     dict(type="Resize", scale=(128, 96), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True{masked}),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
@@ -102,7 +102,7 @@ data = dict(
     metainfo=dict(classes={CLASSES!r}),
     data_root="{coco}/",
     ann_file="annotations.json",
-    data_prefix=dict(img="photographs/"),
+    data_prefix=dict(img="images/"),
 )
 loading = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline, **data), **loading)
@@ -143,7 +143,7 @@ def changed(coco, tmp_path, change):
 
 
 def report_of(coco, tmp_path, change, use=LEARN):
-    return inspect(changed(coco, tmp_path, change), coco / "photographs", use)
+    return inspect(changed(coco, tmp_path, change), coco / "images", use)
 
 
 def every(entries, **fields):

@@ -158,7 +158,7 @@ def test_a_file_with_many_problems_is_one_refusal(coco, tmp_path):
 
     path = changed(coco, tmp_path, change)
     with pytest.raises(InputError) as caught:
-        check_annotations(path, coco / "photographs", CLASSES, masks=True)
+        check_annotations(path, coco / "images", CLASSES, masks=True)
     message = str(caught.value)
     assert message.startswith(f"{path}: 13 problems: file not found: 1 image (")
     assert "7 annotations (draw them, or train RetinaNet or Faster R-CNN" in message
@@ -207,7 +207,7 @@ def test_json_lines_are_named(tmp_path):
 
 
 def test_missing_files_are_looked_for(coco, tmp_path):
-    report = report_of(coco, tmp_path, every("images", file_name=lambda e: f"photographs\\{e['file_name']}"))
+    report = report_of(coco, tmp_path, every("images", file_name=lambda e: f"images\\{e['file_name']}"))
     assert report.counts["file not found"] == 4
     assert f"all are below {coco}: set data_prefix's img to that folder" in report.refusal()
     report = report_of(coco, tmp_path, first("images", file_name="0.JPG"))
@@ -298,7 +298,7 @@ def turned(folder, orientation, before):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for image in content["images"]:
-        path = coco / "photographs" / image["file_name"]
+        path = coco / "images" / image["file_name"]
         pixels = Image.open(path)
         if orientation > 4:
             pixels = pixels.transpose(Image.Transpose.ROTATE_90)
@@ -307,7 +307,7 @@ def turned(folder, orientation, before):
         if before:
             image["width"], image["height"] = pixels.size
     (coco / "annotations.json").write_text(json.dumps(content))
-    return inspect(coco / "annotations.json", coco / "photographs", LEARN)
+    return inspect(coco / "annotations.json", coco / "images", LEARN)
 
 
 def test_exif_is_what_the_reader_makes_of_it(tmp_path):
@@ -334,10 +334,10 @@ def test_sizes_are_held_against_the_header(coco, tmp_path):
 
 def test_files_that_are_no_images_are_named(tmp_path):
     coco = write_coco(tmp_path, images=4)
-    (coco / "photographs" / "1.png").write_bytes(b"nothing")
-    (coco / "photographs" / "2.png").write_bytes(b"")
-    Image.new("RGB", (128, 96)).save(coco / "photographs" / "3.png", "TGA")  # OpenCV does not read it
-    report = inspect(coco / "annotations.json", coco / "photographs", LEARN)
+    (coco / "images" / "1.png").write_bytes(b"nothing")
+    (coco / "images" / "2.png").write_bytes(b"")
+    Image.new("RGB", (128, 96)).save(coco / "images" / "3.png", "TGA")  # OpenCV does not read it
+    report = inspect(coco / "annotations.json", coco / "images", LEARN)
     assert report.counts == {"file not readable": 3}
     assert "image 1 (1.png) is not an image" in report.refusal()
     assert "image 3 (3.png) is TGA, which OpenCV does not read" in report.refusal()
@@ -362,7 +362,7 @@ def test_what_is_left_is_what_mmdetection_learns_from(tmp_path):
     for annotation in by_image[3]:
         annotation["category_id"] = 3
     content["annotations"] = [each for each in content["annotations"] if each["image_id"] not in (4, 5)]
-    Image.new("RGB", (128, 30)).save(coco / "photographs" / "6.png")
+    Image.new("RGB", (128, 30)).save(coco / "images" / "6.png")
     content["images"][6]["height"] = 30
     for annotation in by_image[6]:
         annotation.update(bbox=[1, 1, 20, 20], segmentation=[[1, 1, 21, 1, 21, 21]])
@@ -503,7 +503,7 @@ def test_validation_images_that_are_trained_with_are_counted(coco, tmp_path):
     other = write_coco(tmp_path / "other", images=6)  # the first four are those of `coco`
     content = json.loads((other / "annotations.json").read_text())
     for image in content["images"]:
-        path = other / "photographs" / image["file_name"]
+        path = other / "images" / image["file_name"]
         image["file_name"] = f"renamed-{path.name}"
         path.rename(path.with_name(image["file_name"]))
     (other / "annotations.json").write_text(json.dumps(content))

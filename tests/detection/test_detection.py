@@ -30,7 +30,7 @@ KINDS = ("mask-rcnn", "retinanet")
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Eight photographs of 96×128 pixels with red and blue rectangles, and their annotations."""
+    """Eight images of 96×128 pixels with red and blue rectangles, and their annotations."""
     return write_coco(tmp_path_factory.mktemp("coco"))
 
 
@@ -77,17 +77,17 @@ def weights(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def photographs(coco):
-    return coco / "photographs"
+def images(coco):
+    return coco / "images"
 
 
 @pytest.fixture(scope="module")
-def exported(trained, weights, photographs, tmp_path_factory):
+def exported(trained, weights, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     results = {}
     for kind, (config, _) in trained.items():
         path = folder / f"{kind}.onnx"
-        given = ["--checkpoint", str(weights[kind]), "--images", str(photographs), "--img-size", "96", "128"]
+        given = ["--checkpoint", str(weights[kind]), "--images", str(image_folder), "--img-size", "96", "128"]
         results[kind] = path, run(["detect", "export", str(config), *given, "--output", str(path)])
     return results
 
@@ -216,7 +216,7 @@ def test_exported_detector_finds_what_its_model_finds(exported, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_precision_of_the_file_is_that_of_its_model(trained, weights, exported, kind):
     config, _ = trained[kind]
-    given = ["--checkpoint", str(weights[kind]), "--artefact", str(exported[kind][0])]
+    given = ["--checkpoint", str(weights[kind]), "--artifact", str(exported[kind][0])]
     result = run(["detect", "eval", str(config), *given])
     assert result["n"] == 8
     torch_ap, onnx_ap = (result["results"][name]["ap"] for name in ("pytorch", "onnxruntime"))
@@ -242,7 +242,7 @@ def test_precision_is_mmdetections_own(trained):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_file_takes_a_photograph_without_anything_on_it(exported, kind):
+def test_file_takes_a_image_without_anything_on_it(exported, kind):
     detector = open_onnx(exported[kind][0])
     found = detector.run(np.full((1, 96, 128, 3), 128, np.uint8), np.array([96, 128]))
     numbers = {name: value.shape[0] for name, value in found.items()}
@@ -264,43 +264,43 @@ def test_a_detector_of_nothing_gives_empty_outputs(trained, weights, tmp_path):
     assert [value.shape for value in found.values()] == [(0, 4), (0,), (0,), (0, 28, 28)]
 
 
-def test_drift_is_refused_and_leaves_nothing(trained, weights, photographs, tmp_path, monkeypatch):
+def test_drift_is_refused_and_leaves_nothing(trained, weights, image_folder, tmp_path, monkeypatch):
     """A file that takes blue for red."""
     run_file = OnnxDetector.detect
 
-    def swapped(self, photograph):
-        return run_file(self, {**photograph, "inputs": photograph["inputs"].flip(0)})
+    def swapped(self, image):
+        return run_file(self, {**image, "inputs": image["inputs"].flip(0)})
 
     monkeypatch.setattr(OnnxDetector, "detect", swapped)
     config, _ = trained["mask-rcnn"]
-    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(photographs), "--img-size", "96"]
+    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(image_folder), "--img-size", "96"]
     with pytest.raises(CheckFailed, match="drifts from its model"):
         run(["detect", "export", str(config), *given, "--output", str(tmp_path / "m.onnx")])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_backbone_and_neck_become_a_core_ml_package(trained, weights, photographs, tmp_path):
+def test_backbone_and_neck_become_a_core_ml_package(trained, weights, image_folder, tmp_path):
     config, _ = trained["mask-rcnn"]
     output = tmp_path / "m.mlpackage"
-    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(photographs), "--img-size", "96"]
+    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(image_folder), "--img-size", "96"]
     result = run(["detect", "export", str(config), *given, "--output", str(output)])
     certificate = result["certificate"]
     assert certificate["passed"] is not False  # a few images leave it undecided
     assert certificate["runtime"] == "mil"
     assert certificate["spec"]["outputs"] == tuple(f"stride_{stride}" for stride in (4, 8, 16, 32, 64))
     assert output.is_dir()
-    checked = ["--model", f"detector:{config}", "--checkpoint", str(weights["mask-rcnn"]), "--images", str(photographs)]
-    assert run(["verify", str(output), *checked])["passed"] is not False
+    checked = ["--model", f"detector:{config}", "--checkpoint", str(weights["mask-rcnn"])]
+    assert run(["verify", str(output), *checked, "--images", str(image_folder)])["passed"] is not False
 
 
-def test_a_file_that_changed_after_it_was_certified_is_noticed(trained, exported, photographs, tmp_path):
+def test_a_file_that_changed_after_it_was_certified_is_noticed(trained, exported, image_folder, tmp_path):
     config, _ = trained["mask-rcnn"]
     for suffix in ("", ".certificate.json"):
         name = exported["mask-rcnn"][0].name + suffix
         shutil.copy(exported["mask-rcnn"][0].with_name(name), tmp_path / name)
     changed = tmp_path / "mask-rcnn.onnx"
     changed.write_bytes(changed.read_bytes() + b"\x7a\x00")  # an empty field that a reader skips
-    given = ["--artefact", str(changed), "--images", str(photographs), "--output", str(tmp_path / "drawn")]
+    given = ["--artifact", str(changed), "--images", str(image_folder), "--output", str(tmp_path / "drawn")]
     with pytest.raises(CheckFailed, match="has changed since it was certified"):
         run(["detect", "predict", str(config), *given])
     assert not (tmp_path / "drawn").exists()
@@ -309,27 +309,27 @@ def test_a_file_that_changed_after_it_was_certified_is_noticed(trained, exported
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_have_the_photographs_size_and_what_was_found(trained, exported, photographs, tmp_path):
+def test_pictures_have_the_images_size_and_what_was_found(trained, exported, image_folder, tmp_path):
     config, _ = trained["mask-rcnn"]
-    given = ["--artefact", str(exported["mask-rcnn"][0]), "--images", str(photographs), "--score", "0.2"]
+    given = ["--artifact", str(exported["mask-rcnn"][0]), "--images", str(image_folder), "--score", "0.2"]
     result = run(["detect", "predict", str(config), *given, "--output", str(tmp_path)])
     assert len(result["found"]) == 8
     assert any(result["found"].values())
     for name, found in result["found"].items():
         drawn = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-        original = np.asarray(Image.open(photographs / name.removesuffix(".png")).convert("RGB"))
+        original = np.asarray(Image.open(image_folder / name.removesuffix(".png")).convert("RGB"))
         assert drawn.shape == original.shape
         assert np.array_equal(drawn, original) == (not found)
         assert set(found) <= {"red", "blue"}
 
 
-def test_boxes_stay_inside_the_photograph(trained, weights, photographs):
+def test_boxes_stay_inside_the_image(trained, weights, image_folder):
     """At a size with a wide border around it."""
     config, _ = trained["retinanet"]
     from shvit.detection.detector import open_detector
 
     detect = torch_detect(open_detector(open_config(str(config)), weights["retinanet"]))
-    found = detect(preparation(fixed_pipeline((128, 128)))(next(photographs.iterdir())))
+    found = detect(preparation(fixed_pipeline((128, 128)))(next(image_folder.iterdir())))
     assert len(found)
     assert found.boxes[:, 0::2].max() <= 128
     assert found.boxes[:, 1::2].max() <= 96
@@ -338,7 +338,7 @@ def test_boxes_stay_inside_the_photograph(trained, weights, photographs):
 # --- other backbones --------------------------------------------------------------------------------------------------
 
 
-def test_any_model_of_timms_is_a_backbone_in_the_same_config(coco, photographs, tmp_path):
+def test_any_model_of_timms_is_a_backbone_in_the_same_config(coco, image_folder, tmp_path):
     """Trained, exported, and matched."""
     text = write_config(tmp_path / "config.py", "mask-rcnn", coco).read_text()
     own = next(line for line in text.splitlines() if line.strip().startswith("backbone="))
@@ -351,7 +351,7 @@ def test_any_model_of_timms_is_a_backbone_in_the_same_config(coco, photographs, 
     torch.manual_seed(0)
     model = spread(build_detector(open_config(str(config))))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "peer.pth")
-    given = ["--checkpoint", str(tmp_path / "peer.pth"), "--images", str(photographs), "--img-size", "96"]
+    given = ["--checkpoint", str(tmp_path / "peer.pth"), "--images", str(image_folder), "--img-size", "96"]
     result = run(["detect", "export", str(config), *given, "--output", str(tmp_path / "peer.onnx")])
     assert result["certificate"]["match"]["matched_percent"] == 100
 
@@ -375,7 +375,7 @@ def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
         (tmp_path / "pets" / "annotations.json").read_text().replace('"red"', '"cat"').replace('"blue"', '"dog"')
     )
     for split in ("train", "val"):
-        shutil.copytree(tmp_path / "pets" / "photographs", tmp_path / "pets" / split)
+        shutil.copytree(tmp_path / "pets" / "images", tmp_path / "pets" / split)
         (tmp_path / "pets" / f"{split}.json").write_text(annotations)
     Path("pets.py").write_text(block("own"))
     assert len(block("own").splitlines()) <= 10
@@ -408,15 +408,15 @@ def test_faster_rcnn_on_the_page_trains_on_boxes_alone(coco, tmp_path, monkeypat
     assert not any("segm" in name for name in result["ap"])
 
 
-def test_program_on_the_page_finds_what_the_command_finds(exported, photographs, tmp_path, monkeypatch):
-    """On a photograph that has to be shrunk and gets a border."""
+def test_program_on_the_page_finds_what_the_command_finds(exported, image_folder, tmp_path, monkeypatch):
+    """On an image that has to be shrunk and gets a border."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(exported["mask-rcnn"][0], "mine.onnx")
-    Image.open(photographs / "0.png").resize((201, 170), Image.Resampling.BICUBIC).save("photograph.png")
+    Image.open(image_folder / "0.png").resize((201, 170), Image.Resampling.BICUBIC).save("image.png")
     found: dict = {}
-    exec(block("use").replace("photograph.jpg", "photograph.png"), found)
+    exec(block("use").replace("image.jpg", "image.png"), found)
     detector = open_onnx(Path("mine.onnx"))
-    expected = detector.detect(preparation(fixed_pipeline((96, 128)))(Path("photograph.png")))
+    expected = detector.detect(preparation(fixed_pipeline((96, 128)))(Path("image.png")))
     assert len(expected) > 0
     assert np.allclose(found["scores"], expected.scores, atol=1e-5)
     assert np.allclose(found["boxes"], expected.boxes, atol=1e-3)

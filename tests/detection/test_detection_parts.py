@@ -233,11 +233,11 @@ def test_gradient_checkpointing_changes_no_gradient():
     saving.load_state_dict(randomize(plain).state_dict())
     for backbone in (plain, saving):
         sum(each.square().mean() for each in backbone(images(1, 3, 64, 64))).backward()
-    learnt = [
+    learned = [
         (one, other) for one, other in zip(plain.parameters(), saving.parameters(), strict=True) if one.grad.any()
     ]
-    assert len(learnt) > 50
-    for one, other in learnt:
+    assert len(learned) > 50
+    for one, other in learned:
         assert_close(other.grad, one.grad)
 
 
@@ -519,13 +519,13 @@ def test_backbone_and_neck_are_a_model_with_feature_maps(coco, tmp_path):
     ]
 
 
-# --- photographs ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_photograph_is_named(tmp_path, workers):
+def test_a_corrupt_image_is_named(tmp_path, workers):
     coco = write_coco(tmp_path / "coco", images=4)
-    path = coco / "photographs" / "2.png"
+    path = coco / "images" / "2.png"
     path.write_bytes(path.read_bytes()[:700])
     config = write_config(tmp_path / "c.py", "retinanet", coco)
     options = [f"train_dataloader.num_workers={workers}"]

@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.parameters import compare_parameters
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify
@@ -47,8 +47,8 @@ def measure(kinds: list[str]) -> tuple[Points, int, int]:
     return points, tried, refused
 
 
-def _point(artefact, reference) -> tuple[tuple[float, float], str]:
-    opened = open_artefact(artefact, 1, rounded=True) if isinstance(artefact, Path) else artefact
+def _point(artifact, reference) -> tuple[tuple[float, float], str]:
+    opened = open_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
     weights = compare_parameters(opened.parameters(), _quantizable(opened, reference)).worst
     try:
         certificate = certify(opened, reference)

@@ -16,11 +16,11 @@ from torch import nn
 
 from shvit.deployment import DeployedSHSA, deploy
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import Artefact, open_artefact
+from shvit.export.backends.artifact import Artifact, open_artifact
 from shvit.export.backends.coreml import write_coreml
 from shvit.export.backends.onnx import SPEC_KEY, metadata, save_onnx, spec_from, write_onnx
 from shvit.export.backends.openvino import write_openvino
-from shvit.export.images import Photograph
+from shvit.export.images import ImageFile
 from shvit.export.pipeline import Format, Source, float_layers
 from shvit.export.quantization.qdq import LayerRanges, Unfolded, activation_ranges, quantize_onnx
 from shvit.export.spec import Precision, Spec
@@ -29,7 +29,7 @@ from shvit.export.wrappers import Probabilities, layers
 from tests.trained_models import PX, draw_images, trained
 
 
-def source_of(model: nn.Module, spec: Spec, drawn: Sequence[Photograph], calibration: Sequence[Photograph]) -> Source:
+def source_of(model: nn.Module, spec: Spec, drawn: Sequence[ImageFile], calibration: Sequence[ImageFile]) -> Source:
     """What files are made from; the weights count as a checkpoint's."""
     labels = [f"class {index}" for index in range(spec.num_classes)]
     reference = Reference(model, spec, drawn, "drawn", labels, checkpoint=Path(__file__))
@@ -165,7 +165,7 @@ def onnx_softmax(proto: Any) -> None:
 
 
 def onnx_normalization(mean: Sequence[float], std: Sequence[float]) -> OnnxDefect:
-    """The file normalises with these constants."""
+    """The file normalizes with these constants."""
 
     def change(proto: Any) -> None:
         shape = lambda values: np.array(values).reshape(-1, 1, 1)  # noqa: E731
@@ -248,19 +248,19 @@ def spec_defects(spec: Spec) -> dict[str, Spec]:
         "said: channels swapped": replace(spec, mean=spec.mean[::-1], std=spec.std[::-1]),
         "said: mean wrong": replace(spec, mean=(0.5,) * 3),
         "said: std wrong": replace(spec, std=(0.5,) * 3),
-        "said: off by 2 grey levels": replace(spec, mean=tuple(each + 2 / 255 for each in spec.mean)),
+        "said: off by 2 gray levels": replace(spec, mean=tuple(each + 2 / 255 for each in spec.mean)),
         "said: another filter": replace(spec, interpolation=other),
         "said: crop_pct ignored": replace(spec, crop_pct=1.0),
     }
 
 
 def inner_spec_defects(spec: Spec) -> dict[str, Spec]:
-    """Wrong constants in a file that normalises pixels itself."""
+    """Wrong constants in a file that normalizes pixels itself."""
     return {
         "inside: channels swapped": replace(spec, mean=spec.mean[::-1], std=spec.std[::-1]),
         "inside: mean wrong": replace(spec, mean=(0.5,) * 3),
         "inside: std wrong": replace(spec, std=(0.5,) * 3),
-        "inside: off by 2 grey levels": replace(spec, mean=tuple(each + 2 / 255 for each in spec.mean)),
+        "inside: off by 2 gray levels": replace(spec, mean=tuple(each + 2 / 255 for each in spec.mean)),
     }
 
 
@@ -358,7 +358,7 @@ class Workshop:
         self.folder = folder
         training = draw_images(folder / "train", classes, max(128, 2 * classes), seed=1)
         self.model, plain = trained(classes, training, seed, steps=max(40, classes // 5))
-        self.spec = replace(plain, takes_pixels=True)
+        self.spec = replace(plain, uint8_input=True)
         drawn = draw_images(folder / "val", classes, images, seed=2)
         calibration = draw_images(folder / "calibration", classes, max(64, min(classes, 256)), seed=3)
         self.source = source_of(self.model, self.spec, drawn, calibration)
@@ -418,7 +418,7 @@ class Workshop:
         labels = self.source.labels if labels is None else labels
         path, spec = self.path(".onnx"), replace(spec or self.spec, precision=precision)
         if precision == "int8":
-            spec = replace(spec, kept=self.kept())
+            spec = replace(spec, excluded_layers=self.kept())
             quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
         else:
             save_onnx(proto, path, spec, labels)
@@ -430,7 +430,7 @@ class Workshop:
     def openvino(self, precision: Precision, onnx_file: Path, labels: Sequence[str] | None = None) -> Path:
         """An IR made of an ONNX file."""
         path = self.path(".xml")
-        spec = replace(open_artefact(onnx_file, 1).spec, precision=precision)
+        spec = replace(open_artifact(onnx_file, 1).spec, precision=precision)
         write_openvino(onnx_file, path, spec, self.source.labels if labels is None else labels)
         return path
 
@@ -462,11 +462,11 @@ class Workshop:
         weights = lambda _: deploy(model, PX)  # noqa: E731
         return self.onnx(precision, smaller, weights=weights, labels=labels, spec=spec), reference
 
-    def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artefact | Path, Reference]:
+    def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artifact | Path, Reference]:
         """A file with one deliberate defect, and what it is held against."""
         reference, labels = self.reference, [*self.source.labels[1:], self.source.labels[0]]
         if defect.startswith("said: "):
-            sound = open_artefact(self.sound(kind, precision), 1, rounded=True)
+            sound = open_artifact(self.sound(kind, precision), 1, rounded=True)
             return replace(sound, spec=spec_defects(sound.spec)[defect]), reference
         if defect == "labels permuted":
             if kind == "coreml":
@@ -507,7 +507,7 @@ class Workshop:
             wrong = inner_spec_defects(self.spec)[defect]
             return self._changed(precision, onnx_normalization(wrong.mean, wrong.std))
         ranges = dict(self.source.ranges()) if precision == "int8" else None
-        if ranges is not None and defect == "a ReLU missing":  # learnt with the ReLU they would cut off what it does
+        if ranges is not None and defect == "a ReLU missing":  # learned with the ReLU they would cut off what it does
             ranges = self._ranges_without_relu()
         place = "after" if defect == "logits given as probabilities" else "before"
         return self.onnx(precision, ranges=ranges, **{place: ONNX_GRAPH_DEFECTS[defect]})
@@ -523,10 +523,10 @@ class Workshop:
         onnx.save(proto, path)
         return path
 
-    def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artefact:
+    def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artifact:
         if defect.startswith("inside: "):
             path = self.coreml(precision, spec=inner_spec_defects(self.spec)[defect])
-            opened = open_artefact(path, 1)
+            opened = open_artifact(path, 1)
             said = replace(self.spec, precision=precision)
             return replace(opened, spec=said)
         if defect in {**WEIGHT_DEFECTS, **GRAPH_DEFECTS}:
@@ -572,10 +572,10 @@ def unfold_like(deployed: nn.Module, unfolded: nn.Module) -> nn.Module:
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def judged(artefact: Artefact | Path, reference: Reference) -> tuple[str, str]:
+def judged(artifact: Artifact | Path, reference: Reference) -> tuple[str, str]:
     """passed, refused or undecided, and what it was refused by."""
     try:
-        opened = open_artefact(artefact, 1, rounded=True) if isinstance(artefact, Path) else artefact
+        opened = open_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
         certificate = certify(opened, reference)
     except CheckFailed as error:
         return "refused", str(error)

@@ -1,4 +1,4 @@
-"""Artefacts against onnx.checker, ONNX Runtime, coremltools and PyTorch."""
+"""Artifacts against onnx.checker, ONNX Runtime, coremltools and PyTorch."""
 
 import errno
 import json
@@ -19,9 +19,9 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.onnx import operators, read_onnx
-from shvit.export.images import find_photographs, read_pixels
+from shvit.export.images import read_pixels, sample_images
 from shvit.export.spec import Spec, open_model, randomize_norms
 from tests.conftest import settle
 
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     model = timm.create_model("tiny_vit", num_classes=CLASSES)
     randomize_norms(model)
     spec = Spec.of("tiny_vit", model, 64)
-    settle(model, spec.normalize(read_pixels(find_photographs(None), spec)))
+    settle(model, spec.normalize(read_pixels(sample_images(None), spec)))
     write_checkpoint(model.state_dict(), folder / "s1.safetensors")
     source = ["--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
     half = ["--precision", "fp16"]
@@ -58,7 +58,7 @@ def test_onnx_file_is_valid_and_says_what_it_wants(made):
     assert not any(
         "Identity" in name or "BatchNormalization" in name for name in operators(read_onnx(folder / "s1.onnx"))
     )
-    spec = open_artefact(folder / "s1.onnx").spec
+    spec = open_artifact(folder / "s1.onnx").spec
     assert spec == Spec.of("tiny_vit", model, 64)
     assert spec.num_classes == CLASSES
     assert spec.mean == IMAGENET_DEFAULT_MEAN
@@ -87,7 +87,7 @@ def test_certificate_stands_beside_the_file_and_holds_its_hash(made):
 
     certificate = json.loads((folder / "s1.onnx.certificate.json").read_text())
     assert certificate == json.loads(json.dumps(results["onnx"]["certificate"]))
-    assert certificate["artefact_sha256"] == hashlib.sha256((folder / "s1.onnx").read_bytes()).hexdigest()
+    assert certificate["artifact_sha256"] == hashlib.sha256((folder / "s1.onnx").read_bytes()).hexdigest()
     assert certificate["checkpoint_sha256"] == hashlib.sha256((folder / "s1.safetensors").read_bytes()).hexdigest()
     assert certificate["passed"]
     assert certificate["images"] >= 20
@@ -121,9 +121,9 @@ def test_half_precision_halves_the_weights_and_keeps_the_answers(made, kind):
     whole, half = results[kind]["certificate"], results[f"{kind} fp16"]["certificate"]
     assert half["passed"]
     assert 34 < half["snr_db"] < 70 < whole["snr_db"]
-    assert whole["artefact_bytes"] - half["artefact_bytes"] > 1.7 * sum(p.numel() for p in model.parameters())
+    assert whole["artifact_bytes"] - half["artifact_bytes"] > 1.7 * sum(p.numel() for p in model.parameters())
     suffix = ".onnx" if kind == "onnx" else ".mlpackage"
-    assert open_artefact(folder / f"half{suffix}").spec.precision == "fp16"
+    assert open_artifact(folder / f"half{suffix}").spec.precision == "fp16"
 
 
 def test_half_precision_onnx_computes_in_half_and_runs_at_any_batch(made):
@@ -157,7 +157,7 @@ def swap_colors(proto) -> None:
 
 
 def scale_again(proto) -> None:
-    """The first constant that a value is multiplied or normalised by."""
+    """The first constant that a value is multiplied or normalized by."""
     main = proto.mlProgram.functions["main"]
     for op in main.block_specializations[main.opset].operations:
         values = op.attributes["val"].immediateValue.tensor.floats.values if op.type == "const" else ()
@@ -187,7 +187,7 @@ def test_coreml_package_that_was_damaged_is_found_out(made, tmp_path, damage):
         run(options)
 
 
-def test_file_that_says_another_normalisation_is_found_out(made, tmp_path):
+def test_file_that_says_another_normalization_is_found_out(made, tmp_path):
     folder, _, _ = made
     proto = onnx.load(folder / "s1.onnx")
     (said,) = [prop for prop in proto.metadata_props if prop.key == "shvit.spec"]
@@ -205,7 +205,7 @@ def test_file_that_says_other_outputs_than_it_has_is_refused(made, tmp_path):
         said.value = json.dumps({**json.loads(said.value), "outputs": outputs})
         onnx.save(proto, tmp_path / "s1.onnx")
         with pytest.raises(InputError, match=r"says that it gives|its description of its input") as error:
-            open_artefact(tmp_path / "s1.onnx")
+            open_artifact(tmp_path / "s1.onnx")
         assert "\n" not in str(error.value)
 
 
@@ -222,7 +222,7 @@ def test_changed_byte_is_noticed_by_the_certificate(made, tmp_path, name):
     file.write_bytes(content)
     with pytest.raises(CheckFailed, match="has changed since it was certified"):
         run(options)
-    (tmp_path / f"{name}.certificate.json").write_text(json.dumps({"artefact": "b", "artefact_sha256": "0"}))
+    (tmp_path / f"{name}.certificate.json").write_text(json.dumps({"artifact": "b", "artifact_sha256": "0"}))
     with pytest.raises(InputError, match="is the certificate of another file, b"):
         run(options)
     (tmp_path / f"{name}.certificate.json").write_text("{")
@@ -240,7 +240,7 @@ def test_accuracy_of_a_package_is_that_of_its_model(made, tmp_path):
     source = ["--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors", "--img-size", "64"]
     figures = [
         run(["eval", "--data", str(tmp_path), *options])
-        for options in (source, ["--artefact", f"{folder}/s1.mlpackage"], ["--artefact", f"{folder}/s1.onnx"])
+        for options in (source, ["--artifact", f"{folder}/s1.mlpackage"], ["--artifact", f"{folder}/s1.onnx"])
     ]
     assert figures[1]["per_class"] == figures[0]["per_class"] == figures[2]["per_class"]
     assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], abs=1e-4)
@@ -282,11 +282,11 @@ def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monke
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
-@pytest.mark.parametrize("blocked", ["the artefact", "its certificate"])
+@pytest.mark.parametrize("blocked", ["the artifact", "its certificate"])
 def test_output_of_the_wrong_kind_is_refused_before_any_work(tmp_path, monkeypatch, kind, suffix, blocked):
     monkeypatch.setattr("shvit.export.main.open_model", None)
     output = tmp_path / f"s1{suffix}"
-    target = output if blocked == "the artefact" else output.with_name(f"s1{suffix}.certificate.json")
+    target = output if blocked == "the artifact" else output.with_name(f"s1{suffix}.certificate.json")
     target.write_text("") if target.suffix == ".mlpackage" else target.mkdir()
     with pytest.raises(InputError, match=r"is a (file|folder); choose another name") as error:
         run(["export", kind, "--model", "shvit_s1", "--output", str(output)])
@@ -295,7 +295,7 @@ def test_output_of_the_wrong_kind_is_refused_before_any_work(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
-def test_no_certificate_stays_without_its_artefact(made, tmp_path, monkeypatch, kind, suffix):
+def test_no_certificate_stays_without_its_artifact(made, tmp_path, monkeypatch, kind, suffix):
     folder, _, _ = made
     rename = Path.replace
 
@@ -318,47 +318,47 @@ def test_peers_of_timm_go_through_the_same_code(tmp_path):
     assert "BatchNormalization" not in operators(read_onnx(tmp_path / "m.onnx"))
 
 
-def test_model_of_one_channel_sees_grey_levels(tmp_path):
+def test_model_of_one_channel_sees_gray_levels(tmp_path):
     import coremltools as ct
 
     model = timm.create_model("shvit_s1", num_classes=2, in_chans=1).eval()
     randomize_norms(model)
     spec = Spec.of("shvit_s1", model, 64)
-    settle(model, spec.normalize(read_pixels(find_photographs(None), spec)))
-    write_checkpoint(model.state_dict(), tmp_path / "grey.pth")
-    source = ["--model", "shvit_s1", "--checkpoint", f"{tmp_path}/grey.pth", "--img-size", "64"]
-    assert run(["export", "onnx", *source, "--output", f"{tmp_path}/grey.onnx"])["certificate"]["passed"]
-    run(["export", "coreml", *source, "--output", f"{tmp_path}/grey.mlpackage"])
-    package = ct.models.MLModel(f"{tmp_path}/grey.mlpackage", skip_model_load=True)
+    settle(model, spec.normalize(read_pixels(sample_images(None), spec)))
+    write_checkpoint(model.state_dict(), tmp_path / "gray.pth")
+    source = ["--model", "shvit_s1", "--checkpoint", f"{tmp_path}/gray.pth", "--img-size", "64"]
+    assert run(["export", "onnx", *source, "--output", f"{tmp_path}/gray.onnx"])["certificate"]["passed"]
+    run(["export", "coreml", *source, "--output", f"{tmp_path}/gray.mlpackage"])
+    package = ct.models.MLModel(f"{tmp_path}/gray.mlpackage", skip_model_load=True)
     color_space = package.get_spec().description.input[0].type.imageType.colorSpace
     assert color_space == ct.proto.FeatureTypes_pb2.ImageFeatureType.GRAYSCALE
 
-    spec = open_artefact(tmp_path / "grey.onnx").spec
+    spec = open_artifact(tmp_path / "gray.onnx").spec
     assert spec.shape == (1, 64, 64)
     rng = np.random.default_rng(0)
-    photograph = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    grey = np.asarray(photograph.convert("L").resize((73, 73), Image.Resampling.BICUBIC), dtype=np.float64)[4:68, 4:68]
+    image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    gray = np.asarray(image.convert("L").resize((73, 73), Image.Resampling.BICUBIC), dtype=np.float64)[4:68, 4:68]
     mean, std = (adapt_to_chs(value, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    np.testing.assert_allclose(spec.transform()(photograph)[0], (grey / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(spec.transform()(image)[0], (gray / 255 - mean) / std, atol=1e-5)
 
     for name, value in (("black", 0), ("white", 255)):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (80, 80), (value,) * 3).save(tmp_path / "data" / name / "a.png")
     figures = [
         run(["eval", "--data", f"{tmp_path}/data", *options])
-        for options in (source, ["--artefact", f"{tmp_path}/grey.onnx"])
+        for options in (source, ["--artifact", f"{tmp_path}/gray.onnx"])
     ]
     assert figures[0]["n"] == 2
     assert figures[0]["top1"] == figures[1]["top1"]
 
 
-def test_model_of_more_channels_than_photographs_have_is_refused(tmp_path):
+def test_model_of_more_channels_than_images_have_is_refused(tmp_path):
     write_checkpoint(timm.create_model("shvit_s1", in_chans=4).state_dict(), tmp_path / "four.pth")
-    with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):
+    with pytest.raises(InputError, match="takes 4 channels; images have 3"):
         open_model("shvit_s1", tmp_path / "four.pth")
 
 
-def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_path):
+def test_verify_takes_the_users_images_and_names_a_corrupt_one(made, tmp_path):
     folder, _, _ = made
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.jpg"):
@@ -380,7 +380,7 @@ def test_verify_takes_the_users_photographs_and_names_a_corrupt_one(made, tmp_pa
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
         (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artifact '.tflite'"),
         (["verify", "x.mlpackage", "--model", "shvit_s1"], "not a Core ML package"),
-        (["eval", "--data", "."], "give --checkpoint, --artefact, or --model and"),
+        (["eval", "--data", "."], "give --checkpoint, --artifact, or --model and"),
         (["eval", "--data", ".", "--checkpoint", "no.pth", "--batch-size", "0"], "--batch-size 0"),
         (["bench", "--runtimes", "abacus"], "unknown runtime 'abacus'"),
         (["bench", "--threads", "0"], "must be 1 or more"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.parameters import LayerParameters, Stored, compare_parameters, range_faults
 from shvit.export.pipeline import SUFFIXES, Options, export
 from shvit.export.spec import Spec
@@ -19,7 +19,7 @@ from shvit.export.verify import (
     layer_outputs,
     preprocessing_faults,
     run_batches,
-    stem_grey_levels,
+    stem_gray_levels,
 )
 from shvit.export.wrappers import layers
 from tests.conftest import create_tiny
@@ -61,14 +61,14 @@ def defects_of(kind: str, precision: str) -> list[str]:
 
 
 QUICK = {
-    *(("onnx", "fp32", defect) for defect in (*WEIGHT_DEFECTS, *ONNX_GRAPH_DEFECTS, "inside: off by 2 grey levels")),
+    *(("onnx", "fp32", defect) for defect in (*WEIGHT_DEFECTS, *ONNX_GRAPH_DEFECTS, "inside: off by 2 gray levels")),
     ("onnx", "fp32", "said: another filter"),
     ("onnx", "fp32", "labels permuted"),
     *(("onnx", "fp16", defect) for defect in ("one weight off by 1 %", "a bias dropped", "BatchNorm's eps wrong")),
-    *(("onnx", "fp16", defect) for defect in ("float16 overflows", "inside: off by 2 grey levels")),
+    *(("onnx", "fp16", defect) for defect in ("float16 overflows", "inside: off by 2 gray levels")),
     *(("onnx", "int8", defect) for defect in SCALE_DEFECTS),
     *(("onnx", "int8", defect) for defect in ("one weight off by 1 %", "BatchNorm's eps wrong")),
-    ("onnx", "int8", "inside: off by 2 grey levels"),
+    ("onnx", "int8", "inside: off by 2 gray levels"),
 }
 """What the ordinary tests try; the rest is `-m slow`."""
 CASES = [(*file, defect) for file in FILES for defect in defects_of(*file)]
@@ -127,19 +127,19 @@ def test_sound_files_are_accepted_for_any_number_of_classes_and_images(tmp_path,
     order = torch.randperm(2600, generator=torch.Generator().manual_seed(seed))
     sources = {}
     for count in sorted(set(EXPORTED.values())):
-        few = [reference.photographs[index] for index in order[:count]]
-        drawn = replace(reference, photographs=few, _pixels={}, _outputs={}, _grey_levels={})
+        few = [reference.images[index] for index in order[:count]]
+        drawn = replace(reference, images=few, _pixels={}, _outputs={}, _gray_levels={})
         sources[count] = replace(workshop.source, reference=drawn)
     for kind, precision in FILES:
         source = sources[EXPORTED[kind]]
         path = tmp_path / f"sound{SUFFIXES[kind]}"
         settings = Options(dynamic_batch=kind != "coreml")
         export(kind, path, replace(source, spec=replace(source.spec, precision=precision)), settings)
-        artefact = open_artefact(path, 1, rounded=True)
+        artifact = open_artifact(path, 1, rounded=True)
         most = max(COUNTS[kind])
         (got,) = run_batches(
-            lambda pixels, artefact=artefact: artefact.run(artefact.spec.feed(pixels)),
-            reference.pixels(artefact.spec)[:most],
+            lambda pixels, artifact=artifact: artifact.run(artifact.spec.feed(pixels)),
+            reference.pixels(artifact.spec)[:most],
         )
         (expected,) = reference.outputs(64)
         for count in COUNTS[kind]:
@@ -159,14 +159,14 @@ def reference(tmp_path_factory):
     return Reference(model, spec, draw_images(tmp_path_factory.mktemp("parts") / "drawn", 3, 9), "drawn")
 
 
-def test_grey_levels_are_those_that_a_wrong_mean_moves(reference):
+def test_gray_levels_are_those_that_a_wrong_mean_moves(reference):
     spec = reference.spec
     assert preprocessing_faults(spec, reference, {}) == (pytest.approx(0, abs=0.01), [])
     for levels, refused in ((0.5, False), (2.0, True), (-3.0, True)):
         told = replace(spec, mean=tuple(each + levels / 255 for each in spec.mean))
         found, faults = preprocessing_faults(told, reference, {})
         assert found == pytest.approx(abs(levels), abs=0.01)
-        assert (f"preprocessing is off by {abs(levels):.1f} grey levels (at most 1)" in faults) == refused
+        assert (f"preprocessing is off by {abs(levels):.1f} gray levels (at most 1)" in faults) == refused
     told = replace(spec, in_chans=1, mean=(0.5,), std=(0.5,))
     assert preprocessing_faults(told, reference, {})[0] == 255
 
@@ -177,12 +177,12 @@ def first_output(reference: Reference, **changes) -> dict[str, torch.Tensor]:
     return layer_outputs(reference.deployed, wrong.normalize(reference.pixels(wrong)[:LAYER_IMAGES]))
 
 
-def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(reference):
+def test_gray_levels_inside_a_file_are_found_in_what_its_first_layer_gives(reference):
     spec = reference.spec
     assert reference.stem == "patch_embed.0"
-    assert stem_grey_levels(first_output(reference), reference) < 1e-3
+    assert stem_gray_levels(first_output(reference), reference) < 1e-3
     one = (spec.mean[0], spec.mean[1] + 3 / 255, spec.mean[2])
-    assert stem_grey_levels(first_output(reference, mean=one), reference) == pytest.approx(3, rel=0.1)
+    assert stem_gray_levels(first_output(reference, mean=one), reference) == pytest.approx(3, rel=0.1)
     levels, (fault,) = preprocessing_faults(spec, reference, first_output(reference, mean=one))
     assert levels == pytest.approx(3, rel=0.1)
     assert "the first layer is given colors that are off by" in fault
@@ -191,10 +191,10 @@ def test_grey_levels_inside_a_file_are_found_in_what_its_first_layer_gives(refer
         assert bool(preprocessing_faults(spec, reference, first_output(reference, mean=two), limit)[1]) == refused
     wide = tuple(1.02 * each for each in spec.std)  # 2 per cent of the distance of black or white from the mean
     expected = 0.02 / 1.02 * 255 * max(max(mean, 1 - mean) for mean in spec.mean)
-    assert stem_grey_levels(first_output(reference, std=wide), reference) == pytest.approx(expected, rel=0.1)
+    assert stem_gray_levels(first_output(reference, std=wide), reference) == pytest.approx(expected, rel=0.1)
     noisy = {name: output * (1 + 2**-8 * torch.randn(output.shape)) for name, output in first_output(reference).items()}
-    assert stem_grey_levels(noisy, reference) < 0.2
-    assert stem_grey_levels({}, reference) == 0
+    assert stem_gray_levels(noisy, reference) < 0.2
+    assert stem_gray_levels({}, reference) == 0
 
 
 @torch.no_grad()
@@ -206,8 +206,8 @@ def test_what_the_rounding_of_the_first_layers_weights_moves_is_no_other_color(r
     layer.bias += 0.01
     stem = read_back(coarse.deployed)[reference.stem]
     given = first_output(coarse)
-    assert stem_grey_levels(given, reference) > 1
-    assert stem_grey_levels(given, reference, stem) < 1e-3
+    assert stem_gray_levels(given, reference) > 1
+    assert stem_gray_levels(given, reference, stem) < 1e-3
     two = tuple(each + 2 / 255 for each in reference.spec.mean)
     levels, _ = preprocessing_faults(reference.spec, reference, first_output(coarse, mean=two), 1.0, stem)
     assert levels == pytest.approx(2, rel=0.2)
@@ -261,13 +261,13 @@ def test_biases_are_compared_and_one_that_is_missing_is_named(reference):
     assert f"the bias of {name}, which is missing" in faults_of(missing, model)
 
 
-def test_scales_and_zero_points_stand_for_the_ranges_that_were_learnt():
-    learnt = {"a": (-1.0, 1.55), "b": (0.0, 2.55), "c": (-1.0, 1.0)}
-    assert range_faults(learnt, {"a": (0.01, 100.0), "b": (0.01, 0.0)}) == []
-    assert range_faults(learnt, {"c": (2 / 255, 127.0)}) == range_faults(learnt, {"c": (2 / 255, 128.0)}) == []
-    assert range_faults(learnt, {"other": (3.0, 7.0)}) == []
+def test_scales_and_zero_points_stand_for_the_ranges_that_were_learned():
+    learned = {"a": (-1.0, 1.55), "b": (0.0, 2.55), "c": (-1.0, 1.0)}
+    assert range_faults(learned, {"a": (0.01, 100.0), "b": (0.01, 0.0)}) == []
+    assert range_faults(learned, {"c": (2 / 255, 127.0)}) == range_faults(learned, {"c": (2 / 255, 128.0)}) == []
+    assert range_faults(learned, {"other": (3.0, 7.0)}) == []
     for wrong in ({"a": (0.01, 101.0)}, {"a": (0.02, 100.0)}, {"b": (0.01, 1.0)}, {"b": (0.0101, 0.0)}):
-        (fault,) = range_faults(learnt, wrong)
+        (fault,) = range_faults(learned, wrong)
         assert "in place of" in fault
 
 

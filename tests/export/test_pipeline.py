@@ -30,22 +30,22 @@ LOOSE = verdict.Tolerance(snr_db=0, max_rel_error=10, top1_agreement=0)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Options that name a tiny SHViT with three classes, the model, and photographs in class folders."""
+    """Options that name a tiny SHViT with three classes, the model, and images in class folders."""
     folder = tmp_path_factory.mktemp("formats")
     torch.manual_seed(5)
     model = timm.create_model("tiny_vit", num_classes=CLASSES)
     randomize_norms(model)
     rng = np.random.default_rng(0)
     for label in range(CLASSES):
-        (folder / "photographs" / f"class{label}").mkdir(parents=True)
+        (folder / "images" / f"class{label}").mkdir(parents=True)
         for index in range(4):
             pixels = rng.integers(0, 255, (12, 12, 3), np.uint8)
             image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
-            image.save(folder / "photographs" / f"class{label}" / f"{index}.png")
-    settle(model, normalized(folder / "photographs", model))
+            image.save(folder / "images" / f"class{label}" / f"{index}.png")
+    settle(model, normalized(folder / "images", model))
     write_checkpoint(model.state_dict(), folder / "tiny.safetensors")
     options = ["--model", "tiny_vit", "--checkpoint", f"{folder}/tiny.safetensors", "--img-size", "64"]
-    return [*options, "--images", f"{folder}/photographs"], model.eval(), folder / "photographs"
+    return [*options, "--images", f"{folder}/images"], model.eval(), folder / "images"
 
 
 def pixels_of(folder: Path, model) -> torch.Tensor:
@@ -59,28 +59,28 @@ def normalized(folder: Path, model) -> torch.Tensor:
 
 
 def test_raw_pixels_become_probabilities_inside_the_file(source, tmp_path):
-    options, model, photographs = source
+    options, model, images = source
     extra = ["--raw-pixels", "--softmax", "--dynamic-batch", "--output", f"{tmp_path}/p.onnx"]
     certificate = run(["export", "onnx", *options, *extra])["certificate"]
     session = onnxruntime.InferenceSession(tmp_path / "p.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == "tensor(uint8)"
     assert session.get_outputs()[0].name == "probabilities"
-    pixels = pixels_of(photographs, model).permute(0, 2, 3, 1).numpy()
+    pixels = pixels_of(images, model).permute(0, 2, 3, 1).numpy()
     with torch.no_grad():
-        expected = model(normalized(photographs, model)).softmax(1)
+        expected = model(normalized(images, model)).softmax(1)
     np.testing.assert_allclose(session.run(None, {"image": pixels})[0], expected, atol=1e-5)
     assert certificate["spec"]["outputs"] == ("probabilities",)
-    assert certificate["grey_levels"] < 0.01
+    assert certificate["gray_levels"] < 0.01
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("openvino", ".xml")])
 def test_feature_maps_are_the_models_at_every_stride(source, tmp_path, kind, suffix):
-    options, model, photographs = source
+    options, model, images = source
     output = tmp_path / f"f{suffix}"
     certificate = run(["export", kind, *options, "--features", "--output", str(output)])["certificate"]
     assert list(certificate["outputs"]) == [f"stride_{stride} at 64 px" for stride in (16, 32, 64)]
     assert all(each["snr_db"] > 90 for each in certificate["outputs"].values())
-    batch = normalized(photographs, model)[:1]
+    batch = normalized(images, model)[:1]
     with torch.no_grad():
         expected = model.forward_intermediates(batch, intermediates_only=True)
     if kind == "onnx":
@@ -94,23 +94,23 @@ def test_feature_maps_are_the_models_at_every_stride(source, tmp_path, kind, suf
         np.testing.assert_allclose(a, b, atol=1e-4)
     assert run(["verify", str(output), *options[:4], *options[6:]])["passed"]
     with pytest.raises(InputError, match="gives feature maps"):
-        run(["eval", "--artefact", str(output), "--data", str(photographs)])
+        run(["eval", "--artifact", str(output), "--data", str(images)])
 
 
 def test_openvino_ir_gives_the_models_answers_and_both_files_are_certified(source, tmp_path):
-    options, model, photographs = source
+    options, model, images = source
     output = tmp_path / "m.xml"
     certificate = run(["export", "openvino", *options, "--dynamic-batch", "--output", str(output)])["certificate"]
     compiled = core().compile_model(output, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    batch = normalized(photographs, model)
+    batch = normalized(images, model)
     with torch.no_grad():
         np.testing.assert_allclose(compiled(batch.numpy())[0], model(batch), rtol=1e-4, atol=1e-4)
     assert certificate["runtime"] == "openvino"
-    assert certificate["artefact_bytes"] == output.stat().st_size + (tmp_path / "m.bin").stat().st_size
+    assert certificate["artifact_bytes"] == output.stat().st_size + (tmp_path / "m.bin").stat().st_size
     assert certificate["worst_layer_snr_db"] > 90
     arguments = ["verify", str(output), *options[:4], *options[6:]]
     assert run(arguments)["passed"]
-    evaluated = run(["eval", "--artefact", str(output), "--data", str(photographs)])
+    evaluated = run(["eval", "--artifact", str(output), "--data", str(images)])
     assert evaluated["top1"] == pytest.approx(certificate["accuracy"])
 
     weights = bytearray((tmp_path / "m.bin").read_bytes())
@@ -145,7 +145,7 @@ def test_openvino_in_half_precisions_halves_the_weights(source, tmp_path):
 
 
 def test_labels_are_written_into_the_file_and_folders_of_classes_give_accuracy(source, tmp_path):
-    options, model, photographs = source
+    options, model, images = source
     (tmp_path / "labels.txt").write_text("class0\nclass1\nclass2\n")
     extra = ["--labels", f"{tmp_path}/labels.txt", "--output", f"{tmp_path}/m.onnx"]
     certificate = run(["export", "onnx", *options, *extra])["certificate"]
@@ -153,7 +153,7 @@ def test_labels_are_written_into_the_file_and_folders_of_classes_give_accuracy(s
     assert json.loads(said["shvit.labels"]) == ["class0", "class1", "class2"]
     targets = torch.arange(CLASSES).repeat_interleave(4)
     with torch.no_grad():
-        expected = 100 * (model(normalized(photographs, model)).argmax(1) == targets).double().mean().item()
+        expected = 100 * (model(normalized(images, model)).argmax(1) == targets).double().mean().item()
     assert certificate["model_accuracy"] == certificate["accuracy"] == pytest.approx(expected)
 
 
@@ -181,11 +181,11 @@ def test_labels_are_imagenets_only_where_that_is_known_and_each_is_unique(tmp_pa
 def test_int8_is_a_quarter_of_the_size_and_near_the_model(source, tmp_path, monkeypatch, kind, suffix):
     """Random weights leave more noise than trained ones, so the bound is another."""
     monkeypatch.setitem(verdict.TOLERANCES, "int8", LOOSE)
-    options, *_, photographs = source
-    extra = ["--precision", "int8", "--calibration", str(photographs), "--output", f"{tmp_path}/q{suffix}"]
+    options, *_, images = source
+    extra = ["--precision", "int8", "--calibration", str(images), "--output", f"{tmp_path}/q{suffix}"]
     certificate = run(["export", kind, *options, *extra, "--dynamic-batch"])["certificate"]
     assert certificate["snr_db"] > 8
-    assert certificate["spec"]["kept"] == (("patch_embed.0",) if kind == "onnx" else ())  # see tuning.py
+    assert certificate["spec"]["excluded_layers"] == (("patch_embed.0",) if kind == "onnx" else ())  # see tuning.py
     weights = (tmp_path / "q.onnx" if kind == "onnx" else tmp_path / "q.bin").stat().st_size
     assert weights < 0.35 * 4 * sum(p.numel() for p in timm.create_model("shvit_s1", num_classes=CLASSES).parameters())
     assert run(["verify", f"{tmp_path}/q{suffix}", *options[:4], *options[6:]])["snr_db"] == pytest.approx(
@@ -194,21 +194,23 @@ def test_int8_is_a_quarter_of_the_size_and_near_the_model(source, tmp_path, monk
 
 
 def test_as_few_layers_as_needed_are_kept_out_of_int8(source, tmp_path, monkeypatch):
-    options, *_, photographs = source
-    extra = ["--precision", "int8", "--calibration", str(photographs), "--output"]
+    options, *_, images = source
+    extra = ["--precision", "int8", "--calibration", str(images), "--output"]
     monkeypatch.setitem(verdict.TOLERANCES, "int8", LOOSE)
     whole = run(["export", "onnx", *options, *extra, f"{tmp_path}/whole.onnx"])["certificate"]
     monkeypatch.setitem(verdict.TOLERANCES, "int8", verdict.Tolerance(whole["snr_db"] + 0.3, 10, 0))
     tried = []
     certify = formats.certify
     monkeypatch.setattr(
-        formats, "certify", lambda artefact, *args: tried.append(artefact.spec.kept) or certify(artefact, *args)
+        formats,
+        "certify",
+        lambda artifact, *args: tried.append(artifact.spec.excluded_layers) or certify(artifact, *args),
     )
     mixed = run(["export", "onnx", *options, *extra, f"{tmp_path}/mixed.onnx"])["certificate"]
-    kept = mixed["spec"]["kept"]
+    kept = mixed["spec"]["excluded_layers"]
     assert len(set(tried)) == len(tried) >= 2  # no file is written and run twice
     assert 2 <= len(kept) <= 40  # the stem's first convolution is always among them
-    assert 0 < mixed["kept_macs"] < 90
+    assert 0 < mixed["excluded_macs"] < 90
     assert mixed["snr_db"] >= whole["snr_db"] + 0.3
     made_by = {name: node for node in onnx.load(tmp_path / "mixed.onnx").graph.node for name in node.output}
     layers = {node.name: node for node in made_by.values() if node.op_type in ("Conv", "Gemm")}
@@ -222,14 +224,14 @@ def test_as_few_layers_as_needed_are_kept_out_of_int8(source, tmp_path, monkeypa
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_int8_wants_trained_weights_and_photographs(source, tmp_path):
-    options, *_, photographs = source
+def test_int8_wants_trained_weights_and_images(source, tmp_path):
+    options, *_, images = source
     (tmp_path / "empty").mkdir()
     (tmp_path / "few").mkdir()
-    shutil.copy(photographs / "class0" / "0.png", tmp_path / "few")
+    shutil.copy(images / "class0" / "0.png", tmp_path / "few")
     command = ["export", "onnx", "--output", f"{tmp_path}/out/q.onnx", "--precision", "int8"]
     for extra, message in (
-        ([*options, "--calibration", f"{tmp_path}/empty"], "no photographs in it"),
+        ([*options, "--calibration", f"{tmp_path}/empty"], "no images in it"),
         ([*options, "--calibration", f"{tmp_path}/few"], "too few to learn the ranges"),
         ([*options, "--calibration", f"{tmp_path}/none"], "no such folder"),
         (["--model", "shvit_s1"], "needs trained weights"),
@@ -276,8 +278,8 @@ def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_fi
 
 def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypatch):
     monkeypatch.setattr(table, "ROWS", (("onnx", "fp32"), ("onnx", "fp16")))
-    figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "kept_macs": 0.0}
-    undecided = {**figures, "passed": None, "artefact_bytes": 1e6, "spec": {"kept": []}}
+    figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "excluded_macs": 0.0}
+    undecided = {**figures, "passed": None, "artifact_bytes": 1e6, "spec": {"excluded_layers": []}}
     overflowed = {"passed": False, "overflow": "head", "largest_values": {}}
     lines = table.markdown({"a": overflowed, "b": undecided}).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["", "no", "undecided"]
@@ -287,11 +289,11 @@ def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypat
 @pytest.mark.parametrize(
     ("options", "hidden", "message"),
     [
-        ([], None, "int8, whose ranges are learnt, needs trained weights; give --checkpoint"),
+        ([], None, "int8, whose ranges are learned, needs trained weights; give --checkpoint"),
         (
             ["--checkpoint", "{checkpoint}", "--calibration", "{few}"],
             None,
-            "photographs are too few to learn the ranges",
+            "images are too few to learn the ranges",
         ),
         (["--checkpoint", "{checkpoint}"], "openvino", "this needs the package openvino; install it with"),
     ],
@@ -299,10 +301,10 @@ def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypat
 def test_table_that_cannot_be_made_is_refused_before_anything_is_written(
     source, tmp_path, monkeypatch, options, hidden, message
 ):
-    (_, model, _, checkpoint, *_), _, photographs = source
+    (_, model, _, checkpoint, *_), _, images = source
     few = tmp_path / "few"
     few.mkdir()
-    shutil.copy(next(photographs.rglob("*.png")), few)
+    shutil.copy(next(images.rglob("*.png")), few)
     if hidden:
         monkeypatch.setitem(sys.modules, hidden, None)
     words = [word.format(checkpoint=checkpoint, few=few) for word in options]
@@ -312,7 +314,7 @@ def test_table_that_cannot_be_made_is_refused_before_anything_is_written(
 
 
 def test_coreml_classifier_for_two_sizes_evaluates_as_its_model(source, tmp_path):
-    options, _, photographs = source
+    options, _, images = source
     (tmp_path / "labels.txt").write_text("class0\nclass1\nclass2\n")
     extra = ["--classifier", "--labels", f"{tmp_path}/labels.txt", "--other-sizes", "96"]
     output = tmp_path / "m.mlpackage"
@@ -322,8 +324,8 @@ def test_coreml_classifier_for_two_sizes_evaluates_as_its_model(source, tmp_path
     assert run(["verify", str(output), *options[:4], *options[6:]])["passed"] is not False
     with pytest.raises(InputError, match="needs macOS" if sys.platform != "darwin" else "never"):
         run(["verify", str(output), *options[:4], "--runtime", "coreml"])
-    of_model = run(["eval", "--data", str(photographs), *options[:6]])
-    of_file = run(["eval", "--data", str(photographs), "--artefact", str(output)])
+    of_model = run(["eval", "--data", str(images), *options[:6]])
+    of_file = run(["eval", "--data", str(images), "--artifact", str(output)])
     assert of_file["per_class"] == of_model["per_class"]
     assert of_file["loss"] == pytest.approx(of_model["loss"], abs=1e-3)
 
@@ -332,7 +334,7 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
     """Core ML is part of macOS; elsewhere our evaluator predicts in its place."""
     import coremltools
 
-    from shvit.export.backends.artifact import open_artefact
+    from shvit.export.backends.artifact import open_artifact
     from shvit.export.mil.program import Package
 
     class Native:
@@ -342,7 +344,7 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
         def predict(self, given):
             return {name: value.numpy() for name, value in self.package(**given).items()}
 
-    options, model, photographs = source
+    options, model, images = source
     output = tmp_path / "m.mlpackage"
     run(["export", "coreml", *options, "--output", str(output)])
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -350,10 +352,10 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         coremltools.models, "MLModel", lambda path, **rest: read(path, **rest) if rest else Native(path)
     )
-    artefact = open_artefact(output, native=True)
-    pixels = pixels_of(photographs, model)[:2]
-    assert artefact.runtime == "coreml"
-    torch.testing.assert_close(artefact(pixels), open_artefact(output)(pixels))
+    artifact = open_artifact(output, native=True)
+    pixels = pixels_of(images, model)[:2]
+    assert artifact.runtime == "coreml"
+    torch.testing.assert_close(artifact(pixels), open_artifact(output)(pixels))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from shvit.errors import CheckFailed, InputError
-from shvit.export.images import find_photographs, spread
+from shvit.export.images import sample_images, spread
 from shvit.export.verdict import (
     MIN_EVIDENCE,
     TOLERANCES,
@@ -264,10 +264,10 @@ def test_spread_takes_as_many_as_it_may_from_first_to_last(count, limit):
     assert not distances or max(distances) - min(distances) <= 1
 
 
-def test_default_photographs_are_scikit_images(tmp_path):
-    names = {photograph.path.name for photograph in find_photographs(None)}
+def test_default_images_are_scikit_images(tmp_path):
+    names = {image.path.name for image in sample_images(None)}
     assert {"astronaut.png", "coffee.png", "chelsea.png"} <= names
-    with pytest.raises(InputError, match="no photographs"):
-        find_photographs(tmp_path)
+    with pytest.raises(InputError, match="no images"):
+        sample_images(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        find_photographs(tmp_path / "nowhere")
+        sample_images(tmp_path / "nowhere")

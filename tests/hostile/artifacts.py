@@ -21,10 +21,10 @@ SPEC = {
     "crop_pct": 0.9,
     "crop_mode": "center",
     "precision": "fp32",
-    "takes_pixels": False,
+    "uint8_input": False,
     "outputs": ["logits"],
     "other_sizes": [],
-    "kept": [],
+    "excluded_layers": [],
 }
 HEAD = "\x1b[2J\x1b]0;PWNED\x07head"
 """A node's name that would clear a terminal."""

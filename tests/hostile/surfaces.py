@@ -97,18 +97,17 @@ def _spec(raw: bool = False) -> str:
     mean = (0.485, 0.456, 0.406)
     fields = {"model": "shvit_s1", "img_size": 16, "in_chans": 3, "num_classes": 2, "mean": mean, "std": mean,
               "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center", "outputs": ("logits",)}  # fmt: skip
-    pixels = "uint8_input" if "uint8_input" in Spec.__dataclass_fields__ else "takes_pixels"
-    return Spec(**fields, **{pixels: raw}).to_json()
+    return Spec(**fields, uint8_input=raw).to_json()
 
 
 def attack_onnx(data: bytes) -> None:
-    """As `shvit eval --artefact` and `shvit verify` open and run a file."""
+    """As `shvit eval --artifact` and `shvit verify` open and run a file."""
     import torch
 
-    from shvit.export.backends.artifact import open_artefact
+    from shvit.export.backends.artifact import open_artifact
 
-    artefact = open_artefact(_written(data, "x.onnx"), threads=1)
-    artefact(torch.zeros(1, *artefact.spec.shape, dtype=torch.uint8))
+    artifact = open_artifact(_written(data, "x.onnx"), threads=1)
+    artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
 
 
 def _safetensors() -> list[bytes]:
@@ -163,7 +162,7 @@ def _json() -> list[bytes]:
               "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8,
               "device": "phone"}  # fmt: skip
     lock = {"shvit_s1": {"sha256": "0" * 64, "size_bytes": 1, "url": "https://example.org/x", "date": "2026-01-01"}}
-    certificate = {"artefact": "x.onnx", "artefact_sha256": "0" * 64, "checkpoint": "shvit_s1",
+    certificate = {"artifact": "x.onnx", "artifact_sha256": "0" * 64, "checkpoint": "shvit_s1",
                    "checkpoint_sha256": None, "model": "shvit_s1", "ema": False, "passed": True}  # fmt: skip
     measured = {"machine": None, "results": [result], "devices": [{**said, "runtime": "r"}]}
     documents = (measured, record, lock, certificate, json.loads(_spec()))

@@ -17,7 +17,7 @@ from shvit import cli
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.export import guards
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.openvino import write_openvino
 from shvit.export.bench.cases import Settings, case_of_file
 from shvit.export.spec import Spec
@@ -29,7 +29,7 @@ PIXELS = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 
 
 def run(path: Path) -> torch.Tensor:
-    return open_artefact(path, 1)(PIXELS)
+    return open_artifact(path, 1)(PIXELS)
 
 
 def refused(path: Path) -> str:
@@ -79,8 +79,8 @@ def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, changes, said):
         ({"img_size": 10**30}, "img_size"),
         ({"img_size": 4096, "crop_pct": 0.05}, "resize images to more than 8192 px"),
         ({"other_sizes": [32] * 65}, "up to 64 sizes"),
-        ({"kept": [1, 2]}, "kept.0 is 1"),
-        ({"kept": ["\x1b[2J"]}, "cannot be names"),
+        ({"excluded_layers": [1, 2]}, "excluded_layers.0 is 1"),
+        ({"excluded_layers": ["\x1b[2J"]}, "cannot be names"),
         ({"outputs": ["logits", "logits"]}, "cannot be names"),
         ({"num_classes": 10**9}, "num_classes"),
         ({"num_classes": 0}, "has no classes"),
@@ -106,7 +106,7 @@ def test_a_spec_that_is_none_is_refused(tmp_path, text):
 def test_labels_and_ranges_that_are_none_are_refused(tmp_path, key, text):
     path = write_onnx(tmp_path / "m.onnx", metadata={key: text})
     with pytest.raises(InputError):
-        open_artefact(path).scale_faults()
+        open_artifact(path).scale_faults()
 
 
 def test_sizes_are_bounded_before_memory_is_taken():
@@ -208,7 +208,7 @@ def test_numbers_that_are_not_there_are_told(tmp_path):
 @pytest.mark.parametrize("changes", [{"name": "x"}, {"shape": (1, 3, 64)}, {"weight": np.ones((3, 1), np.float32)}])
 def test_commands_refuse_in_one_line(tmp_path, command, changes):
     path = str(write_onnx(tmp_path / "m.onnx", **changes))
-    words = ["eval", "--artefact", path, "--data", str(class_folders(tmp_path / "d"))]
+    words = ["eval", "--artifact", path, "--data", str(class_folders(tmp_path / "d"))]
     with pytest.raises(InputError):
         cli.run(words if command == "eval" else ["verify", path, "--model", "tiny_vit"])
 
@@ -216,7 +216,7 @@ def test_commands_refuse_in_one_line(tmp_path, command, changes):
 def test_nan_is_no_accuracy(tmp_path):
     path = write_onnx(tmp_path / "m.onnx", weight=np.full((3, 2), np.nan, np.float32))
     with pytest.raises(InputError, match="NaN or infinite outputs"):
-        cli.run(["eval", "--artefact", str(path), "--data", str(class_folders(tmp_path / "d"))])
+        cli.run(["eval", "--artifact", str(path), "--data", str(class_folders(tmp_path / "d"))])
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------

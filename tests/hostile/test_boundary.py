@@ -116,7 +116,7 @@ from shvit import cli, files
 
 class Command:
     def run(self):
-        with files.write_whole(Path("a.txt")) as partial:
+        with files.atomic_write(Path("a.txt")) as partial:
             partial.write_text("half")
             os.kill(os.getpid(), {signal})
             signal.pause()
@@ -141,9 +141,9 @@ def test_next_command_clears_away_what_a_kill_left(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [path.read_text() for path in tmp_path.iterdir()] == ["half"]
-    from shvit.files import write_whole
+    from shvit.files import atomic_write
 
-    with write_whole(tmp_path / "a.txt") as partial:
+    with atomic_write(tmp_path / "a.txt") as partial:
         partial.write_text("whole")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 

@@ -168,10 +168,10 @@ def test_what_is_no_file_is_not_waited_for(coco, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_content(tmp_path / ("x" * 300))
     folder = write_coco(tmp_path / "coco", images=3)
-    (folder / "photographs" / "1.png").unlink()
-    os.mkfifo(folder / "photographs" / "1.png")
-    (folder / "photographs" / "2.png").unlink()
-    (folder / "photographs" / "2.png").symlink_to("2.png")
+    (folder / "images" / "1.png").unlink()
+    os.mkfifo(folder / "images" / "1.png")
+    (folder / "images" / "2.png").unlink()
+    (folder / "images" / "2.png").symlink_to("2.png")
     report = report_of(folder, tmp_path / "coco", lambda content: None)
     assert "image 1 (1.png) is a FIFO" in report.refusal()
     assert set(report.counts) == {"file not readable"}
@@ -189,7 +189,7 @@ def test_names_of_images_lead_nowhere_else(coco, tmp_path, name):
 def test_an_image_is_what_its_content_is(tmp_path):
     """PostScript under the name of a PNG starts nothing; it is named."""
     coco = write_coco(tmp_path, images=2)
-    (coco / "photographs" / "1.png").write_bytes(
+    (coco / "images" / "1.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 128 96\n%%EndComments\n(x) run\n"
     )
     report = report_of(coco, tmp_path, lambda content: None)
@@ -199,7 +199,7 @@ def test_an_image_is_what_its_content_is(tmp_path):
 @USES
 def test_an_image_that_is_too_thin_is_named_before_it_is_resized(tmp_path, use):
     coco = write_coco(tmp_path, images=2)
-    Image.new("RGB", (5000, 1)).save(coco / "photographs" / "1.png")
+    Image.new("RGB", (5000, 1)).save(coco / "images" / "1.png")
 
     def thin(content):
         content["images"][1].update(width=5000, height=1)

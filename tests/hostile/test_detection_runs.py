@@ -47,10 +47,10 @@ def test_a_users_file_is_not_written_over(tmp_path, config):
 
 
 def test_predictions_are_not_written_among_the_images(tmp_path, config):
-    for output in ("coco/photographs", "coco/photographs/new"):
+    for output in ("coco/images", "coco/images/new"):
         with pytest.raises(InputError, match="among the images that are read"):
-            run([*PREDICT, "--images", "coco/photographs", "--output", output])
-    assert len(list((tmp_path / "coco" / "photographs").iterdir())) == 2
+            run([*PREDICT, "--images", "coco/images", "--output", output])
+    assert len(list((tmp_path / "coco" / "images").iterdir())) == 2
 
 
 def test_sizes_are_bounded_before_memory_is_taken(config):

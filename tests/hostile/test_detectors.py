@@ -56,7 +56,7 @@ def constant(path: Path, boxes=BOX, scores=SCORE, labels=LABEL, **options) -> Pa
 
 
 @pytest.fixture(scope="module")
-def photograph(tmp_path_factory):
+def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "a.png"
     Image.new("RGB", (80, 50)).save(path)
     open_config("retinanet_shvit-s1_fpn_1x_coco")
@@ -66,11 +66,11 @@ def photograph(tmp_path_factory):
 # --- artifacts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_artifact_is_run(tmp_path, photograph):
-    found = open_onnx(constant(tmp_path / "a.onnx")).detect(photograph)
+def test_a_sound_artifact_is_run(tmp_path, image):
+    found = open_onnx(constant(tmp_path / "a.onnx")).detect(image)
     assert len(found) == 1
     zero = open_onnx(constant(tmp_path / "a.onnx", np.zeros((0, 4), F32), np.zeros(0, F32), np.zeros(0, np.int64)))
-    assert len(zero.detect(photograph)) == 0
+    assert len(zero.detect(image)) == 0
 
 
 @pytest.mark.parametrize(
@@ -91,27 +91,27 @@ def test_a_sound_artifact_is_run(tmp_path, photograph):
          "gives other outputs than it says"),
     ],
 )  # fmt: skip
-def test_wrong_outputs_are_one_line(tmp_path, photograph, outputs, message):
+def test_wrong_outputs_are_one_line(tmp_path, image, outputs, message):
     path = constant(tmp_path / "a.onnx", **outputs)
     with pytest.raises(InputError, match=rf"a\.onnx: .*{message}") as caught:
-        open_onnx(path).detect(photograph)
+        open_onnx(path).detect(image)
     assert "\n" not in str(caught.value)
 
 
-def test_what_onnx_runtime_raises_is_one_line(tmp_path, photograph):
+def test_what_onnx_runtime_raises_is_one_line(tmp_path, image):
     constants = {"s": SCORE, "l": LABEL}
     fails = [helper.make_node("Cast", ["size"], ["f"], to=TensorProto.FLOAT),
              helper.make_node("Reshape", ["f", "size"], ["boxes"]), *same("scores", "labels")]  # fmt: skip
     with pytest.raises(InputError, match=r"a\.onnx: ONNX Runtime cannot run it"):
-        open_onnx(write(tmp_path / "a.onnx", fails, constants)).detect(photograph)
+        open_onnx(write(tmp_path / "a.onnx", fails, constants)).detect(image)
     huge = [helper.make_node("Mul", ["size", "m"], ["z"]), helper.make_node("ConstantOfShape", ["z"], ["boxes"]),
             *same("scores", "labels")]  # fmt: skip
     many = constants | {"m": np.array([10**9, 10**9])}
     with pytest.raises(InputError, match=r"a\.onnx: ONNX Runtime cannot run it"):
-        open_onnx(write(tmp_path / "a.onnx", huge, many)).detect(photograph)
+        open_onnx(write(tmp_path / "a.onnx", huge, many)).detect(image)
 
 
-def test_masks_are_bounded_before_they_are_drawn(tmp_path, photograph):
+def test_masks_are_bounded_before_they_are_drawn(tmp_path, image):
     spec = SPEC | {"outputs": [*SPEC["outputs"], "masks"]}
     number = 9000
     constants = {"b": np.tile(BOX, (number, 1)), "s": np.full(number, 0.5, F32), "l": np.zeros(number, np.int64)}
@@ -120,13 +120,13 @@ def test_masks_are_bounded_before_they_are_drawn(tmp_path, photograph):
     outputs = [value_info(name, kind, None) for name, kind in types.items()]
     nodes = same("boxes", "scores", "labels", "masks")
     detector = open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs))
-    large = copy.deepcopy(photograph)
+    large = copy.deepcopy(image)
     large["data_samples"].set_metainfo({"ori_shape": (8000, 8000)})
     with pytest.raises(InputError, match="finds 9,000 objects, whose masks take 576,000,000,000 bytes"):
         detector.detect(large)
     constants["m"] = np.full((number, 1, 1), np.nan, F32)
     with pytest.raises(InputError, match="masks that cannot be"):
-        open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs)).detect(photograph)
+        open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs)).detect(image)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_damaged_and_thin_images_are_skipped_and_counted(tmp_path, capsys):
     Image.new("RGB", (5000, 1)).save(folder / "long.png")
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
     (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    given = ["--artefact", str(constant(tmp_path / "a.onnx")), "--images", str(folder)]
+    given = ["--artifact", str(constant(tmp_path / "a.onnx")), "--images", str(folder)]
     result = run(["detect", "predict", str(config), *given, "--output", str(tmp_path / "drawn")])
     assert set(result["found"]) == {"sound.png.png"}
     assert set(result["skipped"]) == {"long.png", "cut.jpg", "script.png"}
@@ -220,7 +220,7 @@ def test_mmdetections_own_reader_is_ours_in_prediction(tmp_path):
 def test_an_image_that_fails_in_training_is_named(tmp_path):
     """One that is only just not too thin for the check, in MMDetection's own code."""
     coco = write_coco(tmp_path / "coco", images=2)
-    Image.new("RGB", (900, 1)).save(coco / "photographs" / "1.png")
+    Image.new("RGB", (900, 1)).save(coco / "images" / "1.png")
     content = json.loads((coco / "annotations.json").read_text())
     content["images"][1].update(width=900, height=1)
     for each in content["annotations"]:

@@ -8,7 +8,7 @@ import pytest
 from shvit.documents import load_yaml
 from shvit.errors import InputError
 from shvit.export.backends.artifact import refuse_changed
-from shvit.files import write_whole
+from shvit.files import atomic_write
 from shvit.train.data import Data
 from shvit.train.folder import _check_expansion
 from shvit.train.folders import list_images
@@ -116,7 +116,7 @@ def test_folder_that_is_no_artifact_is_not_hashed(tmp_path, monkeypatch):
 def test_file_with_a_long_name_is_written(tmp_path):
     path = tmp_path / ("é" * 120 + ".json")
     for _ in range(2):
-        with write_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("{}")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 

@@ -11,7 +11,7 @@ from shvit import cli
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
 from shvit.export import pipeline as formats
-from shvit.files import needs_room, partial_name, scratch_folder, write_whole
+from shvit.files import atomic_write, needs_room, partial_name, scratch_folder
 from tests.conftest import create_tiny
 
 from .artifacts import class_folders, write_onnx
@@ -131,7 +131,7 @@ def test_eval_replaces_nothing_that_is_not_its_own(tmp_path, case):
     path = write_onnx(tmp_path / "m.onnx")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="--output"):
-        cli.run(["eval", "--artefact", str(path), "--data", str(data), "--output", str(output)])
+        cli.run(["eval", "--artifact", str(path), "--data", str(data), "--output", str(output)])
     assert contents(tmp_path) == before
 
 
@@ -158,7 +158,7 @@ def test_demo_replaces_no_page_of_others(tmp_path):
 def test_its_own_is_replaced(tmp_path):
     data, path = class_folders(tmp_path / "d"), write_onnx(tmp_path / "m.onnx")
     for _ in range(2):
-        cli.run(["eval", "--artefact", str(path), "--data", str(data), "--output", str(tmp_path / "out")])
+        cli.run(["eval", "--artifact", str(path), "--data", str(data), "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "accuracy.json").exists()
 
 
@@ -178,7 +178,7 @@ def test_its_own_is_replaced(tmp_path):
 )
 def test_a_full_disk_is_one_line_whatever_a_library_raises(tmp_path, raised):
     def write(path: Path) -> None:
-        with write_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             raise raised
 
@@ -230,7 +230,7 @@ def test_folders_of_killed_exports_are_cleared_away(tmp_path, monkeypatch):
     left[0].write_text("half")
     (left[1] / "tmp").mkdir(parents=True)
     (left[1] / "tmp" / "m.onnx").write_text("half")
-    with write_whole(output) as partial, scratch_folder(output) as folder:
+    with atomic_write(output) as partial, scratch_folder(output) as folder:
         assert len([*tmp_path.iterdir()]) == 1
         assert folder.is_dir()
         partial.write_bytes(b"\x08whole")

@@ -24,7 +24,7 @@ from tests.export.browser.serving import CASE, RECORD
 from .artifacts import class_folders, write_onnx
 
 DEEP = "[" * 40_000
-CERTIFICATE = {"artefact": "m.onnx", "artefact_sha256": "0" * 64, "model": "shvit_s1", "more": [1]}
+CERTIFICATE = {"artifact": "m.onnx", "artifact_sha256": "0" * 64, "model": "shvit_s1", "more": [1]}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ CERTIFICATE = {"artefact": "m.onnx", "artefact_sha256": "0" * 64, "model": "shvi
         "",
         "\xff",
         json.dumps({**CERTIFICATE, "model": 5}),
-        json.dumps({**CERTIFICATE, "artefact_sha256": None}),
+        json.dumps({**CERTIFICATE, "artifact_sha256": None}),
         json.dumps({**CERTIFICATE, "ema": "yes"}),
         json.dumps({**CERTIFICATE, "data": [1]}),
         json.dumps({**CERTIFICATE, "accuracy": math.nan}),

@@ -114,10 +114,10 @@ def test_loader_out_of_range_is_refused(options):
 
 
 @pytest.fixture(scope="module")
-def finished(photographs, tmp_path_factory):
+def finished(image_folder, tmp_path_factory):
     """A run of an epoch."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(plain_recipe(photographs), folder)
+    train(plain_recipe(image_folder), folder)
     return folder
 
 
@@ -128,9 +128,9 @@ def saved(finished):
 
 
 @pytest.fixture(scope="module")
-def resumed(photographs):
+def resumed(image_folder):
     """What a state of such a run is given to."""
-    return set_up(plain_recipe(photographs), one_process(), ["blue", "red"], 2, 1)
+    return set_up(plain_recipe(image_folder), one_process(), ["blue", "red"], 2, 1)
 
 
 def plain_recipe(root: Path) -> Recipe:
@@ -185,13 +185,13 @@ def test_tampered_state_is_refused(how, saved, resumed):
 
 
 @pytest.mark.parametrize("how", ["step=-5", "log='abc'", "seconds='x'", "log=[]"])
-def test_run_on_a_tampered_state_is_one_line(how, finished, photographs, tmp_path):
+def test_run_on_a_tampered_state_is_one_line(how, finished, image_folder, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     tampered(state, how)
     torch.save(state, tmp_path / "run" / "last.pt")
     with pytest.raises(InputError, match="choose another --output"):
-        train(plain_recipe(photographs), tmp_path / "run")
+        train(plain_recipe(image_folder), tmp_path / "run")
 
 
 def test_state_that_was_tampered_with_falls_back_to_the_one_before(finished, tmp_path):
@@ -211,9 +211,9 @@ def test_compressed_state_is_not_unpacked(finished, tmp_path):
         RunFolder(tmp_path).load_state(pytest.fail)
 
 
-def test_sound_state_goes_on(finished, photographs, tmp_path):
+def test_sound_state_goes_on(finished, image_folder, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    assert train(plain_recipe(photographs), tmp_path / "run")["epochs"] == 1
+    assert train(plain_recipe(image_folder), tmp_path / "run")["epochs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def test_names_that_are_formulas_or_steer_a_terminal_are_drawn(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
-def test_training_does_not_go_on_with_outputs_that_are_not_finite(photographs, tmp_path, monkeypatch):
-    recipe = plain_recipe(photographs)
+def test_training_does_not_go_on_with_outputs_that_are_not_finite(image_folder, tmp_path, monkeypatch):
+    recipe = plain_recipe(image_folder)
     monkeypatch.setattr("shvit.train.loop.distribute_bn", lambda *_: None)
     monkeypatch.setattr("shvit.train.evaluate.F.cross_entropy", lambda *_, **__: torch.tensor(float("nan")))
     with pytest.raises(CheckFailed, match="not finite"):

@@ -359,9 +359,9 @@ def test_deployed_state_dict_saves_and_loads(tmp_path):
         other = deploy(timm.create_model("shvit_s1", num_classes=7).eval())
         other.load_state_dict(read_checkpoint(path).state_dict, strict=True)
         assert torch.equal(other(x), deployed(x))
-        recognised = create_model("shvit_s1", path)
-        assert recognised.deployed
-        assert torch.equal(recognised(x), deployed(x))
+        recognized = create_model("shvit_s1", path)
+        assert recognized.deployed
+        assert torch.equal(recognized(x), deployed(x))
 
 
 @torch.no_grad()

@@ -95,13 +95,13 @@ def elsewhere(code: str, *words: object) -> str:
     return done.stdout
 
 
-def test_training_runs_without_what_windows_does_not_have(photographs, tmp_path):
+def test_training_runs_without_what_windows_does_not_have(image_folder, tmp_path):
     code = """
 from shvit.train.main import parse
 print(parse(sys.argv[1:], "shvit train").run()["steps"])
 """
     words = ["debug", "--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--batch-size", "16"]
-    words += ["--data.workers", "0", "--data.root", photographs, "--output", tmp_path / "run"]
+    words += ["--data.workers", "0", "--data.root", image_folder, "--output", tmp_path / "run"]
     assert elsewhere(code, *words).splitlines()[-1] == "2"
     assert (tmp_path / "run" / "best.safetensors").exists()
 
@@ -146,10 +146,10 @@ except ValueError as error:
     assert second == "--sweep measures the memory of processes, which this system does not tell; leave it out"
 
 
-def test_what_loaders_are_given_can_be_sent_to_workers(photographs):
+def test_what_loaders_are_given_can_be_sent_to_workers(image_folder):
     """Windows and macOS start workers from nothing and send them what they need."""
-    recipe = Recipe(img_size=32, batch_size=8, data=Data(root=photographs, workers=0))
-    dataset = open_dataset(photographs, "train")
+    recipe = Recipe(img_size=32, batch_size=8, data=Data(root=image_folder, workers=0))
+    dataset = open_dataset(image_folder, "train")
     feed = Feed(recipe, dataset, World(0, 1, torch.device("cpu")), 1)
     augmented = Augmented(dataset, feed._transform_at, 0, tries=3)
     prepared = Prepared(dataset, create_transform((3, 32, 32)))

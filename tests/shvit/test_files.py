@@ -12,6 +12,7 @@ import pytest
 from shvit.cli import run
 from shvit.errors import InputError
 from shvit.files import (
+    atomic_write,
     check_file,
     is_file,
     is_folder,
@@ -20,13 +21,12 @@ from shvit.files import (
     read_bytes,
     read_text,
     sha256,
-    write_whole,
 )
 
 
 def test_file_appears_only_at_the_end(tmp_path):
     target = tmp_path / "new" / "a.bin"
-    with write_whole(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_bytes(b"half")
         assert not target.exists()
         assert partial.suffix == ".bin"
@@ -40,7 +40,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     target.write_bytes(b"old")
 
     def fail():
-        with write_whole(target) as partial:
+        with atomic_write(target) as partial:
             partial.write_bytes(b"half")
             raise RuntimeError
 
@@ -53,7 +53,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_folder_replaces_a_folder_whole(tmp_path):
     target = tmp_path / "a.mlpackage"
     for name in ("old", "new"):
-        with write_whole(target) as partial:
+        with atomic_write(target) as partial:
             make_package(partial, name)
     assert (target / "Data/com.apple.CoreML/weights/weight.bin").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
@@ -68,12 +68,12 @@ def make_package(folder, weights="weights"):
 
 
 def test_file_never_replaces_a_folder(tmp_path):
-    target = tmp_path / "photographs.onnx"
+    target = tmp_path / "images.onnx"
     target.mkdir()
     (target / "precious").write_text("")
 
     def overwrite():
-        with write_whole(target) as partial:
+        with atomic_write(target) as partial:
             partial.write_text("file")
 
     with pytest.raises(InputError, match="is a folder"):
@@ -87,7 +87,7 @@ def test_folder_never_replaces_a_file(tmp_path):
     target.write_text("precious")
 
     def overwrite():
-        with write_whole(target) as partial:
+        with atomic_write(target) as partial:
             partial.mkdir()
             (partial / "new").write_text("new")
 
@@ -102,7 +102,7 @@ def test_renaming_that_fails_is_said_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.EACCES, "Permission denied")
 
     def write():
-        with write_whole(tmp_path / "a.bin") as partial:
+        with atomic_write(tmp_path / "a.bin") as partial:
             partial.write_text("file")
 
     monkeypatch.setattr("pathlib.Path.replace", refuse)
@@ -115,7 +115,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
 
     def write():
-        with write_whole(tmp_path / "file" / "a.bin"):
+        with atomic_write(tmp_path / "file" / "a.bin"):
             pass
 
     with pytest.raises(InputError, match=r"file.a\.bin: cannot be written"):
@@ -137,10 +137,10 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
         ["train", "debug", "--data.root", "{root}"],
     ],
 )
-def test_a_file_in_place_of_the_output_folder_is_said_before_any_work(tmp_path, words, photographs):
+def test_a_file_in_place_of_the_output_folder_is_said_before_any_work(tmp_path, words, image_folder):
     file = tmp_path / "results"
     file.write_text("mine")
-    words = [word.format(file=file, root=photographs) for word in words]
+    words = [word.format(file=file, root=image_folder) for word in words]
     with pytest.raises(InputError, match=r"results: (is a file; choose another|cannot be written)"):
         run(words if "--output" in words else [*words, "--output", str(file)])
     assert file.read_text() == "mine"
@@ -151,7 +151,7 @@ def test_read_only_file_system_is_said_before_anything_is_computed(tmp_path, mon
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(InputError, match=r"a\.bin: cannot be written: Read-only"), write_whole(tmp_path / "a.bin"):
+    with pytest.raises(InputError, match=r"a\.bin: cannot be written: Read-only"), atomic_write(tmp_path / "a.bin"):
         pytest.fail("the body ran")
 
 
@@ -249,7 +249,7 @@ def test_what_another_program_wrote_is_not_replaced(tmp_path, name, make, reason
     before = sorted(tmp_path.rglob("*"))
 
     def write():
-        with write_whole(target):
+        with atomic_write(target):
             pytest.fail("the body ran")
 
     with pytest.raises(InputError, match=f"{name}: .*{reason}"):
@@ -272,7 +272,7 @@ def test_what_another_program_wrote_is_not_replaced(tmp_path, name, make, reason
 )
 def test_what_a_command_wrote_is_replaced(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with write_whole(tmp_path / name) as partial:
+    with atomic_write(tmp_path / name) as partial:
         partial.write_bytes(b"new")
     assert (tmp_path / name).read_bytes() == b"new"
 
@@ -293,12 +293,12 @@ def test_what_killed_processes_left_is_cleared_away(tmp_path):
     ]
     for name in (*left, *kept):
         (tmp_path / name).write_bytes(b"half")
-    with write_whole(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_bytes(b"\x08whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([target.name, *kept])
     aged = tmp_path / kept[1]
     os.utime(aged, (1e9, 1e9))
-    with write_whole(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_bytes(b"\x08whole")
     assert not aged.exists()
 

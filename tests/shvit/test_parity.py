@@ -1,4 +1,4 @@
-"""The models against timm's port: outputs, gradients, features, names, counts and initialisation."""
+"""The models against timm's port: outputs, gradients, features, names, counts and initialization."""
 
 import copy
 
@@ -90,7 +90,7 @@ def test_parameters_are_as_many_as_published(name, params):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_initialisation_draws_what_the_port_draws(name):
+def test_initialization_draws_what_the_port_draws(name):
     torch.manual_seed(7)
     ours = timm.create_model(name)
     torch.manual_seed(7)
@@ -101,7 +101,7 @@ def test_initialisation_draws_what_the_port_draws(name):
         torch.testing.assert_close(own, port, rtol=0, atol=0)
 
 
-def test_initialisation_is_the_papers():
+def test_initialization_is_the_papers():
     torch.manual_seed(0)
     model = timm.create_model("shvit_s1")
     starts_at_zero = {name for name, module in model.named_modules()

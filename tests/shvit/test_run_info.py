@@ -404,7 +404,7 @@ def test_a_truncated_file_has_changed_and_is_not_opened(exported, tmp_path):
     for name in ("m.onnx", "m.onnx.certificate.json"):
         shutil.copy(exported / name, tmp_path)
     (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:1000])
-    for command in ("verify", f"eval --data {exported} --artefact", "bench --models"):
+    for command in ("verify", f"eval --data {exported} --artifact", "bench --models"):
         with pytest.raises(CheckFailed, match="has changed since it was certified"):
             run([*command.split(), f"{tmp_path}/m.onnx"])
 
@@ -416,7 +416,7 @@ def test_a_file_is_evaluated_on_what_its_run_kept_for_validation(tmp_path, capsy
     info = replace(INFO, data=identity)
     write_checkpoint(create_tiny(num_classes=3).state_dict(), tmp_path / "m.safetensors", info.metadata)
     run(["export", "onnx", "--checkpoint", f"{tmp_path}/m.safetensors", "--output", f"{tmp_path}/m.onnx"])
-    evaluate = ["eval", "--data", str(data), "--artefact", f"{tmp_path}/m.onnx"]
+    evaluate = ["eval", "--data", str(data), "--artifact", f"{tmp_path}/m.onnx"]
     assert run(evaluate)["n"] == identity["val"]["count"] < 40
     assert "the part that this run kept for validation" in capsys.readouterr().out
     assert run([*evaluate, "--all-images"])["n"] == 120
@@ -441,8 +441,8 @@ def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("eval --data D --artefact m.onnx --model tiny_vit --ema", "--model and --ema do not apply"),
-        ("eval --data D --artefact m.onnx --checkpoint m.safetensors", "--checkpoint does not apply"),
+        ("eval --data D --artifact m.onnx --model tiny_vit --ema", "--model and --ema do not apply"),
+        ("eval --data D --artifact m.onnx --checkpoint m.safetensors", "--checkpoint does not apply"),
         ("eval --data D --checkpoint m.safetensors --split test", "--split does not apply"),
         ("eval --data D --checkpoint m.safetensors --ema", "has no averaged weights"),
         ("eval --data D --checkpoint m.safetensors --pretrained", "--checkpoint does not apply"),

@@ -1,4 +1,4 @@
-"""Which photographs are trained on, which are held out, and unusable ones."""
+"""Which images are trained on, which are held out, and unusable ones."""
 
 import hashlib
 import tarfile
@@ -23,7 +23,7 @@ from shvit.train.data import (
 from shvit.train.recipe import Data
 
 
-def photograph(path, seed=0, size=(40, 32)):
+def image(path, seed=0, size=(40, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -31,14 +31,14 @@ def photograph(path, seed=0, size=(40, 32)):
 
 @pytest.fixture
 def flat(tmp_path):
-    """Two class folders of 60 photographs each."""
+    """Two class folders of 60 images each."""
     for name in ("cat", "dog"):
         for index in range(60):
-            photograph(tmp_path / name / f"{name}{index}.png", index)
+            image(tmp_path / name / f"{name}{index}.png", index)
     return tmp_path
 
 
-def test_held_out_photographs_are_about_a_tenth_and_never_trained_on(flat):
+def test_held_out_images_are_about_a_tenth_and_never_trained_on(flat):
     training, held_out = ({path for path, _ in open_dataset(flat, split).samples} for split in ("train", "val"))
     assert not training & held_out
     assert len(training | held_out) == 120
@@ -47,9 +47,9 @@ def test_held_out_photographs_are_about_a_tenth_and_never_trained_on(flat):
 
 def test_split_depends_on_the_file_name_alone(flat, tmp_path_factory):
     before = {path.name for path, _ in open_dataset(flat, "val").samples}
-    moved = tmp_path_factory.mktemp("elsewhere") / "photographs"
+    moved = tmp_path_factory.mktemp("elsewhere") / "images"
     flat.rename(moved)
-    photograph(moved / "cat" / "another.png")
+    image(moved / "cat" / "another.png")
     after = {path.name for path, _ in open_dataset(moved, "val").samples}
     assert after - {"another.png"} == before
     assert before == {
@@ -65,7 +65,7 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path, name):
     for split, count in (("train", 3), (name, 2)):
         for kind in ("a", "b"):
             for index in range(count):
-                photograph(tmp_path / split / kind / f"{index}.jpg")
+                image(tmp_path / split / kind / f"{index}.jpg")
     assert len(open_dataset(tmp_path, "train")) == 6
     assert len(open_dataset(tmp_path, "val")) == 4
     assert len(open_eval_dataset(tmp_path)) == 4
@@ -85,7 +85,7 @@ def test_elpv_holds_out_whole_modules_of_both_types():
     assert [sum(target == kind for _, target in held_out.samples) for kind in (0, 1)] == [132, 240]
 
 
-def test_eval_loader_gives_every_photograph_once_in_order(flat):
+def test_eval_loader_gives_every_image_once_in_order(flat):
     dataset = open_dataset(flat, "train")
     transform = timm.data.create_transform((3, 32, 32))
     batches = list(eval_loader(dataset, transform, batch_size=7))
@@ -94,18 +94,18 @@ def test_eval_loader_gives_every_photograph_once_in_order(flat):
     assert batches[0][0].shape == (7, 3, 32, 32)
 
 
-def test_damaged_photograph_is_named(flat):
+def test_damaged_image_is_named(flat):
     path = flat / "cat" / "cat3.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(InputError, match=r"cat3\.png: not a readable image"):
         open_image(path)
-    (flat / "cat" / "cat4.png").write_text("no photograph")
+    (flat / "cat" / "cat4.png").write_text("no image")
     with pytest.raises(InputError, match=r"cat4\.png"):
         open_image(flat / "cat" / "cat4.png")
 
 
-def test_enormous_photograph_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    photograph(tmp_path / "big.png", size=(300, 200))
+def test_enormous_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    image(tmp_path / "big.png", size=(300, 200))
     monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     with pytest.raises(InputError, match=r"big\.png: 300×200 pixels"):
         open_image(tmp_path / "big.png")
@@ -135,7 +135,7 @@ def test_unusable_folders_are_one_clear_line(tmp_path, paths, message):
             (tmp_path / name).parent.mkdir(parents=True)
             (tmp_path / name).write_text("")
         else:
-            photograph(tmp_path / name)
+            image(tmp_path / name)
     with pytest.raises(InputError) as error:
         open_dataset(tmp_path, "val")
     assert message in str(error.value)
@@ -183,7 +183,7 @@ def test_a_run_that_was_split_otherwise_is_not_said_to_have_kept_what_it_trained
 def test_evaluating_on_training_images_is_said(tmp_path):
     for split in ("train", "val"):
         for kind in ("a", "b"):
-            photograph(tmp_path / split / kind / f"{split}.png")
+            image(tmp_path / split / kind / f"{split}.png")
     run = TrainedOn(open_splits(Data(root=tmp_path)).identity(), None, tmp_path)
     assert open_eval_dataset(tmp_path / "train", trained_on=run).part == "images that this run was trained on"
     assert open_eval_dataset(tmp_path, trained_on=run).part == "its val"

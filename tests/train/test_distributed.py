@@ -62,14 +62,14 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(photographs, tmp_path):
+def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_path):
     """Its backward pass is one call of many seconds on a CPU, in which Python runs nothing."""
     slow = Recipe(
         model="shvit_s2",
         img_size=384,
         epochs=2,
         batch_size=32,
-        data=Data(root=photographs, workers=1),
+        data=Data(root=image_folder, workers=1),
         augment=replace(PLAIN, repeats=3),
         save=Save(eval_epochs=2),
     )
@@ -100,17 +100,17 @@ def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, 
 
 
 def test_run_that_fails_ends_its_workers(small, tmp_path):
-    """The photographs vanish while workers read them: nobody must wait for these afterwards."""
+    """The images vanish while workers read them: nobody must wait for these afterwards."""
     folder = tmp_path / "run"
     argv = command(replace(small, epochs=400, data=replace(small.data, workers=2, max_corrupt=0)), folder)
     process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for((folder / "last.pt").exists)
-    photographs, hidden = small.data.root / "train", small.data.root / "hidden"
-    photographs.rename(hidden)
+    images, hidden = small.data.root / "train", small.data.root / "hidden"
+    images.rename(hidden)
     try:
         _, said = process.communicate(timeout=60)
     finally:
-        hidden.rename(photographs)
+        hidden.rename(images)
     assert process.returncode == 2
     assert "none of the" in said
     assert "can be read" in said

@@ -45,22 +45,22 @@ def test_top5_looks_at_five_classes():
     assert result.top5 == pytest.approx(100 * 5 / 8)
 
 
-def test_a_class_without_photographs_leaves_valid_json():
+def test_a_class_without_images_leaves_valid_json():
     result = evaluate(table_predict([[1.0, 0.0, 0.0]]), batches([0], size=1), 3)
     json.dumps(asdict(result), allow_nan=False)
 
 
-def test_photographs_without_a_class_do_not_count():
+def test_images_without_a_class_do_not_count():
     result = evaluate(table_predict([[1.0, 0.0], [1.0, 0.0]]), batches([0, 1, 1], size=2), 2)
     images = [(torch.tensor([[0.0], [1.0], [1.0], [0.0]]), torch.tensor([0, 1, 1, -1]))]
     other = evaluate(table_predict([[1.0, 0.0], [1.0, 0.0]]), images, 2)
     assert (other.n, other.per_class, other.loss) == (3, result.per_class, pytest.approx(result.loss, rel=1e-6))
-    with pytest.raises(InputError, match="no photograph to evaluate on"):
+    with pytest.raises(InputError, match="no image to evaluate on"):
         evaluate(table_predict([[1.0, 0.0]]), [(torch.zeros(1, 1), torch.tensor([-1]))], 2)
 
 
 def test_class_that_the_model_does_not_have_is_refused():
-    with pytest.raises(InputError, match="a photograph of class 2, and the model has 2 classes"):
+    with pytest.raises(InputError, match="an image of class 2, and the model has 2 classes"):
         evaluate(table_predict([[1.0, 0.0]] * 3), batches([2], size=1), 2)
 
 

@@ -18,7 +18,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from shvit.errors import InputError
 from shvit.train.data import (
     Files,
-    Photographs,
+    Images,
     eval_loader,
     open_dataset,
     open_eval_dataset,
@@ -48,8 +48,8 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    """40 photographs of two classes, no two alike."""
+def images(tmp_path):
+    """40 images of two classes, no two alike."""
     rng = np.random.default_rng(0)
     samples = []
     for index in range(40):
@@ -57,7 +57,7 @@ def photographs(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(path)
         samples.append((path, index % 2))
-    return Photographs(Files(samples), ["a", "b"])
+    return Images(Files(samples), ["a", "b"])
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_photograph_comes_once_an_epoch_in_another_order():
+def test_every_image_comes_once_an_epoch_in_another_order():
     order = Order(40, 8, repeats=1, seed=0)
     assert order.steps_per_epoch == 5
     epochs = [[index for step in range(5 * e, 5 * e + 5) for _, index in order.batch(step)] for e in range(3)]
@@ -116,53 +116,53 @@ def test_processes_and_turns_together_have_the_batch(size, turns):
 
 
 def test_batch_larger_than_an_epoch_is_refused():
-    with pytest.raises(InputError, match=r"40 training photographs .* fewer than the batch of 64"):
+    with pytest.raises(InputError, match=r"40 training images .* fewer than the batch of 64"):
         Order(40, 64, repeats=1, seed=0)
 
 
-# --- photographs ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_in_the_middle_of_an_epoch_gives_the_same_batches(recipe, photographs, workers):
-    whole = drain(Feed(recipe, photographs, world(), 1), 0, 10)
+def test_going_on_in_the_middle_of_an_epoch_gives_the_same_batches(recipe, image_folder, workers):
+    whole = drain(Feed(recipe, image_folder, world(), 1), 0, 10)
     other = replace(recipe, data=Data(workers=workers))
-    assert_same(drain(Feed(other, photographs, world(), 1), 3, 10), whole[3:])
+    assert_same(drain(Feed(other, image_folder, world(), 1), 3, 10), whole[3:])
 
 
-def test_processes_augment_as_one_does(recipe, photographs):
-    whole = drain(Feed(recipe, photographs, world(), 1), 0, 4)
-    halves = [drain(Feed(recipe, photographs, world(rank, 2), 1), 0, 4) for rank in range(2)]
+def test_processes_augment_as_one_does(recipe, image_folder):
+    whole = drain(Feed(recipe, image_folder, world(), 1), 0, 4)
+    halves = [drain(Feed(recipe, image_folder, world(rank, 2), 1), 0, 4) for rank in range(2)]
     for step in range(4):
         together = torch.stack([halves[0][step].images, halves[1][step].images], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[step].images)
 
 
-def test_a_photograph_looks_different_in_every_epoch(recipe, photographs):
-    batches = drain(Feed(replace(recipe, batch_size=40), photographs, world(), 1), 0, 2)
+def test_a_image_looks_different_in_every_epoch(recipe, image_folder):
+    batches = drain(Feed(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 2)
     assert not torch.equal(batches[0].images.sort(0).values, batches[1].images.sort(0).values)
 
 
-def test_progressive_sizes_are_those_of_their_epochs(recipe, photographs):
+def test_progressive_sizes_are_those_of_their_epochs(recipe, image_folder):
     growing = replace(recipe, img_size=96, first_img_size=32)
-    assert [batch.images.shape[-1] for batch in drain(Feed(growing, photographs, world(), 1), 4, 11)] == (
+    assert [batch.images.shape[-1] for batch in drain(Feed(growing, image_folder, world(), 1), 4, 11)] == (
         [32] + 5 * [64] + [96]
     )
 
 
-def test_damaged_photograph_is_named_and_its_place_taken(recipe, photographs):
-    path = photographs.samples[7][0]
+def test_damaged_image_is_named_and_its_place_taken(recipe, image_folder):
+    path = image_folder.samples[7][0]
     path.write_bytes(path.read_bytes()[:100])
-    batches = drain(Feed(replace(recipe, batch_size=40), photographs, world(), 1), 0, 1)
+    batches = drain(Feed(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 1)
     assert [str(path) in problem for problem, _, _ in batches[0].problems] == [True]
     assert len(batches[0].targets) == 40
     assert int(batches[0].targets.sum()) == 19  # the next one, of the other class, came twice
 
 
-def test_endless_damage_does_not_hang(photographs):
-    for path, _ in photographs.samples:
-        path.write_text("no photograph")
-    augmented = Augmented(photographs, lambda place: lambda image: np.zeros((3, 8, 8), np.uint8), 0, tries=3)
+def test_endless_damage_does_not_hang(image_folder):
+    for path, _ in image_folder.samples:
+        path.write_text("no image")
+    augmented = Augmented(image_folder, lambda place: lambda image: np.zeros((3, 8, 8), np.uint8), 0, tries=3)
     assert len(augmented[0, 0][2]) == 4
 
 
@@ -186,7 +186,7 @@ def test_posterize_is_timms_and_black_for_no_bits():
 # --- on the device ----------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_normalised_as_torchvision_does(recipe):
+def test_bytes_are_normalized_as_torchvision_does(recipe):
     from torchvision.transforms import Normalize
 
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
@@ -227,17 +227,17 @@ def test_seeds_reach_every_generator():
 # --- tars and streams -------------------------------------------------------------------------------------------------
 
 
-def test_tar_gives_what_the_folder_gives(photographs, tmp_path):
+def test_tar_gives_what_the_folder_gives(image_folder, tmp_path):
     root = tmp_path / "tars"
     root.mkdir()
     for split in ("train", "val"):
         with tarfile.open(root / f"{split}.tar", "w") as archive:
-            for path, _ in photographs.samples:
+            for path, _ in image_folder.samples:
                 archive.add(path, arcname=f"{path.parent.name}/{path.name}")
     dataset = open_dataset(root, "train")
     assert dataset.classes == ["a", "b"]
     found = {name.name: target for name, target in dataset.samples}
-    assert found == {path.name: target for path, target in photographs.samples}
+    assert found == {path.name: target for path, target in image_folder.samples}
     image, target = dataset[3]
     name = dataset.samples[3][0]
     expected = Image.open(tmp_path / "train" / name)
@@ -246,7 +246,7 @@ def test_tar_gives_what_the_folder_gives(photographs, tmp_path):
     assert not list(root.glob("*.pickle"))
 
 
-def test_tar_alone_holds_some_out(photographs, tmp_path):
+def test_tar_alone_holds_some_out(image_folder, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(tmp_path / "train", arcname="")
     training, held_out = (open_dataset(tmp_path / "all.tar", split) for split in ("train", "val"))
@@ -261,8 +261,8 @@ def test_file_that_is_no_tar_is_named(tmp_path):
 
 
 @pytest.fixture
-def shards(photographs, tmp_path):
-    """The photographs in four WebDataset shards with their _info.json."""
+def shards(image_folder, tmp_path):
+    """The images in four WebDataset shards with their _info.json."""
     root = tmp_path / "shards"
     root.mkdir()
     splits = {}
@@ -271,7 +271,7 @@ def shards(photographs, tmp_path):
         for shard in range(4):
             names.append(f"{split}-{shard}.tar")
             with tarfile.open(root / names[-1], "w") as archive:
-                for path, target in photographs.samples[10 * shard : 10 * shard + 10]:
+                for path, target in image_folder.samples[10 * shard : 10 * shard + 10]:
                     for name, content in (
                         (f"{path.stem}.png", path.read_bytes()),
                         (f"{path.stem}.cls", b"%d" % target),
@@ -295,7 +295,7 @@ def test_stream_goes_on_in_the_middle_of_an_epoch(streamed):
     assert not torch.equal(whole[0].images, whole[5].images)  # the second epoch has another order
 
 
-def test_stream_reads_every_photograph_over_an_epoch(streamed):
+def test_stream_reads_every_image_over_an_epoch(streamed):
     plain = replace(
         streamed, augment=Augment(repeats=1, auto_augment=None, color_jitter=0, hflip=0, scale=(1, 1), ratio=(1, 1))
     )
@@ -306,7 +306,7 @@ def test_stream_reads_every_photograph_over_an_epoch(streamed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_evaluated_each_photograph_once(shards, photographs, workers):
+def test_shards_are_evaluated_each_image_once(shards, image_folder, workers):
     loader = eval_loader(open_eval_dataset(str(shards)), create_transform((3, 32, 32)), 7, workers)
     targets = torch.cat([targets for _, targets in loader])
     assert (len(targets), int(targets.sum())) == (40, 20)
@@ -314,8 +314,8 @@ def test_shards_are_evaluated_each_photograph_once(shards, photographs, workers)
         open_eval_dataset(str(shards), split="nowhere")
 
 
-def test_hugging_face_dataset_is_read_as_the_folder_is(photographs, tmp_path, monkeypatch):
-    """A local one: photographs in folders, as `datasets` reads them itself."""
+def test_hugging_face_dataset_is_read_as_the_folder_is(image_folder, tmp_path, monkeypatch):
+    """A local one: images in folders, as `datasets` reads them itself."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     data = Data(name="hfds/train", root=tmp_path / "cache", train_split="train")
@@ -323,7 +323,7 @@ def test_hugging_face_dataset_is_read_as_the_folder_is(photographs, tmp_path, mo
     assert dataset.classes == ["a", "b"]
     assert len(dataset) == 40
     image, target = dataset[0]
-    assert any(target == t and np.array_equal(image, Image.open(path)) for path, t in photographs.samples)
+    assert any(target == t and np.array_equal(image, Image.open(path)) for path, t in image_folder.samples)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from rich.console import Console
 from torchvision.datasets import ImageFolder
 
 from shvit.errors import InputError
-from shvit.export.images import find_photographs, spread
+from shvit.export.images import sample_images, spread
 from shvit.train.data import Splits, duplicates_note, identity, open_dataset, open_eval_dataset, open_splits
 from shvit.train.folders import list_images
 from shvit.train.recipe import Data
@@ -319,15 +319,15 @@ def test_as_many_images_as_allowed_are_spread_evenly(n, limit):
 def test_images_to_verify_with_are_the_validation_part_and_labels_go_by_name(tmp_path, capsys):
     fill(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog", "val/owl", ".x/cat", count=3)
     with pytest.raises(InputError, match="classes that the model does not know: owl"):
-        find_photographs(tmp_path, 2, classes=("dog", "cat"))
-    found = find_photographs(tmp_path, 3, classes=("owl", "dog", "cat"))
+        sample_images(tmp_path, 2, classes=("dog", "cat"))
+    found = sample_images(tmp_path, 3, classes=("owl", "dog", "cat"))
     assert Counter((each.path.parent.name, each.label) for each in found) == {
         ("cat", 2): 3, ("dog", 1): 3, ("owl", 0): 3}  # fmt: skip
     assert {each.path.parent.parent.name for each in found} == {"val"}
     assert "of its splits, val/ is taken" in capsys.readouterr().out
-    assert {each.path.parent.parent.name for each in find_photographs(tmp_path, part="train")} == {"train"}
-    assert [each.label for each in find_photographs(tmp_path / "train", 2)] == [0, 0, 0, 1, 1, 1]
-    assert {each.label for each in find_photographs(tmp_path / "train", 3)} == {-1}
+    assert {each.path.parent.parent.name for each in sample_images(tmp_path, part="train")} == {"train"}
+    assert [each.label for each in sample_images(tmp_path / "train", 2)] == [0, 0, 0, 1, 1, 1]
+    assert {each.label for each in sample_images(tmp_path / "train", 3)} == {-1}
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

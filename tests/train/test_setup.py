@@ -181,7 +181,7 @@ def test_run_begins_with_weights_and_a_new_head_for_other_classes(recipe, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_teacher_teaches_the_second_head_in_its_own_normalisation(recipe, kind, tmp_path):
+def test_teacher_teaches_the_second_head_in_its_own_normalization(recipe, kind, tmp_path):
     """Against the loss written out by hand."""
     teacher = timm.create_model("test_efficientnet", num_classes=2).eval()  # mean and std of 0.5
     write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
@@ -234,7 +234,7 @@ def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_pat
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("test_resnet", {"num_classes": 3}, "the teacher test_resnet knows 3 classes and the photographs have 2"),
+        ("test_resnet", {"num_classes": 3}, "the teacher test_resnet knows 3 classes and the images have 2"),
         ("test_resnet", {"in_chans": 1}, "does not fit ResNet of this variant"),
         ("shvit_s1", {"in_chans": 1}, "the teacher shvit_s1 takes no images of three channels"),
         ("test_vit", {"img_size": 64}, "does not fit VisionTransformer of this variant: pos_embed is"),

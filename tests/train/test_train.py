@@ -39,11 +39,11 @@ def test_run_folder_holds_everything_that_was_promised(recipe, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_load_into_timm_and_score_what_the_log_says(recipe, photographs, tmp_path):
+def test_weights_load_into_timm_and_score_what_the_log_says(recipe, image_folder, tmp_path):
     train(replace(recipe, model="shvit_s1"), tmp_path)
     model = timm.create_model("shvit_s1", num_classes=2, checkpoint_path=tmp_path / "best.safetensors")
     assert not any(torch.isnan(p).any() for p in model.parameters())
-    options = ["--model", "shvit_s1", "--data", str(photographs), "--img-size", "32"]
+    options = ["--model", "shvit_s1", "--data", str(image_folder), "--img-size", "32"]
     result = run(["eval", *options, "--checkpoint", f"{tmp_path}/best.safetensors"])
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert result["top1"] == pytest.approx(max(entry["top1"] for entry in log))
@@ -173,8 +173,8 @@ def test_finished_run_gives_its_result_again(recipe, tmp_path):
     assert first == second
 
 
-def test_run_goes_on_with_added_images_by_a_schedule_that_fits(small, photographs, tmp_path):
-    root = shutil.copytree(photographs, tmp_path / "photographs")
+def test_run_goes_on_with_added_images_by_a_schedule_that_fits(small, image_folder, tmp_path):
+    root = shutil.copytree(image_folder, tmp_path / "images")
     recipe = replace(small, data=replace(small.data, root=root), save=replace(small.save, keep=4))
     folder = tmp_path / "run"
     train(recipe, folder)
@@ -242,18 +242,18 @@ def test_diverged_loss_stops_with_figures_and_names_the_last_good_state(small, t
 
 
 @pytest.fixture
-def damaged(photographs, tmp_path):
-    """The photographs, four of them damaged: three to train on and one held out."""
+def damaged(image_folder, tmp_path):
+    """The images, four of them damaged: three to train on and one held out."""
     import shutil
 
     root = tmp_path / "damaged"
-    shutil.copytree(photographs, root)
+    shutil.copytree(image_folder, root)
     for name in ("train/red/1.png", "train/red/2.png", "train/blue/9.png", "val/red/0.png"):
         (root / name).write_bytes((root / name).read_bytes()[:60])
     return root
 
 
-def test_damaged_photographs_are_named_once_and_passed_over(small, damaged, tmp_path, capsys):
+def test_damaged_images_are_named_once_and_passed_over(small, damaged, tmp_path, capsys):
     recipe = replace(small, data=Data(root=damaged, workers=0))
     result = train(recipe, tmp_path / "run")
     said = capsys.readouterr().err
@@ -263,13 +263,13 @@ def test_damaged_photographs_are_named_once_and_passed_over(small, damaged, tmp_
     assert result["n_val"] == 11
 
 
-def test_too_many_damaged_photographs_are_an_error(small, damaged, tmp_path):
+def test_too_many_damaged_images_are_an_error(small, damaged, tmp_path):
     recipe = replace(small, data=Data(root=damaged, workers=0, max_corrupt=2))
     with pytest.raises(InputError, match=r"3 damaged images, and 2 are allowed; .*\.png: not a readable image"):
         train(recipe, tmp_path / "run")
 
 
-def test_only_damaged_photographs_are_an_error(small, damaged, tmp_path):
+def test_only_damaged_images_are_an_error(small, damaged, tmp_path):
     for path in (damaged / "train").rglob("*.png"):
         path.write_text("x")
     with pytest.raises(InputError, match=r"none of the 16 training images of .* can be read"):
@@ -322,7 +322,7 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--augment.auto-augment", "nonsense"], "--augment.auto-augment nonsense"),
         (["demo", "--compute.sync-bn"], "--compute.sync-bn needs CUDA"),
         (["demo", "--compute.precision", "fp16"], "fp16 needs CUDA"),
-        (["demo", "--augment.mixup", "1", "--batch-size", "63"], "mixup and cutmix pair photographs"),
+        (["demo", "--augment.mixup", "1", "--batch-size", "63"], "mixup and cutmix pair images"),
         (["demo", "--distill.teacher", "nobody"], "unknown teacher 'nobody'"),
         (["demo", "--distill.teacher", "nobody", "--distill.checkpoint", "x.pt"], "unknown teacher 'nobody'"),
         (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a dataset with a name"),
@@ -340,10 +340,10 @@ def test_unusable_options_are_one_clear_line(argv, message, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_any_field_can_be_given_on_the_command_line(photographs, tmp_path):
+def test_any_field_can_be_given_on_the_command_line(image_folder, tmp_path):
     options = ["--epochs", "1", "--img-size", "32", "--batch-size", "8", "--data.workers", "0", "--optim.lr", "0.01"]
-    run(["train", "debug", "--data.root", str(photographs), "--output", str(tmp_path / "run"), *options])
+    run(["train", "debug", "--data.root", str(image_folder), "--output", str(tmp_path / "run"), *options])
     stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["recipe"]
-    assert (stored["optim"]["lr"], stored["data"]["root"]) == (0.01, str(photographs))
+    assert (stored["optim"]["lr"], stored["data"]["root"]) == (0.01, str(image_folder))
     again = run(["train", "--recipe", str(tmp_path / "run" / "recipe.yaml"), "--output", str(tmp_path / "run")])
     assert again["epochs"] == 1

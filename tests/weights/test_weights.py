@@ -275,7 +275,7 @@ def test_conversion_takes_the_averaged_weights_when_asked(model, tmp_path):
 
 
 @torch.no_grad()
-def test_two_deployed_heads_are_recognised_and_made_one(tmp_path):
+def test_two_deployed_heads_are_recognized_and_made_one(tmp_path):
     source = timm.create_model("shvit_s1", num_classes=10, in_chans=1, distilled=True).eval()
     write_checkpoint(reparameterize_model(source).state_dict(), tmp_path / "two.pth")
     identity = run(["weights", "check", str(tmp_path / "two.pth")])["checks"][0]["identity"]

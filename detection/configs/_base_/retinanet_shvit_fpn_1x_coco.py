@@ -11,14 +11,14 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type="LoadPhotograph"),
+    dict(type="LoadImage"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadPhotograph"),
+    dict(type="LoadImage"),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),

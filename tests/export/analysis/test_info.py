@@ -79,7 +79,7 @@ def test_bytes_of_operators_without_multiply_adds():
     """Read and written once each; BatchNorm also reads four values of each channel; views are free."""
     model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(2), nn.Softmax(-1)).eval()
     operations = count(model, torch.zeros(1, 2, 4, 4))
-    assert [o.kind for o in operations] == ["normalisation", "activation", "softmax"]
+    assert [o.kind for o in operations] == ["normalization", "activation", "softmax"]
     assert [o.activation_bytes for o in operations] == [2 * 4 * 32] * 3
     assert [o.weight_bytes for o in operations] == [4 * 4 * 2, 0, 0]
     assert Cost.of(operations).memory_bound_percent == 100

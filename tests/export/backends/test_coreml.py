@@ -28,14 +28,14 @@ def spec_of(model: nn.Module, size: int = SIZE, **changes) -> Spec:
 
 
 def pixels(count: int = 1, size: int = SIZE, seed: int = 0) -> torch.Tensor:
-    """Soft patches of colour, uint8 (count, 3, size, size)."""
+    """Soft patches of color, uint8 (count, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)
     return (nn.functional.interpolate(coarse, size=size, mode="bilinear") * 255).round().to(torch.uint8)
 
 
 def feed(spec: Spec, image: torch.Tensor) -> torch.Tensor:
-    return image.float() if spec.takes_pixels else spec.normalize(image)
+    return image.float() if spec.uint8_input else spec.normalize(image)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -54,14 +54,14 @@ def w8a8(tmp_path_factory):
     """A package with one layer kept, the model that it was made of, its spec, and that layer's name."""
     model, kept = create_tiny(), "stages.1.blocks.1.mixer.m.qkv"
     deployed = deploy(model, SIZE)
-    spec = spec_of(model, precision="w8a8", takes_pixels=True)
+    spec = spec_of(model, precision="w8a8", uint8_input=True)
     path = tmp_path_factory.mktemp("w8a8") / "w8a8.mlpackage"
     write_coreml(deployed, path, spec, calibration=list(pixels(24)), keep={kept})
     return path, deployed, spec, kept
 
 
 @pytest.mark.parametrize(
-    ("precision", "takes_pixels"),
+    ("precision", "uint8_input"),
     [
         ("fp32", False),
         ("int8", True),
@@ -69,9 +69,9 @@ def w8a8(tmp_path_factory):
         pytest.param("int8", False, marks=pytest.mark.slow),
     ],
 )
-def test_every_size_gives_the_models_answers(tmp_path, precision, takes_pixels):
+def test_every_size_gives_the_models_answers(tmp_path, precision, uint8_input):
     model = create_tiny()
-    spec = spec_of(model, precision=precision, takes_pixels=takes_pixels, other_sizes=(96, 128))
+    spec = spec_of(model, precision=precision, uint8_input=uint8_input, other_sizes=(96, 128))
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
     package = Package(tmp_path / "m.mlpackage")
     assert [shape[-2:] for shape in package.feeds[0].shapes] == [(size, size) for size in spec.sizes]
@@ -95,7 +95,7 @@ def test_several_sizes_leave_the_model_as_it_was(tmp_path):
 def test_features_come_out_under_their_names(tmp_path, other_sizes):
     model = randomize(timm.create_model("test_resnet", features_only=True, out_indices=(1, 2)), 0).eval()
     spec = replace(
-        spec_of(model), takes_pixels=True, outputs=("stride_4", "stride_8"), other_sizes=other_sizes, num_classes=0
+        spec_of(model), uint8_input=True, outputs=("stride_4", "stride_8"), other_sizes=other_sizes, num_classes=0
     )
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
     package = Package(tmp_path / "m.mlpackage")
@@ -112,7 +112,7 @@ def test_features_come_out_under_their_names(tmp_path, other_sizes):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "w8a8"])
 def test_classifier_gives_label_and_probabilities(tmp_path, precision):
     model = create_tiny()
-    spec = spec_of(model, precision=precision, takes_pixels=True, outputs=("probabilities",))
+    spec = spec_of(model, precision=precision, uint8_input=True, outputs=("probabilities",))
     write_coreml(
         nn.Sequential(deploy(model, SIZE), nn.Softmax(-1)),
         tmp_path / "m.mlpackage",
@@ -136,10 +136,10 @@ def test_classifier_gives_label_and_probabilities(tmp_path, precision):
     assert got["classLabel"] == LABELS[values.argmax()]
 
 
-@pytest.mark.parametrize("takes_pixels", [True, False])
-def test_layers_are_named_after_their_modules_and_give_their_values(tmp_path, takes_pixels):
+@pytest.mark.parametrize("uint8_input", [True, False])
+def test_layers_are_named_after_their_modules_and_give_their_values(tmp_path, uint8_input):
     deployed = deploy(create_tiny(), SIZE)
-    spec = spec_of(deployed, takes_pixels=takes_pixels)
+    spec = spec_of(deployed, uint8_input=uint8_input)
     write_coreml(deployed, tmp_path / "m.mlpackage", spec)
     image, expected = pixels(), {}
     for name, module in deployed.named_modules():
@@ -225,7 +225,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mo
 def test_peers_go_into_w8a8(tmp_path, name):
     model = timm.create_model(name, num_classes=4).eval()
     randomize_norms(model)
-    spec = replace(Spec.of(name, model, SIZE), precision="w8a8", takes_pixels=True)
+    spec = replace(Spec.of(name, model, SIZE), precision="w8a8", uint8_input=True)
     deployed = deploy(model, SIZE)
     write_coreml(deployed, tmp_path / "m.mlpackage", spec, calibration=list(pixels(4)))
     package, images = Package(tmp_path / "m.mlpackage", half=True), pixels(4, seed=1)
@@ -287,7 +287,7 @@ def test_every_variant_at_three_sizes_in_one_file(tmp_path, name, kind):
     model = timm.create_model(name, **options).eval()
     randomize(model)
     outputs = ("stride_16", "stride_32", "stride_64") if kind == "features" else ("logits",)
-    spec = replace(Spec.of(name, model, 224), takes_pixels=True, outputs=outputs, other_sizes=(256, 384))
+    spec = replace(Spec.of(name, model, 224), uint8_input=True, outputs=outputs, other_sizes=(256, 384))
     started, worst = time.perf_counter(), 0.0
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
     package = Package(tmp_path / "m.mlpackage")

@@ -42,7 +42,7 @@ ON_A_MAC = sys.platform == "darwin"
 @pytest.fixture(scope="module", params=[True, False], ids=["image", "tensor"])
 def package(request, tmp_path_factory):
     model = create_tiny()
-    spec = replace(Spec.of("shvit_s1", model, 64), precision="fp16", takes_pixels=request.param)
+    spec = replace(Spec.of("shvit_s1", model, 64), precision="fp16", uint8_input=request.param)
     path = tmp_path_factory.mktemp("coreml") / "tiny.mlpackage"
     write_coreml(deploy(model, 64), path, spec)
     return path
@@ -239,10 +239,10 @@ def test_worker_feeds_a_package_what_it_asks_for(package):
     assert output.isfinite().all()
 
 
-def test_worker_feeds_grey_images():
+def test_worker_feeds_gray_images():
     description = ct.proto.Model_pb2.ModelDescription()
-    grey = description.input.add(name="image").type.imageType
-    grey.height, grey.width, grey.colorSpace = 48, 64, grey.ColorSpace.GRAYSCALE
+    gray = description.input.add(name="image").type.imageType
+    gray.height, gray.width, gray.colorSpace = 48, 64, gray.ColorSpace.GRAYSCALE
     image = worker.coreml_inputs(description)["image"]
     assert (image.size, image.mode) == ((64, 48), "L")
 

@@ -351,8 +351,8 @@ def test_all_devices_side_by_side(page):
     ]
     assert len(all_of(page, ".plot .front")) == 3
     fill = "return getComputedStyle(arguments[0]).fill"
-    colours = {page.execute_script(fill, each) for each in all_of(page, "circle + .mark")}
-    assert len(colours - {"rgb(252, 252, 251)"}) >= 2  # a colour for each device; a hollow mark is of paper
+    colors = {page.execute_script(fill, each) for each in all_of(page, "circle + .mark")}
+    assert len(colors - {"rgb(252, 252, 251)"}) >= 2  # a color for each device; a hollow mark is of paper
     set_value(page, "budget-ms", 15)
     lines = [each.text.replace("\xa0", " ") for each in all_of(page, ".verdict .line")]
     assert lines == [
@@ -429,8 +429,8 @@ def test_checks_sustained_runs_and_devices_are_told(page):
     assert rows[4][5:7] == ["0", "∞"]
     said = text(page, "main")
     assert "2 of 4 files failed and were not timed." in said
-    colour = "return getComputedStyle(document.querySelector(arguments[0])).color"
-    passed, failed = (page.execute_script(colour, f"{row} .outcome") for row in ("tr:not(.failed)", "tr.failed"))
+    color = "return getComputedStyle(document.querySelector(arguments[0])).color"
+    passed, failed = (page.execute_script(color, f"{row} .outcome") for row in ("tr:not(.failed)", "tr.failed"))
     assert passed != failed
     assert [each.text for each in all_of(page, ".runs .words")] == [
         "throttles: 1.34× slower at the end",

@@ -153,7 +153,7 @@ def test_one_disturbed_case_is_enough_for_processor_time():
 
 
 @contextmanager
-def neighbours(count: int):
+def neighbors(count: int):
     """Busy processes on the core that a case of one thread is measured on."""
     code = f"import os\nos.sched_setaffinity(0, {choose_cores(1)})\nwhile True: pass"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
@@ -170,7 +170,7 @@ def test_beside_busy_processes_processor_time_is_chosen_and_said(foreign, tmp_pa
     monkeypatch.setattr(bench_module, "measure_machine", lambda: MACHINE)
     monkeypatch.setattr(bench_module, "TURN_S", 0.06)
     options = ["--models", str(foreign), "--rounds", "6", "--output", str(tmp_path / "out")]
-    with neighbours(2):
+    with neighbors(2):
         result = run(["bench", *options, "--against", str(foreign)])["results"][1]
     assert result["ratio_basis"] == "processor time"
     assert result["preempted_percent"] > 20
@@ -288,7 +288,7 @@ def test_files_of_others_are_read_as_far_as_needed(foreign, settings, tmp_path):
         case_of_file(foreign, 2, settings, [], tuned=False)
     with pytest.raises(InputError, match="no such file"):
         case_of_file(tmp_path / "none.onnx", 1, settings, [], tuned=False)
-    with pytest.raises(InputError, match=r"unknown artefact '\.pt'"):
+    with pytest.raises(InputError, match=r"unknown artifact '\.pt'"):
         case_of_file(tmp_path / "model.pt", 1, settings, [], tuned=False)
     (tmp_path / "torn.onnx").write_bytes(foreign.read_bytes()[:100])
     with pytest.raises(InputError, match=r"torn\.onnx"):
@@ -368,7 +368,7 @@ def test_kinds_of_layers_by_operators_and_weights():
     assert kind_of_convolution((32, 3, 3, 3)) == "k×k convolution"
     assert kind_of_convolution((32, 16, 1, 1)) == "1×1 convolution"
     assert kind_of_convolution((32, 1, 3, 3)) == "depthwise convolution"
-    names = {"FusedMatMul": "attention", "LayerNormalization": "normalisation", "ReorderInput": "reordering"}
+    names = {"FusedMatMul": "attention", "LayerNormalization": "normalization", "ReorderInput": "reordering"}
     assert {name: kind_of(name) for name in names} == names
     assert kind_of("NonMaxSuppression") == "other"
 

@@ -114,7 +114,7 @@ def test_layers_add_up_to_their_model():
     assert {"60 %", "40 %", "10 ms"} <= texts(axis)
 
 
-def test_kinds_of_layers_that_a_profiler_tells_have_colours_of_their_own():
+def test_kinds_of_layers_that_a_profiler_tells_have_colors_of_their_own():
     kinds = [*KINDS, "1×1 convolution", "k×k convolution", "depthwise convolution", "other"]
     (axis,) = layers(replace(NONE, layers=tuple(LayerTime("m", "torch", 1, kind, 1.0, 9.0) for kind in kinds))).axes
     assert len({bar.get_facecolor() for bar in axis.patches}) == len(kinds)

@@ -58,7 +58,7 @@ class Serving:
     def _run(self):
         try:
             self.ended = self.loop.run_until_complete(self.task)
-        except asyncio.CancelledError:
+        except asyncio.CanceledError:
             self.ended = "stopped"
         finally:
             self.loop.close()

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from shvit import cli
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.bench import main as bench_main
 from shvit.export.bench.cases import Settings
 from shvit.export.bench.main import BenchPhone
 from shvit.export.bench.records import read_measurements
 from shvit.export.browser import served as trial
 from shvit.export.browser.ort_web import runtime_files
-from shvit.export.browser.served import Pace, contents, few_photographs, policy, prepare, tolerance
+from shvit.export.browser.served import Pace, contents, few_images, policy, prepare, tolerance
 from shvit.export.browser.site import write_site
 from shvit.export.browser.tls import self_signed
 from shvit.export.images import read_pixels
@@ -59,7 +59,7 @@ def tried(tmp_path_factory, mine):
 
 @pytest.fixture(scope="module")
 def served(tried, runtime):
-    return contents(tried, few_photographs(None), runtime, PACE, "records")
+    return contents(tried, few_images(None), runtime, PACE, "records")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_browser_checks_times_and_sends(browser, serving, tried):
     assert {case.model for case in record.cases} == {"tiny_vit", "mine.onnx"}
     for case in record.cases:
         assert case.error == "", [(c.backend, c.threads, c.model, c.precision, c.error) for c in record.cases]
-        assert (case.check.passed, case.check.images) == (True, len(few_photographs(None)))
+        assert (case.check.passed, case.check.images) == (True, len(few_images(None)))
         assert [len(calls) >= 3 for calls in case.rounds] == [True, True]
         assert case.load_ms > 0
         if case.precision == "fp32" and case.backend == "wasm":
@@ -166,7 +166,7 @@ def requests(browser):
 def test_a_gpu_gives_the_answers_too(tried, runtime, tmp_path, precision):
     """WebGPU for real, on a GPU in software, which is slow and computes no float16."""
     models = [each for each in tried[:3] if each.spec.precision in (precision, "fp16")]
-    served = contents(models, few_photographs(None)[:2], runtime, PACE, "records")
+    served = contents(models, few_images(None)[:2], runtime, PACE, "records")
     arguments = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
     with Serving(served, policy(hosted=True)) as serving, open_browser(tmp_path, *arguments) as browser:
         page = show(browser, at(serving))
@@ -191,13 +191,13 @@ def test_answers_are_those_of_onnx_runtime_on_this_machine(browser, serving, tri
         const all = [];
         for (const model of trial.models) {
           await engine.open(model);
-          const { answers } = await engine.ask("answer", { inputs: await m.photographsOf(trial, model) });
+          const { answers } = await engine.ask("answer", { inputs: await m.imagesOf(trial, model) });
           all.push(answers.map((answer) => [...answer]));
         }
         engine.end();
         return all;"""
     for each, answers in zip(tried, call(browser, code, threads), strict=True):
-        expected = open_artefact(each.path)(read_pixels(few_photographs(None), each.spec))
+        expected = open_artifact(each.path)(read_pixels(few_images(None), each.spec))
         allowed = TOLERANCES[each.spec.precision]
         found = compare(expected, torch.tensor(answers), allowed)
         assert found["max_rel_error"] < allowed.max_rel_error
@@ -252,7 +252,7 @@ def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
 def test_wrong_answers_are_refused_before_they_are_timed(browser, tried, runtime, monkeypatch):
     honest = trial.expected
     monkeypatch.setattr(trial, "expected", lambda *given: honest(*given) + 0.1 * torch.randn(3))
-    wrong = contents(tried[:1], few_photographs(None), runtime, PACE, "records")
+    wrong = contents(tried[:1], few_images(None), runtime, PACE, "records")
     with Serving(wrong, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
         assert measure(page).startswith("done and sent; nothing could be timed: wrong answers: an error of")
@@ -336,21 +336,21 @@ def test_with_tls_the_page_has_threads_under_any_name(browser, served):
 # --- try it -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_chosen_photograph_gets_the_answer_that_it_gets_here(browser, serving, mine, tmp_path):
+def test_a_chosen_image_gets_the_answer_that_it_gets_here(browser, serving, mine, tmp_path):
     page = show(browser, at(serving))
-    photograph = few_photographs(None)[3].path
-    page.find_element("css selector", "#photo").send_keys(str(photograph))
+    image = few_images(None)[3].path
+    page.find_element("css selector", "#photo").send_keys(str(image))
     wait(page, "document.querySelectorAll('#answer > div').length")
-    artefact = open_artefact(mine)
-    pixels = artefact.spec.transform(normalize=False)(open_image(photograph))[None]
-    chances = artefact(pixels).softmax(1)[0]
+    artifact = open_artifact(mine)
+    pixels = artifact.spec.transform(normalize=False)(open_image(image))[None]
+    chances = artifact(pixels).softmax(1)[0]
     shown = {}
     for row in page.find_elements("css selector", "#answer > div"):
         label, percent = row.text.removesuffix(" %").split("\n")
         shown[label] = float(percent)
     assert list(shown) == [LABELS[i] for i in chances.argsort(descending=True)]
     assert shown == {label: pytest.approx(100 * float(p), abs=0.06) for label, p in zip(LABELS, chances, strict=True)}
-    (tmp_path / "other.jpg").write_bytes(b"no photograph")
+    (tmp_path / "other.jpg").write_bytes(b"no image")
     page.find_element("css selector", "#photo").send_keys(str(tmp_path / "other.jpg"))
     wait(page, "document.querySelector('#try-status').classList.contains('bad')")
     assert "other.jpg: not a readable image" in text(page, "#try-status")
@@ -456,7 +456,7 @@ def site(tmp_path_factory, tried, runtime):
     from tests.export.bench.test_explorer import MEASUREMENTS
 
     folder = tmp_path_factory.mktemp("host")
-    served = contents(tried[:1], few_photographs(None), runtime, PACE, None)
+    served = contents(tried[:1], few_images(None), runtime, PACE, None)
     written = write_site(folder / "shvit", served, tried[:1], MEASUREMENTS, hosted=True)
     assert sorted(path for path in (folder / "shvit").rglob("*") if path.is_file()) == sorted(written)
     with serve_folder(folder) as address:
@@ -504,7 +504,7 @@ def test_a_runtime_from_another_host_runs_if_its_hash_is_right(browser, tried, r
         (tmp_path / name).write_bytes(path.read_bytes() + (b"\n" if damaged and name == "ort.wasm.min.mjs" else b""))
     with serve_folder(tmp_path, shared=True) as cdn:
         monkeypatch.setattr(trial, "CDN", f"{cdn}/")
-        served = contents(tried[:1], few_photographs(None), None, PACE, "records")
+        served = contents(tried[:1], few_images(None), None, PACE, "records")
         with Serving(served, policy(hosted=False)) as serving:
             page = show(browser, at(serving))
             message = "ONNX Runtime (ort.wasm.min.mjs) is damaged: its SHA-256 is not the one that was promised"

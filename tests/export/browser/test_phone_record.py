@@ -83,7 +83,7 @@ def test_times_of_wrong_answers_do_not_count():
 
 
 def test_more_forms_and_devices_than_marks_and_panels_can_be_drawn(tmp_path, monkeypatch):
-    for name, few in (("MARKERS", "o"), ("COLOURS", ("#000000",)), ("MOST_PANELS", 2)):
+    for name, few in (("MARKERS", "o"), ("COLOURS", ("#000000",)), ("MAX_PANELS", 2)):
         monkeypatch.setattr(f"shvit.export.bench.plots.{name}", few)
     known = {**CASE, "model": "shvit_s1", "img_size": 224}
     cases = [

@@ -1,4 +1,4 @@
-"""What the page does to a photograph, in a real browser, against timm, torchvision and Pillow: bit for bit."""
+"""What the page does to an image, in a real browser, against timm, torchvision and Pillow: bit for bit."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shvit.export.images import photograph_files
+from shvit.export.images import image_files
 from shvit.export.spec import Spec
 from shvit.train.data import open_image
 from tests.browser import open_browser, serve
@@ -29,13 +29,13 @@ SPEC = Spec(
     interpolation="bicubic",
     crop_pct=0.875,
 )
-GREY = replace(SPEC, in_chans=1, mean=(0.449,), std=(0.226,))
+GRAY = replace(SPEC, in_chans=1, mean=(0.449,), std=(0.226,))
 PAGE = """<!doctype html><link rel="icon" href="data:,"><script type="module">
 import * as pixels from "./pixels.js";
 const base64 = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
 const fetched = async (name) => (await fetch(name, { cache: "no-store" })).blob();
 Object.assign(window, pixels, {
-  /** The pixels and the normalised values that come of raw RGBA. */
+  /** The pixels and the normalized values that come of raw RGBA. */
   async prepare(name, width, height, spec) {
     const data = new Uint8ClampedArray(await (await fetched(name)).arrayBuffer());
     const cut = pixels.cut({ data, width, height }, spec);
@@ -48,11 +48,11 @@ Object.assign(window, pixels, {
   async prepareFile(name, spec) {
     return base64(pixels.cut(await pixels.readImage(await fetched(name)), spec));
   },
-  /** The first frame of a film of one colour. */
-  async readFilm(width, height, colour) {
+  /** The first frame of a film of one color. */
+  async readFilm(width, height, color) {
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     const context = canvas.getContext("2d");
-    context.fillStyle = colour;
+    context.fillStyle = color;
     context.fillRect(0, 0, width, height);
     const video = Object.assign(document.createElement("video"), { srcObject: canvas.captureStream(), muted: true });
     await video.play();
@@ -125,15 +125,15 @@ CASES = {
     "border": (replace(SPEC, crop_mode="border", crop_pct=0.9), 640, 481),
     "border, bilinear": (replace(SPEC, crop_mode="border", crop_pct=1.0, interpolation="bilinear"), 211, 317),
     "border, enlarged": (replace(SPEC, crop_mode="border", crop_pct=1.0), 63, 40),
-    "grey": (GREY, 643, 481),
-    "grey, border": (replace(GREY, crop_mode="border", crop_pct=1.0, img_size=95), 211, 150),
+    "gray": (GRAY, 643, 481),
+    "gray, border": (replace(GRAY, crop_mode="border", crop_pct=1.0, img_size=95), 211, 150),
     "tall": (SPEC, 150, 700),
     "almost tall, squash": (replace(SPEC, crop_mode="squash"), 190, 234),  # rows lost: twice as many as columns
     "tall, squash": (replace(SPEC, crop_mode="squash"), 190, 235),
 }
 
 
-@pytest.mark.parametrize("binary", [False, True], ids=["grey levels", "black and white"])
+@pytest.mark.parametrize("binary", [False, True], ids=["gray levels", "black and white"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_pixels_are_those_of_timms_transform(case, binary, page):
     spec, width, height = CASES[case]
@@ -148,12 +148,12 @@ def test_the_pixels_are_those_of_timms_transform(case, binary, page):
 
     expected = spec.transform(normalize=False)(Image.fromarray(image).convert("RGB"))  # (C, H, W)
     np.testing.assert_array_equal(pixels.reshape(spec.img_size, spec.img_size, -1), expected.permute(1, 2, 0).numpy())
-    normalised = spec.normalize(expected[None])[0].numpy()
-    np.testing.assert_array_max_ulp(values.reshape(normalised.shape), normalised, maxulp=1)
+    normalized = spec.normalize(expected[None])[0].numpy()
+    np.testing.assert_array_max_ulp(values.reshape(normalized.shape), normalized, maxulp=1)
 
 
-def test_a_photograph_is_the_same_from_the_file_on(page):
-    path = next(path for path in photograph_files(None) if path.name == "astronaut.png")
+def test_a_image_is_the_same_from_the_file_on(page):
+    path = next(path for path in image_files(None) if path.name == "astronaut.png")
     shutil.copy(path, page.folder)
     open_image(path).save(page.folder / "astronaut.jpg", quality=90)
     for name, levels in (("astronaut.png", 0), ("astronaut.jpg", 2)):  # decoders of JPEG may round in other ways
@@ -188,7 +188,7 @@ def test_a_file_is_read_as_open_image_reads_it(mode, page):
     np.testing.assert_array_equal(page.read(path.name)[..., :3], np.asarray(open_image(path)))
 
 
-def test_a_colour_profile_is_not_applied(page):
+def test_a_color_profile_is_not_applied(page):
     from PIL import ImageCms
 
     path = page.folder / "profile.png"
@@ -230,7 +230,7 @@ def test_16_bits_are_read_as_open_image_reads_them(page):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_upright_as_open_image_does_it(orientation, page):
+def test_a_image_is_turned_upright_as_open_image_does_it(orientation, page):
     path = page.folder / f"turned-{orientation}.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -11,7 +11,7 @@ from shvit.certificate import certificate_path
 from shvit.errors import CheckFailed, InputError
 from shvit.export.backends.onnx import LABELS_KEY, SPEC_KEY
 from shvit.export.bench.cases import Settings
-from shvit.export.browser.served import Pace, check_names, contents, few_photographs, prepare, take_file
+from shvit.export.browser.served import Pace, check_names, contents, few_images, prepare, take_file
 from shvit.files import sha256
 
 PACE = Pace()
@@ -23,7 +23,7 @@ def test_a_file_needs_its_certificate_and_must_be_unchanged(mine, tmp_path):
     with pytest.raises(InputError, match="has no certificate beside it"):
         take_file(copy)
     certificate = json.loads((mine.parent / "mine.onnx.certificate.json").read_text())
-    certificate |= {"artefact": "copy.onnx", "artefact_sha256": "0" * 64}
+    certificate |= {"artifact": "copy.onnx", "artifact_sha256": "0" * 64}
     (tmp_path / "copy.onnx.certificate.json").write_text(json.dumps(certificate))
     with pytest.raises(CheckFailed, match="has changed since it was certified"):
         take_file(copy)
@@ -40,7 +40,7 @@ def forged(mine, folder, **changes):
     path = folder / "forged.onnx"
     onnx.save(proto, path)
     certificate = json.loads(certificate_path(mine).read_text())
-    certificate |= {"artefact": path.name, "artefact_sha256": sha256(path)}
+    certificate |= {"artifact": path.name, "artifact_sha256": sha256(path)}
     certificate_path(path).write_text(json.dumps(certificate))
     return path
 
@@ -68,7 +68,7 @@ def forged(mine, folder, **changes):
 def test_what_a_strangers_file_says_of_itself_is_checked(mine, tmp_path, changes):
     path = forged(mine, tmp_path, **changes)
     with pytest.raises(InputError) as refused:
-        contents([take_file(path)], few_photographs(None), None, PACE, None)
+        contents([take_file(path)], few_images(None), None, PACE, None)
     assert "\x1b" not in str(refused.value)
 
 
@@ -95,7 +95,7 @@ def test_a_taken_name_is_refused(mine, tmp_path):
 
 
 def test_a_runtime_from_the_cdn_is_pinned(mine):
-    served = contents([take_file(mine)], few_photographs(None), None, PACE, "records")
+    served = contents([take_file(mine)], few_images(None), None, PACE, "records")
     described = json.loads(served["trial.json"].source)
     for build in described["runtime"]["builds"].values():
         for part in build.values():

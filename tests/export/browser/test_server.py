@@ -253,7 +253,7 @@ def test_too_many_connections_are_closed_and_the_next_is_served(impatient):
         client.settimeout(0.05)
         with suppress(TimeoutError):
             closed += client.recv(1) == b""
-    assert closed >= 200 - server.MOST_OF_ONE
+    assert closed >= 200 - server.MAX_PER_ADDRESS
     for client in clients:
         client.close()
 

@@ -1,4 +1,4 @@
-"""The whole line on a few photographs, and its page."""
+"""The whole line on a few images, and its page."""
 
 import re
 
@@ -12,7 +12,7 @@ from shvit.export.demo.report import Prediction, Section, gallery, table, write_
 from tests.conftest import SMALL
 
 
-def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch, tiny_demo):
+def test_demo_runs_the_whole_line_on_the_users_images(tmp_path, monkeypatch, tiny_demo):
     rng = np.random.default_rng(0)
     for channel, name in ((0, "red"), (2, "<blue>")):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -48,8 +48,8 @@ def test_demo_runs_the_whole_line_on_the_users_photographs(tmp_path, monkeypatch
 
 
 def test_page_marks_mistakes_and_escapes_what_others_wrote(tmp_path):
-    photograph = Image.new("RGB", (300, 200))
-    shown = gallery([Prediction(photograph, "cat", "cat", 0.9), Prediction(photograph, "<b>", "dog", 0.6)])
+    image = Image.new("RGB", (300, 200))
+    shown = gallery([Prediction(image, "cat", "cat", 0.9), Prediction(image, "<b>", "dog", 0.6)])
     assert shown.count('class="right"') == 1
     assert shown.count('class="wrong"') == 1
     assert "dog 60 %, is &lt;b&gt;" in shown

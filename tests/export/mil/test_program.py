@@ -192,7 +192,7 @@ def test_activations_are_rounded_as_numpy_does(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory):
-    """Packages that give each channel's mean back, by the colours that they ask for."""
+    """Packages that give each channel's mean back, by the colors that they ask for."""
     import coremltools as ct
 
     folder, found = tmp_path_factory.mktemp("colors"), {}

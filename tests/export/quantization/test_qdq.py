@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
-from shvit.export.backends.artifact import open_artefact
+from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.onnx import LAYERS, read_onnx, write_onnx
 from shvit.export.pipeline import _keep_fewest
 from shvit.export.quantization.qdq import (
@@ -117,7 +117,7 @@ def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny
 def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
     deployed, proto, spec, batch = tiny_file
     kept = ("patch_embed.0", "head")
-    spec = replace(spec, precision="int8", kept=kept)
+    spec = replace(spec, precision="int8", excluded_layers=kept)
     quantize_onnx(proto, tmp_path / "q.onnx", spec, [], activation_ranges(deployed, [batch]))
     quantized = onnx.load(tmp_path / "q.onnx")
     made_by = {output: node for node in quantized.graph.node for output in node.output}
@@ -150,7 +150,7 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
     kept = (names[0], names[7])
     ranges = activation_ranges(deployed, [batch])
-    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8", kept=kept), [], ranges)
+    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8", excluded_layers=kept), [], ranges)
     graph = onnx.load(tmp_path / "q.onnx").graph
     made_by = {output: node for node in graph.node for output in node.output}
     exact = 0
@@ -176,7 +176,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mo
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
 def test_peers_go_into_int8(tmp_path, name):
-    """With random weights and few photographs; what counts is that each range is the right tensor's."""
+    """With random weights and few images; what counts is that each range is the right tensor's."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4).eval()
     randomize_norms(model)
@@ -186,7 +186,7 @@ def test_peers_go_into_int8(tmp_path, name):
     proto = read_onnx(tmp_path / "float.onnx")
     ranges = activation_ranges(deployed, [batch])
     quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8"), [], ranges)
-    (got,) = open_artefact(tmp_path / "q.onnx").run(batch)
+    (got,) = open_artifact(tmp_path / "q.onnx").run(batch)
     with torch.no_grad():
         assert snr_db(model(batch), got) > 15
     quantized = onnx.load(tmp_path / "q.onnx")
