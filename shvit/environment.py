@@ -32,7 +32,7 @@ def let_threads_sleep() -> None:
     """Set `SLEEPING`, unless the user has set one of `WAITING` or PyTorch is loaded: OpenMP reads it only then.
 
     By default a thread that waits for others spins, so that one whose core another process has makes the rest burn
-    theirs: training beside a busy process, of which a loader's worker is one, is then slower (train/README.md).
+    theirs: training beside a busy process, of which a loader's worker is one, is then slower (docs/how-to/train.md).
     """
     if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return
