@@ -41,5 +41,5 @@ def let_threads_sleep() -> None:
 
 
 def users_environment() -> dict[str, str]:
-    """Return this process's variables without those that `let_threads_sleep` set, for processes that measure latency."""
+    """Return this process's variables without what `let_threads_sleep` set, for processes that measure latency."""
     return {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
