@@ -16,7 +16,7 @@ from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 from shvit.train.data.images import open_image
 
-from .backends.artifact import Artifact, artifact_files, artifact_sha256
+from .backends.registry import Artifact, artifact_files, artifact_sha256
 from .backends.parameters import LayerParameters, compare_parameters, holds_shvit
 from .images import ImageFile, read_pixels, spread
 from .labels import contradiction

@@ -1,7 +1,6 @@
 """A deployed model as a Core ML package (ML Program) in floating point, with int8 weights, or in 8 bits throughout."""
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from torch import nn
 
 from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.terminal import quiet
 
+from ..metadata import INPUT, describe
 from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import Normalized, Wrapper, layer_name
-from .onnx import INPUT, describe, quiet
 
 LABEL = "classLabel"
 """What a classifier calls the most probable label; Core ML's customary name."""
@@ -192,14 +192,10 @@ def layer_names(model: nn.Module) -> list[str]:
     ]
 
 
-def written(name: str) -> str:
-    """How coremltools writes an operation's name."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return f"op_{plain}" if plain[0].isdigit() else plain
-
-
 def _restore_names(proto: Any, names: Iterable[str]) -> None:
     """Gives operations their modules' names again, where what was written can be one module's alone."""
+    from ..quantization.coreml_passes import written
+
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(written(name), []).append(name)

@@ -18,8 +18,8 @@ from PIL import Image
 from shvit.documents import load_json
 from shvit.errors import InputError, first_line
 from shvit.files import files_below, is_file, is_folder
+from shvit.terminal import quiet
 
-from ..backends.onnx import quiet
 from ..guards import Port, check_elements, one_line
 from ..spec import Spec
 from .operations import OPERATIONS

@@ -3,6 +3,7 @@
 Importing this registers them, so it is imported only to convert.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,7 +20,6 @@ from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationCon
 
 from shvit.errors import InputError
 
-from ..backends.coreml import written
 from ..mil.program import LAYERS, Program
 from ..spec import Spec
 from .ranges import LEVELS, Range, best_range, histogram
@@ -84,6 +84,12 @@ class name_layers(AbstractGraphPass):  # noqa: N801  (coremltools calls passes a
 def _traced_module(op: Any) -> str:
     """The dotted name of the module whose trace the operation comes from; its scope ends in the node's own name."""
     return ".".join(op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_NAME, [""])[:-1])
+
+
+def written(name: str) -> str:
+    """Return an operation's name as coremltools writes it."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"op_{plain}" if plain[0].isdigit() else plain
 
 
 @register_pass(namespace="shvit")
