@@ -269,14 +269,19 @@ def int8_onnx_writer(
         unfolded: deployed and with its identities unfolded, in eval mode.
         ranges: of `activation_ranges`.
     """
-    from .backends.onnx import read_onnx, write_onnx
+    from .backends.onnx import read_onnx, save_onnx, write_onnx
     from .quantization.qdq import quantize_onnx
 
     with scratch_folder() as folder:
         path = folder / "float.onnx"
         write_onnx(unfolded, path, spec, dynamic_batch)
         proto = read_onnx(path)
-    return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
+
+    def write(path: Path, spec: Spec) -> None:
+        quantized = quantize_onnx(proto, spec, ranges)
+        save_onnx(quantized.proto, path, spec, labels, quantized.ranges)
+
+    return write
 
 
 def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -> Callable[[Path, Spec], None]:

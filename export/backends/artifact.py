@@ -17,8 +17,9 @@ from shvit.files import check_file, is_there, sha256
 from shvit.train.evaluate import Predict
 
 from ..guards import Port, check_ports, checked_run, finite, guarded, one_line, rows_that_fit
+from ..metadata import INPUT, labels_from, ranges_from, spec_from
 from ..spec import Spec
-from .onnx import INPUT, LAYERS, check_graph, labels_from, metadata, operators, ranges_from, read_onnx, spec_from
+from .onnx import LAYERS, check_graph, metadata, operators, read_onnx
 from .parameters import (
     LayerParameters,
     coreml_parameters,

@@ -17,7 +17,8 @@ import torch
 
 from shvit.errors import InputError
 
-from .onnx import INPUT, LAYERS
+from ..metadata import INPUT
+from .onnx import LAYERS
 
 ROWS = 16  # of a batch at a time, which bounds memory
 MOVES = (

@@ -19,10 +19,11 @@ from PIL import Image
 from shvit.documents import load_json
 from shvit.errors import InputError, first_line
 from shvit.files import files_below, is_file, is_folder
+from shvit.terminal import quiet
 
-from ..backends.onnx import quiet
 from ..guards import Port, check_elements, one_line
 from ..spec import Spec
+from ..wrappers import MIL_LAYERS as LAYERS
 from .operations import OPERATIONS
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
 """PIL's names of Core ML's color spaces."""
 MAIN = "main"
 """The function that is run, of those that a program may have."""
-LAYERS = ("conv", "linear")
-"""Operations that have a module's weights."""
 
 
 @dataclass(frozen=True)

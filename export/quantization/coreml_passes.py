@@ -3,6 +3,7 @@
 Importing this module registers them, so it is imported only to convert.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar
@@ -19,12 +20,10 @@ from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationCon
 
 from shvit.errors import InputError
 
-from ..backends.coreml import written
 from ..spec import Spec
+from ..wrappers import MIL_LAYERS
 from .ranges import LEVELS, Range, learn_ranges
 
-LAYERS = ("conv", "linear")
-"""Operations that have a module's weights."""
 MIN_SCALE = 2.0**-14
 """float16's smallest normal number."""
 Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Tensor]]]
@@ -64,7 +63,7 @@ def pipeline(
 
 def layers_of(prog: Program) -> list[Operation]:
     """Return the program's convolutions and linear operations."""
-    return [op for op in prog.functions["main"].operations if op.op_type in LAYERS]
+    return [op for op in prog.functions["main"].operations if op.op_type in MIL_LAYERS]
 
 
 @register_pass(namespace="shvit")
@@ -93,6 +92,12 @@ def _traced_module(op: Operation) -> str:
     return ".".join(op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_NAME, [""])[:-1])
 
 
+def written(name: str) -> str:
+    """Return an operation's name as coremltools writes it."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"op_{plain}" if plain[0].isdigit() else plain
+
+
 @register_pass(namespace="shvit")
 class quantize_activations(AbstractGraphPass):  # noqa: N801
     """Insert `quantize` and `dequantize` (uint8) before each convolution and linear layer.
@@ -101,7 +106,7 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
     """
 
     calibration: ClassVar[Sequence[torch.Tensor]] = ()
-    evaluator: ClassVar[Evaluator]
+    evaluator: ClassVar[Evaluator | None] = None
     excluded: ClassVar[frozenset[str]] = frozenset()
     ranges: ClassVar[dict[str, Range]] = {}
 
@@ -109,6 +114,7 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
         function = prog.functions["main"]
         layers = [op for op in layers_of(prog) if self._is_quantized(op)]
         if missing := [op for op in layers if op.name not in self.ranges]:
+            assert self.evaluator is not None
             tensors = list(dict.fromkeys(op.inputs["x"] for op in missing))
             learned = calibrate(function, self.evaluator, tensors, self.calibration)
             self.ranges.update({op.name: learned[op.inputs["x"]] for op in missing})

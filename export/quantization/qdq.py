@@ -8,8 +8,7 @@ wherever a layer reads it, with rounded logits at the end, 4 to 8 dB.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +16,17 @@ from torch import nn
 
 from shvit.errors import InputError
 from shvit.files import scratch_folder
+from shvit.terminal import quiet
 
-from ..backends.onnx import LAYERS, quiet, save_onnx
 from ..spec import Spec
 from ..wrappers import layers
 from .ranges import Range, flat_outputs, learn_ranges
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+LAYERS = ("Conv", "Gemm")
+"""ONNX operators that are a whole module, bias included."""
 FLOAT_OUTPUTS = ("Gemm",)
 """Operators whose 8-bit kernels give float32: logits are not rounded, nor cut at the range of those seen."""
 
@@ -128,16 +132,23 @@ def _record(
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ranges: Mapping[str, LayerRanges]) -> None:
-    """Writes a float ONNX file with its layers in int8, as QuantizeLinear and DequantizeLinear around them.
+class QuantizedOnnx(NamedTuple):
+    """An int8 ONNX model and the ranges that its tensors are rounded between, by name."""
+
+    proto: "ModelProto"
+    ranges: dict[str, Range]
+
+
+def quantize_onnx(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRanges]) -> QuantizedOnnx:
+    """Return a float ONNX model with its layers in int8, as QuantizeLinear and DequantizeLinear around them.
 
     Args:
-        proto: the float file's; it is left as it is.
-        spec: of the new file; the layers that it says are kept stay in float32.
-        ranges: of `activation_ranges`, for every layer of the file.
+        proto: the float model; it is left as it is.
+        spec: of the new model; its `excluded_layers` stay in float32.
+        ranges: of `activation_ranges`, for every layer of the model.
 
     Raises:
-        InputError: the file has layers that are no modules of the model.
+        InputError: the model has layers that are no modules of the PyTorch model.
     """
     import onnx
 
@@ -161,7 +172,7 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), folder / "ranges.json")
         quantize_static(
             copy.deepcopy(proto),
-            path,
+            folder / "int8.onnx",
             None,  # the ranges are known
             calibration_cache_path=folder / "ranges.json",
             quant_format=QuantFormat.QDQ,
@@ -172,9 +183,9 @@ def quantize_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str], ran
             nodes_to_exclude=[*spec.excluded_layers, *others],
             extra_options={"OpTypesToExcludeOutputQuantization": [*FLOAT_OUTPUTS]},
         )
-    quantized = onnx.load(path)
+        quantized = onnx.load(folder / "int8.onnx")
     _round_for_layers_alone(quantized, spec.excluded_layers)
-    save_onnx(quantized, path, spec, labels, tensors)
+    return QuantizedOnnx(quantized, tensors)
 
 
 def _round_for_layers_alone(proto: Any, kept: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ def attack_image(data: bytes) -> None:
 def _onnx() -> list[bytes]:
     from onnx import TensorProto, helper, numpy_helper
 
-    from shvit.export.backends.onnx import INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
+    from shvit.export.metadata import FORMAT_KEY, FORMAT_VERSION, INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
 
     def model(raw: bool) -> bytes:
         import numpy as np
@@ -85,7 +85,8 @@ def _onnx() -> list[bytes]:
             helper.make_graph(nodes, "g", inputs, outputs, [weight]), opset_imports=[helper.make_opsetid("", 17)]
         )
         made.ir_version = 8
-        helper.set_model_props(made, {SPEC_KEY: spec, LABELS_KEY: '["a", "b"]', RANGES_KEY: '{"b": [0.0, 1.0]}'})
+        notes = {SPEC_KEY: spec, LABELS_KEY: '["a", "b"]', RANGES_KEY: '{"b": [0.0, 1.0]}'}
+        helper.set_model_props(made, {FORMAT_KEY: str(FORMAT_VERSION), **notes})
         return made.SerializeToString()
 
     return [model(False), model(True)]

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shvit.errors import InputError
-from shvit.export.backends.onnx import quiet
 from shvit.export.mil.program import Package
+from shvit.terminal import quiet
 from tests.conftest import Apply, randomize
 
 
