@@ -2,9 +2,9 @@
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,6 +19,9 @@ from ..metadata import INPUT, describe
 from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import Normalized, Wrapper, layer_name
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Function, Var
 
 LABEL = "classLabel"
 """What a classifier calls the most probable label; Core ML's customary name."""
@@ -109,7 +112,9 @@ def write_coreml(
                 minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
                 compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
                 convert_to="mlprogram",
-                pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep, ranges),
+                pass_pipeline=pipeline(
+                    spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
+                ),
             )
         package._mil_program.validate()
         for key, value in describe(spec, labels, ranges).items():
@@ -177,6 +182,15 @@ def _input(spec: Spec) -> Any:
 def _inputs(spec: Spec, calibration: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The images as the traced graph takes them: (1, C, H, W), normalized or in 0–1."""
     return [pixels[None].float() / 255 if spec.uint8_input else spec.normalize(pixels[None]) for pixels in calibration]
+
+
+def _evaluator(function: "Function") -> Callable[[torch.Tensor], Mapping["Var", torch.Tensor]]:
+    """Return what computes every variable of a traced function with one input."""
+    from ..mil.program import Program
+
+    (name,) = function.inputs
+    program = Program(function, "the traced model")
+    return lambda x: program.values({name: x})
 
 
 def layer_names(model: nn.Module) -> list[str]:
