@@ -24,13 +24,13 @@ from .data.streams import is_stream
 from .data.summary import print_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
-from .feed import Batch, Feed, Problem
-from .folder import RunFolder
-from .interrupt import Interrupt, Stopped
-from .journal import Journal
-from .plots import plot_curves
 from .recipe import Recipe
-from .setup import check_recipe, open_held_out, open_training, set_up
+from .run.logger import Journal
+from .run.plots import plot_curves
+from .run.run_folder import RunFolder
+from .signals import Interrupt, Stopped
+from .step.loader import Batch, Feed, Problem
+from .step.setup import check_recipe, open_held_out, open_training, set_up
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:

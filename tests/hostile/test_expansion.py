@@ -12,9 +12,9 @@ from shvit.files import atomic_write
 from shvit.train.data.image_folders import list_images
 from shvit.train.data.shards import Shards, class_index
 from shvit.train.data.streams import check_named
-from shvit.train.folder import _check_expansion
-from shvit.train.log import check_log
 from shvit.train.recipe import Data
+from shvit.train.run.metrics import check_log
+from shvit.train.run.run_folder import _check_expansion
 
 from .conftest import png
 

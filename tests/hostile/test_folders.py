@@ -11,9 +11,9 @@ import torch
 from shvit.errors import InputError
 from shvit.train.data.datasets import eval_loader, open_dataset, open_eval_dataset
 from shvit.train.data.splits import check_outside
-from shvit.train.folder import RunFolder
 from shvit.train.recipe import read_recipe
 from shvit.train.recipes import DEMO
+from shvit.train.run.run_folder import RunFolder
 
 from .conftest import png
 

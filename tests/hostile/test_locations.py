@@ -17,10 +17,10 @@ from shvit.train.data.locations import expand_braces
 from shvit.train.data.shards import Shards
 from shvit.train.data.streams import open_stream
 from shvit.train.evaluate import evaluate
-from shvit.train.feed import Feed
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Data
-from shvit.train.setup import check_recipe
+from shvit.train.step.loader import Feed
+from shvit.train.step.setup import check_recipe
 
 from .conftest import png
 

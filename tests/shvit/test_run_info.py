@@ -27,7 +27,7 @@ from shvit.train.data.datasets import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Distill
-from shvit.train.setup import set_up
+from shvit.train.step.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
 from tests.conftest import SMALL, create_tiny, randomize

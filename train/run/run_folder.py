@@ -17,8 +17,8 @@ from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
 from shvit.run_info import same_name
 
-from .log import check_log, read_log
-from .recipe import Recipe, differences
+from ..recipe import Recipe, differences
+from .metrics import check_log, read_log
 
 WRITTEN = re.compile(
     r"recipe\.yaml|metrics\.jsonl|curves\.png|last(-[1-9][0-9]*)?\.pt|best(_ema)?\.safetensors|tensorboard|\.lock"

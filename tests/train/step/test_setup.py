@@ -11,10 +11,10 @@ import torch
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
 from shvit.train.distributed import World
-from shvit.train.feed import Batch, micro_batch_sizes
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
-from shvit.train.setup import check_recipe, open_training, set_up
+from shvit.train.step.loader import Batch, micro_batch_sizes
+from shvit.train.step.setup import check_recipe, open_training, set_up
 from tests.conftest import SMALL
 
 

@@ -24,12 +24,12 @@ from shvit.checkpoint import create_model
 from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
-from .checks import check_fields
-from .data.datasets import EvalBatches, Splits, any_readable, eval_loader, open_splits
-from .data.streams import is_stream, open_stream
-from .distributed import World
-from .feed import Batch, DeviceAugment, Feed, micro_batch_sizes
-from .recipe import Recipe
+from ..checks import check_fields
+from ..data.datasets import EvalBatches, Splits, any_readable, eval_loader, open_splits
+from ..data.streams import is_stream, open_stream
+from ..distributed import World
+from ..recipe import Recipe
+from .loader import Batch, DeviceAugment, Feed, micro_batch_sizes
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What optimizers keep for each weight, in its shape."""

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .recipe import Recipe
-from .setup import Run
+from ..recipe import Recipe
+from ..step.setup import Run
 
 LINE_SECONDS = 60.0  # between two plain lines within an epoch
 

@@ -21,7 +21,8 @@ from shvit.train.data.image_folders import Files
 from shvit.train.data.images import open_image
 from shvit.train.data.streams import open_stream
 from shvit.train.distributed import World
-from shvit.train.feed import (
+from shvit.train.recipe import Augment, Data, Recipe
+from shvit.train.step.loader import (
     Augmented,
     Batch,
     DeviceAugment,
@@ -32,7 +33,6 @@ from shvit.train.feed import (
     posterize,
     seed_generators,
 )  # fmt: skip
-from shvit.train.recipe import Augment, Data, Recipe
 
 CPU = torch.device("cpu")
 

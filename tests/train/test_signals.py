@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from shvit.train.interrupt import LATE, Interrupt, Stopped
+from shvit.train.signals import LATE, Interrupt, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

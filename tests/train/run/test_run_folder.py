@@ -14,8 +14,8 @@ import yaml
 from shvit.errors import InputError
 from shvit.run_info import read_recipe_file
 from shvit.train.data.splits import check_outside
-from shvit.train.folder import RunFolder, git_revision
 from shvit.train.recipes import DEMO
+from shvit.train.run.run_folder import RunFolder, git_revision
 from tests import forks
 
 
@@ -90,7 +90,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from shvit.train.folder import RunFolder
+from shvit.train.run.run_folder import RunFolder
 from shvit.errors import InputError
 folder = RunFolder(Path(sys.argv[1]))
 folder.save_state({"step": 1, "model": {}})
@@ -172,7 +172,7 @@ def test_other_images_are_refused_or_continued_on_request(folder):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from shvit.train.folder import RunFolder
+from shvit.train.run.run_folder import RunFolder
 
 with RunFolder(Path(sys.argv[1])).locked():
     if os.fork() == 0:  # as a loader's worker

@@ -24,10 +24,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from shvit.errors import InputError, first_line
 
-from .data.datasets import Images, ignore_interrupt
-from .data.streams import Stream, open_stream
-from .distributed import World
-from .recipe import Augment, Recipe
+from ..data.datasets import Images, ignore_interrupt
+from ..data.streams import Stream, open_stream
+from ..distributed import World
+from ..recipe import Augment, Recipe
 
 Key = tuple[int, int]
 """(place in the run, index of the image)."""
