@@ -27,7 +27,8 @@ from .detector import (
     preparation,
     torch_detect,
 )
-from .parsing.config import CONFIGS, bundled, only_known, open_config, set_data_root
+from .parsing.config import bundled, only_known, open_config, set_data_root
+from .parsing.reader import CONFIGS
 
 console = terminal.console()
 DEFAULT_SIZE = (512, 512)

@@ -1,1 +1,4 @@
-"""MMDetection's configs, read as data and held against a list. Installed as `shvit.detection.parsing`."""
+"""MMDetection's configs, read as data, with every value compared with a list of what is allowed.
+
+Installed as `shvit.detection.parsing`; it imports nothing else of this package.
+"""

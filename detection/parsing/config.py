@@ -1,7 +1,6 @@
 """MMDetection's configs: found by name, read as the data that they are, and refused where they would run code."""
 
 import ast
-import builtins
 import difflib
 import io
 import logging
@@ -9,32 +8,23 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from mmengine.config import Config
-from mmengine.config import config as module
 from mmengine.registry import init_default_scope
 
 from shvit.errors import InputError, first_line
-from shvit.files import check_file, is_there
+from shvit.files import is_there
 
-from . import expressions
+from .reader import CONFIGS, FOLDER_VARIABLE, TRUST, DataConfig
 from .vocabulary import FIELDS, SCOPES, Refused, check_config
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-FOLDER_VARIABLE = "SHVIT_CONFIGS"
-"""The environment variable by which a config elsewhere names the folder of ours; the commands set it."""
 
 OURS = ("shvit.detection", "shvit.detection.plugin.reading")
 """What every config has imported: our parts, and the reading of annotation files."""
 
-MAX_BYTES = 1 << 20  # of one file
 MAX_FIELDS = 1000
-MAX_FILES = 64  # a config and its bases
-TRUST = "give --trust-config if you know where the file is from"
 
 
 def bundled() -> list[str]:
@@ -63,8 +53,8 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
     try:
-        with quiet(), _found_bases(), nullcontext() if trust else _checked():
-            config = Config.fromfile(str(path), import_custom_modules=False, lazy_import=None if trust else False)
+        with quiet():
+            config = Config.fromfile(str(path), import_custom_modules=False) if trust else DataConfig.read(path)
         given = parse_options(options)
         config.merge_from_dict(given)
     except InputError:
@@ -140,128 +130,6 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
-
-
-# --- data, not code ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _checked() -> Iterator[None]:
-    """A block in which no config's text is evaluated by Python.
-
-    mmengine fills variables into a file's text, writes it beside, looks for its bases there, and then evaluates it. So
-    what is checked is that text, at that moment: whatever path led to the file, and whatever was filled in; and it is
-    `expressions` that computes its values. Files that came with MMDetection or with us are left to mmengine.
-    """
-    import mmdet
-
-    ours = (CONFIGS.resolve(), (Path(mmdet.__file__).parent / ".mim" / "configs").resolve())
-    sources: dict[str, Path] = {}
-    fill_in, find_bases = Config._substitute_predefined_vars, Config._get_base_files
-
-    def is_ours(path: Path) -> bool:
-        return any(path.resolve().is_relative_to(folder) for folder in ours)
-
-    def recorded(filename: str, temp_config_name: str) -> None:
-        path = check_file(filename)
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: more than the {MAX_BYTES:,} bytes allowed of a config")
-        sources[temp_config_name] = path
-        if len(sources) > MAX_FILES:
-            raise InputError(f"{path}: more than {MAX_FILES} bases, or one that is its own; {TRUST}")
-        fill_in(filename, temp_config_name)
-
-    def filled_in(filename: str, temp_config_name: str) -> dict[str, str]:
-        _fill_in_folder(Path(temp_config_name), sources[filename])
-        return {}
-
-    def checked(filename: str) -> list[str]:
-        path = sources[filename]
-        if is_ours(path):
-            return find_bases(filename)
-        return [str(base) for base in expressions.base_files(check_is_data(Path(filename).read_text("utf-8"), path))]
-
-    def compiled(tree: Any, filename: str, mode: str) -> Any:
-        """Compile our files, and what `find_bases` takes out of them; leave others to `evaluated`."""
-        return builtins.compile(tree, filename, mode) if mode == "eval" or is_ours(Path(filename)) else (filename, tree)
-
-    def evaluated(code: Any, *names: dict[str, Any]) -> Any:
-        if not isinstance(code, tuple):
-            return builtins.eval(code, *names)
-        filename, tree = code
-        with _located(Path(filename)):
-            expressions.evaluate(tree, names[0])
-        return None
-
-    with (
-        patch.object(Config, "_substitute_predefined_vars", staticmethod(recorded)),
-        patch.object(Config, "_substitute_env_variables", staticmethod(filled_in)),
-        patch.object(Config, "_get_base_files", staticmethod(checked)),
-        patch.object(module, "compile", compiled, create=True),
-        patch.object(module, "eval", evaluated, create=True),
-    ):
-        yield
-
-
-def _fill_in_folder(copy: Path, path: Path) -> None:
-    """Fill in the folder of our configs, as mmengine would: the one environment variable that a config is told."""
-
-    def folder(found: re.Match[str]) -> str:
-        if found[1] != FOLDER_VARIABLE:
-            raise InputError(
-                f"{path}: a config is not told the environment variable {found[1]}; write its value, or {TRUST}"
-            )
-        return os.environ[FOLDER_VARIABLE].replace("\\", "/")
-
-    text = copy.read_text("utf-8")
-    copy.write_text(re.sub(r"\{\{['\"]?\s*\$(\w+)\s*:\s*([^\s{}]*)\s*['\"]?\}\}", folder, text), "utf-8")
-
-
-@contextmanager
-def _located(path: Path) -> Iterator[None]:
-    """A block whose messages begin with a line, and get the file's name before it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}{error}") from error
-
-
-@contextmanager
-def _found_bases() -> Iterator[None]:
-    """A block in which mmengine does not look for MMDetection's bases among its experiments, where they never are.
-
-    It reads the hundred metafiles of the model zoo for each base, half a second, before it looks into the folder.
-    """
-    from mmengine.config import utils
-
-    find = utils._get_cfg_metainfo
-
-    def found(package_path: str, cfg_path: str) -> dict[str, Any]:
-        if cfg_path.startswith("_base_/"):
-            raise ValueError(f"{cfg_path} is no experiment")  # mmengine goes on with the folder
-        return find(package_path, cfg_path)
-
-    with patch.object(utils, "_get_cfg_metainfo", found):
-        yield
-
-
-def check_is_data(text: str, path: Path) -> ast.Module:
-    """Return a config's syntax tree.
-
-    Raises:
-        InputError: at the first thing in it that is neither a name nor a value, and so might run code.
-    """
-    if path.suffix != ".py":
-        raise InputError(f"{path}: a config is a .py file")
-    with _located(path):
-        tree = expressions.parse(text)
-    if problem := expressions.problem_of(tree):
-        line, what = problem
-        raise InputError(
-            f"{path}{f', line {line}' if line else ''}: {what} is more than a config needs and might run code; "
-            f"write values alone, or {TRUST}"
-        )
-    return tree
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ randomness = dict(seed=0)
 
 def _configs() -> Path:
     """The folder that the variable stands for by default, so that MMDetection's own tools find it too."""
-    from shvit.detection.parsing.config import CONFIGS
+    from shvit.detection.parsing.reader import CONFIGS
 
     return CONFIGS
 

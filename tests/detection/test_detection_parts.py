@@ -14,7 +14,8 @@ from shvit.checkpoint import create_model, to_reference
 from shvit.cli import run
 from shvit.detection import SHViTBackbone, TimmBackbone, TransposedFPN
 from shvit.detection.detector import build_detector, check_img_size, load_detector
-from shvit.detection.parsing.config import bundled, check_is_data, open_config
+from shvit.detection.parsing.config import bundled, open_config
+from shvit.detection.parsing.reader import check_is_data
 from shvit.detection.plugin.ops import Operators, has_compiled_ops, stands_in
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS

@@ -256,7 +256,8 @@ def attack_coco(data: bytes) -> None:
 
 
 def _configs() -> list[bytes]:
-    from shvit.detection.parsing.config import CONFIGS, bundled, open_config
+    from shvit.detection.parsing.config import bundled, open_config
+    from shvit.detection.parsing.reader import CONFIGS
 
     ours = [path.read_text() for path in sorted(CONFIGS.glob("*-s1_*.py"))]
     flat = [open_config(name).pretty_text for name in bundled() if "-s1_" in name]
