@@ -27,7 +27,7 @@ ROOT_PAGES = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "RELEASIN
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the packages out as they are installed, where mkdocs.yml has mkdocstrings look, and check their docstrings."""
+    """Lay the packages out as they are installed, where mkdocstrings looks, and check their docstrings."""
     sources = ROOT / "build" / "docs"
     lay_out_packages(sources)
     pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
@@ -93,8 +93,9 @@ def _public(top: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | griff
 
 INTRODUCTION = """# Commands and options
 
-Every command prints one JSON object as its last line on stdout. Exit status: 0 done; 1 a check did not hold; 2 unusable input,
-reported in one line on stderr (`--debug`, anywhere, shows the traceback); 70 an internal error, also in one line."""
+Every command prints one JSON object as its last line on stdout. Exit status: 0 done; 1 a check failed; 2 unusable
+input, reported in one line on stderr (`--debug`, anywhere, shows the traceback); 70 an internal
+error, in one line too."""
 VARIETIES = {"train": [("s1",)], "bench": [(), ("phone",), ("import",)]}
 """Commands whose options depend on the words that follow."""
 
@@ -160,10 +161,15 @@ def _row(entry: tuple[str, str]) -> str:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
+RECIPE_INTRODUCTION = """# Recipes
+
+`shvit train RECIPE` runs one of these. A recipe is a frozen dataclass, and every field is an option.
+[Commands and options](commands.md#shvit-train) lists all fields, with the values of `s1`."""
+
+
 def recipe_page() -> str:
     """Return every recipe with the fields in which it differs from `s1`."""
-    parts = ["# Recipes", "`shvit train RECIPE` runs one of these. A recipe is a frozen dataclass, and every field is an option.\n"
-             "[Commands](commands.md#shvit-train) lists all fields, with the values of `s1`."]  # fmt: skip
+    parts = [RECIPE_INTRODUCTION]
     base = _flat(asdict(RECIPES["s1"]))
     for name, recipe in RECIPES.items():
         changes = {key: value for key, value in _flat(asdict(recipe)).items() if value != base[key]}
