@@ -58,8 +58,9 @@ LOADED = r"""(?:<(?!a\b)\w+\b[^>]*?\b(?:src|href)=|\burl\(|@import )["']?((?:htt
 
 
 def external(text: str) -> list[str]:
-    """Return the addresses that a page or a stylesheet loads, for which links that a reader may follow do not count."""
-    return sorted(set(re.findall(LOADED, text)))
+    """Return what a page or a stylesheet loads from the network; links that a reader may follow do not count."""
+    diagrams = re.findall(r'class="(mermaid)"', text)  # which the theme draws with a script from a CDN
+    return sorted({*re.findall(LOADED, text), *diagrams})
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
