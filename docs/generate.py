@@ -27,7 +27,7 @@ ROOT_PAGES = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "RELEASIN
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the packages out as they are installed, where mkdocs.yml has mkdocstrings look, and check their docstrings."""
+    """Lay the packages out as they are installed, where mkdocstrings looks, and check their docstrings."""
     sources = ROOT / "build" / "docs"
     lay_out_packages(sources)
     pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
@@ -58,8 +58,9 @@ LOADED = r"""(?:<(?!a\b)\w+\b[^>]*?\b(?:src|href)=|\burl\(|@import )["']?((?:htt
 
 
 def external(text: str) -> list[str]:
-    """Return the addresses that a page or a stylesheet loads, for which links that a reader may follow do not count."""
-    return sorted(set(re.findall(LOADED, text)))
+    """Return what a page or a stylesheet loads from the network; links that a reader may follow do not count."""
+    diagrams = re.findall(r'class="(mermaid)"', text)  # which the theme draws with a script from a CDN
+    return sorted({*re.findall(LOADED, text), *diagrams})
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -93,8 +94,9 @@ def _public(top: griffe.Object | griffe.Alias) -> Iterator[griffe.Object | griff
 
 INTRODUCTION = """# Commands and options
 
-Every command prints one JSON object as its last line on stdout. Exit status: 0 done; 1 a check did not hold; 2 unusable input,
-reported in one line on stderr (`--debug`, anywhere, shows the traceback); 70 an internal error, also in one line."""
+Every command prints one JSON object as its last line on stdout. Exit status: 0 done; 1 a check failed; 2 unusable
+input, reported in one line on stderr (`--debug`, anywhere, shows the traceback); 70 an internal
+error, in one line too."""
 VARIETIES = {"train": [("s1",)], "bench": [(), ("phone",), ("import",)]}
 """Commands whose options depend on the words that follow."""
 
@@ -160,10 +162,15 @@ def _row(entry: tuple[str, str]) -> str:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
+RECIPE_INTRODUCTION = """# Recipes
+
+`shvit train RECIPE` runs one of these. A recipe is a frozen dataclass, and every field is an option.
+[Commands and options](commands.md#shvit-train) lists all fields, with the values of `s1`."""
+
+
 def recipe_page() -> str:
     """Return every recipe with the fields in which it differs from `s1`."""
-    parts = ["# Recipes", "`shvit train RECIPE` runs one of these. A recipe is a frozen dataclass, and every field is an option.\n"
-             "[Commands](commands.md#shvit-train) lists all fields, with the values of `s1`."]  # fmt: skip
+    parts = [RECIPE_INTRODUCTION]
     base = _flat(asdict(RECIPES["s1"]))
     for name, recipe in RECIPES.items():
         changes = {key: value for key, value in _flat(asdict(recipe)).items() if value != base[key]}

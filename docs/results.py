@@ -1,4 +1,4 @@
-"""Draws assets/results.svg, the README's picture, from the table of explanation/measurements.md: `python docs/results.py`."""
+"""Draws assets/results.svg, the picture in the README, from the table of explanation/measurements.md."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,8 @@ def draw(table: list[list[str]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.9), sharey=True, layout="constrained")
     for axis, (column, title) in zip(axes, COLUMNS.items(), strict=True):
         points = [(float(row[column].split()[0]), float(row[2]), row[0]) for row in table]
-        axis.plot(*zip(*[point[:2] for point in points if point[2].startswith("shvit")], strict=True), color=OURS, alpha=0.5)
+        ours = [(x, y) for x, y, name in points if name.startswith("shvit")]
+        axis.plot(*zip(*ours, strict=True), color=OURS, alpha=0.5)
         for x, y, name in points:
             color = OURS if name.startswith("shvit") else OTHERS
             axis.plot(x, y, "o", color=color)

@@ -74,6 +74,7 @@ def test_public_name_without_docstring_is_found(generate, tmp_path):
         '<img alt="" src="http://example.org/a.png">',
         "body { background: url(https://example.org/a.png) }",
         '@import "https://example.org/a.css";',
+        '<pre class="mermaid"><code>graph LR</code></pre>',
     ],
 )
 def test_what_a_page_would_load_is_found(generate, text):
@@ -81,7 +82,7 @@ def test_what_a_page_would_load_is_found(generate, text):
 
 
 def test_links_and_own_files_are_not(generate):
-    text = '<a href="https://example.org">x</a> <script src="assets/a.js"></script> <img src=../b.svg> url(data:image/x)'
+    text = '<a href="https://example.org">x</a> <script src="a.js"></script> <img src=../b.svg> url(data:x)'
     assert generate.external(text) == []
 
 

@@ -60,18 +60,21 @@ def file_table(folder: str) -> str:
 
 
 def room_table() -> str:
-    """The folders and modules of export from the top down, each with what it imports of the others."""
+    """The folders and modules of export in layers from the top down, and what each imports of the others."""
     arrows: dict[str, set[str]] = {}
     for path in (ROOT / "export").rglob("*.py"):
         parts = path.relative_to(ROOT / "export").with_suffix("").parts
         arrows.setdefault(parts[0], set()).update(_rooms_imported(path, len(parts)) - {parts[0]})
-    arrows.pop("__init__", None)
-    rows = []
-    while arrows:  # those that nothing left imports
-        top = sorted(arrows.keys() - set().union(*arrows.values())) or sorted(arrows)
-        rows += [f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(arrows[name]))} |" for name in top]
-        arrows = {name: below for name, below in arrows.items() if name not in top}
-    return "\n".join(["| in `export/` | imports |", "| --- | --- |", *rows])
+    del arrows["__init__"]
+    layers, rows = [], []
+    while arrows:
+        top = sorted(arrows.keys() - set().union(*arrows.values())) or sorted(arrows)  # all of them: a circle
+        layers.append("   ".join(top))
+        rows += [f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(arrows.pop(name)))} |" for name in top]
+    width = max(map(len, layers))
+    arrow = f"\n{'↓':>{width // 2}}\n"
+    picture = arrow.join(f"{layer:^{width}}".rstrip() for layer in layers)
+    return "\n".join(["```", picture, "```", "", "| in `export/` | imports |", "| --- | --- |", *rows])
 
 
 def _rooms_imported(path: Path, depth: int) -> set[str]:

@@ -1,6 +1,6 @@
 """Where Core ML means to run a package: its compute plan, as a record.
 
-A plan is made by Core ML on this Mac, for this Mac; an iPhone's comes from Xcode's performance report (docs/how-to/devices.md).
+A plan is made by Core ML on this Mac, for this Mac; an iPhone's comes from Xcode (docs/how-to/devices.md).
 """
 
 from collections import Counter
