@@ -11,8 +11,8 @@ from typing import Any
 from shvit.errors import InputError
 from shvit.files import scratch_folder
 
-from .cases import COMPUTE_UNITS
-from .records import Placement
+from ..bench.cases import COMPUTE_UNITS
+from ..bench.records import Placement
 
 DEVICES = {
     "MLCPUComputeDevice": "cpu",
