@@ -108,7 +108,7 @@ class Source:
 
     def noise(self, unfolded: bool) -> dict[str, float]:
         """The layers by the noise that int8 makes of them, worst first."""
-        from .quantization.qdq import layer_noise
+        from .quantization.exclusion import layer_noise
 
         def measure() -> dict[str, float]:
             model = without_softmax(self.unfolded() if unfolded else self.deployed())
@@ -216,7 +216,7 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
         whole: the file with none of them; it is taken if no other passes more clearly and it is not refused.
         noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
     """
-    from .quantization.qdq import smallest_passing
+    from .quantization.exclusion import smallest_passing
 
     names, tried = list(noise), dict[int, Attempt]()
 

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,13 @@ from ..guards import check_ports
 from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
-from ..wrappers import Normalized, Wrapper, layer_name
+from ..wrappers import MIL_LAYERS, Normalized, Wrapper, layer_name
 from .backend import Artifact, Backend, FormatOptions, ImageInput, Outputs, Source, Writer
 from .parameters import LayerParameters, Stored, quantized, range_faults, stored
 
 if TYPE_CHECKING:
     import coremltools as ct
-    from coremltools.converters.mil.mil import Var
+    from coremltools.converters.mil.mil import Function, Var
     from coremltools.proto.Model_pb2 import Model
 
     from ..mil.program import Package
@@ -161,7 +161,9 @@ def write_coreml(
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep, ranges),
+            pass_pipeline=pipeline(
+                spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
+            ),
         )
         for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value
@@ -228,6 +230,15 @@ def _input(spec: Spec) -> "ct.TensorType | ct.ImageType":
 def _inputs(spec: Spec, calibration: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the images as the traced graph takes them: (1, C, H, W), normalized or in 0–1."""
     return [pixels[None].float() / 255 if spec.uint8_input else spec.normalize(pixels[None]) for pixels in calibration]
+
+
+def _evaluator(function: "Function") -> Callable[[torch.Tensor], Mapping["Var", torch.Tensor]]:
+    """Return a function that computes every variable of a traced function with one input."""
+    from ..mil.program import Program
+
+    (name,) = function.inputs
+    program = Program(function, "the traced model")
+    return lambda x: program.values({name: x})
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -348,11 +359,9 @@ def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
 
 def coreml_parameters(package: "Package") -> dict[str, LayerParameters]:
     """Return the weights of a Core ML package, by its layers' names."""
-    from ..mil.program import LAYERS
-
     found = {}
     for op in package.program.function.operations:
-        if op.op_type in LAYERS and (weight := _mil_constant(op.inputs.get("weight"))) is not None:
+        if op.op_type in MIL_LAYERS and (weight := _mil_constant(op.inputs.get("weight"))) is not None:
             found[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
     return found
 
@@ -384,11 +393,9 @@ def coreml_scale_faults(package: "Package") -> list[str]:
 
 def coreml_steps(package: "Package") -> dict[str, tuple[float, float]]:
     """Return the scale and zero point that each layer's input is read with, by the layer's name."""
-    from ..mil.program import LAYERS
-
     found = {}
     for op in package.program.function.operations:
-        source = op.inputs["x"].op if op.op_type in LAYERS else None
+        source = op.inputs["x"].op if op.op_type in MIL_LAYERS else None
         if source is not None and source.op_type == "dequantize":
             zero_point = source.inputs.get("zero_point")
             found[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))

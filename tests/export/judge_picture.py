@@ -1,6 +1,6 @@
-"""Draws export/verdicts.png: how far sound files and files with one deliberate defect are from their models.
+"""Draws docs/explanation/verdicts.png: how far sound files and files with one deliberate defect are from their models.
 
-$ python tests/judge_picture.py export/verdicts.png onnx openvino coreml
+$ python -m tests.export.judge_picture docs/explanation/verdicts.png onnx openvino coreml
 """
 
 import sys

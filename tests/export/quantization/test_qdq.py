@@ -13,15 +13,8 @@ from shvit.deployment import deploy
 from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.onnx import read_onnx, save_onnx, write_onnx
 from shvit.export.pipeline import _keep_fewest
-from shvit.export.quantization.qdq import (
-    LAYERS,
-    Unfolded,
-    activation_ranges,
-    layer_noise,
-    quantize_onnx,
-    smallest_passing,
-    unfold_identities,
-)
+from shvit.export.quantization.exclusion import layer_noise, smallest_passing
+from shvit.export.quantization.qdq import LAYERS, Unfolded, activation_ranges, quantize_onnx, unfold_identities
 from shvit.export.spec import Spec, randomize_norms
 from shvit.export.verdict import TOLERANCES, snr_db
 from shvit.export.wrappers import feature_maps
