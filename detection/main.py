@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from shvit import terminal
-from shvit.certificate import certificate_path, check_unchanged
+from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, some
 from shvit.files import atomic_write, check_output_folder, sha256
 from shvit.run_info import read_run_info, same_name
@@ -233,7 +233,7 @@ class Export(_Command):
     def _export_detector(self, checkpoint: Path, output: Path, img_size: tuple[int, int]) -> dict[str, Any]:
         from .coco.annotations import check_heads
         from .onnx import DetectorSpec, detector_graph, open_onnx, write_onnx
-        from .verify import certify, require, to_json
+        from .verify import certify, require
 
         config = self._config()
         check_heads(config, class_names(config))
@@ -256,7 +256,7 @@ class Export(_Command):
                 output.name,
             )
             require(certificate)
-            certified.write_text(to_json(certificate))
+            write_certificate(certificate, certified)
         console.print(f"{output.name} finds what its model finds: {kind} at {img_size[0]}×{img_size[1]} px, "
                       f"{certificate.artifact_bytes / 1e6:.1f} MB")  # fmt: skip
         _show_match(certificate.match)

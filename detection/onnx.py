@@ -20,6 +20,7 @@ from shvit.deployment import deploy
 from shvit.documents import parse_json, parse_model
 from shvit.errors import InputError, first_line
 from shvit.files import check_file
+from shvit.sessions import create_session
 
 from .detector import MAX_IMG_SIZE, PADDING, Detections, ImageFile, paste
 
@@ -445,7 +446,6 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
         InputError: no such file, not one of them, or ONNX Runtime refuses it.
     """
     import onnx
-    import onnxruntime
 
     check_file(path)
     if path.stat().st_size > MAX_BYTES:
@@ -464,12 +464,8 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     if any(each.data_location == onnx.TensorProto.EXTERNAL for each in _tensors(nodes, proto.graph.initializer)):
         raise InputError(f"{path}: has weights in another file, which `shvit detect export` never writes; {AGAIN}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it raises is reported; it would print the same
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = create_session(path, threads)
     except Exception as error:  # onnxruntime's own exception types are not public
         raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
     outputs = {output.name: output.type for output in session.get_outputs()}

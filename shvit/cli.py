@@ -38,7 +38,7 @@ class Entry:
 COMMANDS = {
     "list": Entry("shvit.weights.main:List", "the models: parameters, GMACs, input size, published top-1, weights"),
     "info": Entry(
-        "shvit.export.main:Info",
+        "shvit.export.analysis.main:Info",
         "what one model costs, per stage and layer: MACs, parameters, bytes moved; its design explained",
     ),
     "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
@@ -51,7 +51,7 @@ COMMANDS = {
     "site": Entry("shvit.export.bench.main:Site", "the page that measures in browsers as a static site"),
     "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
-    "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real images"),
+    "demo": Entry("shvit.export.demo.main:Demo", "train, export, verify, evaluate and time on real images"),
 }
 
 HELP = "\n".join(

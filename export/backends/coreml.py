@@ -367,9 +367,9 @@ def coreml_parameters(package: "Package") -> dict[str, LayerParameters]:
 
 
 def _mil_constant(var: "Var | None") -> Stored | None:
-    op = None if var is None else var.op
-    if op is None:
+    if var is None or var.op is None:
         return None
+    op = var.op
     if op.op_type == "const":
         return stored(np.asarray(var.val))
     if op.op_type == "constexpr_affine_dequantize":

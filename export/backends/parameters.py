@@ -161,6 +161,20 @@ def _channel_gains(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return gains.float().reshape(-1, *[1] * (expected.dim() - 1))
 
 
+def rounding_output(layer: nn.Conv2d, parameters: LayerParameters, x: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution adds to its output because a file holds rounded weights and a rounded bias."""
+    more = convolve(layer, x, parameters.weight.value.double() - layer.weight.detach().double())
+    if parameters.bias is None or layer.bias is None:
+        return more
+    return more + (parameters.bias.value.double() - layer.bias.detach().double())[:, None, None]
+
+
+def convolve(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a convolution's float64 output without its bias, with its own weight or another."""
+    weight = layer.weight.detach().double() if weight is None else weight
+    return nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
 MIN_STEP = 2.0**-14
 """Core ML's least scale: finer ones say nothing of a range."""
 

@@ -65,7 +65,7 @@ def _onnx_product(a: np.ndarray) -> Callable[[], object]:
     """The same product in ONNX Runtime, one factor of which is a weight; in int8 the other is unsigned, as in files."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from ..backends.registry import onnx_session
+    from ..backends.onnx import onnx_session
 
     whole = a.dtype == np.int8
     x = a.astype(np.uint8) if whole else a

@@ -274,7 +274,7 @@ def test_drift_is_refused_and_leaves_nothing(trained, weights, image_folder, tmp
     monkeypatch.setattr(OnnxDetector, "detect", swapped)
     config, _ = trained["mask-rcnn"]
     given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(image_folder), "--img-size", "96"]
-    with pytest.raises(CheckFailed, match="drifts from its model"):
+    with pytest.raises(CheckFailed, match="exceeds its tolerance"):
         run(["detect", "export", str(config), *given, "--output", str(tmp_path / "m.onnx")])
     assert list(tmp_path.iterdir()) == []
 
