@@ -33,7 +33,7 @@ from .verdict import (
     worst_figures,
     worst_verdict,
 )
-from .wrappers import first_layer, layer_outputs, run_batches, run_model, share_of_macs
+from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
 PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools")  # of the certificate
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
