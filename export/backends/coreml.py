@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
 
 from ..quantization.ranges import Range
 from ..spec import Spec
