@@ -14,8 +14,9 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
+from shvit.checkpoint import load_strictly, read_state_dict
 from shvit.errors import InputError, first_line
+from shvit.shvit import rename_reference_keys
 from shvit.weights.resolve import find_weights as weights_file
 
 from .parsing.config import innermost, quiet

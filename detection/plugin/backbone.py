@@ -13,7 +13,8 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shvit.checkpoint import create_model, load_checkpoint
+from shvit.checkpoint import load_checkpoint
+from shvit.create import create_model
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS, SHViT
 

@@ -93,7 +93,7 @@ def _cells() -> Path:
 
 
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
-    from shvit.checkpoint import create_model
+    from shvit.create import create_model
 
     return create_model(trained["model"], trained["checkpoint"])
 

@@ -10,15 +10,15 @@ from mmengine.runner.checkpoint import load_state_dict as load_as_mmengine
 from torch.nn import functional as F
 from torchvision import ops as reference
 
-from shvit.checkpoint import create_model, to_reference
 from shvit.cli import run
+from shvit.create import create_model
 from shvit.detection import SHViTBackbone, TimmBackbone, TransposedFPN
 from shvit.detection.detector import build_detector, check_img_size, load_detector
 from shvit.detection.parsing.config import bundled, open_config
 from shvit.detection.parsing.reader import check_is_data
 from shvit.detection.plugin.ops import Operators, has_compiled_ops, stands_in
 from shvit.errors import InputError
-from shvit.shvit import VARIANTS
+from shvit.shvit import VARIANTS, to_reference
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
 from tests.detection.detection_data import write_coco, write_config
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import shvit.shvit  # noqa: F401  (registers the models)
-from shvit.checkpoint import create_model
+from shvit.create import create_model
 from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info, same_name
 
