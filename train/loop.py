@@ -21,15 +21,16 @@ from shvit.run_info import RunInfo, read_recipe_file
 from .data.datasets import Splits, check_class_of, open_splits
 from .data.splits import check_outside
 from .data.streams import is_stream
-from .data.summary import print_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
 from .recipe import Recipe
 from .run.logger import Journal
 from .run.plots import plot_curves
 from .run.run_folder import RunFolder
+from .run.summary import print_splits
 from .signals import Interrupt, Stopped
-from .step.loader import Batch, Feed, Problem
+from .step.batch import Batch, Problem
+from .step.loader import Feed
 from .step.setup import check_recipe, open_held_out, open_training, set_up
 
 

@@ -28,8 +28,10 @@ from .loop import Training
 from .recipe import Compute, Recipe
 from .run.logger import Journal
 from .signals import Interrupt
-from .step.loader import Batch, Feed
-from .step.setup import PRECISIONS, Run, check_recipe, open_training, set_up
+from .step.batch import Batch
+from .step.loader import Feed
+from .step.setup import check_recipe, open_training, set_up
+from .step.state import PRECISIONS, Run
 
 ROUNDS = 5
 

@@ -213,7 +213,7 @@ def _yaml() -> list[bytes]:
 
 def attack_yaml(data: bytes) -> None:
     """As `shvit train --recipe` and a run folder's recipe are read."""
-    from shvit.train.data.datasets import read_trained_on
+    from shvit.train.data.eval_dataset import read_trained_on
     from shvit.train.recipe import read_recipe
 
     path = _written(data, "recipe.yaml")

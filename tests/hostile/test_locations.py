@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train.data.datasets import eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.datasets import open_dataset, open_named
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.locations import expand_braces
 from shvit.train.data.shards import Shards
 from shvit.train.data.streams import open_stream

@@ -12,10 +12,12 @@ import torch
 from timm.data import create_transform
 
 from shvit.errors import InputError, first_line
-from shvit.train.data.datasets import Prepared, ignore_interrupt, open_dataset
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_loader import Prepared, ignore_interrupt
 from shvit.train.distributed import World
 from shvit.train.recipe import Data, Recipe
-from shvit.train.step.loader import Augmented, Feed, collate
+from shvit.train.step.batch import collate
+from shvit.train.step.loader import Augmented, Feed
 from tests import forks
 from tests.conftest import ROOT
 

@@ -1,45 +1,30 @@
 """Which images: folders, tars and timm's datasets, split without leaks, and unusable ones named."""
 
 import hashlib
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from shvit import terminal
-from shvit.documents import load_yaml
 from shvit.errors import InputError, first_line
-from shvit.files import is_file, is_folder
+from shvit.files import is_folder
 from shvit.run_info import same_name
 
 from ..recipe import Data
+from .groups import count_copies, count_duplicates, group_keys, is_held_out
 from .image_folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
 from .images import open_image, to_rgb
-from .locations import NAMED, check_path
-from .shards import has_info
-from .splits import (
-    as_listing,
-    check_nesting,
-    class_names,
-    count_copies,
-    count_duplicates,
-    find_parts,
-    group_keys,
-    is_held_out,
-    may_be_split,
-)
+from .locations import check_path
+from .splits import as_listing, check_nesting, class_names, find_parts, may_be_split
 from .splits import check_outside as check_outside
-from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, is_stream, numbered, open_stream
+from .streams import HubImages, Split, Stream, check_named, create_named, numbered
 
 
 class Images(Dataset):
@@ -265,117 +250,6 @@ def identity(dataset: "Images | Stream") -> dict[str, Any]:
     return {"count": len(names), "names_sha256": hashlib.sha256(content).hexdigest()}
 
 
-@dataclass(frozen=True)
-class TrainedOn:
-    """The images of a run, as its recipe.yaml or its weights tell them."""
-
-    images: Mapping[str, Any]
-    """`Splits.identity`."""
-    group: str | None
-    root: Path | None
-    """None where weights alone tell."""
-
-    @property
-    def count(self) -> int:
-        """How many images the run had, on both sides of its split."""
-        parts = (self.images.get(part) for part in ("train", "val"))
-        return sum(part.get("count", 0) for part in parts if isinstance(part, Mapping))
-
-    @classmethod
-    def from_weights(cls, data: Mapping[str, Any] | None) -> "TrainedOn | None":
-        """From what a run writes into its weights, `RunInfo.data`; None where that does not tell the images."""
-        if data is None or not all(isinstance(data.get(part), Mapping) for part in ("train", "val")):
-            return None
-        group = data.get("group")
-        return cls(data, group if isinstance(group, str) else None, None)
-
-
-def read_trained_on(checkpoint: Path) -> TrainedOn | None:
-    """The images of the run in whose folder a checkpoint is; None if there is none, or it does not tell them."""
-    try:
-        path = checkpoint.parent / "recipe.yaml"
-        if not is_file(path):
-            return None
-        record = load_yaml(path)
-        data, images = record["recipe"]["data"], record["data"]
-        told = TrainedOn.from_weights({**images, "group": data["group"]})
-        return replace(told, root=Path(data["root"])) if told else None
-    except (InputError, KeyError, TypeError):
-        return None
-
-
-def open_eval_dataset(
-    data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
-) -> "Images | Stream":
-    """The images to evaluate on; which part of `data` they are is told by their `part`.
-
-    Args:
-        data: a folder of class folders or its val (or validation) subfolder, a tar of one, a folder of WebDataset
-            shards with an _info.json, `elpv` for that dataset's held-out ones, or a name such as torch/cifar10 or
-            hfds/beans that timm knows, which is looked for in the working directory or its library's cache.
-        split: of shards and of a dataset with a name.
-        trained_on: the images of the run whose weights are evaluated. Of its own folder of class folders alone, the
-            part that it kept for validation is taken; all of the folder where None.
-    """
-    root, data = Path(data), str(data)
-    if data == "elpv":
-        return elpv("val")
-    if data.startswith(NAMED):
-        prefix, _, rest = data.partition("/")
-        if prefix == "wds":
-            return open_stream(Data(name="wds/", root=Path(rest), val_split=split), "val")
-        named = Data(name=data, root=Path() if prefix == "torch" else None, val_split=split)
-        return open_stream(named, "val") if is_stream(named) else open_named(named, "val")
-    if takes_split(data):
-        return open_stream(Data(name="wds/", root=root, val_split=split), "val")
-    parts = find_parts(root)
-    if parts.train is not None and parts.val is None:
-        raise InputError(f"{root} holds training images and no val/; give the folder of class folders itself")
-    listing = as_listing(parts.val or parts.whole or root)
-    if not listing.classes:
-        raise InputError(f"{root}: no class folders in it; put each class's images into a folder of their own")
-    everything = Images(class_reader(listing, listing.classes), listing.classes)
-    if parts.val is not None:
-        everything.part = f"its {listing.label.removeprefix(f'{root}/')}"
-    elif trained_on is not None:
-        return _unseen(everything, listing, trained_on)
-    return everything
-
-
-def has_one_part(data: str | Path) -> bool:
-    """Whether `open_eval_dataset` takes all images of it, or those that a run kept: a folder or tar without val/."""
-    return not (str(data) == "elpv" or takes_split(data)) and find_parts(Path(data)).val is None
-
-
-def takes_split(data: str | Path) -> bool:
-    """Whether `open_eval_dataset` looks at its `split`: the data are shards, or a dataset with a name."""
-    root = Path(data)
-    return str(data).startswith(NAMED) or (is_folder(root) and has_info(root))
-
-
-def _unseen(everything: Images, listing: Listing, trained_on: TrainedOn) -> Images:
-    """Of a run's own folder without splits, the part that the run kept for validation."""
-    found = identity(everything)
-    if found == trained_on.images["train"]:
-        everything.part = "images that this run was trained on"
-    if found in (trained_on.images["train"], trained_on.images["val"]):
-        return everything
-    keys = group_keys(everything.source.names, trained_on.group)
-    held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
-    source, classes = everything.source, everything.classes
-    validation = Images(source, classes, held_out, "the part that this run kept for validation")
-    own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
-    grown = trained_on.count != len(everything)
-    if held_out and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
-        return validation
-    everything.part = (
-        "images most of which this run was trained on, as it split them otherwise"
-        if own_folder and not grown
-        else "all images; which of them this run was trained on, if any, is not known"
-    )
-    return everything
-
-
 # --- datasets with a name ---------------------------------------------------------------------------------------------
 
 
@@ -431,140 +305,3 @@ def elpv(split: Split) -> Images:
         border = len(run) - held_out
         chosen += run[border:] if split == "val" else run[:border]
     return Images(Files(chosen), classes)
-
-
-# --- for evaluation ---------------------------------------------------------------------------------------------------
-
-Prepare = Callable[[Image.Image], torch.Tensor]
-PreparedItem = tuple[torch.Tensor, int, str, int]
-"""(what `transform` makes of the image, class index, why it could not be read, images missing with it)."""
-BLANK = Image.new("RGB", (8, 8))
-MAX_CORRUPT = 10  # damaged images that an evaluation leaves out
-
-
-class Prepared(Dataset):
-    """Items, prepared for an evaluation; damaged ones too, which have the class `IGNORED`."""
-
-    def __init__(self, dataset: Images, transform: Prepare):
-        self.dataset = dataset
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> PreparedItem:
-        try:
-            image, target = self.dataset[index]
-        except InputError as error:
-            return self.transform(BLANK), IGNORED, str(error), 0
-        return self.transform(image), target, "", 0
-
-
-class PreparedStream(IterableDataset):
-    """A stream's items, as `Prepared` gives them."""
-
-    def __init__(self, stream: Stream, transform: Prepare):
-        self.stream = stream
-        self.transform = transform
-
-    def __iter__(self) -> Iterator[PreparedItem]:
-        for image, target, problem, missing in self.stream.reads():
-            yield self.transform(image or BLANK), target, problem, missing
-
-
-class EvalBatches:
-    """Batches of (images, int64 class indices), each image once; one that cannot be read has the class `IGNORED`.
-
-    Each problem is reported. After a pass, `damaged` and `missing` are how many images could not be read, and how many
-    of those that were announced, by shards say, are not there.
-
-    Args:
-        loader: of `Prepared` or `PreparedStream`.
-        announced: how many images there are said to be; 0 where that is not known.
-        max_corrupt: how many may be damaged; any number where None.
-        max_missing: how many may be missing.
-        report: called with each problem.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        announced: int,
-        max_corrupt: int | None,
-        max_missing: int,
-        report: Callable[[str], None],
-    ):
-        self.loader = loader
-        self.announced = announced
-        self.max_corrupt, self.max_missing = max_corrupt, max_missing
-        self.report = report
-        self.damaged = self.missing = 0
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.damaged = self.missing = good = 0
-        for images, targets, problems, missing in self.loader:
-            for problem, count in zip(problems, missing.tolist(), strict=True):
-                good += not problem
-                if problem:
-                    self.report(f"{problem}: not counted")
-                    self.missing += count
-                    self.damaged += not count
-                    self._check(problem)
-            yield images, targets
-        if (rest := self.announced - good - self.damaged - self.missing) > 0:
-            self.missing += rest
-            self._check("the data end before")
-
-    def _check(self, problem: str) -> None:
-        if self.missing > self.max_missing:
-            raise InputError(f"{self.missing} of {self.announced or 'all'} announced images are missing "
-                             f"({problem}); complete the data, or correct what announces them")  # fmt: skip
-        if self.max_corrupt is not None and self.damaged > self.max_corrupt:
-            raise InputError(f"{self.damaged} damaged images, and {self.max_corrupt} are allowed; replace or remove "
-                             f"them, or allow more with --max-corrupt; one of them: {problem}")  # fmt: skip
-
-
-def check_loader(batch_size: int, workers: int, max_corrupt: int) -> None:
-    """Check the options of an evaluation's loader.
-
-    Raises:
-        InputError: one is out of range, or there are more workers than this machine has use for.
-    """
-    for name, value, lowest, highest in (
-        ("batch-size", batch_size, 1, 1_000_000), ("workers", workers, 0, max_workers()),
-        ("max-corrupt", max_corrupt, 0, 10**9),
-    ):  # fmt: skip
-        if not lowest <= value <= highest:
-            raise InputError(f"--{name} {value} is out of range; choose {lowest} to {highest}")
-
-
-def max_workers() -> int:
-    """The highest number of a loader's processes that is taken for meant."""
-    return max(64, 4 * (os.cpu_count() or 1))
-
-
-def eval_loader(
-    dataset: Images | Stream,
-    transform: Prepare,
-    batch_size: int,
-    workers: int = 0,
-    max_corrupt: int | None = MAX_CORRUPT,
-    max_missing: int = 0,
-    report: Callable[[str], None] = terminal.report,
-) -> EvalBatches:
-    """Every image once, in order: batches of (what `transform` makes, int64 (B,)); see `EvalBatches`."""
-    if isinstance(dataset, Stream):
-        dataset.reader.set_loader_cfg(num_workers=workers)
-        streamed = PreparedStream(dataset, transform)
-        loader = DataLoader(streamed, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
-        return EvalBatches(loader, dataset.announced, max_corrupt, max_missing, report)
-    loader = DataLoader(
-        Prepared(dataset, transform), batch_size, num_workers=workers, worker_init_fn=ignore_interrupt,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
-    return EvalBatches(loader, len(dataset), max_corrupt, max_missing, report)
-
-
-def ignore_interrupt(worker: int) -> None:
-    """For a loader's workers: Ctrl-C is for the process that they serve, and that ends them by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..recipe import Recipe
-from ..step.setup import Run
+from ..step.state import Run
 
 LINE_SECONDS = 60.0  # between two plain lines within an epoch
 

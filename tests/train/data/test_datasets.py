@@ -11,7 +11,9 @@ from PIL import Image
 
 from shvit.errors import InputError
 from shvit.train.data import images
-from shvit.train.data.datasets import TrainedOn, elpv, eval_loader, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data.datasets import elpv, open_dataset, open_splits
+from shvit.train.data.eval_dataset import TrainedOn, open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.images import open_image
 from shvit.train.recipe import Data
 

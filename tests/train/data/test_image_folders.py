@@ -16,11 +16,12 @@ from torchvision.datasets import ImageFolder
 
 from shvit.errors import InputError
 from shvit.export.images import sample_images, spread
-from shvit.train.data.datasets import Splits, duplicates_note, identity, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data.datasets import Splits, duplicates_note, identity, open_dataset, open_splits
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.groups import group_keys
 from shvit.train.data.image_folders import list_images
-from shvit.train.data.splits import group_keys
-from shvit.train.data.summary import print_splits
 from shvit.train.recipe import Data
+from shvit.train.run.summary import print_splits
 
 PIXELS = np.random.default_rng(0)
 

@@ -16,23 +16,19 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
-from shvit.train.data.datasets import Images, eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.datasets import Images, open_dataset, open_named
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.image_folders import Files
 from shvit.train.data.images import open_image
 from shvit.train.data.streams import open_stream
 from shvit.train.distributed import World
 from shvit.train.recipe import Augment, Data, Recipe
-from shvit.train.step.loader import (
-    Augmented,
-    Batch,
-    DeviceAugment,
-    Feed,
-    Order,
-    Share,
-    create_train_transform,
-    posterize,
-    seed_generators,
-)  # fmt: skip
+from shvit.train.step.augment import DeviceAugment, create_train_transform, posterize
+from shvit.train.step.batch import Batch
+from shvit.train.step.loader import Augmented, Feed
+from shvit.train.step.samplers import Order, Share
+from shvit.train.step.seeds import seed_generators  # fmt: skip
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from shvit.errors import InputError
 from shvit.train.distributed import World
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
-from shvit.train.step.loader import Batch, micro_batch_sizes
+from shvit.train.step.batch import Batch
+from shvit.train.step.samplers import micro_batch_sizes
 from shvit.train.step.setup import check_recipe, open_training, set_up
 from tests.conftest import SMALL
 

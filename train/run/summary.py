@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Column, Table
 
-from .datasets import Splits, duplicates_note
-from .image_folders import Files, TarFiles
+from ..data.datasets import Splits, duplicates_note
+from ..data.image_folders import Files, TarFiles
 
 MAX_ROWS = 30  # classes; of more, those with the fewest training images are shown
 
