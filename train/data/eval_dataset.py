@@ -1,4 +1,4 @@
-"""The images to evaluate on; of a training run's own folder, those that it did not train on."""
+"""Choice of the images to evaluate on: of a training run's own folder, those that it did not train on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from shvit.files import is_file, is_folder
 
 from ..recipe import Data
 from .datasets import Images, elpv, identity, open_named
-from .groups import group_keys, is_held_out
+from .groups import group_keys, in_validation
 from .image_folders import Listing, class_reader
 from .locations import NAMED
 from .shards import has_info
@@ -22,23 +22,23 @@ from .streams import Stream, is_stream, open_stream
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The images of a run, as its recipe.yaml or its weights tell them."""
+    """The images of a run, as identified in its recipe.yaml or its weights."""
 
     images: Mapping[str, Any]
     """`Splits.identity`."""
     group: str | None
     root: Path | None
-    """None where weights alone tell."""
+    """The run's folder of images; None where only the weights are known."""
 
     @property
     def count(self) -> int:
-        """How many images the run had, on both sides of its split."""
+        """Number of images of the run, on both sides of its split."""
         parts = (self.images.get(part) for part in ("train", "val"))
         return sum(part.get("count", 0) for part in parts if isinstance(part, Mapping))
 
     @classmethod
     def from_weights(cls, data: Mapping[str, Any] | None) -> "TrainedOn | None":
-        """From what a run writes into its weights, `RunInfo.data`; None where that does not tell the images."""
+        """Create it from `RunInfo.data`, which a run writes into its weights; None if that identifies no images."""
         if data is None or not all(isinstance(data.get(part), Mapping) for part in ("train", "val")):
             return None
         group = data.get("group")
@@ -46,15 +46,15 @@ class TrainedOn:
 
 
 def read_trained_on(checkpoint: Path) -> TrainedOn | None:
-    """The images of the run in whose folder a checkpoint is; None if there is none, or it does not tell them."""
+    """Read the images of the run in whose folder a checkpoint is; None if unknown."""
     try:
         path = checkpoint.parent / "recipe.yaml"
         if not is_file(path):
             return None
         record = load_yaml(path)
         data, images = record["recipe"]["data"], record["data"]
-        told = TrainedOn.from_weights({**images, "group": data["group"]})
-        return replace(told, root=Path(data["root"])) if told else None
+        trained_on = TrainedOn.from_weights({**images, "group": data["group"]})
+        return replace(trained_on, root=Path(data["root"])) if trained_on else None
     except (InputError, KeyError, TypeError):
         return None
 
@@ -62,15 +62,15 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
 def open_eval_dataset(
     data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
 ) -> "Images | Stream":
-    """The images to evaluate on; which part of `data` they are is told by their `part`.
+    """Open the images to evaluate on; their `part` names the part of `data` that they are.
 
     Args:
         data: a folder of class folders or its val (or validation) subfolder, a tar of one, a folder of WebDataset
-            shards with an _info.json, `elpv` for that dataset's held-out ones, or a name such as torch/cifar10 or
-            hfds/beans that timm knows, which is looked for in the working directory or its library's cache.
-        split: of shards and of a dataset with a name.
-        trained_on: the images of the run whose weights are evaluated. Of its own folder of class folders alone, the
-            part that it kept for validation is taken; all of the folder where None.
+            shards with an _info.json, `elpv` for that dataset's validation images, or a name that timm knows, such as
+            torch/cifar10 or hfds/beans, looked for in the working directory or its library's cache.
+        split: split name, for sharded or named datasets.
+        trained_on: the images of the run whose weights are evaluated. If `data` is its own folder without splits, the
+            part that it kept for validation is used; None for all images.
     """
     root, data = Path(data), str(data)
     if data == "elpv":
@@ -85,7 +85,7 @@ def open_eval_dataset(
         return open_stream(Data(name="wds/", root=root, val_split=split), "val")
     parts = find_parts(root)
     if parts.train is not None and parts.val is None:
-        raise InputError(f"{root} holds training images and no val/; give the folder of class folders itself")
+        raise InputError(f"{root} holds training images but no val/; give the folder of class folders itself")
     listing = as_listing(parts.val or parts.whole or root)
     if not listing.classes:
         raise InputError(f"{root}: no class folders in it; put each class's images into a folder of their own")
@@ -98,33 +98,33 @@ def open_eval_dataset(
 
 
 def has_one_part(data: str | Path) -> bool:
-    """Whether `open_eval_dataset` takes all images of it, or those that a run kept: a folder or tar without val/."""
+    """Return whether data are a folder or tar without val/, which `open_eval_dataset` may use in part."""
     return not (str(data) == "elpv" or takes_split(data)) and find_parts(Path(data)).val is None
 
 
 def takes_split(data: str | Path) -> bool:
-    """Whether `open_eval_dataset` looks at its `split`: the data are shards, or a dataset with a name."""
+    """Return whether the `split` of `open_eval_dataset` applies: the data are shards or a named dataset."""
     root = Path(data)
     return str(data).startswith(NAMED) or (is_folder(root) and has_info(root))
 
 
 def _unseen(everything: Images, listing: Listing, trained_on: TrainedOn) -> Images:
-    """Of a run's own folder without splits, the part that the run kept for validation."""
+    """Return the part of a run's own folder, without splits, that the run kept for validation."""
     found = identity(everything)
     if found == trained_on.images["train"]:
         everything.part = "images that this run was trained on"
     if found in (trained_on.images["train"], trained_on.images["val"]):
         return everything
     keys = group_keys(everything.source.names, trained_on.group)
-    held_out = [i for i, key in enumerate(keys) if is_held_out(key)]
+    kept = [i for i, key in enumerate(keys) if in_validation(key)]
     source, classes = everything.source, everything.classes
-    validation = Images(source, classes, held_out, "the part that this run kept for validation")
+    validation = Images(source, classes, kept, "the part that this run kept for validation")
     own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
     grown = trained_on.count != len(everything)
-    if held_out and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
+    if kept and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
         return validation
     everything.part = (
-        "images most of which this run was trained on, as it split them otherwise"
+        "images most of which this run was trained on, since it split them in another way"
         if own_folder and not grown
         else "all images; which of them this run was trained on, if any, is not known"
     )

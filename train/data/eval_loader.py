@@ -1,4 +1,4 @@
-"""Batches for evaluation: each image once, in order, and the damaged ones reported."""
+"""The data loader for evaluation: each image once, in order; damaged ones are reported."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ from .streams import IGNORED, Stream
 
 Prepare = Callable[[Image.Image], torch.Tensor]
 PreparedItem = tuple[torch.Tensor, int, str, int]
-"""(what `transform` makes of the image, class index, why it could not be read, images missing with it)."""
+"""(transformed image, class index, why it could not be read, number of images missing with it)."""
 BLANK = Image.new("RGB", (8, 8))
-MAX_CORRUPT = 10  # damaged images that an evaluation leaves out
+MAX_CORRUPT = 10  # damaged images that an evaluation skips
 
 
 class Prepared(Dataset):
-    """Items, prepared for an evaluation; damaged ones too, which have the class `IGNORED`."""
+    """Transformed images for an evaluation; damaged ones are black and have the class `IGNORED`."""
 
     def __init__(self, dataset: Images, transform: Prepare):
         self.dataset = dataset
@@ -41,7 +41,7 @@ class Prepared(Dataset):
 
 
 class PreparedStream(IterableDataset):
-    """A stream's items, as `Prepared` gives them."""
+    """Transformed images of a stream; see `Prepared`."""
 
     def __init__(self, stream: Stream, transform: Prepare):
         self.stream = stream
@@ -55,14 +55,14 @@ class PreparedStream(IterableDataset):
 class EvalBatches:
     """Batches of (images, int64 class indices), each image once; one that cannot be read has the class `IGNORED`.
 
-    Each problem is reported. After a pass, `damaged` and `missing` are how many images could not be read, and how many
-    of those that were announced, by shards say, are not there.
+    Each problem is reported. After a pass, `damaged` counts images that could not be read, and `missing` those that
+    were announced, by shards for example, and are not there.
 
     Args:
-        loader: of `Prepared` or `PreparedStream`.
-        announced: how many images there are said to be; 0 where that is not known.
-        max_corrupt: how many may be damaged; any number where None.
-        max_missing: how many may be missing.
+        loader: data loader of `Prepared` or `PreparedStream`.
+        announced: expected number of images; 0 if unknown.
+        max_corrupt: limit of damaged images; None for no limit.
+        max_missing: limit of missing images.
         report: called with each problem.
     """
 
@@ -108,7 +108,7 @@ def check_loader(batch_size: int, workers: int, max_corrupt: int) -> None:
     """Check the options of an evaluation's loader.
 
     Raises:
-        InputError: one is out of range, or there are more workers than this machine has use for.
+        InputError: an option is out of range, or there are more workers than this machine can use.
     """
     for name, value, lowest, highest in (
         ("batch-size", batch_size, 1, 1_000_000), ("workers", workers, 0, max_workers()),
@@ -119,7 +119,7 @@ def check_loader(batch_size: int, workers: int, max_corrupt: int) -> None:
 
 
 def max_workers() -> int:
-    """The highest number of a loader's processes that is taken for meant."""
+    """Return the largest accepted number of a loader's workers."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
@@ -132,7 +132,7 @@ def eval_loader(
     max_missing: int = 0,
     report: Callable[[str], None] = terminal.report,
 ) -> EvalBatches:
-    """Every image once, in order: batches of (what `transform` makes, int64 (B,)); see `EvalBatches`."""
+    """Create a loader of every image once, in order: batches of (transformed images, int64 (B,)); see `EvalBatches`."""
     if isinstance(dataset, Stream):
         dataset.reader.set_loader_cfg(num_workers=workers)
         streamed = PreparedStream(dataset, transform)
@@ -146,5 +146,5 @@ def eval_loader(
 
 
 def ignore_interrupt(worker: int) -> None:
-    """For a loader's workers: Ctrl-C is for the process that they serve, and that ends them by SIGTERM."""
+    """Ignore Ctrl-C in a loader's worker: it is for the main process, which ends its workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which images belong together on one side of a split: copies by their names, groups by a pattern, equal bytes."""
+"""Which images must stay on one side of a split: copies by their names, groups by a pattern, and duplicate files."""
 
 import hashlib
 import os
@@ -15,25 +15,27 @@ from shvit.errors import InputError
 from .image_folders import Files, TarFiles
 
 COPY = re.compile(r"\.rf\.|[._-]aug(?:mented|mentation)?(?=[._-]|\d|$)", re.IGNORECASE)
-"""Where the name of an original ends in that of a copy: Roboflow's `.rf.<hash>`, `_aug_`, `-aug2`."""
+"""End of the original's name in the name of a copy: Roboflow's `.rf.<hash>`, `_aug_`, `-aug2`."""
 ROBOFLOW_SUFFIX = re.compile(r"_(?:jpe?g|png|webp|bmp|tiff?|heic|gif|avif)$", re.IGNORECASE)
 
 
 def group_keys(names: Sequence[str], pattern: str | None) -> list[str]:
-    """What tells for each image which others must be on its side of a split.
+    """Return the group key of each image; images with the same key must stay on one side of a split.
 
     Args:
-        names: relative to their class's folder.
-        pattern: a regular expression whose first group is the key; where it matches nothing, the image's name is.
-            By default copies belong to their original, and any other image stands alone.
+        names: image names, relative to their class's folder.
+        pattern: regular expression whose first group is the key; without a match, the key is the image's name.
+            If None, copies belong to their original, and any other image is its own group.
 
     Raises:
-        InputError: the pattern is no regular expression with a group.
+        InputError: the pattern is not a regular expression with a group.
     """
     if pattern is None:
         return _keys_of_copies(names)
     search = _compile(pattern).search
-    with _within(MATCHING_S + len(names) / 10_000, f"--data.group {pattern!r}: takes too long; write a simpler one"):
+    with _time_limit(
+        MATCHING_S + len(names) / 10_000, f"--data.group {pattern!r}: takes too long; write a simpler one"
+    ):
         matches = list(map(search, names))
     return [match[1] if match and match[1] is not None else name for match, name in zip(matches, names, strict=True)]
 
@@ -42,8 +44,8 @@ MATCHING_S = 10.0
 
 
 @contextmanager
-def _within(seconds: float, message: str) -> Iterator[None]:
-    """Raise InputError where it takes longer; in the main thread of a POSIX system, where that can be told."""
+def _time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Raise InputError if the block takes longer; only in the main thread of a POSIX system."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -61,20 +63,20 @@ def _within(seconds: float, message: str) -> Iterator[None]:
 
 
 class _Origin(NamedTuple):
-    """What an image's name says of it."""
+    """The original of an image, by its name."""
 
     folder: str
-    """With the slash behind it; empty right in the class's folder."""
+    """Folder with a trailing slash; empty for the class's folder itself."""
     stem: str
-    """The file name of its original without suffix; its own if it is no copy."""
+    """File name of the original without suffix; the image's own if it is not a copy."""
     is_copy: bool
 
 
 def _keys_of_copies(names: Sequence[str]) -> list[str]:
-    """For a copy and its original the original's name without suffix, for any other image its own name.
+    """Return the original's name without suffix for a copy and its original, and its own name for any other image.
 
-    A copy's original is that in its own folder, or else the only one of that name. Where several in other folders may
-    be it, or none is there, all images of that name belong together.
+    A copy's original is in its own folder, or else the only image of that name. If there are several in other folders,
+    or none, all images of that name belong together.
     """
     origins = [_origin(name) for name in names]
     folders: dict[str, set[str]] = defaultdict(set)
@@ -83,7 +85,7 @@ def _keys_of_copies(names: Sequence[str]) -> list[str]:
             folders[origin.stem].add(origin.folder)
 
     def place(origin: _Origin) -> tuple[str, str | None]:
-        """Stem and folder of its original; None where it is not clear which folder's it is."""
+        """Return stem and folder of the original; None for an ambiguous folder."""
         choice = folders.get(origin.stem, set())
         folder = origin.folder if origin.folder in choice else next(iter(choice)) if len(choice) == 1 else None
         return origin.stem, folder
@@ -108,7 +110,7 @@ def _origin(name: str) -> _Origin:
 
 
 def count_copies(training: Files | TarFiles, validation: Files | TarFiles, pattern: str | None) -> int:
-    """Validation images that are of a group with a training image of their class, by names; see `group_keys`."""
+    """Count validation images in a group with a training image of their class; see `group_keys`."""
     names = [*training.names, *validation.names]
     classes = [target for _, target in (*training.samples, *validation.samples)]
     keys = group_keys(names, pattern)
@@ -123,49 +125,49 @@ def _compile(pattern: str) -> re.Pattern[str]:
     except (re.error, RecursionError, OverflowError) as error:
         raise InputError(f"--data.group {pattern!r}: not a regular expression ({error})") from error
     if not compiled.groups:
-        raise InputError(f"--data.group {pattern!r}: has no group; put what belongs together into parentheses, as in "
+        raise InputError(f"--data.group {pattern!r}: has no group; put the common part into parentheses, as in "
                          r"'^(.*)_frame\d+'")  # fmt: skip
     return compiled
 
 
 def _original(base: str) -> str | None:
-    """The name without suffix of what an image is a copy of; None if it is none."""
+    """Return the name without suffix of a copy's original; None if the image is not a copy."""
     match = COPY.search(base)
     if match is None or match.start() == 0:
         return None
     return ROBOFLOW_SUFFIX.sub("", base[: match.start()])
 
 
-def is_held_out(key: str) -> bool:
-    """About every tenth key, the same on every machine; file names need not be UTF-8."""
+def in_validation(key: str) -> bool:
+    """Return whether a key is kept for validation: about every tenth, the same ones on every machine."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[0] < 256 / 10
 
 
-MAX_SIZES = 200_000  # files whose size is asked for to find duplicates
-MAX_READ = 10_000  # and that are read
+MAX_SIZES = 200_000  # files whose sizes are compared to find duplicates
+MAX_READ = 10_000  # files that are read to find duplicates
 
 
 def count_duplicates(
-    training: "Files | TarFiles", trained: Sequence[int], validation: "Files | TarFiles", held_out: Sequence[int]
+    training: Files | TarFiles, train_indices: Sequence[int], validation: Files | TarFiles, val_indices: Sequence[int]
 ) -> tuple[int, int]:
-    """How many of how many validation images have the very bytes of a training image.
+    """Count validation images with the same bytes as a training image, and how many were compared.
 
-    Files are read only where sizes are the same, and of very many, some are looked at.
+    Files are read only where sizes are equal, and up to `MAX_READ` of them.
 
     Args:
-        trained: indices of the training images.
-        held_out: indices of the validation images.
+        train_indices: the training images.
+        val_indices: the validation images.
     """
     found = looked_at = 0
-    if len(trained) + len(held_out) > MAX_SIZES:
+    if len(train_indices) + len(val_indices) > MAX_SIZES:
         return found, looked_at
     try:
         by_size: dict[int, list[int]] = {}
-        for index in trained:
+        for index in train_indices:
             by_size.setdefault(training.size(index), []).append(index)
         digests: dict[int, set[bytes]] = {}
         budget = MAX_READ
-        for index in held_out:
+        for index in val_indices:
             size = validation.size(index)
             alike = by_size.get(size, [])
             if alike:
@@ -177,5 +179,5 @@ def count_duplicates(
                 found += hashlib.sha256(validation.read(index)).digest() in digests[size]
             looked_at += 1
     except (OSError, InputError):
-        pass  # a file that cannot be read is named when its turn comes
+        pass  # a file that cannot be read is reported when it is loaded
     return found, looked_at

@@ -1,6 +1,6 @@
-"""Which folders are splits and which are classes, and which images stay together on one side of a split.
+"""Which folders are splits, and which are classes.
 
-Everything is decided by names, alike for a folder and for a tar of it.
+All decisions are by name, and the same for a folder and for a tar of it.
 """
 
 import re
@@ -18,14 +18,14 @@ from .image_folders import Listing, describe_skipped, is_hidden, list_images
 from .shards import has_info
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
-"""What folders (and tars) of a split are called, in any letter case."""
+"""Names of a split's folder or tar, in any letter case."""
 SPLIT_WORDS = {name for names in SPLIT_NAMES.values() for name in names}
 SPLIT_WORDS |= {"trn", "tst", "dev", "eval", "holdout", "fold", "split", "part", "set", "subset", "batch"}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The splits of a folder or a tar, or all of it where it has none."""
+    """The splits of a folder or a tar, or all of it if it has none."""
 
     train: Path | Listing | None = None
     val: Path | Listing | None = None
@@ -36,7 +36,7 @@ class Parts:
 
 
 def find_parts(root: Path) -> Parts:
-    """Which folders or tars in `root` are its splits; nothing is listed of a folder yet.
+    """Find the folders or tars in `root` that are its splits, without listing a folder's images yet.
 
     Raises:
         InputError: no such folder, or the tar cannot be read.
@@ -61,10 +61,10 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted.
+    """List the entries of a folder, sorted.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the folder cannot be read.
     """
     try:
         return sorted(folder.iterdir())
@@ -75,9 +75,9 @@ def _entries(folder: Path) -> list[Path]:
 def _choose(
     folders: Sequence[str], tars: Sequence[str], has_folders: Callable[[str], bool]
 ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
-    """Folder or tar of each split, by name; those that are left beside them, and what is to be said of it.
+    """Choose the folder or tar of each split by name; return them, those that are left, and notes for the user.
 
-    A single folder of such a name is a split if it holds folders, and else a class ("train", among vehicles).
+    A single folder with such a name is a split if it holds folders, else a class ("train", among vehicles).
     """
     found: dict[str, list[str]] = {}
     for split, known in SPLIT_NAMES.items():
@@ -91,7 +91,7 @@ def _choose(
     notes = []
     if not found["val"] and found["train"] and found["test"]:
         found["val"] = found.pop("test")
-        notes.append(f"{found['val'][0]} is taken for validation, as there is no val/")
+        notes.append(f"{found['val'][0]} is used for validation, since there is no val/")
     chosen = {split: names[0] for split, names in found.items() if names and split != "test"}
     others = tuple(name for name in (*folders, *tars) if chosen and name not in chosen.values())
     if others:
@@ -100,10 +100,10 @@ def _choose(
 
 
 def check_outside(output: Path | None, data: Path | None) -> None:
-    """Check that an output folder lies where no folder is taken for a class, now or the next time.
+    """Check that an output folder is not where it would be read as a class.
 
     Raises:
-        InputError: it is the folder of the images or in it, links followed; beside the folders of a split it may be.
+        InputError: it is the folder of the images or in it, following links; beside the folders of a split is allowed.
     """
     if output is None or data is None or not is_folder(data) or has_info(data):
         return
@@ -115,11 +115,11 @@ def check_outside(output: Path | None, data: Path | None) -> None:
     if inside is None and parts.whole is None:
         inside = _split_around(output, data)
     if inside is not None:
-        raise InputError(f"--output {output}: lies in {inside}, whose folders are classes of images; choose another")
+        raise InputError(f"--output {output}: is in {inside}, whose folders are classes of images; choose another")
 
 
 def _split_around(output: Path, data: Path) -> Path | None:
-    """The folder of the splits, where it is the output folder; or one in it with a split's name that is around it."""
+    """Return the folder of the splits if it is the output, or one in it with a split's name that holds the output."""
     place, root = output.resolve(), data.resolve()
     if place == root:
         return data
@@ -128,17 +128,17 @@ def _split_around(output: Path, data: Path) -> Path | None:
 
 
 def _inodes(path: Path) -> Iterator[tuple[int, int]]:
-    """Of a path that need not be there, and of all folders above it."""
+    """Yield device and inode of a path, which need not exist, and of all folders above it."""
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
-        raise InputError(f"--output {path}: links that lead nowhere; choose another") from error
+        raise InputError(f"--output {path}: a cycle of links; choose another") from error
     for each in (real, *real.parents):
         yield from _inode(each)
 
 
 def _inode(path: Path) -> list[tuple[int, int]]:
-    """Device and number of what is there, which are the same by whichever name; nothing if it is not there."""
+    """Return device and inode of a path, the same by any of its names; empty if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -147,15 +147,15 @@ def _inode(path: Path) -> list[tuple[int, int]]:
 
 
 def may_be_split(name: str) -> bool:
-    """Whether a folder's name has a word that splits are called by, as `dev` or `eval`."""
+    """Return whether a folder's name contains a word for a split, such as `dev` or `eval`."""
     return any(word in SPLIT_WORDS for word in re.findall("[a-z]+", name.lower()))
 
 
 def as_listing(part: Path | Listing) -> Listing:
-    """The listing of a part of `find_parts`.
+    """List a part of `find_parts`.
 
     Raises:
-        InputError: it cannot be read, or two of its class folders have one name.
+        InputError: the part cannot be read, or two of its class folders have one name.
     """
     listing = list_images(part) if isinstance(part, Path) else part
     for name, other in pairwise(listing.classes):
@@ -166,13 +166,13 @@ def as_listing(part: Path | Listing) -> Listing:
 
 
 def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
-    """The classes to train on: the folders right in it, sorted.
+    """Return the classes to train on, the names of the top-level folders, sorted.
 
     Args:
-        option: which option to give another folder with.
+        option: the option of the folder, for messages.
 
     Raises:
-        InputError: there are none, one alone, or an empty one.
+        InputError: there is no class, only one, or an empty one.
     """
     classes = listing.classes
     if not classes:
@@ -186,25 +186,25 @@ def class_names(listing: Listing, option: str = "--data.root") -> list[str]:
     if len(classes) == 1:
         lower = _single(listing)
         if len(lower.classes) > 1 and not lower.loose:
-            raise InputError(f"{listing.label} holds the folder {classes[0]} alone, which would be one class; give "
+            raise InputError(f"{listing.label} holds only the folder {classes[0]}, which would be one class; give "
                              f"{option} {lower.label}, which holds {some(lower.classes)}")  # fmt: skip
-        raise InputError(f"{listing.label} holds one class alone, {classes[0]}; there is nothing to tell it from, so "
-                         "put images of other classes into folders beside it")  # fmt: skip
+        raise InputError(f"{listing.label} holds only one class, {classes[0]}; put images of other classes "
+                         "into folders beside it")  # fmt: skip
     return classes
 
 
 def _single(listing: Listing) -> Listing:
-    """What is left when folders that are alone are gone into."""
+    """Return the listing below all folders that have no siblings."""
     while len(listing.classes) == 1 and not listing.loose:
         listing = listing.below(listing.classes[0])
     return listing
 
 
 def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--data.root") -> str | None:
-    """What is to be said where class folders hold folders of the same names alone, which may be the classes.
+    """Return a note if class folders hold folders of the same names, which may be the real classes.
 
     Raises:
-        InputError: and they have names of splits, or hold splits themselves.
+        InputError: the class folders have names of splits too, or hold splits themselves.
     """
     _check_inner_splits(listing)
     inner: dict[str, set[str]] = {name: set() for name in map(same_name, classes)}
@@ -224,7 +224,7 @@ def check_nesting(listing: Listing, classes: Sequence[str], option: str = "--dat
 
 
 def _check_inner_splits(listing: Listing) -> None:
-    """Refuse classes that are split inside: all of a class's folders are called as splits are, two or more."""
+    """Refuse classes that hold splits: two or more folders, all with names of splits."""
     inner: dict[str, set[str]] = defaultdict(set)
     for name in listing.names:
         folder, *below = name.split("/")
@@ -232,10 +232,10 @@ def _check_inner_splits(listing: Listing) -> None:
     for folder, names in inner.items():
         if "" not in names and len({_split_of(name) for name in names} - {None}) == len(names) > 1:
             found = " and ".join(f"{folder}/{name}" for name in sorted(names))
-            raise InputError(f"{listing.label}: {found} are splits inside of a class; put the classes into the splits, "
-                             f"as train/{folder} and val/{folder}")  # fmt: skip
+            raise InputError(f"{listing.label}: {found} are splits inside a class; put the classes into the splits, "
+                             f"such as train/{folder} and val/{folder}")  # fmt: skip
 
 
 def _split_of(name: str) -> str | None:
-    """Of which split a folder has the name, if of any."""
+    """Return the split whose name a folder has; None if it has none."""
     return next((split for split, known in SPLIT_NAMES.items() if name.lower() in known), None)

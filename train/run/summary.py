@@ -1,4 +1,4 @@
-"""What was found in a folder before it is trained on, as a table for people."""
+"""A table of the images of each class, printed before training."""
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -10,7 +10,7 @@ MAX_ROWS = 30  # classes; of more, those with the fewest training images are sho
 
 
 def print_splits(splits: Splits, console: Console) -> None:
-    """Print images of each class in training and validation, and what there is to say of them; reads files."""
+    """Print the number of images of each class in training and validation, and notes on them; reads files."""
     if isinstance(splits.train.source, Files | TarFiles):  # others would have to decode each image
         console.print(_table(splits))
     for note in (*splits.notes, duplicates_note(splits)):

@@ -1,4 +1,4 @@
-"""Augmentation by timm: of one image in a worker, of a batch on the device."""
+"""Augmentation by timm: of each image in a worker, and of a batch on the device."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ BLACK = Image.new("RGB", (8, 8))
 
 
 def create_train_transform(augment: Augment, img_size: int) -> Transform:
-    """timm's training transform: PIL RGB image → (3, H, W) uint8; the rest is `DeviceAugment`'s.
+    """Create timm's training transform, PIL RGB image → (3, H, W) uint8; `DeviceAugment` does the rest.
 
     Raises:
-        InputError: a name is not known, or the policy cannot be carried out.
+        InputError: a name is not known, or the policy fails on an image.
     """
     counts = re.findall(r"(?:^|-)([nwd])(\d+)", augment.auto_augment or "")
     if any(len(count) > 2 or int(count) > MAX_OPERATIONS for _, count in counts):
@@ -49,7 +49,7 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
         )
     except Exception as error:  # each policy of timm has its own
         raise InputError(f"--augment.auto-augment {augment.auto_augment} and --augment.interpolation "
-                         f"{augment.interpolation} are not what timm knows; see recipe s1") from error  # fmt: skip
+                         f"{augment.interpolation} are not known to timm; see recipe s1") from error  # fmt: skip
     for part in transform.transforms:
         for operation in getattr(part, "ops", None) or chain(*getattr(part, "policy", ())):
             if operation.name.startswith("Posterize"):
@@ -64,12 +64,12 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
 
 
 def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, where 0 bits, which timm's policies ask for and Pillow 13 refuses, make a black image as before."""
+    """Posterize as timm does; 0 bits, which timm's policies ask for and Pillow 13 refuses, give a black image."""
     return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
 class DeviceAugment:
-    """Bytes to what the model is fed: normalized, erased and mixed by timm's pieces, on the device.
+    """Turns bytes into the model's input: normalized, erased and mixed by timm, on the device.
 
     Returns (images float32 (B, 3, H, W), targets: int64 (B,), or (B, classes) where batches are mixed).
     """
@@ -96,9 +96,9 @@ class DeviceAugment:
                 num_classes=num_classes,
             )
 
-    def __call__(self, batch: Batch, step: int, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seeds this process's generators for the step, which dropout draws from as well."""
-        seed_generators(*self.key, step, turn)
+    def __call__(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment a batch; this seeds the process's generators for the step, which dropout draws from as well."""
+        seed_generators(*self.key, step, micro_step)
         images = batch.images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.memory_format)
         images = images.sub_(self.mean).div_(self.std)
         targets = batch.targets.to(self.device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Training batches: the order of images, their augmentation, and what happens on the device.
+"""The training data loader.
 
-All of it is a function of the recipe and the step, so that a run goes on exactly where it stopped, in the middle of an
-epoch too: which images stand in a step's batch follows from seed and epoch, how each is augmented from seed and
-place in the run, and how the batch is mixed from seed, step and process. Nothing depends on the number of workers.
+Batches are a function of the recipe and the step, so that a run resumes exactly where it stopped, also in the middle
+of an epoch: the images of a step's batch follow from seed and epoch, the augmentation of each from seed and its
+position in the run, and mixing from seed, step and process. Nothing depends on the number of workers.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,14 @@ from ..distributed import World
 from ..recipe import Recipe
 from .augment import BLACK, Transform, create_train_transform
 from .batch import Batch, Item, Problem, collate
-from .samplers import Key, Order, Share, micro_batch_sizes
+from .samplers import Key, MicroBatchSampler, StepSampler, micro_batch_sizes
 from .seeds import AUGMENTATION, STREAM, seed_cpu_generators, seed_generators
 
 
 class Augmented(Dataset):
-    """Images by `Key`, each augmented by generators that are seeded for its place in the run.
+    """Images by `Key`, each augmented by generators that are seeded for its position in the run.
 
-    A damaged one's place is taken by the next in order, for at most `tries` of them; then the place stays black.
+    A damaged image is replaced by the next one, at most `tries` times; then by a black image.
     """
 
     def __init__(self, dataset: Images, transform_at: Callable[[int], Transform], seed: int, tries: int):
@@ -57,7 +57,7 @@ class Augmented(Dataset):
 
 
 class Streamed(IterableDataset):
-    """A stream's images of one epoch, each augmented by generators that are seeded for its place."""
+    """A stream's images of one epoch, each augmented by generators that are seeded for its position."""
 
     def __init__(self, stream: Stream, transform: Transform, key: tuple[int, ...]):
         self.stream = stream
@@ -79,28 +79,28 @@ class Streamed(IterableDataset):
             problems.clear()
 
 
-class Feed:
-    """Batches of one process, from any step of the run on.
+class TrainLoader:
+    """Training batches of one process, from any step of the run.
 
     Args:
-        dataset: the training images; None for a stream, which is opened anew for each epoch.
-        turns: batches of this process in one optimizer step.
+        dataset: the training images; None for a stream, which is opened again for each epoch.
+        accum_steps: batches of this process in an optimizer step.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Images | None, world: World, turns: int):
+    def __init__(self, recipe: Recipe, dataset: Images | None, world: World, accum_steps: int):
         self.recipe = recipe
         self.dataset = dataset
         self.world = world
-        self.turns = turns
+        self.accum_steps = accum_steps
         sizes = {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}
         self.transforms = {size: create_train_transform(recipe.augment, size) for size in sizes}
         if dataset is not None:
             self.length = len(dataset)
-            self.order = Order(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed)
-            self.steps_per_epoch = self.order.steps_per_epoch
+            self.sampler = StepSampler(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed)
+            self.steps_per_epoch = self.sampler.steps_per_epoch
         else:
             if recipe.augment.repeats > 1:
-                raise InputError("repeated augmentation needs images in any order, and a stream has its own; "
+                raise InputError("repeated augmentation needs random access to images, and a stream has a fixed order; "
                                  "give --augment.repeats 1")  # fmt: skip
             self.length = len(self._open_stream(0))
             self.steps_per_epoch = self.length // recipe.batch_size
@@ -110,20 +110,21 @@ class Feed:
 
     @property
     def sizes(self) -> list[int]:
-        """Images in each of this process's batches of a step."""
-        return micro_batch_sizes(self.recipe.batch_size // self.world.size, self.turns, self.recipe.pairs)
+        """Sizes of this process's batches of a step."""
+        return micro_batch_sizes(self.recipe.batch_size // self.world.size, self.accum_steps, self.recipe.pairs)
 
     def batches(self, start: int, end: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` to `end`, `turns` for each."""
+        """Yield the batches of the steps from `start` to `end`, `accum_steps` for each."""
         if self.dataset is None:
             return self._streamed(start, end)
         tries = self.recipe.data.max_corrupt
         augmented = Augmented(self.dataset, self._transform_at, self.recipe.seed, tries)
-        share = Share(self.order, start, end, self.world.rank, self.world.size, self.turns, self.recipe.pairs)
-        return iter(DataLoader(augmented, batch_sampler=share, **self._options()))
+        rank, size = self.world.rank, self.world.size
+        sampler = MicroBatchSampler(self.sampler, start, end, rank, size, self.accum_steps, self.recipe.pairs)
+        return iter(DataLoader(augmented, batch_sampler=sampler, **self._options()))
 
     def _transform_at(self, place: int) -> Transform:
-        """The transform of the epoch that a place in the run belongs to."""
+        """Return the transform of the epoch that a position in the run belongs to."""
         epoch = place // (self.recipe.batch_size * self.steps_per_epoch)
         return self.transforms[self.recipe.img_size_at(epoch)]
 
@@ -145,7 +146,7 @@ class Feed:
         return stream
 
     def _streamed(self, start: int, end: int) -> Iterator[Batch]:
-        """A stream is read from the beginning of its epoch; what came before `start` is passed over."""
+        """Yield batches of a stream, read from the beginning of its epoch; those before `start` are skipped."""
         step = start
         while step < end:
             epoch, done = divmod(step, self.steps_per_epoch)
@@ -154,13 +155,13 @@ class Feed:
             transform = self.transforms[self.recipe.img_size_at(epoch)]
             streamed = Streamed(self._open_stream(epoch), transform, key)
             loader = DataLoader(streamed, self.sizes[0], drop_last=True, **self._options())
-            count = min(end - step, self.steps_per_epoch - done) * self.turns
+            before = done * self.accum_steps
+            count = min(end - step, self.steps_per_epoch - done) * self.accum_steps
             found = 0
-            for batch in islice(loader, done * self.turns, done * self.turns + count):
+            for batch in islice(loader, before, before + count):
                 found += 1
                 yield batch
             if found < count:
-                raise InputError(f"{self.recipe.data.name}: the stream ended after {done * self.turns + found} batches "
-                                 f"of epoch {epoch + 1}, and {done * self.turns + count} were announced; correct its "
-                                 "count of images")  # fmt: skip
-            step += count // self.turns
+                raise InputError(f"{self.recipe.data.name}: the stream ended after {before + found} batches of epoch "
+                                 f"{epoch + 1}, and {before + count} were announced; correct that count")  # fmt: skip
+            step += count // self.accum_steps

@@ -18,14 +18,13 @@ from .state import train_mode
 
 
 def check_model(model: nn.Module, recipe: Recipe, num_classes: int, alone: bool = False) -> None:
-    """Whether a model can take a training step on images of the recipe's sizes; the model stays as it was.
+    """Check that a model can take a training step on images of the recipe's sizes; the model does not change.
 
     Args:
-        alone: with one image at once rather than two, which norms over a batch do not take where they see one value a
-            channel.
+        alone: try one image at once rather than two; BatchNorm fails where it sees one value per channel.
 
     Raises:
-        InputError: it cannot.
+        InputError: the model cannot.
     """
     count = 1 if alone else 2
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -47,34 +46,39 @@ def _check_size(model: nn.Module, recipe: Recipe, count: int, size: int, num_cla
     except Exception as error:  # each model of timm has its own
         if count == 1 and "more than 1 value per channel" in str(error):
             raise InputError(
-                f"BatchNorm in {recipe.model} trains on two images or more at once, and --batch-size "
+                f"BatchNorm in {recipe.model} needs two images or more at once to train, and --batch-size "
                 f"{recipe.batch_size} over all processes with --compute.device-batch-size "
                 f"{recipe.compute.device_batch_size} leaves one; choose a larger one, or give --freeze-bn"
             ) from error
         raise InputError(
             f"{recipe.model} cannot be trained on images of {size} px ({first_line(error)}); choose another size, "
-            f"{default_size(recipe.model)[0]} px for one"
+            f"such as {default_size(recipe.model)[0]} px"
         ) from error
     for each in logits if isinstance(logits, tuple | list) else (logits,):
         if tuple(each.shape) != (count, num_classes):
             raise InputError(
-                f"{recipe.model} gives {tuple(each.shape)} for {count} images of {num_classes} classes, and a "
-                "classifier's logits are wanted; choose another --model"
+                f"{recipe.model} returns {tuple(each.shape)} for {count} images of {num_classes} classes, not a "
+                "classifier's logits; choose another --model"
             )
 
 
 def trained_on_others(checkpoint: Path, classes: Sequence[str]) -> bool:
-    """Whether a checkpoint's run is known to have had other classes, or these in another order."""
+    """Return whether a checkpoint's run is known to have had other classes, or these in another order."""
     info = read_run_info(checkpoint)
     return info is not None and bool(info.classes) and list(map(same_name, info.classes)) != [*map(same_name, classes)]
 
 
 def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] = ()) -> nn.Module:
+    """Create a recipe's model with its initial weights; the head is re-initialized if the weights are of other classes.
+
+    Raises:
+        InputError: the model cannot be created or trained with these options, or the weights do not fit.
+    """
     options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
     if getattr(timm.get_pretrained_cfg(recipe.model), "fixed_input_size", False):
         options["img_size"] = recipe.img_size
         if recipe.first_img_size is not None:
-            raise InputError(f"{recipe.model} takes one size of images only; leave out --first-img-size")
+            raise InputError(f"{recipe.model} accepts one image size only; leave out --first-img-size")
     if recipe.distill.teacher:
         options["distilled"] = True
     try:
@@ -92,20 +96,22 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
     except TypeError as error:  # timm passes options on to the model's class
         if recipe.distill.teacher and "'distilled'" in str(error):
             raise InputError(f"{recipe.model} has no second head for a teacher; choose a SHViT") from error
-        raise InputError(f"{recipe.model} cannot be trained so ({first_line(error)}); leave out that option") from error
+        raise InputError(
+            f"{recipe.model} cannot be trained with this option ({first_line(error)}); leave it out"
+        ) from error
     except Exception as error:  # each model of timm has its own, and so has each way to fetch weights
         wanted = f"at {recipe.img_size} px" + (" with timm's published weights" if recipe.pretrained else "")
-        raise InputError(f"{recipe.model} cannot be made {wanted} ({first_line(error)}); choose another --img-size, "
-                         f"{default_size(recipe.model)[0]} for one, or --checkpoint") from error  # fmt: skip
+        raise InputError(f"{recipe.model} cannot be created {wanted} ({first_line(error)}); choose another --img-size, "
+                         f"such as {default_size(recipe.model)[0]}, or --checkpoint") from error  # fmt: skip
     if getattr(model, "deployed", False):
-        raise InputError(f"{recipe.checkpoint}: holds a deployed model, whose norms are folded for good; begin with "
-                         "the checkpoint it was made from")  # fmt: skip
+        raise InputError(f"{recipe.checkpoint}: holds a deployed model, whose norms are folded; start from "
+                         "the checkpoint that it was made from")  # fmt: skip
     if recipe.distill.teacher and not hasattr(model, "set_distilled_training"):
         raise InputError(f"{recipe.model} has no second head for a teacher; choose a SHViT")
     return model
 
 
 def default_size(name: str) -> tuple[int, int]:
-    """Height and width in pixels that timm's model of that name is made for."""
+    """Return the default height and width in pixels of timm's model of that name."""
     cfg = timm.get_pretrained_cfg(name)
     return cfg.input_size[1:] if cfg else (224, 224)

@@ -15,7 +15,7 @@ from ..recipe import Recipe
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's; norms and biases have no weight decay."""
+    """Create timm's optimizer; norms and biases have no weight decay."""
     optim = recipe.optim
     extra: dict[str, Any] = {"eps": optim.eps, "betas": optim.betas} if "adam" in optim.opt else {}
     if optim.opt in ("adam", "adamw"):
@@ -31,7 +31,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         )
     except Exception as error:  # each optimizer has its own, for packages and options that it lacks
         raise InputError(
-            f"--optim.opt {optim.opt}: {first_line(error)}; timm.optim.list_optimizers() tells the names"
+            f"--optim.opt {optim.opt}: {first_line(error)}; see timm.optim.list_optimizers() for the names"
         ) from error
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--optim.opt {optim.opt} needs second derivatives, which are not computed; choose adamw")
@@ -39,7 +39,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's, updated at every step; the warm-up is part of the epochs, as in the reference."""
+    """Create timm's schedule, updated at every step; the warm-up is part of the epochs, as in the reference."""
     optim = recipe.optim
     try:
         scheduler, _ = create_scheduler_v2(

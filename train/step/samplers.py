@@ -1,4 +1,4 @@
-"""Which images are in each batch: a function of seed and step."""
+"""Samplers: the images of each batch, as a function of seed and step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from torch.utils.data.distributed import DistributedSampler
 from shvit.errors import InputError
 
 Key = tuple[int, int]
-"""(place in the run, index of the image)."""
+"""(position in the run, index of the image)."""
 
 
-class Order:
-    """Which images stand in each step's batch, over all processes.
+class StepSampler:
+    """Samples the images of each step's batch, over all processes.
 
     Args:
         length: number of images.
-        batch_size: of an optimizer step, over all processes and turns.
-        repeats: of repeated augmentation (timm's sampler; copies of an image are neighbors, so they go to
-            different processes).
+        batch_size: images in an optimizer step, over all processes and accumulation steps.
+        repeats: copies of each image for repeated augmentation (timm's sampler; copies are neighbors, so that they go
+            to different processes).
     """
 
     def __init__(self, length: int, batch_size: int, repeats: int, seed: int):
@@ -39,39 +39,39 @@ class Order:
         self._indices: list[int] = []
 
     def batch(self, step: int) -> list[Key]:
-        """The images of a step, counted from the beginning of the run."""
+        """Return the images of a step, counted from the beginning of the run."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self.sampler.set_epoch(1_000_003 * self.seed + epoch)
             self._epoch, self._indices = epoch, list(self.sampler)
         indices = self._indices[within * self.batch_size : (within + 1) * self.batch_size]
-        return [(step * self.batch_size + place, index) for place, index in enumerate(indices)]
+        return [(step * self.batch_size + position, index) for position, index in enumerate(indices)]
 
 
-def micro_batch_sizes(share: int, turns: int, multiple: int = 1) -> list[int]:
-    """A process's share of a batch in `turns` parts, each a multiple of `multiple`, as equal as they can be."""
-    least, larger = divmod(share // multiple, turns)
-    return [multiple * (least + (turn < larger)) for turn in range(turns)]
+def micro_batch_sizes(batch_size: int, accum_steps: int, multiple: int = 1) -> list[int]:
+    """Split a process's batch into `accum_steps` sizes, each a multiple of `multiple`, as equal as possible."""
+    smallest, larger = divmod(batch_size // multiple, accum_steps)
+    return [multiple * (smallest + (micro_step < larger)) for micro_step in range(accum_steps)]
 
 
 @dataclass(frozen=True)
-class Share:
-    """One process's images of the steps from `start` to `end`, in turns; a batch sampler for a DataLoader."""
+class MicroBatchSampler:
+    """One process's micro-batches of the steps from `start` to `end`; a batch sampler for a DataLoader."""
 
-    order: Order
+    sampler: StepSampler
     start: int
     end: int
     rank: int
     world_size: int
-    turns: int
+    accum_steps: int
     multiple: int = 1
     """As in `micro_batch_sizes`."""
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.end):
-            mine = iter(self.order.batch(step)[self.rank :: self.world_size])
-            for size in micro_batch_sizes(self.order.batch_size // self.world_size, self.turns, self.multiple):
-                yield list(islice(mine, size))
+            keys = iter(self.sampler.batch(step)[self.rank :: self.world_size])
+            for size in micro_batch_sizes(self.sampler.batch_size // self.world_size, self.accum_steps, self.multiple):
+                yield list(islice(keys, size))
 
     def __len__(self) -> int:
-        return (self.end - self.start) * self.turns
+        return (self.end - self.start) * self.accum_steps

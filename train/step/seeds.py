@@ -1,4 +1,4 @@
-"""Random generators, seeded from a purpose and a place in the run."""
+"""Seeding of random generators by a purpose and a position in the run."""
 
 import random
 
@@ -7,12 +7,12 @@ import torch
 
 
 def seed_generators(*key: int) -> None:
-    """Seeds Python's, NumPy's and PyTorch's generators (CUDA's too) from a few whole numbers."""
+    """Seed Python's, NumPy's and PyTorch's generators (CUDA's too) from several integers."""
     torch.manual_seed(seed_cpu_generators(*key))
 
 
 def seed_cpu_generators(*key: int) -> int:
-    """The same without those of devices, which an image's augmentation does not draw from; returns the seed.
+    """Seed the generators on the CPU alone, which augmentation draws from, and return the seed.
 
     `torch.manual_seed` takes a millisecond where a device is not in use: it notes each call's stack for later.
     """
@@ -23,4 +23,4 @@ def seed_cpu_generators(*key: int) -> int:
     return seed
 
 
-AUGMENTATION, MIXING, STREAM = 1, 2, 3  # what a seed is for, so that no two purposes share one
+AUGMENTATION, MIXING, STREAM = 1, 2, 3  # purposes of a seed, so that no two purposes share one

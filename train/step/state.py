@@ -20,12 +20,12 @@ from .augment import DeviceAugment
 from .batch import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""What optimizers keep for each weight, in its shape."""
+"""Entries of an optimizer's state that have the shape of the weight."""
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:
-    """Puts a model into training mode, BatchNorm excepted where its statistics are to stay."""
+    """Put a model into training mode, except BatchNorm if `freeze_bn`."""
     model.train()
     if freeze_bn:
         for module in model.modules():
@@ -40,13 +40,13 @@ class Run:
     recipe: Recipe
     world: World
     model: nn.Module
-    """As it is saved: not wrapped, not compiled."""
+    """The model to save: not wrapped, not compiled."""
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     augment: DeviceAugment
-    turns: int
+    accum_steps: int
     steps_per_epoch: int
     step: int = 0
     """Optimizer steps done."""
@@ -55,7 +55,7 @@ class Run:
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """Loss, gradient norm and steps, summed since the last evaluation."""
     seconds: float = 0.0
-    """Spent training, over all its interruptions."""
+    """Training time, over all interruptions."""
 
     def __post_init__(self) -> None:
         self.sums = self.sums.to(self.world.device)
@@ -64,25 +64,26 @@ class Run:
 
     @property
     def ema(self) -> nn.Module:
-        """The model with averaged weights."""
+        """The model with EMA weights."""
         return self.task.get_trainable_module(ema=True).module  # type: ignore[union-attr,return-value]
 
     def train_mode(self) -> None:
+        """Put task and model into training mode, the EMA weights into eval mode."""
         self.task.train()
         self.ema.eval()
         train_mode(self.model, self.recipe.freeze_bn)
 
     def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
-        """Adds up the gradients of a step's turns; returns the loss, the mean over all processes. No weight changes."""
+        """Accumulate the gradients of a step, and return its loss, averaged over all processes."""
         for name, buffer in self.model.named_buffers():
             self._before[name].copy_(buffer)
         self._unfinished = True
         total = torch.zeros((), device=self.world.device)
         dtype = PRECISIONS[self.recipe.compute.precision]
         images_total = sum(len(batch.targets) for batch in batches)
-        for turn, batch in enumerate(batches):
-            images, targets = self.augment(batch, self.step, turn)
-            with self.task.no_sync() if turn < self.turns - 1 else contextlib.nullcontext():
+        for micro_step, batch in enumerate(batches):
+            images, targets = self.augment(batch, self.step, micro_step)
+            with self.task.no_sync() if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
                 with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
                     loss = self.task(images, targets)["loss"] * (len(batch.targets) / images_total)
                 self.scaler.scale(loss).backward()
@@ -90,13 +91,13 @@ class Run:
         return self.world.average(total)
 
     def update(self, loss: torch.Tensor) -> None:
-        """Changes the weights by the gradients, then their average and the learning rate."""
+        """Update the weights, then the EMA weights and the learning rate."""
         optim = self.recipe.optim
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
-            norm = norm.nan_to_num(0.0, 0.0)  # the scaler passes over a step that overflows
+            norm = norm.nan_to_num(0.0, 0.0)  # the scaler skips a step that overflows
         if optim.clip_grad is not None:
             dispatch_clip_grad(list(self.model.parameters()), optim.clip_grad, mode=optim.clip_mode)
         self.scaler.step(self.optimizer)
@@ -110,14 +111,14 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The next step's learning rate."""
+        """Learning rate of the next step."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on from the last finished step.
+        """Return all that a run needs to resume from the last finished step.
 
         Random generators are seeded from the step, so that this is their state. In the middle of a step BatchNorm's
-        statistics have changed already; those from before it are given.
+        statistics have changed already; those from before it are returned.
         """
         model = self.model.state_dict()
         if self._unfinished:
@@ -136,10 +137,10 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state; of a run on more or fewer images, so that finished epochs stay finished.
+        """Load a state; if the number of images has changed, finished epochs stay finished.
 
         Raises:
-            InputError: it is of another model, or of a step that the run does not have.
+            InputError: the state is of another model, or of a step that the run does not have.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -170,11 +171,11 @@ class Run:
             raise ValueError(f"its log is of epoch {self.log[-1]['epoch']}, and its step {self.step} before it")
 
     def _is_between(self) -> bool:
-        """Whether steps were done since the last evaluation."""
+        """Return whether steps were done since the last evaluation."""
         return self.step > (self.log[-1]["epoch"] if self.log else 0) * self.steps_per_epoch
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take over moments, of which PyTorch does not compare the shapes; the hyperparameters are the recipe's."""
+        """Load the moments, whose shapes PyTorch does not check; keep the recipe's hyperparameters."""
         fresh = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
@@ -189,8 +190,9 @@ class Run:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients were finite since the last evaluation; waits for the device."""
+        """True if loss and gradients were finite since the last evaluation; waits for the device."""
         return bool(torch.isfinite(self.sums).all())
 
-    def best(self, figure: str) -> float:
-        return max((entry[figure] for entry in self.log), default=-1.0)
+    def best(self, metric: str) -> float:
+        """Return the highest value of a metric so far; -1 before the first evaluation."""
+        return max((entry[metric] for entry in self.log), default=-1.0)

@@ -18,13 +18,13 @@ from ..recipe import Recipe
 
 
 class Teacher(DistillationTeacher):
-    """timm's, fed the student's images in its own normalization, and resized where it does not take their size.
+    """timm's teacher, given the student's images in its own normalization, and resized if it needs another size.
 
     Args:
         model: in eval mode.
 
     Raises:
-        InputError: it takes neither the recipe's images nor those of its own size.
+        InputError: the teacher accepts neither the recipe's images nor those of its own size.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, recipe: Recipe):
@@ -33,13 +33,13 @@ class Teacher(DistillationTeacher):
         own = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]  # every model of timm has it
         fixed = model.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr,operator]
         self.img_size = own if fixed or any(self._refuses(size, device) for size in sizes) else None
-        """Height and width in pixels of all its images; None where it takes the student's."""
+        """Height and width in pixels of its images; None if it accepts the student's."""
         if self.img_size and (reason := self._refuses(own, device)):
-            raise InputError(f"the teacher {recipe.distill.teacher} takes no images of three channels, neither at the "
-                             f"student's size nor at its own {own[0]} px ({reason}); choose another")  # fmt: skip
+            raise InputError(f"the teacher {recipe.distill.teacher} accepts no images of three channels, neither at "
+                             f"the student's size nor at its own {own[0]} px ({reason}); choose another")  # fmt: skip
 
     def _refuses(self, size: tuple[int, int], device: torch.device) -> str:
-        """Why it does not take images of that size, or nothing."""
+        """Return why the teacher does not accept images of that size; empty if it does."""
         try:
             with torch.no_grad():
                 self.model(torch.zeros(1, 3, *size, device=device))
@@ -55,7 +55,7 @@ class Teacher(DistillationTeacher):
 
 
 def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The teacher in eval mode, with weights that fit these classes."""
+    """Create the teacher in eval mode, with weights that fit these classes."""
     distill = recipe.distill
     assert distill.teacher is not None
     if distill.checkpoint is not None:
@@ -64,7 +64,7 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
         try:
             teacher = timm.create_model(distill.teacher, pretrained=True).eval()
         except Exception as error:  # each way to fetch weights has its own
-            raise InputError(f"the teacher {distill.teacher} has no published weights that can be fetched "
+            raise InputError(f"the teacher {distill.teacher} has no published weights that can be downloaded "
                              f"({first_line(error)}); give --distill.checkpoint") from error  # fmt: skip
     if teacher.num_classes != num_classes:
         raise InputError(f"the teacher {distill.teacher} knows {teacher.num_classes} classes and the images have "
@@ -73,7 +73,7 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
-    """With the checkpoint's classes; one whose tables are of one size has its own, its run's or the student's."""
+    """Load a teacher from a checkpoint; a model of one image size gets its run's size, or else the student's."""
     try:
         return create_model(name, checkpoint)
     except InputError:
