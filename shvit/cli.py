@@ -67,6 +67,13 @@ HELP = "\n".join(
 )
 
 
+@dataclass(frozen=True)
+class Then:
+    """A command line that a command returns for `run` to continue with, where it must not import the other command."""
+
+    argv: tuple[str, ...]
+
+
 def run(argv: list[str]) -> dict[str, Any]:
     """Runs one command and returns its result.
 
@@ -77,7 +84,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         raise InputError(_unknown(argv[0]) if argv else "which command? `shvit --help` lists them")
     name, *options = argv
     try:
-        return _parse(name, options).run()
+        result = _parse(name, options).run()
+        return run([*result.argv]) if isinstance(result, Then) else result
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise

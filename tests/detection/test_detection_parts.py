@@ -13,8 +13,8 @@ from torchvision import ops as reference
 from shvit.checkpoint import create_model, to_reference
 from shvit.cli import run
 from shvit.detection import SHViTBackbone, TimmBackbone, TransposedFPN
-from shvit.detection.detector import build_detector, check_img_size, load_detector
-from shvit.detection.parsing.config import bundled, open_config
+from shvit.detection.detector import check_img_size, create_detector, load_detector_weights
+from shvit.detection.parsing.config import list_configs, load_config
 from shvit.detection.parsing.reader import check_is_data
 from shvit.detection.plugin.ops import Operators, has_compiled_ops, stands_in
 from shvit.errors import InputError
@@ -219,11 +219,11 @@ def test_a_peers_own_weights_are_not_fetched_where_others_follow(monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained=False, **kw: asked.append(pretrained) or create(name, **kw)
     )
-    config = open_config("mask-rcnn_shvit-s1_fpn_1x_coco")
+    config = load_config("mask-rcnn_shvit-s1_fpn_1x_coco")
     config.model.backbone = {"type": "TimmBackbone", "model": "test_resnet", "pretrained": True, "_scope_": "mmdet"}
     config.model.neck.in_channels = TimmBackbone("test_resnet").model.feature_info.channels()
     config.model.neck.num_outs = 7
-    build_detector(config)
+    create_detector(config)
     assert asked == [False, False]
     TimmBackbone("test_resnet", pretrained=True)
     assert asked[-1] is True
@@ -278,10 +278,10 @@ def coco(tmp_path_factory):
     return write_coco(tmp_path_factory.mktemp("coco"), images=3)
 
 
-@pytest.mark.parametrize("name", bundled())
+@pytest.mark.parametrize("name", list_configs())
 def test_bundled_config_is_the_papers(name):
     """Widths of the variant; the schedule of 12 epochs; anchors at the strides of the pyramid."""
-    config = open_config(name)
+    config = load_config(name)
     kind, variant, *rest = name.split("_")
     assert rest == ["fpn", "1x", "coco"]
     model = f"shvit_{variant.removeprefix('shvit-')}"
@@ -299,7 +299,7 @@ def test_bundled_config_is_the_papers(name):
 
 def test_a_bundled_detector_has_the_pyramid_that_its_anchors_expect():
     for name in ("mask-rcnn_shvit-s1_fpn_1x_coco", "retinanet_shvit-s1_fpn_1x_coco"):
-        model = build_detector(open_config(name))
+        model = create_detector(load_config(name))
         with torch.no_grad():
             sizes = [each.shape[-1] for each in model.extract_feat(torch.zeros(1, 3, 128, 128))]
         head = model.rpn_head if "mask" in name else model.bbox_head
@@ -355,7 +355,7 @@ def test_config_that_is_more_than_data_or_misspelt_is_one_line(tmp_path, text, m
     config = tmp_path / "c.py"
     config.write_text(text if "_base_" in text else BASE + text)
     with pytest.raises(InputError, match=message) as caught:
-        open_config(str(config))
+        load_config(str(config))
     assert "\n" not in str(caught.value)
 
 
@@ -363,7 +363,7 @@ def test_a_base_of_a_base_is_looked_into(tmp_path):
     (tmp_path / "base.py").write_text("import os\n")
     (tmp_path / "c.py").write_text('_base_ = ["./base.py"]\n')
     with pytest.raises(InputError, match=r"base\.py, line 1: Import"):
-        open_config(str(tmp_path / "c.py"))
+        load_config(str(tmp_path / "c.py"))
 
 
 HARM = '__import__("pathlib").Path("harm").touch()'
@@ -391,7 +391,7 @@ def test_a_hostile_config_runs_nothing(tmp_path, monkeypatch, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.replace("{here}", str(tmp_path)))
     with pytest.raises(InputError):
-        build_detector(open_config(next(iter(files))))
+        create_detector(load_config(next(iter(files))))
     assert not (tmp_path / "harm").exists()
 
 
@@ -404,13 +404,13 @@ def test_what_a_link_leads_to_is_what_is_checked(tmp_path, monkeypatch):
     (tmp_path / "safe" / "c.py").write_text('_base_ = "./base.py"')
     (tmp_path / "link" / "c.py").symlink_to(tmp_path / "safe" / "c.py")
     with pytest.raises(InputError, match=r"link/base\.py, line 1: Expr"):
-        open_config("link/c.py")
+        load_config("link/c.py")
     assert not (tmp_path / "harm").exists()
 
 
 def test_config_that_is_trusted_runs(tmp_path):
     (tmp_path / "c.py").write_text(BASE + "import math\nx = math.floor(2.5)\n")
-    assert open_config(str(tmp_path / "c.py"), trust=True).x == 2
+    assert load_config(str(tmp_path / "c.py"), trust=True).x == 2
 
 
 def test_what_configs_use_is_data(tmp_path):
@@ -420,7 +420,7 @@ def test_what_configs_use_is_data(tmp_path):
         + "a = [i * 2 for i in range(3)]\nb = dict(c=1, **dict(d=-2))\ne = _base_.model.neck"
     )
     check_is_data((tmp_path / "c.py").read_text(), tmp_path / "c.py")
-    assert open_config(str(tmp_path / "c.py")).b.d == -2
+    assert load_config(str(tmp_path / "c.py")).b.d == -2
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_option_that_does_not_fit_is_one_line(coco, tmp_path, options, message):
 
 def test_unknown_config_is_suggested():
     with pytest.raises(InputError, match="did you mean retinanet_shvit-s4_fpn_1x_coco"):
-        open_config("retinanet_shvit-s4_fpn_1x")
+        load_config("retinanet_shvit-s4_fpn_1x")
 
 
 @pytest.mark.parametrize("sides", [(), (1, 2, 3), (100,), (64, 0), (8192,)])
@@ -485,27 +485,27 @@ def test_pickled_code_in_a_checkpoint_is_not_run(coco, tmp_path, monkeypatch, ha
 
 
 def test_weights_of_another_detector_are_named(coco, tmp_path):
-    retina = build_detector(open_config(str(write_config(tmp_path / "r.py", "retinanet", coco))))
-    mask = build_detector(open_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco))))
+    retina = create_detector(load_config(str(write_config(tmp_path / "r.py", "retinanet", coco))))
+    mask = create_detector(load_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco))))
     torch.save({"state_dict": mask.state_dict()}, tmp_path / "mask.pth")
     with pytest.raises(InputError, match=r"missing bbox_head\.cls_convs.*left over neck\.extra_trans_convs"):
-        load_detector(retina, tmp_path / "mask.pth")
-    wide = build_detector(open_config(str(write_config(tmp_path / "w.py", "mask-rcnn", coco, dim=24))))
+        load_detector_weights(retina, tmp_path / "mask.pth")
+    wide = create_detector(load_config(str(write_config(tmp_path / "w.py", "mask-rcnn", coco, dim=24))))
     with pytest.raises(InputError, match=r"neck\.\S+ is \(.*\) and should be \("):
-        load_detector(wide, tmp_path / "mask.pth")
-    load_detector(mask, tmp_path / "mask.pth")
+        load_detector_weights(wide, tmp_path / "mask.pth")
+    load_detector_weights(mask, tmp_path / "mask.pth")
 
 
 def test_a_detector_of_the_reference_loads_whole(coco, tmp_path):
     """Under the reference's names of the backbone's parameters, as DistributedDataParallel saves them."""
-    config = open_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco)))
-    source = randomize(build_detector(config)).state_dict()
+    config = load_config(str(write_config(tmp_path / "m.py", "mask-rcnn", coco)))
+    source = randomize(create_detector(config)).state_dict()
     backbone = {name.removeprefix("backbone."): v for name, v in source.items() if name.startswith("backbone.")}
     theirs = {f"backbone.{name}": value for name, value in to_reference(backbone).items()}
     theirs |= {name: value for name, value in source.items() if not name.startswith("backbone.")}
     torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "theirs.pth")
-    model = build_detector(config)
-    load_detector(model, tmp_path / "theirs.pth")
+    model = create_detector(config)
+    load_detector_weights(model, tmp_path / "theirs.pth")
     assert any(name.startswith("backbone.blocks3.") for name in theirs)
     for name, value in model.state_dict().items():
         assert torch.equal(value, source[name]), name
