@@ -374,7 +374,7 @@ DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "c
 
 
 def _images(folder: Path | None) -> list[Path]:
-    from shvit.train.folders import image_files
+    from shvit.train.data.image_folders import image_files
 
     return image_files(folder)
 

@@ -337,7 +337,8 @@ def load_checkpoint(
 
     Args:
         model: a SHViT; deployed, if the checkpoint is.
-        path, ema: as in `read_checkpoint`.
+        path: a file of any layout, `.safetensors`, `.pth` or `.pt`.
+        ema: load the EMA weights that the file holds beside the others.
         reset_head: leave the model's head(s) as they are: for other classes, or for a backbone without a head.
 
     Returns:

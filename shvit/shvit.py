@@ -248,8 +248,10 @@ class SHViT(nn.Module):
             The reference uses none.
         distilled: two heads as in DeiT without a token: a training forward returns both logits as a tuple,
             inference their mean.
-        norm_layer, act_layer: the attention's norm and every activation.
-        device, dtype: where parameters are made; on the meta device call `to_empty` and `init_weights` afterwards.
+        norm_layer: the attention's norm.
+        act_layer: every activation.
+        device: where parameters are made; on the meta device call `to_empty` and `init_weights` afterwards.
+        dtype: the parameters' type.
     """
 
     def __init__(
@@ -354,10 +356,12 @@ class SHViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay besides norms and biases: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of parameter groups: the stem and the blocks, or the stages if `coarse`."""
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
@@ -365,6 +369,7 @@ class SHViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations twice in training, to keep fewer of them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
@@ -453,6 +458,7 @@ class SHViT(nn.Module):
         return (logits + logits_dist) / 2
 
     def forward(self, x: torch.Tensor):
+        """Return logits for (B, in_chans, H, W): (B, num_classes), or a pair of them in distilled training."""
         return self.forward_head(self.forward_features(x))
 
 

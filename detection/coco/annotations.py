@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 
 from shvit.errors import InputError
 from shvit.run_info import same_name
-from shvit.train.images import MAX_PIXELS
+from shvit.train.data.images import MAX_PIXELS
 
 from ..parsing.config import class_names, innermost, metrics_of
 from .content import count, is_side, key_of, load_content, names_of, repair, short

@@ -16,7 +16,7 @@ from rich.progress import track
 from shvit import terminal
 from shvit.errors import InputError
 from shvit.files import is_there, open_file, sha256
-from shvit.train.images import FORMATS, exif_orientation
+from shvit.train.data.images import FORMATS, exif_orientation
 
 TURNED_BY_OPENCV = ("JPEG", "MPO", "PNG")
 """Pillow's names of the formats in which OpenCV looks for Exif's orientation; measured with 4.12."""

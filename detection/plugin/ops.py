@@ -50,8 +50,8 @@ class Operators(ModuleType):
 
         def missing(*_: Any, **__: Any) -> None:
             raise NotImplementedError(
-                f"{name} needs mmcv's compiled operators, which are not installed; detection/README.md tells how to "
-                "compile them"
+                f"{name} needs mmcv's compiled operators, which are not installed; docs/how-to/detection.md says how "
+                "to compile them"
             )
 
         return missing

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shvit.errors import InputError, first_line
 from shvit.files import is_there, open_file
-from shvit.train.images import MAX_PIXELS
+from shvit.train.data.images import MAX_PIXELS
 
 from ..coco.headers import known_formats
 
@@ -20,7 +20,7 @@ class LoadImage(LoadImageFromFile):
     """MMDetection's LoadImageFromFile (BGR, turned as EXIF says) that names a file that is not an image.
 
     Raises:
-        InputError: no such file, damaged, or more pixels than `shvit.train.images.MAX_PIXELS`.
+        InputError: no such file, damaged, or more pixels than `shvit.train.data.images.MAX_PIXELS`.
     """
 
     def transform(self, results: dict) -> dict | None:

@@ -359,7 +359,7 @@ def test_any_model_of_timms_is_a_backbone_in_the_same_config(coco, image_folder,
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-PAGE = (ROOT / "detection" / "README.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "detection.md").read_text()
 
 
 def block(part: str) -> str:
