@@ -1,8 +1,5 @@
 """Operators, neck, backbones and configs of detectors, each by itself."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -19,6 +16,7 @@ from shvit.detection.parsing.reader import check_is_data
 from shvit.detection.plugin.ops import Operators, has_compiled_ops, stands_in
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS
+from tests import forks
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
 from tests.detection.detection_data import write_coco, write_config
 
@@ -96,7 +94,8 @@ assert ops.has_compiled_ops() and sys.modules["mmcv._ext"] is ext
 """
     from shvit.detection.plugin import ops
 
-    subprocess.run([sys.executable, "-c", code, ops.__file__], check=True)
+    done = forks.run(ops.__file__, code=code)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- neck -------------------------------------------------------------------------------------------------------------
