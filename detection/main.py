@@ -12,10 +12,9 @@ from rich.table import Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
-from shvit.cli import Then
-from shvit.errors import InputError, some
+from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
-from shvit.run_info import RunInfo, read_run_info, same_name
+from shvit.run_info import read_run_info, same_name
 
 from .detector import (
     Detect,
@@ -114,10 +113,6 @@ def check_backbone(config: Config, pretrained: str) -> None:
     if info.model.partition(".")[0] != model.partition(".")[0]:
         raise InputError(f"{pretrained}: was trained as {info.model}, and the config's backbone is {model}; give the "
                          f"weights of a {model}, or --options model.backbone.model={info.model}")  # fmt: skip
-    _report_other_normalization(config, pretrained, info)
-
-
-def _report_other_normalization(config: Config, pretrained: str, info: RunInfo) -> None:
     preprocessor = config.model.get("data_preprocessor") or {}
     for name in ("mean", "std"):
         own, theirs = getattr(info, name), preprocessor.get(name)
@@ -245,12 +240,12 @@ class Export(_Command):
     images: Path | None = None
     """Folder of images to verify with; scikit-image's bundled ones by default."""
 
-    def run(self) -> dict[str, Any] | Then:
+    def run(self) -> dict[str, Any]:
         img_size = check_img_size(self.img_size)
         checkpoint = resolve_weights(self.checkpoint)
         check_output_folder(self.output.parent)
         if self.output.suffix == ".mlpackage":
-            return self._export_pyramid(checkpoint, img_size)
+            raise self._export_pyramid(checkpoint, img_size)
         if self.output.suffix != ".onnx":
             raise InputError(
                 f"--output {self.output} must end in .onnx (the detector) or .mlpackage (its feature maps)"
@@ -259,7 +254,7 @@ class Export(_Command):
             raise InputError("a detector's .onnx is fp32; leave out --precision")
         return self._export_detector(checkpoint, img_size)
 
-    def _export_pyramid(self, checkpoint: Path, img_size: tuple[int, int]) -> Then:
+    def _export_pyramid(self, checkpoint: Path, img_size: tuple[int, int]) -> RunInstead:
         """Return the command that exports the backbone and the neck, which are a model with feature maps."""
         height, width = img_size
         if height != width:
@@ -269,7 +264,7 @@ class Export(_Command):
         model = ("--model", f"detector:{self.config}", "--checkpoint", str(checkpoint), "--features")
         rest = ("--img-size", str(height), "--precision", self.precision, "--output", str(self.output))
         images = () if self.images is None else ("--images", str(self.images))
-        return Then(("export", "coreml", *model, *rest, *images))
+        return RunInstead("export", "coreml", *model, *rest, *images)
 
     def _export_detector(self, checkpoint: Path, img_size: tuple[int, int]) -> dict[str, Any]:
         from .coco.annotations import check_heads

@@ -30,12 +30,7 @@ KEY = "shvit.detector"
 MAX_BYTES = 2 << 30  # of a file: protobuf's own limit
 MAX_DETECTIONS = 10_000  # on one image
 MAX_MASK_PIXELS = 2 << 30  # of all masks of an image together, each as large as it: a byte a pixel
-OUTPUT_TYPES = {
-    "boxes": "tensor(float)",
-    "scores": "tensor(float)",
-    "labels": "tensor(int64)",
-    "masks": "tensor(float)",
-}
+OUTPUT_TYPES = {name: "tensor(int64)" if name == "labels" else "tensor(float)" for name in OUTPUTS}
 ROUNDING = 1e-3  # by which a score or a mask's probability may leave 0..1
 AGAIN = "export it again"
 
@@ -89,7 +84,9 @@ def write_onnx(graph: RetinaNetGraph | MaskRCNNGraph, path: Path, spec: Detector
     """Write a graph with its description, checked by onnx."""
     import onnx
 
-    example = (_noise(spec), torch.tensor(spec.img_size))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (1, *spec.img_size, 3), generator=generator, dtype=torch.uint8)
+    example = (noise, torch.tensor(spec.img_size))  # on a blank image there may be nothing to detect
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about sizes that become constants, as is intended
         traced = torch.jit.trace(graph, example, check_trace=False)
@@ -107,12 +104,6 @@ def write_onnx(graph: RetinaNetGraph | MaskRCNNGraph, path: Path, spec: Detector
     onnx.helper.set_model_props(proto, {KEY: json.dumps(asdict(spec))})
     onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
-
-
-def _noise(spec: DetectorSpec) -> torch.Tensor:
-    """Return pixels to trace with: on a blank image there may be nothing to detect."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (1, *spec.img_size, 3), generator=generator, dtype=torch.uint8)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -186,17 +177,15 @@ def _has_described_shapes(outputs: dict[str, np.ndarray]) -> bool:
     """Return whether all outputs have the types and shapes that `DetectorSpec` describes, of one number of objects."""
     number = outputs["scores"].shape[0] if outputs["scores"].ndim else -1
     shapes = {"boxes": (number, 4), "scores": (number,), "labels": (number,)}
+    if "masks" in outputs:
+        sides = outputs["masks"].shape[1:]
+        shapes["masks"] = (number, *sides)
+        if len(sides) != 2 or min(sides) < 1 or max(sides) > MAX_IMG_SIZE:
+            return False
     types = {name: np.int64 if name == "labels" else np.float32 for name in outputs}
-    return (
-        number <= MAX_DETECTIONS
-        and all(outputs[name].shape == shape for name, shape in shapes.items())
-        and all(outputs[name].dtype == kind for name, kind in types.items())
-        and ("masks" not in outputs or _has_mask_shape(outputs["masks"].shape, number))
+    return number <= MAX_DETECTIONS and all(
+        (value.shape, value.dtype) == (shapes[name], types[name]) for name, value in outputs.items()
     )
-
-
-def _has_mask_shape(shape: tuple[int, ...], number: int) -> bool:
-    return len(shape) == 3 and shape[0] == number and min(shape[1:]) > 0 and max(shape[1:]) <= MAX_IMG_SIZE
 
 
 def _is_in_range(outputs: dict[str, np.ndarray]) -> bool:

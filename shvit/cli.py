@@ -23,7 +23,7 @@ from typing import Any
 
 from . import __version__
 from .documents import to_json
-from .errors import CheckFailed, InputError, first_line, printable
+from .errors import CheckFailed, InputError, RunInstead, first_line, printable
 from .extras import advise
 
 
@@ -67,13 +67,6 @@ HELP = "\n".join(
 )
 
 
-@dataclass(frozen=True)
-class Then:
-    """A command line that a command returns for `run` to continue with, where it must not import the other command."""
-
-    argv: tuple[str, ...]
-
-
 def run(argv: list[str]) -> dict[str, Any]:
     """Runs one command and returns its result.
 
@@ -84,8 +77,9 @@ def run(argv: list[str]) -> dict[str, Any]:
         raise InputError(_unknown(argv[0]) if argv else "which command? `shvit --help` lists them")
     name, *options = argv
     try:
-        result = _parse(name, options).run()
-        return run([*result.argv]) if isinstance(result, Then) else result
+        return _parse(name, options).run()
+    except RunInstead as instead:
+        return run(instead.argv)
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise
