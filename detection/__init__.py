@@ -4,12 +4,12 @@ Importing it, as a config does with `custom_imports = dict(imports=["shvit.detec
 the neck and transforms, and puts torchvision's operators in place of mmcv's compiled ones where these are missing.
 """
 
-from .ops import stand_in
+from .plugin.ops import stand_in
 
 stand_in()  # before anything that imports mmcv.ops
 
-from .backbone import SHViTBackbone, TimmBackbone  # noqa: E402
-from .neck import TransposedFPN  # noqa: E402
-from .transforms import Border, LoadImage  # noqa: E402
+from .plugin.backbone import SHViTBackbone, TimmBackbone  # noqa: E402
+from .plugin.neck import TransposedFPN  # noqa: E402
+from .plugin.transforms import Border, LoadImage  # noqa: E402
 
 __all__ = ["Border", "LoadImage", "SHViTBackbone", "TimmBackbone", "TransposedFPN"]

@@ -18,7 +18,7 @@ from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_ke
 from shvit.errors import InputError, first_line
 from shvit.weights.resolve import find_weights as weights_file
 
-from .config import innermost, quiet
+from .parsing.config import innermost, quiet
 
 PADDING = (124, 116, 104)
 """RGB of the border around an image at a fixed size: ImageNet's mean, about 0 after normalization."""
@@ -224,7 +224,7 @@ def preparation(pipeline: Sequence[Any]) -> Callable[[Path], ImageFile]:
     from mmcv.transforms import Compose
     from mmdet.registry import TRANSFORMS
 
-    from .transforms import not_prepared
+    from .plugin.transforms import not_prepared
 
     compose = Compose([TRANSFORMS.build(step) for step in pipeline])
 

@@ -10,9 +10,9 @@ from mmengine.config import Config
 
 from shvit.errors import InputError
 
-from .config import innermost, metrics_of, quiet
 from .detector import Detect, Detections
-from .transforms import named_images
+from .parsing.config import innermost, metrics_of, quiet
+from .plugin.transforms import named_images
 from .verify import Match, Matching
 
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")

@@ -15,7 +15,6 @@ from shvit.errors import InputError, some
 from shvit.files import atomic_write, check_output_folder, sha256
 from shvit.run_info import read_run_info, same_name
 
-from .config import CONFIGS, bundled, only_known, open_config, set_data_root
 from .detector import (
     Detect,
     check_img_size,
@@ -28,6 +27,8 @@ from .detector import (
     preparation,
     torch_detect,
 )
+from .parsing.config import bundled, only_known, open_config, set_data_root
+from .parsing.reader import CONFIGS
 
 console = terminal.console()
 DEFAULT_SIZE = (512, 512)
@@ -120,7 +121,7 @@ class _Detects(_Command):
         """Detectors by name, the transforms for them, and the names of classes."""
         import torch
 
-        from .annotations import check_heads
+        from .coco.annotations import check_heads
         from .onnx import open_onnx
 
         if self.checkpoint is None and self.artifact is None:
@@ -157,9 +158,9 @@ class Eval(_Detects, _Reads):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from .annotations import check_datasets
+        from .coco.annotations import check_datasets
+        from .coco.report import show
         from .evaluate import evaluate
-        from .report import show
         from .training import plainly
 
         if self.threads < 1:
@@ -230,7 +231,7 @@ class Export(_Command):
         return run(["export", "coreml", *model, *rest, *images])
 
     def _export_detector(self, checkpoint: Path, output: Path, img_size: tuple[int, int]) -> dict[str, Any]:
-        from .annotations import check_heads
+        from .coco.annotations import check_heads
         from .onnx import DetectorSpec, detector_graph, open_onnx, write_onnx
         from .verify import certify, require, to_json
 
@@ -332,7 +333,7 @@ DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "c
 
 
 def _images(folder: Path | None) -> list[Path]:
-    from shvit.train.folders import image_files
+    from shvit.train.data.image_folders import image_files
 
     return image_files(folder)
 

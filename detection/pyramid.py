@@ -8,8 +8,8 @@ from torch import nn
 
 from shvit.errors import InputError
 
-from .config import open_config
 from .detector import build_detector, open_detector
+from .parsing.config import open_config
 
 IMG_SIZE = 512  # pixels, where none is asked for: the paper's table of detectors
 

@@ -24,11 +24,11 @@ from shvit import terminal
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, check_file, check_output_folder, is_file, is_there, open_file, read_text
 
-from .annotations import check_datasets
+from .coco.annotations import check_datasets
+from .coco.report import show
 from .detector import build_detector, log_types
 from .evaluate import percent
-from .report import show
-from .transforms import named_images
+from .plugin.transforms import named_images
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256
 
@@ -185,7 +185,7 @@ def certify(
         match=match,
         bounds=bounds,
         passed=holds(match, bounds),
-        versions={name: version(name) for name in ("shvit", "torch", "torchvision", "onnx", "onnxruntime")},
+        versions=versions("shvit", "torch", "torchvision", "onnx", "onnxruntime"),
     )
 
 

@@ -10,9 +10,9 @@ import torch
 from shvit import terminal
 from shvit.errors import InputError
 from shvit.files import is_folder
-from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
-from shvit.train.images import open_image
-from shvit.train.splits import find_parts
+from shvit.train.data.image_folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
+from shvit.train.data.images import open_image
+from shvit.train.data.splits import find_parts
 
 from .labels import match_classes, refuse_unknown
 from .spec import Spec

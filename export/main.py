@@ -16,13 +16,13 @@ from shvit.files import atomic_write, check_output_folder, check_replaceable, is
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from .backends.artifact import Artifact, artifact_files, open_artifact, refuse_changed, torch_predict
+from .backends.registry import Artifact, artifact_files, open_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, images_that_fit, rows_that_fit
 from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, sample_images
 from .labels import find_labels, match_classes, refuse_unknown
 from .pipeline import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
-from .summary import show
+from .tables import show
 from .verify import Reference, certify, require
 
 console = terminal.console()
@@ -93,7 +93,8 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data import check_loader, check_outside, has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.datasets import check_loader, has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.splits import check_outside
 
         check_loader(self.batch_size, self.workers, self.max_corrupt)
         check_output_folder(self.output)
@@ -159,7 +160,7 @@ class Eval:
         index: list[int] | None,
     ) -> dict[str, Any]:
         """Prints and returns the accuracy; draws it if there is a folder to draw into."""
-        from shvit.train.data import eval_loader
+        from shvit.train.data.datasets import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
         if spec.num_classes > MAX_CLASSES_COUNTED:
@@ -208,7 +209,7 @@ class Eval:
 
     def _trained_on(self, weights: Weights | None) -> Any:
         """The images of the run that weights or file are of, where its folder, they or the certificate tell."""
-        from shvit.train.data import TrainedOn, read_trained_on
+        from shvit.train.data.datasets import TrainedOn, read_trained_on
 
         if weights is None:
             origin = read_origin(self.artifact)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from shvit.files import is_there
 from shvit.names import check_model_name
 from shvit.weights.manifest import read_manifest
 
-from .data import max_workers
+from .data.datasets import max_workers
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value

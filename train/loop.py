@@ -18,18 +18,19 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo, read_recipe_file
 
-from .data import Splits, check_class_of, is_stream, open_splits
+from .data.datasets import Splits, check_class_of, open_splits
+from .data.splits import check_outside
+from .data.streams import is_stream
+from .data.summary import print_splits
 from .distributed import World, join
 from .evaluate import Evaluation, count
-from .feed import Batch, Feed, Problem
-from .folder import RunFolder
-from .interrupt import Interrupt, Stopped
-from .journal import Journal
-from .plots import plot_curves
 from .recipe import Recipe
-from .setup import check_recipe, open_held_out, open_training, set_up
-from .splits import check_outside
-from .summary import print_splits
+from .run.logger import Journal
+from .run.plots import plot_curves
+from .run.run_folder import RunFolder
+from .signals import Interrupt, Stopped
+from .step.loader import Batch, Feed, Problem
+from .step.setup import check_recipe, open_held_out, open_training, set_up
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:

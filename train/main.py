@@ -55,8 +55,8 @@ class Plot:
     """The run folder."""
 
     def run(self) -> dict[str, Any]:
-        from .log import read_log
-        from .plots import plot_curves
+        from .run.metrics import read_log
+        from .run.plots import plot_curves
 
         path = self.plot / "curves.png"
         plot_curves(read_log(self.plot), path)

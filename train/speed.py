@@ -21,14 +21,15 @@ from torch import nn
 from shvit import terminal
 from shvit.errors import InputError
 
-from .data import is_stream, open_splits
+from .data.datasets import open_splits
+from .data.streams import is_stream
 from .distributed import World, join
-from .feed import Batch, Feed
-from .interrupt import Interrupt
-from .journal import Journal
 from .loop import Training
 from .recipe import Compute, Recipe
-from .setup import PRECISIONS, Run, check_recipe, open_training, set_up
+from .run.logger import Journal
+from .signals import Interrupt
+from .step.loader import Batch, Feed
+from .step.setup import PRECISIONS, Run, check_recipe, open_training, set_up
 
 ROUNDS = 5
 

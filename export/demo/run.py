@@ -14,10 +14,10 @@ from shvit import terminal
 from shvit.cli import run
 from shvit.errors import CheckFailed
 from shvit.files import check_output_folder, check_replaceable
-from shvit.train.data import eval_loader, open_dataset
+from shvit.train.data.datasets import eval_loader, open_dataset
 from shvit.train.evaluate import Evaluation, evaluate
 
-from ..backends.artifact import Predict, open_artifact, torch_predict
+from ..backends.registry import Predict, open_artifact, torch_predict
 from ..bench.records import disturbance, measurements_from
 from . import report
 

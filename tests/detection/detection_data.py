@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from yapf.yapflib import yapf_api
 
-from shvit.detection.annotations import inspect
-from shvit.detection.objects import Use
+from shvit.detection.coco.annotations import inspect
+from shvit.detection.coco.objects import Use
 from tests.conftest import TINY
 
 format_code, formatted = yapf_api.FormatCode, {}
@@ -120,7 +120,7 @@ randomness = dict(seed=0)
 
 def _configs() -> Path:
     """The folder that the variable stands for by default, so that MMDetection's own tools find it too."""
-    from shvit.detection.config import CONFIGS
+    from shvit.detection.parsing.reader import CONFIGS
 
     return CONFIGS
 

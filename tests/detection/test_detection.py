@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from shvit.cli import run
-from shvit.detection.config import open_config
 from shvit.detection.detector import build_detector, fixed_pipeline, preparation, torch_detect
 from shvit.detection.main import check_backbone
 from shvit.detection.onnx import OnnxDetector, detector_graph, open_onnx
+from shvit.detection.parsing.config import open_config
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo
 from tests import forks

@@ -13,9 +13,10 @@ from torchvision import ops as reference
 from shvit.checkpoint import create_model, to_reference
 from shvit.cli import run
 from shvit.detection import SHViTBackbone, TimmBackbone, TransposedFPN
-from shvit.detection.config import bundled, check_is_data, open_config
 from shvit.detection.detector import build_detector, check_img_size, load_detector
-from shvit.detection.ops import Operators, has_compiled_ops, stands_in
+from shvit.detection.parsing.config import bundled, open_config
+from shvit.detection.parsing.reader import check_is_data
+from shvit.detection.plugin.ops import Operators, has_compiled_ops, stands_in
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
@@ -93,7 +94,7 @@ spec.loader.exec_module(ops)
 ops.stand_in()
 assert ops.has_compiled_ops() and sys.modules["mmcv._ext"] is ext
 """
-    from shvit.detection import ops
+    from shvit.detection.plugin import ops
 
     subprocess.run([sys.executable, "-c", code, ops.__file__], check=True)
 

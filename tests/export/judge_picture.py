@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.parameters import compare_parameters
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify

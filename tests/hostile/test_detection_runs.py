@@ -7,8 +7,8 @@ import torch
 from mmdet.structures import DetDataSample
 
 from shvit.cli import run
-from shvit.detection.config import open_config
 from shvit.detection.detector import build_detector, torch_detect
+from shvit.detection.parsing.config import open_config
 from shvit.detection.training import WRITTEN, plainly
 from shvit.detection.training import write_config as write_run_config
 from shvit.errors import InputError

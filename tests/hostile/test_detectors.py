@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from shvit.cli import run
-from shvit.detection.config import open_config
 from shvit.detection.detector import build_detector, fixed_pipeline, own_pipeline, preparation
 from shvit.detection.onnx import KEY, DetectorSpec, open_onnx
+from shvit.detection.parsing.config import open_config
 from shvit.detection.training import check_resumable
 from shvit.errors import InputError
 from tests.conftest import create_tiny

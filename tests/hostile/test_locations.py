@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train.data import Data, eval_loader, open_dataset, open_eval_dataset, open_named, open_stream
+from shvit.train.data.datasets import eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.locations import expand_braces
+from shvit.train.data.shards import Shards
+from shvit.train.data.streams import open_stream
 from shvit.train.evaluate import evaluate
-from shvit.train.feed import Feed
-from shvit.train.locations import expand_braces
 from shvit.train.loop import train
-from shvit.train.recipe import Augment
-from shvit.train.setup import check_recipe
-from shvit.train.shards import Shards
+from shvit.train.recipe import Augment, Data
+from shvit.train.step.loader import Feed
+from shvit.train.step.setup import check_recipe
 
 from .conftest import png
 
@@ -248,7 +249,7 @@ def test_damaged_sample_is_counted_and_the_others_are_read(files, shards):
 
 
 def test_members_that_are_no_files_or_claim_any_size_are_not_read(shards, monkeypatch):
-    monkeypatch.setattr("shvit.train.tars.MAX_MEMBER", 10_000)
+    monkeypatch.setattr("shvit.train.data.tars.MAX_MEMBER", 10_000)
     with tarfile.open(shards / "v-1.tar", "w") as archive:
         for name, kind in (("l.jpg", tarfile.SYMTYPE), ("f.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(name)

@@ -12,10 +12,10 @@ import torch
 from timm.data import create_transform
 
 from shvit.errors import InputError, first_line
-from shvit.train.data import Prepared, ignore_interrupt, open_dataset
+from shvit.train.data.datasets import Prepared, ignore_interrupt, open_dataset
 from shvit.train.distributed import World
-from shvit.train.feed import Augmented, Feed, collate
 from shvit.train.recipe import Data, Recipe
+from shvit.train.step.loader import Augmented, Feed, collate
 from tests import forks
 from tests.conftest import ROOT
 
@@ -53,7 +53,7 @@ def test_nobody_takes_the_first_line_by_hand():
 def test_a_library_that_says_nothing_is_one_line(monkeypatch, tmp_path):
     import onnxruntime
 
-    from shvit.export.backends.artifact import onnx_session
+    from shvit.export.backends.registry import onnx_session
 
     def refuse(*arguments, **options):
         raise RuntimeError
@@ -110,7 +110,7 @@ def test_a_folder_is_locked_without_fcntl_too(tmp_path):
     code = """
 from pathlib import Path
 from shvit.errors import InputError
-from shvit.train.folder import RunFolder
+from shvit.train.run.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 with folder.locked():
     try:

@@ -8,10 +8,10 @@ import timm
 import yaml
 
 from shvit.errors import InputError
-from shvit.train.folder import RunFolder
 from shvit.train.main import Train, parse
 from shvit.train.recipe import Recipe, differences, read_recipe
 from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
+from shvit.train.run.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,11 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
-from shvit.export.backends.artifact import open_artifact
-from shvit.export.backends.onnx import LAYERS, read_onnx, write_onnx
+from shvit.export.backends.registry import open_artifact
+from shvit.export.backends.onnx import read_onnx, save_onnx, write_onnx
 from shvit.export.pipeline import _keep_fewest
-from shvit.export.quantization.qdq import (
-    Unfolded,
-    activation_ranges,
-    layer_noise,
-    quantize_onnx,
-    smallest_passing,
-    unfold_identities,
-)
+from shvit.export.quantization.exclusion import layer_noise, smallest_passing
+from shvit.export.quantization.qdq import LAYERS, Unfolded, activation_ranges, quantize_onnx, unfold_identities
 from shvit.export.spec import Spec, randomize_norms
 from shvit.export.verdict import TOLERANCES, snr_db
 from shvit.export.wrappers import feature_maps
@@ -118,7 +112,8 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
     deployed, proto, spec, batch = tiny_file
     kept = ("patch_embed.0", "head")
     spec = replace(spec, precision="int8", excluded_layers=kept)
-    quantize_onnx(proto, tmp_path / "q.onnx", spec, [], activation_ranges(deployed, [batch]))
+    quantized = quantize_onnx(proto, spec, activation_ranges(deployed, [batch]))
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     quantized = onnx.load(tmp_path / "q.onnx")
     made_by = {output: node for node in quantized.graph.node for output in node.output}
     tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
@@ -150,7 +145,9 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
     kept = (names[0], names[7])
     ranges = activation_ranges(deployed, [batch])
-    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8", excluded_layers=kept), [], ranges)
+    spec = replace(spec, precision="int8", excluded_layers=kept)
+    quantized = quantize_onnx(proto, spec, ranges)
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     graph = onnx.load(tmp_path / "q.onnx").graph
     made_by = {output: node for node in graph.node for output in node.output}
     exact = 0
@@ -185,7 +182,9 @@ def test_peers_go_into_int8(tmp_path, name):
     write_onnx(deployed, tmp_path / "float.onnx", spec, dynamic_batch=True)
     proto = read_onnx(tmp_path / "float.onnx")
     ranges = activation_ranges(deployed, [batch])
-    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8"), [], ranges)
+    spec = replace(spec, precision="int8")
+    quantized = quantize_onnx(proto, spec, ranges)
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     (got,) = open_artifact(tmp_path / "q.onnx").run(batch)
     with torch.no_grad():
         assert snr_db(model(batch), got) > 15
