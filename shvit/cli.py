@@ -24,7 +24,7 @@ from typing import Any
 
 from . import __version__
 from .documents import to_json
-from .errors import CheckFailed, InputError, first_line, printable
+from .errors import CheckFailed, InputError, RunInstead, first_line, printable
 from .extras import advise
 
 
@@ -91,6 +91,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         if name in WITH_SCHEMES:
             _register_schemes()
         return command.run()
+    except RunInstead as instead:
+        return run(instead.argv)
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise
