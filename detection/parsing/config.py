@@ -3,10 +3,8 @@
 import ast
 import difflib
 import io
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
+from shvit import terminal
 from shvit.errors import InputError, first_line
 from shvit.files import is_there
 
@@ -130,15 +129,9 @@ def parse_options(options: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence libraries' hints and progress messages in a block."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.INFO)
-        try:
-            yield
-        finally:
-            logging.disable(level)
+    """Silence libraries' hints and progress messages in a block, also those on stdout."""
+    with terminal.quiet(), redirect_stdout(io.StringIO()):
+        yield
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
