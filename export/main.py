@@ -71,7 +71,8 @@ class Eval:
     """A folder for accuracy.json and a confusion matrix."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data.datasets import check_loader, has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.eval_dataset import has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.eval_loader import check_loader
         from shvit.train.data.splits import check_outside
 
         check_loader(self.batch_size, self.workers, self.max_corrupt)
@@ -138,7 +139,7 @@ class Eval:
         index: list[int] | None,
     ) -> dict[str, Any]:
         """Print and return the accuracy; plot it if there is a folder for that."""
-        from shvit.train.data.datasets import eval_loader
+        from shvit.train.data.eval_loader import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
         if spec.num_classes > MAX_CLASSES_COUNTED:
@@ -187,7 +188,7 @@ class Eval:
 
     def _trained_on(self, weights: Weights | None) -> Any:
         """Return the images that the weights were trained on, where their run, they or the certificate name them."""
-        from shvit.train.data.datasets import TrainedOn, read_trained_on
+        from shvit.train.data.eval_dataset import TrainedOn, read_trained_on
 
         if weights is None:
             origin = read_origin(self.artifact)  # type: ignore[arg-type]

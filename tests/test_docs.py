@@ -60,10 +60,12 @@ def test_page_of_recipes_has_each_recipe(generate):
 def test_public_name_without_docstring_is_found(generate, tmp_path):
     (tmp_path / "shvit").mkdir()
     (tmp_path / "shvit" / "__init__.py").write_text(
-        '"""Models."""\n\n__all__ = ["A", "f"]\n\ndef f(): ...\ndef _g(): ...\n'
+        '"""Models."""\n\nfrom typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from .other import h, i\n'
+        '__all__ = ["A", "f", "h"]\n\ndef f(): ...\ndef _g(): ...\n'
         'class A:\n    """A."""\n    x: int\n    def told(self):\n        """Told."""\n    def untold(self): ...\n'
     )
-    assert generate.undocumented(tmp_path, ["shvit"]) == ["shvit.A.untold", "shvit.f"]
+    (tmp_path / "shvit" / "other.py").write_text("def h(): ...\ndef i(): ...\n")
+    assert generate.undocumented(tmp_path, ["shvit"]) == ["shvit.A.untold", "shvit.f", "shvit.h"]
 
 
 @pytest.mark.parametrize(

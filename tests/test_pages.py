@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+FOLDER_PAGES = [str(path.relative_to(ROOT)) for path in ROOT.glob("*/README.md")]
+OTHERS = ("model", "tools")
+"""Folders of the reference implementation and of MMDetection."""
 FEWEST_TRAIN = {
     "README.md": 1,
     "docs/start/train.md": 2,
@@ -95,6 +98,20 @@ def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):
     exec(code, said)
     assert isinstance(said["recipe"], Recipe)
     assert Path(said["result"]["checkpoint"]).is_file()
+
+
+FILE = r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|toml|md|js|txt))`"
+
+
+@pytest.mark.parametrize("page", [*NAMES, *(path.name for path in ROOT.glob("*.md")), *FOLDER_PAGES])
+def test_files_that_a_page_names_are_there(page):
+    path = ROOT / page
+    missing = [name for name in re.findall(FILE, path.read_text()) if not _is_there(name, path)]
+    assert missing == []
+
+
+def _is_there(name: str, page: Path) -> bool:
+    return (ROOT / name).is_file() or (page.parent / name).is_file() or Path(name).parts[0] in OTHERS
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from PIL import Image
 from timm.utils import natural_key
 from torch import nn
 
-from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
 from ..guards import check_ports
