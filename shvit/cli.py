@@ -45,10 +45,11 @@ COMMANDS = {
     "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artifact on images"),
     "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
     "verify": Entry("shvit.export.main:Verify", "compare an artifact with its model on images"),
-    "bench": Entry(
-        "shvit.export.bench.main:parse", "latency of models and runtimes, interleaved; `bench phone`: in a browser"
-    ),
-    "site": Entry("shvit.export.bench.main:Site", "the page that measures in browsers as a static site"),
+    "bench": Entry("shvit.export.bench.main:Bench", "latency of models in runtimes, interleaved"),
+    "bench phone": Entry("shvit.export.browser.main:BenchPhone", "latency and outputs in a phone's browser"),
+    "bench import": Entry("shvit.export.browser.main:BenchImport", "a report of records that the page saved"),
+    "site": Entry("shvit.export.browser.main:Site", "the page that measures in browsers as a static site"),
+    "doctor": Entry("shvit.export.analysis.doctor:Doctor", "this machine: hardware, versions, extras and runtimes"),
     "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
     "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
     "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real images"),
@@ -58,7 +59,7 @@ HELP = "\n".join(
     [
         "usage: shvit COMMAND [OPTIONS]      shvit COMMAND --help tells the options",
         "",
-        *(f"  {name:<9}{entry.help}" for name, entry in COMMANDS.items()),
+        *(f"  {name:<13}{entry.help}" for name, entry in COMMANDS.items()),
         "",
         "  --version    --debug (anywhere): show the traceback of an input error",
         "",
@@ -75,9 +76,9 @@ def run(argv: list[str]) -> dict[str, Any]:
     """
     if not argv or argv[0] not in COMMANDS:
         raise InputError(_unknown(argv[0]) if argv else "which command? `shvit --help` lists them")
-    name, *options = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     try:
-        return _parse(name, options).run()
+        return _parse(" ".join(argv[:words]), argv[words:]).run()
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise
