@@ -342,12 +342,11 @@ def test_bench_times_runtimes_against_a_strangers_file(tmp_path, foreign):
 
 
 @pytest.mark.usefixtures("quick")
-def test_bench_times_pytorch_and_exported_files(tmp_path):
-    run(["export", "onnx", "--model", SMALL, "--img-size", "64", "--output", f"{tmp_path}/small.onnx"])
+def test_bench_times_pytorch_and_exported_files(mine):
     options = ["--runtimes", "torch-bf16", "--img-size", "64", "--rounds", "1"]
-    result = run(["bench", "--models", f"{tmp_path}/small.onnx", "shvit_s1", *options])
+    result = run(["bench", "--models", str(mine), "shvit_s1", *options])
     assert [(each["model"], each["precision"]) for each in result["results"]] == [
-        ("small.onnx", "fp32"),
+        ("mine.onnx", "fp32"),
         ("shvit_s1", "bf16"),
     ]
     assert result["results"][1]["ratio_to_first"] is None  # one round decides nothing

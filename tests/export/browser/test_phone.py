@@ -35,7 +35,7 @@ from tests.export.browser.serving import TOKEN, Serving
 
 PACE = Pace(rounds=2, round_s=0.05, sustained_s=2)
 PRECISIONS = ("fp32", "fp16", "int8")
-SMALL = ["--img-size", "64", "--rounds", "2", "--sustained", "2"]
+SHORT = ["--rounds", "2", "--sustained", "2"]
 
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -106,8 +106,16 @@ def at(serving, host="127.0.0.1", scheme="http"):
     return f"{scheme}://{host}:{serving.port}/{TOKEN}/"
 
 
+def check_first(browser, **limits):
+    """Check only so many boxes of a name: `models` or `backends`."""
+    script = "document.querySelectorAll(`[name=${arguments[0]}]`).forEach((box, i) => { box.checked = i < arguments[1]; })"
+    for name, limit in limits.items():
+        browser.execute_script(script, name.removesuffix("s"), limit)
+    return browser
+
+
 def measure(browser, length="quick"):
-    """Presses the button; what the page says at the end."""
+    """Press the button and return the status at the end."""
     browser.execute_script("document.querySelector('#length').value = arguments[0]", length)
     browser.execute_script("document.querySelector('#status').textContent = ''")
     browser.find_element("css selector", "#start").click()
@@ -238,7 +246,7 @@ def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
     gone = described["models"][1]["file"]["url"]
     del damaged[gone]
     with Serving(damaged, policy(hosted=True)) as serving:
-        page = show(browser, at(serving))
+        page = check_first(show(browser, at(serving)), backends=1)
         assert measure(page) == "done and sent"
         bad, lost, *good = [case for case in serving.records[-1].cases if case.backend == "wasm" and case.threads == 1]
         assert bad.error == "tiny_vit fp32 is damaged: its SHA-256 is not the expected one"
@@ -266,17 +274,14 @@ def test_a_damaged_runtime_does_not_run(browser, served):
     damaged = {**served, name: Content(served[name].source.read_bytes() + b"\n", served[name].type)}
     with Serving(damaged, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
-        page.execute_script(
-            "for (const box of document.querySelectorAll('[name=backend]')) box.checked = box.value === '0'"
-        )
-        measure(page)
+        measure(check_first(page, backends=1))
         assert {case.error for case in serving.records[-1].cases} == {
             "ONNX Runtime (ort-wasm-simd-threaded.mjs) is damaged: its SHA-256 is not the expected one"
         }
 
 
 def test_a_refused_record_is_kept(browser, serving):
-    page = show(browser, at(serving))
+    page = check_first(show(browser, at(serving)), models=1, backends=1)
     page.execute_script("document.querySelector('#name').value = 'stranger'")
     said = measure(page)
     assert said == "done, but not sent: a record of files that were not served here; save the results as JSON instead"
@@ -301,7 +306,7 @@ def test_it_can_be_stopped(browser, serving):
 def test_it_fits_a_small_phone(browser, serving):
     size = {"width": 320, "height": 568, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    show(browser, at(serving))
+    check_first(show(browser, at(serving)), models=2, backends=1)
     measure(browser)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 320
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "width": 390, "height": 844})
@@ -317,7 +322,7 @@ def test_without_https_the_page_says_what_is_missing_and_why(browser, serving):
     for name in ("threads in wasm", "WebGPU", "WebNN"):
         assert f"no {name}: this needs HTTPS or localhost: serve the page with --tls" in missing
     assert len(page.find_elements("css selector", "[name=backend]")) == 1
-    assert measure(page) == "done and sent"
+    assert measure(check_first(page, models=1)) == "done and sent"
     assert {case.threads for case in serving.records[-1].cases} == {1}
     assert "this needs HTTPS" in serving.records[-1].device.missing["threads in wasm"]
     page.find_element("css selector", "#camera").click()
@@ -329,7 +334,7 @@ def test_with_tls_the_page_has_threads_under_any_name(browser, served):
     with Serving(served, policy(hosted=True), tls=self_signed([OTHER_NAME]).context) as serving:
         page = show(browser, at(serving, OTHER_NAME, "https"))
         assert page.execute_script("return self.crossOriginIsolated")
-        assert measure(page) == "done and sent"
+        assert measure(check_first(page, models=1)) == "done and sent"
         assert max(case.threads for case in serving.records[-1].cases) > 1
 
 
@@ -397,7 +402,7 @@ class Run(threading.Thread):
 
 
 def test_the_command_from_a_name_to_a_report(browser, quick_machine, tmp_path, monkeypatch):
-    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
+    run = Run("--models", "test_resnet", "--img-size", "64", *SHORT, "--output", tmp_path, monkeypatch=monkeypatch)
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
@@ -419,8 +424,8 @@ def test_the_command_from_a_name_to_a_report(browser, quick_machine, tmp_path, m
     assert again["results"] == run.result["results"][1:]
 
 
-def test_the_command_says_when_nobody_came(quick_machine, tmp_path, monkeypatch):
-    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
+def test_the_command_says_when_nobody_came(quick_machine, mine, tmp_path, monkeypatch):
+    run = Run("--models", mine, *SHORT, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
     run.start()
     run.join(120)
     assert isinstance(run.error, CheckFailed)
@@ -487,8 +492,8 @@ def test_a_plain_web_host_can_carry_the_site(browser, site, tmp_path):
     assert max(row["threads"] for row in result["results"]) > 1
 
 
-def test_the_site_command(quick_machine, tmp_path):
-    result = cli.run(["site", "--models", "test_resnet", *SMALL, "--output", str(tmp_path / "site")])
+def test_the_site_command(quick_machine, mine, tmp_path):
+    result = cli.run(["site", "--models", str(mine), *SHORT, "--output", str(tmp_path / "site")])
     files = set(result["files"])
     assert {"index.html", "measure.html", "explorer.html", "served.json", "_headers", "isolation.js"} <= files
     described = json.loads((tmp_path / "site" / "served.json").read_text())
