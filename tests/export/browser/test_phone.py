@@ -108,7 +108,9 @@ def at(serving, host="127.0.0.1", scheme="http"):
 
 def check_first(browser, **limits):
     """Check only so many boxes of a name: `models` or `backends`."""
-    script = "document.querySelectorAll(`[name=${arguments[0]}]`).forEach((box, i) => { box.checked = i < arguments[1]; })"
+    script = (
+        "document.querySelectorAll(`[name=${arguments[0]}]`).forEach((box, i) => { box.checked = i < arguments[1]; })"
+    )
     for name, limit in limits.items():
         browser.execute_script(script, name.removesuffix("s"), limit)
     return browser
