@@ -46,11 +46,14 @@ COMMANDS = {
     "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
     "export": Entry("shvit.export.main:EXPORT", "Export a checkpoint as a verified ONNX, OpenVINO or Core ML file."),
     "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
-    "bench": Entry(
-        "shvit.export.bench.main:parse", "Measure latency of models in runtimes; `shvit bench phone`: in a browser."
-    ),
+    "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),
+    "bench phone": Entry("shvit.export.browser.main:BenchPhone", "Measure latency and outputs in a phone's browser."),
+    "bench import": Entry("shvit.export.browser.main:BenchImport", "Write a report of records that the page saved."),
     "site": Entry(
-        "shvit.export.bench.main:Site", "Write the page that measures latency in a browser as a static site."
+        "shvit.export.browser.main:Site", "Write the page that measures latency in a browser as a static site."
+    ),
+    "doctor": Entry(
+        "shvit.export.analysis.doctor:Doctor", "Check this machine: hardware, versions, extras and runtimes."
     ),
     "detect": Entry(
         "shvit.detection.main:DETECT", "Train, evaluate and export Mask R-CNN and RetinaNet; draw detections."

@@ -19,7 +19,7 @@ from shvit.errors import InputError
 from shvit.export import guards
 from shvit.export.backends.openvino import write_openvino
 from shvit.export.backends.registry import load_artifact
-from shvit.export.bench.cases import Settings, case_of_file
+from shvit.export.bench.cases import Settings, create_file_case
 from shvit.export.spec import Spec
 from tests.conftest import create_tiny
 
@@ -193,7 +193,7 @@ def test_weights_in_other_files_are_not_read(tmp_path, location):
     assert "weights in" in refused(path)
     if location != "w.bin":  # which a third party's model may have, when it is timed
         with pytest.raises(InputError, match="weights in"):
-            case_of_file(path, 1, Settings(1), [], tuned=False)
+            create_file_case(path, 1, Settings(1), [], tuned=False)
 
 
 def test_numbers_that_are_not_there_are_told(tmp_path):
