@@ -98,10 +98,11 @@ def write_coreml(
         import coremltools as ct
         from coremltools.converters.mil.mil import Program
 
-        from ..quantization.coreml_passes import pipeline
+        from ..quantization.coreml_passes import Calibration, pipeline
 
         traced = _trace(model, spec)
         ranges = {} if ranges is None else ranges
+        learning = Calibration(_inputs(spec, calibration), _evaluator)
         # Its checks after each of a hundred passes are a third of the time; the result is checked once.
         with patch.object(Program, "validate", lambda *_, **__: None):
             package = ct.convert(
@@ -112,9 +113,7 @@ def write_coreml(
                 minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
                 compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
                 convert_to="mlprogram",
-                pass_pipeline=pipeline(
-                    spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
-                ),
+                pass_pipeline=pipeline(spec, _traced_names(model, spec), learning, keep, ranges),
             )
         package._mil_program.validate()
         for key, value in describe(spec, labels, ranges).items():
