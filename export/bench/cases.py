@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from shvit import sessions
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.files import is_there
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, resolve_weights
 
-from ..backends.artifact import refuse_changed
-from ..backends.tuning import TUNING
+from ..backends.backend import Backend
+from ..backends.onnx import create_int8_writer
+from ..backends.registry import BACKENDS, refuse_changed
 from ..guards import one_line
 from ..images import sample_images
-from ..metadata import INPUT, SPEC_KEY, spec_from
-from ..pipeline import MIN_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
+from ..metadata import INPUT
+from ..pipeline import MIN_CALIBRATION, Source
 from ..spec import Spec, open_weights
 from ..verify import Reference
 
@@ -85,24 +87,23 @@ class Subject:
 
     @cached_property
     def onnx_int8(self) -> Path:
-        return self._int8("onnx")
+        return self._int8(BACKENDS["onnx"])
 
     @cached_property
     def openvino_int8(self) -> Path:
-        return self._int8("openvino")
+        return self._int8(BACKENDS["openvino"])
 
-    def _int8(self, kind: Format) -> Path:
-        path = self._path(f"-{kind}-int8.onnx")
-        self._write_int8(
-            path, replace(self.spec, precision="int8", excluded_layers=float_layers(kind, deploy(self.opened[0])))
-        )
+    def _int8(self, backend: Backend[Any]) -> Path:
+        path = self._path(f"-{backend.name}-int8.onnx")
+        excluded = backend.float_layers(deploy(self.opened[0]))
+        self._write_int8(path, replace(self.spec, precision="int8", excluded_layers=excluded))
         return path
 
     @cached_property
     def _write_int8(self) -> Callable[[Path, Spec], None]:
         calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
         source = Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
-        return int8_onnx_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
+        return create_int8_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
 
     @cached_property
     def coreml(self) -> Path:
@@ -177,7 +178,7 @@ def _torch(**options: Any) -> Callable[[Subject, int], Job]:
 
 
 def _onnx(path: Path, provider: str = "cpu") -> Job:
-    return {"runner": "onnx", "path": str(path), "provider": provider}
+    return {"runner": "onnx", "path": str(path), "provider": provider, "sessions": sessions.__file__}
 
 
 def _openvino(path: Path, batch_size: int, bf16: bool = False) -> Job:
@@ -253,8 +254,8 @@ RUNTIMES = {
         package="onnxruntime",
     ),
 }
-FILES = {".onnx": "onnxruntime", ".xml": "openvino", ".mlpackage": "coreml"}
-"""Which runtime runs an exported file."""
+FILES = {backend.suffix: backend for backend in BACKENDS.values()}
+"""Which backend runs an exported file."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def case_of_model(subject: Subject, name: str, batch_size: int, cores: Sequence[
     """The model in the runtime of that name."""
     runtime, spec = RUNTIMES[name], subject.spec
     job = {**runtime.job(subject, batch_size), "threads": subject.settings.threads, "cores": list(cores)}
-    environment = TUNING[runtime.tuning].environment if runtime.tuning else {}
+    environment = next((each.environment for each in BACKENDS.values() if each.runtime == runtime.tuning), {})
     return Case(
         subject.name, name, runtime.precision, spec.img_size, batch_size, subject.macs, job, dict(environment)
     )  # fmt: skip
@@ -328,10 +329,10 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
     if not is_there(path):
         raise InputError(f"{path}: no such file")
     refuse_changed(path)
-    runtime = FILES[path.suffix]
-    check_runtimes([runtime])
+    backend = FILES[path.suffix]
+    check_runtimes([backend.runtime])
     with one_line(path, "cannot be opened"):
-        img_size, batch, precision = READERS[path.suffix](path)
+        img_size, batch, precision = backend.inspect(path)
     if batch not in (None, batch_size):
         raise InputError(f"{path} takes batches of {batch}, not of {batch_size}; choose --batch-sizes {batch}")
     job = {
@@ -340,69 +341,8 @@ def case_of_file(path: Path, batch_size: int, settings: Settings, cores: Sequenc
         ".mlpackage": lambda: _coreml(path.resolve(), settings),
     }[path.suffix]()
     job |= {"threads": settings.threads, "cores": list(cores)}
-    environment = TUNING[runtime].environment if tuned and runtime in TUNING else {}
-    return Case(path.name, runtime, precision, img_size, batch_size, None, job, dict(environment))
-
-
-def _image_input(path: Path, shapes: Sequence[Sequence[Any]]) -> tuple[int, int | None]:
-    """Height in pixels and the fixed batch, if any, of a file's one input."""
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise InputError(f"{path}: has no single input of four dimensions; only image models are timed here")
-    batch, *sides = shapes[0]
-    sizes = [side for side in sides if isinstance(side, int) and side > 4]
-    if len(sizes) < 2:
-        raise InputError(f"{path}: leaves the image's height and width open; export it for one size")
-    return sizes[0], batch if isinstance(batch, int) else None
-
-
-def _read_onnx_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import onnx_session
-    from ..backends.onnx import metadata, read_onnx
-
-    said = metadata(read_onnx(path))
-    session = onnx_session(path, 1)
-    inputs = session.get_inputs()
-    size, batch = _image_input(path, [each.shape for each in inputs])
-    if inputs[0].type not in ONNX_INPUTS:
-        raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(ONNX_INPUTS)} are timed here")
-    precision = spec_from(said, path).precision if SPEC_KEY in said else _onnx_precision(path)
-    return size, batch, precision
-
-
-ONNX_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
-"""What the worker makes inputs of."""
-
-
-def _onnx_precision(path: Path) -> str:
-    """Of a stranger's file, by its operators and the types of its weights."""
-    import onnx
-
-    from ..backends.onnx import operators, read_onnx
-
-    proto = read_onnx(path)
-    if {"QuantizeLinear", "QLinearConv", "DynamicQuantizeLinear"} & set(operators(proto)):
-        return "int8"
-    halves = sum(each.data_type == onnx.TensorProto.FLOAT16 for each in proto.graph.initializer)
-    return "fp16" if 2 * halves > len(proto.graph.initializer) else "fp32"
-
-
-def _read_openvino_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.openvino import read_openvino
-
-    model, said = read_openvino(path)
-    shapes = [[dim.get_length() if dim.is_static else None for dim in port.partial_shape] for port in model.inputs]
-    size, batch = _image_input(path, shapes)
-    return size, batch, spec_from(said, path).precision if SPEC_KEY in said else "fp32"
-
-
-def _read_coreml_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import open_artifact
-
-    spec = open_artifact(path).spec
-    return spec.img_size, None, spec.precision
-
-
-READERS = {".onnx": _read_onnx_file, ".xml": _read_openvino_file, ".mlpackage": _read_coreml_file}
+    environment = backend.environment if tuned else {}
+    return Case(path.name, backend.runtime, precision, img_size, batch_size, None, job, dict(environment))
 
 
 def choose_cores(threads: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shvit.files import scratch_folder
+from shvit.sessions import create_session
 
 from .cases import RUNTIMES, Subject
 from .records import LayerTime
@@ -75,15 +76,8 @@ def kind_of_convolution(weight: Sequence[int]) -> str:
 
 def profile_onnx(subject: Subject, job: dict[str, Any], batch_size: int) -> list[tuple[str, float]]:
     """(kind, seconds) of each node, the median of its runs, from ONNX Runtime's profile."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = subject.settings.threads
-    options.enable_profiling = True
     with scratch_folder() as folder:
-        options.profile_file_prefix = str(folder / "profile")
-        session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
+        session = create_session(job["path"], subject.settings.threads, profile=folder / "profile")
         batch = {session.get_inputs()[0].name: torch.rand(batch_size, *subject.spec.shape).numpy()}
         for _ in range(RUNS):
             session.run(None, batch)
@@ -108,9 +102,9 @@ RENAMED = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")
 
 def _weights(path: Path) -> dict[str, list[int]]:
     """The shape of each convolution's weight by the node's name; the profile has none where the runtime packed it."""
-    from ..backends.onnx import read_onnx
+    from ..backends.onnx_graph import load_onnx
 
-    graph = read_onnx(path).graph
+    graph = load_onnx(path).graph
     shapes = {each.name: list(each.dims) for each in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in shapes:
@@ -123,7 +117,7 @@ def profile_openvino(subject: Subject, job: dict[str, Any], batch_size: int) -> 
     import openvino as ov
     from openvino import properties
 
-    from ..backends.openvino import core
+    from ..backends.openvino_graph import core
 
     model = core().read_model(job["path"])
     model.reshape([batch_size, *subject.spec.shape])

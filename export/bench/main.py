@@ -122,8 +122,8 @@ class Bench:
     def _placements(self, settings: Any, progress: Any) -> Iterator[Any]:
         """Of every package that Core ML has run."""
 
+        from ..backends.compute_plan import measure_placement
         from .cases import FILES, Subject
-        from .compute_plan import measure_placement
 
         for path in self._paths():
             if path.suffix == PACKAGE:
