@@ -16,13 +16,13 @@ from shvit.files import atomic_write, check_output_folder, check_replaceable, is
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from .backends.artifact import Artifact, artifact_files, open_artifact, refuse_changed, torch_predict
+from .backends.registry import Artifact, artifact_files, open_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, images_that_fit, rows_that_fit
 from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, sample_images
 from .labels import find_labels, match_classes, refuse_unknown
 from .pipeline import LEARNING, SUFFIXES, Format, Options, Source, export, open_source_model
 from .spec import MAX_IMG_SIZE, Precision, Spec, open_model, open_weights
-from .summary import show
+from .tables import show
 from .verify import Reference, certify, require
 
 console = terminal.console()

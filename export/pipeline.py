@@ -20,7 +20,7 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, scratch_folder
 from shvit.weights.resolve import Log, Weights
 
-from .backends.artifact import artifact_files, open_artifact
+from .backends.registry import artifact_files, open_artifact
 from .backends.tuning import TUNING
 from .images import ImageFile, read_pixels, spread
 from .quantization.qdq import LayerRanges
@@ -108,7 +108,7 @@ class Source:
 
     def noise(self, unfolded: bool) -> dict[str, float]:
         """The layers by the noise that int8 makes of them, worst first."""
-        from .quantization.qdq import layer_noise
+        from .quantization.exclusion import layer_noise
 
         def measure() -> dict[str, float]:
             model = without_softmax(self.unfolded() if unfolded else self.deployed())
@@ -216,7 +216,7 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
         whole: the file with none of them; it is taken if no other passes more clearly and it is not refused.
         noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
     """
-    from .quantization.qdq import smallest_passing
+    from .quantization.exclusion import smallest_passing
 
     names, tried = list(noise), dict[int, Attempt]()
 
@@ -269,14 +269,19 @@ def int8_onnx_writer(
         unfolded: deployed and with its identities unfolded, in eval mode.
         ranges: of `activation_ranges`.
     """
-    from .backends.onnx import read_onnx, write_onnx
+    from .backends.onnx import read_onnx, save_onnx, write_onnx
     from .quantization.qdq import quantize_onnx
 
     with scratch_folder() as folder:
         path = folder / "float.onnx"
         write_onnx(unfolded, path, spec, dynamic_batch)
         proto = read_onnx(path)
-    return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
+
+    def write(path: Path, spec: Spec) -> None:
+        quantized = quantize_onnx(proto, spec, ranges)
+        save_onnx(quantized.proto, path, spec, labels, quantized.ranges)
+
+    return write
 
 
 def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -> Callable[[Path, Spec], None]:

@@ -1,5 +1,6 @@
 """Does an artifact give its model's outputs? Compared on images, written down as a certificate."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
+from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 from shvit.train.data.images import open_image
 
-from .backends.artifact import Artifact, artifact_files, artifact_sha256
+from .backends.registry import Artifact, artifact_files, artifact_sha256
 from .backends.parameters import LayerParameters, compare_parameters, holds_shvit
 from .images import ImageFile, read_pixels, spread
 from .labels import contradiction
@@ -32,6 +34,7 @@ from .verdict import (
 )
 from .wrappers import layers
 
+PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools")  # of the certificate
 BATCH = 16  # images at a time through model and artifact
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
@@ -282,7 +285,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
         faults=tuple(faults),
         reasons=(*faults, *outputs.reasons),
         notes=tuple(_saturation(artifact, reference)),
-        versions=versions(),
+        versions={**versions(*PACKAGES), "machine": platform.machine()},
         checkpoint=reference.checkpoint_name,
         ema=reference.ema,
         data=reference.data,
@@ -552,13 +555,3 @@ def require(certificate: Certificate) -> None:
 
 
 MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part, for the record."""
-    import platform
-    from importlib.metadata import distributions
-
-    parts = {"shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools"}
-    installed = {found.name: found.version for found in distributions() if found.name in parts}
-    return {"python": platform.python_version(), "machine": platform.machine(), **installed}

@@ -80,6 +80,10 @@ def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...
     return features, tuple(f"stride_{stride}" for stride in features.feature_info.reduction())
 
 
+MIL_LAYERS = ("conv", "linear")
+"""Core ML's operations for `layers`."""
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that hold nearly all arithmetic, by their dotted names, without the prefixes of forms around them."""
     for name, module in model.named_modules():

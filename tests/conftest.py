@@ -43,7 +43,7 @@ def kept_files() -> set[str]:
 
 SLOW = (
     "detection/test_detection.py",
-    "detection/test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
+    "detection/coco/test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
     "export/test_pipeline.py",
     "train/test_train.py",
     "train/test_distributed.py",

@@ -5,9 +5,9 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
+from shvit.create import check_model_name
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
-from shvit.names import check_model_name
 from shvit.weights.manifest import read_manifest
 
 from .data.eval_loader import max_workers

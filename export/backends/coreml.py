@@ -1,24 +1,27 @@
 """A deployed model as a Core ML package (ML Program) in floating point, with int8 weights, or in 8 bits throughout."""
 
 import copy
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
 
-from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
+from shvit.terminal import quiet
 
+from ..metadata import INPUT, describe
 from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import Normalized, Wrapper, layer_name
-from .onnx import INPUT, describe, quiet
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Function, Var
 
 LABEL = "classLabel"
 """What a classifier calls the most probable label; Core ML's customary name."""
@@ -109,7 +112,9 @@ def write_coreml(
                 minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
                 compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
                 convert_to="mlprogram",
-                pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep, ranges),
+                pass_pipeline=pipeline(
+                    spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
+                ),
             )
         package._mil_program.validate()
         for key, value in describe(spec, labels, ranges).items():
@@ -179,6 +184,15 @@ def _inputs(spec: Spec, calibration: Iterable[torch.Tensor]) -> list[torch.Tenso
     return [pixels[None].float() / 255 if spec.uint8_input else spec.normalize(pixels[None]) for pixels in calibration]
 
 
+def _evaluator(function: "Function") -> Callable[[torch.Tensor], Mapping["Var", torch.Tensor]]:
+    """Return what computes every variable of a traced function with one input."""
+    from ..mil.program import Program
+
+    (name,) = function.inputs
+    program = Program(function, "the traced model")
+    return lambda x: program.values({name: x})
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the modules that one convolution or linear operation gives the output of.
 
@@ -192,14 +206,10 @@ def layer_names(model: nn.Module) -> list[str]:
     ]
 
 
-def written(name: str) -> str:
-    """How coremltools writes an operation's name."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return f"op_{plain}" if plain[0].isdigit() else plain
-
-
 def _restore_names(proto: Any, names: Iterable[str]) -> None:
     """Gives operations their modules' names again, where what was written can be one module's alone."""
+    from ..quantization.coreml_passes import written
+
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(written(name), []).append(name)

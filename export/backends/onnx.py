@@ -1,31 +1,24 @@
 """A deployed model as an ONNX file."""
 
 import ast
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shvit import __version__
-from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.files import check_file, is_file
-from shvit.run_info import is_name
+from shvit.terminal import quiet
 
 from ..guards import check_elements, check_operators
-from ..quantization.ranges import Range
+from ..metadata import INPUT, Ranges, describe
+from ..quantization.qdq import LAYERS
 from ..spec import Spec
 from ..wrappers import ChannelsLast, Half, Normalized, layer_name
 
-INPUT = "image"
-SPEC_KEY, LABELS_KEY, RANGES_KEY = "shvit.spec", "shvit.labels", "shvit.ranges"
 OPSET = 20  # the newest that ONNX Runtime, OpenVINO and onnxruntime-web of the last two years all read
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes from which module a node came
 
@@ -71,9 +64,7 @@ def write_onnx(
     save_onnx(proto, path, spec, labels)
 
 
-def save_onnx(
-    proto: Any, path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None
-) -> None:
+def save_onnx(proto: Any, path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Ranges | None = None) -> None:
     """Writes an ONNX file that says what it is, after onnx.checker with full shape inference.
 
     Args:
@@ -88,23 +79,6 @@ def save_onnx(
     onnx.save(proto, path)
 
 
-def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None) -> dict[str, str]:
-    """What every artifact says of itself: its spec, labels, learned ranges, license and the versions that made it."""
-    import timm
-
-    named = {LABELS_KEY: to_json(list(labels))} if labels else {}
-    learned = {RANGES_KEY: to_json(ranges)} if ranges else {}
-    return {
-        SPEC_KEY: spec.to_json(),
-        **named,
-        **learned,
-        "shvit.version": __version__,
-        "torch.version": torch.__version__,
-        "timm.version": timm.__version__,
-        "license": "mit" if spec.model.startswith("shvit") else "see the model's card in timm",
-    }
-
-
 def _name_layers(proto: Any) -> None:
     """Names each node after the module that it came from, as far as the exporter noted it."""
     seen: Counter[str] = Counter()
@@ -115,10 +89,6 @@ def _name_layers(proto: Any) -> None:
             path = f"{path}.{node.op_type}" if path else node.op_type
         node.name = f"{path}.{seen[path]}" if seen[path] else path
         seen[path] += 1
-
-
-LAYERS = ("Conv", "Gemm")
-"""Operators that are a whole module, bias included."""
 
 
 def _strip(proto: Any) -> None:
@@ -229,44 +199,6 @@ MAX_SHAPE_BYTES = 4096  # of a tensor whose values may be a shape
 def metadata(proto: Any) -> dict[str, str]:
     """What an ONNX file says of itself."""
     return {prop.key: prop.value for prop in proto.metadata_props}
-
-
-def spec_from(metadata: dict[str, str], path: Path) -> Spec:
-    """The `Spec` among what a file says of itself; InputError without one."""
-    if SPEC_KEY not in metadata:
-        raise InputError(f"{path}: was not written by `shvit export`, so its preprocessing is not known; "
-                         "export the model again with it")  # fmt: skip
-    return Spec.from_json(metadata[SPEC_KEY], str(path))
-
-
-def labels_from(metadata: dict[str, str], path: Path) -> tuple[str, ...]:
-    """Return the names of the classes among what a file says of itself; InputError where they are no list of names."""
-    where = f"{path}: its labels"
-    labels = parse_model(list[str], parse_json(metadata.get(LABELS_KEY, "[]"), where), where, "export the model again")
-    if wrong := next((each for each in labels if not is_name(each)), None):
-        raise InputError(f"{where}: {wrong[:80]!r} cannot be a name; export the model again")
-    return tuple(labels)
-
-
-def ranges_from(metadata: dict[str, str], path: Path) -> dict[str, Range]:
-    """Return the ranges learned for 8-bit tensors among what a file says of itself; InputError where they are none."""
-    where = f"{path}: its ranges"
-    return parse_model(
-        dict[str, Range], parse_json(metadata.get(RANGES_KEY, "{}"), where), where, "export the model again"
-    )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps exporters' progress and deprecation warnings, which a user can do nothing about, off the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
 
 
 def operators(proto: Any) -> dict[str, int]:

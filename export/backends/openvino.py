@@ -8,10 +8,12 @@ from typing import Any
 
 from shvit.errors import InputError
 from shvit.files import is_file
+from shvit.terminal import quiet
 
 from ..guards import check_elements, check_operators, one_line
+from ..metadata import describe, ranges_from
 from ..spec import Spec
-from .onnx import describe, metadata, quiet, ranges_from, read_onnx
+from .onnx import metadata, read_onnx
 
 SECTION = "shvit"  # of the IR's runtime information
 

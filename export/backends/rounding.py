@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 
-from .onnx import INPUT, LAYERS
+from ..metadata import INPUT
+from .onnx import LAYERS
 
 ROWS = 16  # of a batch at a time, which bounds memory
 MOVES = (
@@ -128,8 +129,7 @@ class RoundedOnnx(_Rounded):
         try:
             return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception types are not public
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise InputError(f"the ONNX file cannot be computed with rounding ({reason})") from error
+            raise InputError(f"the ONNX file cannot be computed with rounding ({first_line(error)})") from error
 
 
 MEASURES = ("ReduceMin", "ReduceMax", "ReduceSum")
@@ -193,8 +193,7 @@ def _half_values(proto: Any) -> set[str]:
     try:
         graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     except onnx.shape_inference.InferenceError as error:
-        reason = next(iter(str(error).splitlines()), "")[:200]
-        raise InputError(f"the ONNX file's types cannot be told ({reason})") from error
+        raise InputError(f"the ONNX file's types cannot be told ({first_line(error)})") from error
     values = (*graph.value_info, *graph.output)
     return {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
 
@@ -251,8 +250,7 @@ class RoundedOpenvino(_Rounded):
         try:
             self.compiled = core().compile_model(graph, "CPU", options)
         except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise InputError(f"the OpenVINO IR cannot be computed with rounding ({reason})") from error
+            raise InputError(f"the OpenVINO IR cannot be computed with rounding ({first_line(error)})") from error
 
     def run(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `spec.feed` makes → all outputs in order."""

@@ -16,12 +16,14 @@ from torch import nn
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.files import is_there
+from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, resolve_weights
 
-from ..backends.artifact import refuse_changed
+from ..backends.registry import refuse_changed
 from ..backends.tuning import TUNING
 from ..guards import one_line
 from ..images import sample_images
+from ..metadata import INPUT, SPEC_KEY, spec_from
 from ..pipeline import MIN_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
 from ..spec import Spec, open_weights
 from ..verify import Reference
@@ -114,8 +116,6 @@ class Subject:
     def reference(self, batch_size: int) -> Path:
         """As others export it: timm's own model, its norms folded by timm, through the older exporter at opset 11."""
         from timm.utils import reparameterize_model
-
-        from ..backends.onnx import INPUT, quiet
 
         path = self._path(f"-reference-{batch_size}.onnx")
         model = reparameterize_model(timms_own(self.name, self.opened[0])).eval()
@@ -356,8 +356,8 @@ def _image_input(path: Path, shapes: Sequence[Sequence[Any]]) -> tuple[int, int 
 
 
 def _read_onnx_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import onnx_session
-    from ..backends.onnx import SPEC_KEY, metadata, read_onnx, spec_from
+    from ..backends.registry import onnx_session
+    from ..backends.onnx import metadata, read_onnx
 
     said = metadata(read_onnx(path))
     session = onnx_session(path, 1)
@@ -387,7 +387,6 @@ def _onnx_precision(path: Path) -> str:
 
 
 def _read_openvino_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.onnx import SPEC_KEY, spec_from
     from ..backends.openvino import read_openvino
 
     model, said = read_openvino(path)
@@ -397,7 +396,7 @@ def _read_openvino_file(path: Path) -> tuple[int, int | None, str]:
 
 
 def _read_coreml_file(path: Path) -> tuple[int, int | None, str]:
-    from ..backends.artifact import open_artifact
+    from ..backends.registry import open_artifact
 
     spec = open_artifact(path).spec
     return spec.img_size, None, spec.precision

@@ -123,7 +123,7 @@ class Bench:
         """Of every package that Core ML has run."""
 
         from .cases import FILES, Subject
-        from .compute_plan import measure_placement
+        from ..backends.compute_plan import measure_placement
 
         for path in self._paths():
             if path.suffix == PACKAGE:

@@ -1,6 +1,5 @@
 """What this machine can do at best: arithmetic per precision, and reading memory, measured by short loops."""
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shvit.environment import WAITING, users_environment
+from shvit.environment import WAITING, users_environment, versions
 
 from .records import Machine
 
@@ -36,7 +35,7 @@ def measure_machine() -> Machine:
         threads=torch.get_num_threads(),
         peak_gflops=measure_peaks(),
         bandwidth_gb_per_s=measure_bandwidth(),
-        versions=package_versions(),
+        versions=versions(*PACKAGES),
         environment={name: value for name, value in users_environment().items() if name in SWITCHES},
     )
 
@@ -66,7 +65,7 @@ def _onnx_product(a: np.ndarray) -> Callable[[], object]:
     """The same product in ONNX Runtime, one factor of which is a weight; in int8 the other is unsigned, as in files."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from ..backends.artifact import onnx_session
+    from ..backends.registry import onnx_session
 
     whole = a.dtype == np.int8
     x = a.astype(np.uint8) if whole else a
@@ -129,9 +128,3 @@ def _cpuinfo(key: str) -> str | None:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-
-
-def package_versions() -> dict[str, str]:
-    """Of Python and of what runs models here."""
-    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}

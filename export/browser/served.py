@@ -15,11 +15,11 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, sha256
 from shvit.weights.published import published_top1
 
-from ..backends.artifact import open_artifact
-from ..backends.onnx import INPUT
+from ..backends.registry import open_artifact
 from ..bench.cases import Settings, Subject
 from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels
+from ..metadata import INPUT
 from ..pipeline import MIN_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
 from ..spec import Precision, Spec
 from ..verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures

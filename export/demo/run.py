@@ -18,7 +18,7 @@ from shvit.train.data.datasets import open_dataset
 from shvit.train.data.eval_loader import eval_loader
 from shvit.train.evaluate import Evaluation, evaluate
 
-from ..backends.artifact import Predict, open_artifact, torch_predict
+from ..backends.registry import Predict, open_artifact, torch_predict
 from ..bench.records import disturbance, measurements_from
 from . import report
 
@@ -94,7 +94,7 @@ def _cells() -> Path:
 
 
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
-    from shvit.checkpoint import create_model
+    from shvit.create import create_model
 
     return create_model(trained["model"], trained["checkpoint"])
 

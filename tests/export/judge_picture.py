@@ -1,6 +1,6 @@
-"""Draws export/verdicts.png: how far sound files and files with one deliberate defect are from their models.
+"""Draws docs/explanation/verdicts.png: how far sound files and files with one deliberate defect are from their models.
 
-$ python tests/judge_picture.py export/verdicts.png onnx openvino coreml
+$ python -m tests.export.judge_picture docs/explanation/verdicts.png onnx openvino coreml
 """
 
 import sys
@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.parameters import compare_parameters
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify

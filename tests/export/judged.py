@@ -14,18 +14,20 @@ import torch
 from coremltools.proto import Model_pb2
 from torch import nn
 
-from shvit.deployment import DeployedSHSA, deploy
+from shvit.deployment import deploy
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import Artifact, open_artifact
+from shvit.export.backends.registry import Artifact, open_artifact
 from shvit.export.backends.coreml import write_coreml
-from shvit.export.backends.onnx import SPEC_KEY, metadata, save_onnx, spec_from, write_onnx
+from shvit.export.backends.onnx import metadata, save_onnx, write_onnx
 from shvit.export.backends.openvino import write_openvino
 from shvit.export.images import ImageFile
+from shvit.export.metadata import SPEC_KEY, spec_from
 from shvit.export.pipeline import Format, Source, float_layers
 from shvit.export.quantization.qdq import LayerRanges, Unfolded, activation_ranges, quantize_onnx
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
 from shvit.export.wrappers import Probabilities, layers
+from shvit.fold import DeployedSHSA
 from tests.trained_models import PX, draw_images, trained
 
 
@@ -419,7 +421,8 @@ class Workshop:
         path, spec = self.path(".onnx"), replace(spec or self.spec, precision=precision)
         if precision == "int8":
             spec = replace(spec, excluded_layers=self.kept())
-            quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
+            quantized = quantize_onnx(proto, spec, self.source.ranges() if ranges is None else ranges)
+            save_onnx(quantized.proto, path, spec, labels, quantized.ranges)
         else:
             save_onnx(proto, path, spec, labels)
         proto = onnx.load(path)

@@ -19,7 +19,7 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.onnx import operators, read_onnx
 from shvit.export.images import read_pixels, sample_images
 from shvit.export.spec import Spec, open_model, randomize_norms

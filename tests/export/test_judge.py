@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.parameters import LayerParameters, Stored, compare_parameters, range_faults
 from shvit.export.pipeline import SUFFIXES, Options, export
 from shvit.export.spec import Spec

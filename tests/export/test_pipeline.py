@@ -334,7 +334,7 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
     """Core ML is part of macOS; elsewhere our evaluator predicts in its place."""
     import coremltools
 
-    from shvit.export.backends.artifact import open_artifact
+    from shvit.export.backends.registry import open_artifact
     from shvit.export.mil.program import Package
 
     class Native:

@@ -17,7 +17,7 @@ from shvit import cli
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.export import guards
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.openvino import write_openvino
 from shvit.export.bench.cases import Settings, case_of_file
 from shvit.export.spec import Spec

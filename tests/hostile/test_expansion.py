@@ -7,7 +7,7 @@ import pytest
 
 from shvit.documents import load_yaml
 from shvit.errors import InputError
-from shvit.export.backends.artifact import refuse_changed
+from shvit.export.backends.registry import refuse_changed
 from shvit.files import atomic_write
 from shvit.train.data.image_folders import list_images
 from shvit.train.data.shards import Shards, class_index
@@ -108,7 +108,7 @@ def test_builder_of_datasets_is_no_dataset(name):
 
 
 def test_folder_that_is_no_artifact_is_not_hashed(tmp_path, monkeypatch):
-    monkeypatch.setattr("shvit.export.backends.artifact.sha256", None)
+    monkeypatch.setattr("shvit.export.backends.registry.sha256", None)
     with pytest.raises(InputError, match="unknown artifact"):
         refuse_changed(tmp_path)
 

@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import timm
 import torch
 
-import shvit
 from shvit.documents import check_expansion, load_yaml, to_json
+from shvit.environment import versions
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
 from shvit.run_info import same_name
@@ -77,7 +76,9 @@ class RunFolder:
             if self.states:
                 raise InputError(f"{self.path} holds {self.states[0].name} but no recipe.yaml of that run; put "
                                  "that recipe.yaml back, or choose another --output")  # fmt: skip
-            write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": versions()})
+            revision = git_revision(Path(__file__).parent)
+            made_with = {**versions("shvit", "timm"), "torch": str(torch.__version__), "git": revision}
+            write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": made_with})
             return
         try:
             stored = load_yaml(path)
@@ -298,14 +299,6 @@ def _write(state: dict[str, Any], file: BinaryIO) -> None:
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     file.flush()
     os.fsync(file.fileno())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of packages, and the revision of this code where it is a git checkout."""
-    import platform
-
-    found = {"shvit": shvit.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
-    return {**found, "python": platform.python_version(), "git": git_revision(Path(__file__).parent.parent)}
 
 
 def git_revision(folder: Path) -> str:

@@ -10,7 +10,7 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 import shvit.shvit  # noqa: F401  (registers the models)
-from shvit.checkpoint import create_model
+from shvit.create import create_model
 from shvit.errors import InputError, first_line
 from shvit.run_info import read_run_info
 

@@ -29,7 +29,7 @@ from shvit.errors import InputError
 from shvit.export.backends.coreml import write_coreml
 from shvit.export.bench import worker
 from shvit.export.bench.cases import COMPUTE_UNITS, Settings, case_of_file, check_runtimes
-from shvit.export.bench.compute_plan import DEVICES, device_name, operations_of, placed_operations, placement
+from shvit.export.backends.compute_plan import DEVICES, device_name, operations_of, placed_operations, placement
 from shvit.export.bench.main import Bench, show_placements
 from shvit.export.bench.records import Measurements, Placement, measurements_from
 from shvit.export.mil.program import Package

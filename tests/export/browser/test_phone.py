@@ -14,7 +14,7 @@ from rich.console import Console
 
 from shvit import cli
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import open_artifact
 from shvit.export.bench import main as bench_main
 from shvit.export.bench.cases import Settings
 from shvit.export.bench.main import BenchPhone
