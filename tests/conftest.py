@@ -184,7 +184,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(image_folder):
     return Recipe(
         model="tiny_vit",
@@ -198,7 +198,7 @@ def recipe(image_folder):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(recipe):
     """The same, with everything that draws random numbers, on a small model."""
     return replace(recipe, model=SMALL, epochs=4, augment=Augment(repeats=1), optim=Optim(lr=1e-1, warmup_epochs=1))

@@ -57,7 +57,9 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
             accum_steps = check_recipe(recipe, world)
             splits = None if is_stream(recipe.data) else open_splits(recipe.data)
             classes, loader = open_training(recipe, world, accum_steps, splits)
-            return Training(recipe, output, world, classes, loader, accum_steps, signals, splits).run_all()
+            training = Training(recipe, output, world, classes, loader, accum_steps, signals, splits)
+            with training.folder.locked() if world.primary else nullcontext():
+                return training.run_all()
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from stop
 
@@ -102,10 +104,6 @@ class Training:
 
     def run_all(self) -> dict[str, Any]:
         """Train all steps that are left, and return the run's result."""
-        with self.folder.locked() if self.world.primary else nullcontext():
-            return self._run_all()
-
-    def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
             images = self.splits.identity() if self.splits else {"train": {"count": self.loader.length}}
