@@ -93,7 +93,8 @@ class Eval:
     """A folder for accuracy.json and a picture of what is taken for what."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data.datasets import check_loader, has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.eval_dataset import has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.eval_loader import check_loader
         from shvit.train.data.splits import check_outside
 
         check_loader(self.batch_size, self.workers, self.max_corrupt)
@@ -160,7 +161,7 @@ class Eval:
         index: list[int] | None,
     ) -> dict[str, Any]:
         """Prints and returns the accuracy; draws it if there is a folder to draw into."""
-        from shvit.train.data.datasets import eval_loader
+        from shvit.train.data.eval_loader import eval_loader
         from shvit.train.evaluate import count, plot_confusion
 
         if spec.num_classes > MAX_CLASSES_COUNTED:
@@ -209,7 +210,7 @@ class Eval:
 
     def _trained_on(self, weights: Weights | None) -> Any:
         """The images of the run that weights or file are of, where its folder, they or the certificate tell."""
-        from shvit.train.data.datasets import TrainedOn, read_trained_on
+        from shvit.train.data.eval_dataset import TrainedOn, read_trained_on
 
         if weights is None:
             origin = read_origin(self.artifact)  # type: ignore[arg-type]

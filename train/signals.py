@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, which may come at any moment and must not cost more than the step under way."""
+"""Handling of SIGTERM and SIGINT, which may arrive at any moment and must not cost more than the current step."""
 
 import signal
 import socket
@@ -14,62 +14,62 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 CHILD: Any = getattr(signal, "SIGCHLD", None)
 """The death of a child; Windows has no such signal, and PyTorch does without it there."""
 LATE = 0.5
-"""Seconds after which a signal that the main thread did not heed is late."""
+"""Seconds after which a signal that the main thread has not handled is late."""
 
 NO_SIGNAL = b"\0"
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop. No Exception, so that nothing takes it for an error on its way up."""
+    """A signal asked the run to stop; a BaseException, so that no `except Exception` catches it on the way up."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-class Interrupt:
-    """Raises `Stopped` where a signal arrives; inside `shielded` only at its end.
+class SignalHandler:
+    """Raises `Stopped` when a signal arrives; inside a `defer_signals` block only at its end.
 
     Python runs a signal's handler between two calls into PyTorch, and a backward pass, seconds for large images on a
     CPU, is one call. So a second thread waits for the signal too, and calls `when_late` where the first does not come.
     """
 
     def __init__(self) -> None:
-        self._handling = False
-        self._shielded = False
+        self._installed = False
+        self._deferring = False
         self._changing = threading.Lock()
-        self._heeded = threading.Event()
+        self._handled = threading.Event()
         self.when_late: Callable[[], None] | None = None
-        """Writes the state; called in another thread, never while the main one is in a `shielded` block."""
+        """Writes the state; called in another thread, never while the main one is in a `defer_signals` block."""
         self.received: int | None = None
         """The signal that asked to stop, if one did."""
 
     @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handles both signals until the end of the block; outside of the main thread it leaves them alone."""
+    def installed(self) -> Iterator[None]:
+        """Handle both signals until the end of the block; do nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._handling = True
+        self._installed = True
         previous = [signal.signal(number, self._handle) for number in STOPPING]
         try:
             with self._watched():
                 yield
         finally:
-            self._handling = False
+            self._installed = False
             for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         again = self.received is not None  # one is enough: what follows writes the state
         self.received = number
-        self._heeded.set()
-        if not self._shielded and not again:
+        self._handled.set()
+        if not self._deferring and not again:
             raise Stopped(number)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Runs the second thread, to which Python's own C handler writes each signal's number at once."""
+        """Run the second thread, to which Python's own C handler writes each signal's number at once."""
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         thread = threading.Thread(target=self._watch, args=(receiver,), daemon=True)
@@ -86,31 +86,31 @@ class Interrupt:
 
     def _watch(self, receiver: socket.socket) -> None:
         while NO_SIGNAL not in (numbers := receiver.recv(64)):
-            if set(STOPPING).isdisjoint(numbers) or self._heeded.wait(LATE):
+            if set(STOPPING).isdisjoint(numbers) or self._handled.wait(LATE):
                 continue
             with self._changing, suppress(InputError):  # the main thread's own attempt reports an error
-                if self.when_late is not None and not self._heeded.is_set():
+                if self.when_late is not None and not self._handled.is_set():
                     self.when_late()
 
     @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """A block that is finished before a signal is heeded: one that changes the run's state, or writes it.
+    def defer_signals(self) -> Iterator[None]:
+        """Finish the block before a signal is handled: one that changes the run's state, or writes it.
 
-        SIGCHLD waits too: PyTorch raises an error from it when a loader's worker has died. Blocks may stand in another.
+        SIGCHLD is deferred too: PyTorch raises an error from it when a loader's worker has died. Blocks can be nested.
         """
-        if self._shielded:
+        if self._deferring:
             yield
             return
-        self._shielded = True
+        self._deferring = True
         died: list[tuple[int, object]] = []
-        heed = self._handling and CHILD is not None
-        on_child = signal.signal(CHILD, lambda *what: died.append(what)) if heed else None
+        deferred = self._installed and CHILD is not None
+        on_child = signal.signal(CHILD, lambda *what: died.append(what)) if deferred else None
         try:
             with self._changing:
                 yield
         finally:
-            self._shielded = False
-            if heed:
+            self._deferring = False
+            if deferred:
                 signal.signal(CHILD, on_child)
         if self.received is not None:
             raise Stopped(self.received)
@@ -118,9 +118,9 @@ class Interrupt:
             on_child(*died[0])  # type: ignore[arg-type]
 
     def expected(self, seconds: float = 1.0) -> bool:
-        """Whether a signal has come, or comes within some seconds: one to the whole group may reach workers first."""
+        """Return whether a signal has arrived, or does within `seconds`: one to the group may reach workers first."""
         begin = time.monotonic()
-        for _ in range(10):  # deaths of further workers may break a round off
+        for _ in range(10):  # more workers that die may interrupt the wait
             with suppress(Stopped, RuntimeError):
                 while time.monotonic() < begin + (seconds if self.received is None else 0.3):
                     time.sleep(0.02)

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from shvit.errors import InputError
 from shvit.run_info import same_name
 from shvit.train.data.images import MAX_PIXELS
 
-from ..detector import class_names
-from ..parsing.config import innermost, metrics_of
+from ..parsing.config import class_names, innermost, metrics_of
 from .content import count, is_side, key_of, load_content, names_of, repair, short
 from .headers import Header, Reader, copies, read_headers
 from .objects import ListedImage, Objects, Use
@@ -66,16 +65,18 @@ def check_datasets(config: Config, splits: tuple[str, ...]) -> list[Report]:
     return list(reports.values())
 
 
-def annotation_file(dataset: Any) -> Path:
+def annotation_file(dataset: ConfigDict) -> Path:
+    """Return a dataset's annotation file."""
     return Path(dataset.get("data_root") or "", dataset.ann_file)
 
 
-def image_folder(dataset: Any) -> Path:
+def image_folder(dataset: ConfigDict) -> Path:
+    """Return the folder of a dataset's images."""
     return Path(dataset.get("data_root") or "", dataset.get("data_prefix", {}).get("img") or "")
 
 
 def check_heads(config: Config, classes: tuple[str, ...]) -> None:
-    """Raises where a head has another number of classes than the dataset."""
+    """Raise InputError where a head has another number of classes than the dataset."""
     model = config.model
     heads = {"bbox_head": model.get("bbox_head")}
     for name in ("bbox_head", "mask_head"):
@@ -89,28 +90,28 @@ def check_heads(config: Config, classes: tuple[str, ...]) -> None:
             )
 
 
-def _check_class_names(config: Config, split: str, loader: Any, classes: tuple[str, ...]) -> None:
-    """Raises where a loader's class names are not usable, or not the test loader's, which are the detector's."""
+def _check_class_names(config: Config, split: str, loader: ConfigDict | None, classes: tuple[str, ...]) -> None:
+    """Raise InputError where a loader's class names are unusable, or differ from the test loader's (the detector's)."""
     metainfo = (innermost(loader.dataset).get("metainfo") or {}) if loader is not None else {}
-    said = metainfo.get("classes")
+    names = metainfo.get("classes")
     where = f"{config.filename}: {split}_dataloader's metainfo.classes"
-    if isinstance(said, str):
-        raise InputError(f"{where} is the text {short(said)}; write a tuple, with a comma: ({short(said)},)")
-    if said is not None and (not said or not all(isinstance(each, str) for each in said)):
-        raise InputError(f"{where} is {short(said)}; write the names of one class or more")
-    if twice := [name for name, number in Counter(map(same_name, said or ())).items() if number > 1]:
+    if isinstance(names, str):
+        raise InputError(f"{where} is the text {short(names)}; write a tuple, with a comma: ({short(names)},)")
+    if names is not None and (not names or not all(isinstance(each, str) for each in names)):
+        raise InputError(f"{where} is {short(names)}; write the names of one class or more")
+    if twice := [name for name, number in Counter(map(same_name, names or ())).items() if number > 1]:
         raise InputError(f"{where} has {short(twice[0])} twice; name each class once")
-    if loader is not None and said is None and innermost(loader.dataset).type.rpartition(".")[2] == "CocoDataset":
+    if loader is not None and names is None and innermost(loader.dataset).type.rpartition(".")[2] == "CocoDataset":
         from mmdet.datasets import CocoDataset
 
-        said = CocoDataset.METAINFO["classes"]
-    if said is not None and [*map(same_name, said)] != [*map(same_name, classes)]:
+        names = CocoDataset.METAINFO["classes"]
+    if names is not None and [*map(same_name, names)] != [*map(same_name, classes)]:
         raise InputError(
-            f"{where} has {names_of(said)}, and test_dataloader's {names_of(classes)}; give all loaders the same"
+            f"{where} has {names_of(names)}, and test_dataloader's {names_of(classes)}; give all loaders the same"
         )
 
 
-def _check_metric(config: Config, split: str, metric: Any, path: Path) -> None:
+def _check_metric(config: Config, split: str, metric: ConfigDict, path: Path) -> None:
     named = metric.get("ann_file")
     if named and Path(named).resolve() != path.resolve():
         raise InputError(f"{split}_evaluator reads {named} and {split}_dataloader {path}; give both one ann_file")
@@ -119,16 +120,16 @@ def _check_metric(config: Config, split: str, metric: Any, path: Path) -> None:
 
 
 def has_masks(config: Config) -> bool:
-    """Whether the detector learns masks."""
+    """Return whether the detector learns masks."""
     return bool((config.model.get("roi_head") or {}).get("mask_head"))
 
 
-def _measured(metric: Any) -> list[str]:
+def _measured(metric: ConfigDict) -> list[str]:
     measured = metric.get("metric") or "bbox"
     return [measured] if isinstance(measured, str) else list(measured)
 
 
-def _use(config: Config, split: str, dataset: Any, classes: tuple[str, ...]) -> Use:
+def _use(config: Config, split: str, dataset: ConfigDict, classes: tuple[str, ...]) -> Use:
     steps = {str(step.get("type")).rpartition(".")[2]: step for step in dataset.get("pipeline") or []}
     image = steps.get("LoadImage") or steps.get("LoadImageFromFile") or {}
     measured = [kind for metric in metrics_of(config.get(f"{split}_evaluator")) for kind in _measured(metric)]
@@ -279,12 +280,12 @@ def _check_images(
         report.hints["file not found"] = hints.common
     for key in missing:
         report.add("file not found", where[key], hints.of(images[key].name))
-    _hold_against_headers(report, images, where, headers, use.reader)
+    _compare_with_headers(report, images, where, headers, use.reader)
     report.headers = {path: header for path in paths if isinstance(header := headers.get(path), Header)}
     return images
 
 
-def _hold_against_headers(
+def _compare_with_headers(
     report: Report,
     images: dict[Any, ListedImage],
     where: dict[Any, str],
@@ -310,27 +311,27 @@ def _hold_against_headers(
         if max(header.width, header.height) > MAX_RATIO * min(header.width, header.height):
             size = _by((header.width, header.height))
             report.add("file not readable", where[key], f"is {size}, too thin to be resized")
-        said, loaded = (image.width, image.height), reader.loaded(header)
-        near_enough = max(abs(a - b) for a, b in zip(said, loaded, strict=True)) <= 1
-        if said == (0, 0):
+        listed, loaded = (image.width, image.height), reader.loaded(header)
+        near_enough = max(abs(a - b) for a, b in zip(listed, loaded, strict=True)) <= 1
+        if listed == (0, 0):
             continue
         image.width, image.height = loaded if near_enough else (0, 0)  # unknown which of the two is meant
-        if said == loaded:
+        if listed == loaded:
             if header.orientation > 1 and header.turned == (header.width, header.height):
                 unseen["as shown" if reader.turns(header) else f"as stored, as {header.format} is loaded"] += 1
         elif near_enough:
             near += 1
-        elif said == (header.width, header.height):
+        elif listed == (header.width, header.height):
             report.add(
                 "size is the one before Exif turns the image, and it is loaded turned",
                 where[key],
-                f"is {_by(said)} in the file and {_by(loaded)} as loaded",
+                f"is {_by(listed)} in the file and {_by(loaded)} as loaded",
             )
         else:
             report.add(
                 "size differs from the image's",
                 where[key],
-                f"is {_by(said)} in the file and {_by(loaded)} as loaded{_factor(said, loaded)}",
+                f"is {_by(listed)} in the file and {_by(loaded)} as loaded{_factor(listed, loaded)}",
             )
     for how, number in unseen.items():
         report.notes.append(f"Exif turns or mirrors {count(number, 'image')} without a change of size: annotate {how}")
@@ -342,15 +343,15 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-def _factor(said: tuple[int, int], loaded: tuple[int, int]) -> str:
-    if said == loaded[::-1]:
+def _factor(listed: tuple[int, int], loaded: tuple[int, int]) -> str:
+    if listed == loaded[::-1]:
         return ", width and height exchanged"
-    across, down = loaded[0] / said[0], loaded[1] / said[1]
+    across, down = loaded[0] / listed[0], loaded[1] / listed[1]
     return f", {across:.3g} times as large" if math.isclose(across, down, rel_tol=0.02) else ""
 
 
 class _Hints:
-    """Where files that are not in the image folder might be."""
+    """Guesses where files that are not in the image folder might be."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder = folder
@@ -358,7 +359,7 @@ class _Hints:
         self.present: dict[Path, dict[str, str]] = {}
 
     def _another_prefix(self, names: list[str]) -> str:
-        """Return what is true of all that are missing."""
+        """Return a remedy for all missing files, if there is one."""
         if not self.folder.is_dir():
             return f"{self.folder} is not a folder: set data_root and data_prefix"
         for parent in list(self.folder.parents)[:2]:

@@ -1,4 +1,4 @@
-"""Whether boxes are what COCO calls boxes, and around their masks; which mistake explains those that are not."""
+"""Checks that boxes have COCO's form and enclose their masks, and finds the mistake that explains those that do not."""
 
 import math
 from collections import Counter
@@ -27,7 +27,7 @@ Rectangle = tuple[float, float, float, float]
 
 
 def mask_extent(segmentation: Any, runs: list[int] | None, width: int, height: int) -> Rectangle | None:
-    """Return the rectangle around a mask that is sound, not empty and for an image of that size.
+    """Return the rectangle around a mask that is valid, not empty and for an image of the given size.
 
     Args:
         runs: the run lengths, where the mask has some.
@@ -75,7 +75,7 @@ def _area(rectangle: Rectangle) -> float:
 
 
 def _common(one: Rectangle, other: Rectangle) -> Rectangle:
-    """Return the rectangle that two have in common; its area is 0 where they have none."""
+    """Return the intersection of two rectangles; its area is 0 where they do not overlap."""
     return max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])
 
 
@@ -86,7 +86,7 @@ def _iou(one: Rectangle, other: Rectangle) -> float:
 
 
 def _within(one: Rectangle, other: Rectangle, pixels: float) -> bool:
-    """Whether no edge is further than that from the other's."""
+    """Return whether no edge is further than a distance from the other rectangle's."""
     return all(abs(a - b) <= pixels for a, b in zip(one, other, strict=True))
 
 
@@ -94,7 +94,7 @@ def _within(one: Rectangle, other: Rectangle, pixels: float) -> bool:
 
 
 class BoxForms:
-    """Which form boxes have, by the image, and by the masks where there are any."""
+    """Counts of the forms that boxes can have, judged by the image, and by the masks where there are any."""
 
     NAMES = (
         "bbox is [x1, y1, x2, y2], not [x, y, width, height]",
@@ -107,7 +107,7 @@ class BoxForms:
         self.fits: Counter[str] = Counter()
 
     def add(self, box: list[float], width: int, height: int, mask: Rectangle | None) -> None:
-        """Count the forms in which a box is inside of an image of that size, or around its mask."""
+        """Count the forms in which a box is inside of its image, or around its mask."""
         a, b, c, d = box
 
         def fits(left: float, top: float, right: float, bottom: float) -> bool:
@@ -124,7 +124,7 @@ class BoxForms:
         self.fits[self.NAMES[1]] += fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)
 
     def named(self) -> str | None:
-        """Return the kind of problem, where nearly all boxes have another form and many cannot have the right one."""
+        """Return the kind of problem where nearly all boxes have another form, and many cannot have the right one."""
         if self.total and self.normalized > self.total / 2:
             return self.NORMALIZED
         wrong = self.total - self.right
@@ -140,9 +140,9 @@ class Pair:
     """A box that is not around its mask."""
 
     where: str
-    """The annotation."""
+    """The annotation, as messages name it."""
     box: list[float]
-    """As in the file."""
+    """The box as it is in the file."""
     mask: Rectangle
     width: int
     """The image's."""
@@ -156,7 +156,7 @@ class Pair:
 
 @dataclass
 class MaskFits:
-    """How boxes lie to their masks: those in doubt, and of these the ones that are wrong whatever the reason."""
+    """Boxes compared with their masks: those in doubt, and among them those that are certainly wrong."""
 
     compared: int = 0
     doubtful: list[Pair] = field(default_factory=list)
@@ -211,12 +211,12 @@ Put = Callable[[Pair], tuple[Rectangle, Rectangle]]
 
 
 def _share(pairs: list[Pair], put: Put) -> float:
-    """Return which part of the pairs a mistake explains."""
+    """Return the fraction of the pairs that a mistake explains."""
     return sum(_iou(*put(pair)) >= EXPLAINED_IOU for pair in pairs) / len(pairs)
 
 
 def _form(corners: Callable[[float, float, float, float, int, int], Rectangle]) -> Put:
-    """Return what reads a box's four numbers, given the image's width and height, in another way."""
+    """Return a function that reads a box's four numbers in another form, given the image's width and height."""
 
     def put(pair: Pair) -> tuple[Rectangle, Rectangle]:
         a, b, c, d = pair.box

@@ -1,4 +1,4 @@
-"""COCO annotation files as tools write them: read in any encoding of JSON, and harmless quirks repaired in memory."""
+"""COCO annotation files as tools write them, in any encoding of JSON, with harmless quirks repaired in memory."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def _reason(error: Exception) -> str:
 
 
 def repair(content: dict[str, Any]) -> list[str]:
-    """Change what is harmless to what pycocotools needs, in place; what is wrong stays for the check to name.
+    """Repair harmless quirks for pycocotools, in place; mistakes stay for the check to report.
 
     Sizes like 640.0 become whole numbers, which pycocotools insists on; category names that are numbers become text,
     and accents in them one character with their letter, as `AnnotationFile` looks them up; backslashes in file names
@@ -100,7 +100,7 @@ def repair(content: dict[str, Any]) -> list[str]:
 
 
 def _repair_sizes(images: list[Any], annotations: list[dict[str, Any]]) -> None:
-    """Make whole numbers of the sizes of images and run lengths."""
+    """Turn the sizes of images and run lengths into whole numbers."""
     for image in images:
         for side in ("width", "height"):
             if isinstance(image, dict) and isinstance(image.get(side), float) and is_side(image[side]):
@@ -119,7 +119,7 @@ def _repair_category_names(content: dict[str, Any]) -> None:
 
 
 def _remove_unused_doubles(content: dict[str, Any], annotations: list[dict[str, Any]]) -> list[str]:
-    """Remove categories without annotations whose name another category has, as Roboflow's category 0."""
+    """Remove categories without annotations whose name another category has, such as Roboflow's category 0."""
     used = Counter(key_of(each.get("category_id")) for each in annotations)
     by_name = defaultdict(list)
     removed: set[int] = set()
@@ -164,7 +164,7 @@ def _add_areas(annotations: list[dict[str, Any]]) -> list[str]:
 
 
 def _area(annotation: dict[str, Any]) -> float:
-    """Square pixels inside of the polygons or run lengths, or of the box where there are none that can be read."""
+    """Return the area in pixels of the polygons or run lengths, or of the box where there are no readable ones."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation and all(is_polygon(each) for each in segmentation):
         return sum(_polygon_area(each) for each in segmentation)
@@ -182,12 +182,12 @@ def _polygon_area(polygon: list[float]) -> float:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number that can be a coordinate."""
+    """Return whether a value is a finite number that can be a coordinate."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_COORDINATE < value < MAX_COORDINATE
 
 
 def is_numbers(values: Any) -> TypeGuard[list[float]]:
-    """Whether a value is a list of such numbers; as fast as a file of millions needs it."""
+    """Return whether a value is a list of such numbers; as fast as a file of millions needs it."""
     if not isinstance(values, list) or not {int, float}.issuperset(map(type, values)):
         return False
     try:
@@ -198,17 +198,17 @@ def is_numbers(values: Any) -> TypeGuard[list[float]]:
 
 
 def is_box(value: Any) -> TypeGuard[list[float]]:
-    """Whether a value is [x, y, width, height], where sides may be 0 but not negative."""
+    """Return whether a value is [x, y, width, height], where sides may be 0 but not negative."""
     return is_numbers(value) and len(value) == 4 and value[2] >= 0 and value[3] >= 0
 
 
 def is_zero_box(value: Any) -> bool:
-    """Whether a value is a box without width or height, which no detection can overlap."""
+    """Return whether a value is a box without width or height, which no detection can overlap."""
     return is_box(value) and min(value[2:]) == 0
 
 
 def is_polygon(value: Any) -> TypeGuard[list[float]]:
-    """Whether a value is [x1, y1, x2, y2, x3, y3, …] with three corners or more."""
+    """Return whether a value is [x1, y1, x2, y2, x3, y3, …] with three corners or more."""
     return is_numbers(value) and len(value) >= 6 and len(value) % 2 == 0
 
 
@@ -222,7 +222,7 @@ def key_of(value: Any) -> Any:
 
 
 def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
-    """Whether an id is a text whose number is among those that are known."""
+    """Return whether an id is a text whose number is among those that are known."""
     try:
         return isinstance(value, str) and int(value) in known
     except ValueError:
@@ -230,7 +230,7 @@ def is_text_of(value: Any, known: dict[Any, Any]) -> bool:
 
 
 def is_within_reach(values: list[float], width: float, height: float) -> bool:
-    """Whether coordinates x, y, x, y, … are in an image, or not much further from it than it is large."""
+    """Return whether coordinates x, y, x, y, … are in an image, or not much further from it than it is large."""
     reach = REACH * max(width, height)
     return (
         min(values) >= -reach
@@ -240,7 +240,7 @@ def is_within_reach(values: list[float], width: float, height: float) -> bool:
 
 
 def is_drawable(polygon: list[float]) -> bool:
-    """Whether pycocotools can draw a polygon: it writes every pixel of the outline down, and checks nothing."""
+    """Return whether pycocotools can draw a polygon: it writes every pixel of the outline down, and checks nothing."""
     if len(polygon) * (max(polygon) - min(polygon)) < MAX_OUTLINE:
         return True
     x, y = polygon[::2], polygon[1::2]
@@ -276,7 +276,7 @@ def run_lengths(counts: Any) -> list[int] | None:
 
 
 def is_side(value: Any) -> TypeGuard[float]:
-    """Whether a value can be the width or height of an image."""
+    """Return whether a value can be the width or height of an image."""
     return is_number(value) and float(value).is_integer() and 0 < value < 1 << 20
 
 
@@ -284,7 +284,7 @@ def is_side(value: Any) -> TypeGuard[float]:
 
 
 def count(number: int, what: str) -> str:
-    """`1 box`, `2 boxes`, `3 categories`."""
+    """Return a number with its noun: `1 box`, `2 boxes`, `3 categories`."""
     if number != 1:
         what = what[:-1] + "ies" if what.endswith("y") else what + ("es" if what.endswith(("x", "s")) else "s")
     return f"{number:,} {what}"

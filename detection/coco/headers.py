@@ -1,4 +1,4 @@
-"""What the headers of image files say, many at once and without decoding one."""
+"""Headers of image files, read many at once and without decoding an image."""
 
 import hashlib
 import os
@@ -29,28 +29,28 @@ MANY = 5000  # images from which on a bar is shown on a terminal
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One image file."""
+    """The header of one image file."""
 
     width: int
-    """As stored, in pixels."""
+    """Width in pixels, as stored."""
     height: int
     orientation: int
-    """Exif's, 1 to 8; 1 where it says nothing."""
+    """Exif's orientation, 1 to 8; 1 where there is none."""
     format: str
-    """Pillow's name."""
+    """Pillow's name of the format."""
     size_bytes: int
     tail: bytes
     """Digest of the last `TAIL` bytes: files of one length and tail may be copies of each other."""
 
     @property
     def turned(self) -> tuple[int, int]:
-        """Width and height as Exif's orientation has the image shown."""
+        """Width and height after the image is turned by its Exif orientation."""
         return (self.height, self.width) if self.orientation > 4 else (self.width, self.height)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a pipeline reads images: MMDetection's LoadImageFromFile."""
+    """The options of a pipeline's LoadImageFromFile."""
 
     color_type: str = "color"
     backend: str = "cv2"
@@ -60,7 +60,7 @@ class Reader:
         return header.turned if self.turns(header) else (header.width, header.height)
 
     def turns(self, header: Header) -> bool:
-        """Whether images like this one are loaded as Exif has them shown."""
+        """Return whether images like this one are turned by their Exif orientation when loaded."""
         if header.format == "TIFF":
             return True  # libtiff does it, whatever it is asked for
         if self.color_type not in ("color", "grayscale"):
@@ -68,7 +68,7 @@ class Reader:
         return self.backend == "pillow" or (self.backend == "cv2" and header.format in TURNED_BY_OPENCV)
 
     def opens(self, path: Path) -> bool:
-        """Whether the backend knows the format of a file."""
+        """Return whether the backend knows the format of a file."""
         import cv2
 
         return self.backend != "cv2" or cv2.haveImageReader(str(path))
@@ -76,13 +76,13 @@ class Reader:
 
 @cache
 def known_formats() -> list[str]:
-    """Return the formats of images that are opened here, whatever a file's name says, and those that are only named."""
+    """Return the image formats that are opened here, and those that are only recognized, whatever a file's name."""
     Image.init()
     return [name for name in (*FORMATS, *NAMED) if name in Image.OPEN]
 
 
 def read_headers(paths: Iterable[Path]) -> dict[Path, Header | str]:
-    """Return what each file's header says, or, as text, why it cannot be read; a file that is not there is absent.
+    """Return each file's header, or, as text, why it cannot be read; a missing file is left out.
 
     In threads: files on another machine take longer to arrive than to be parsed.
     """

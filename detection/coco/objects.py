@@ -1,4 +1,4 @@
-"""The annotations of one COCO file, checked one after the other and for what shows in all of them together."""
+"""Checks of one COCO file's annotations, one by one and taken together."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ FAR = "coordinates far outside of the image"
 
 @dataclass(frozen=True)
 class Use:
-    """What a config's loader does with a file."""
+    """A config's use of an annotation file."""
 
     classes: tuple[str, ...]
     masks: bool
-    """Whether polygons or run lengths are read."""
+    """True if polygons or run lengths are read."""
     learn: bool
-    """Trained with, rather than evaluated against."""
+    """True for training, False for evaluation."""
     reader: Reader = field(default_factory=Reader)
     filter_empty: bool = False
     """Images without annotations of the classes are skipped."""
@@ -46,22 +46,22 @@ class Use:
 
 @dataclass
 class ListedImage:
-    """An entry of images that annotations refer to."""
+    """An entry of the file's images, to which annotations refer."""
 
     name: str
     path: Path | None
     width: int
-    """That annotations are held against; 0 where it is not known."""
+    """Width with which annotations are compared; 0 where it is unknown."""
     height: int
     boxes: list[Any] = field(default_factory=list)
     to_learn: Counter[str] = field(default_factory=Counter)
-    """Annotations by class name, of those to learn from."""
+    """Number of annotations to learn from, by class name."""
     of_classes: bool = False
-    """Whether any annotation is of the config's classes, a crowd too."""
+    """True if any annotation is of the config's classes, crowds included."""
 
 
 class Objects:
-    """The annotations of one file, one after the other, and what they add up to."""
+    """A check of one file's annotations, one after the other, with its totals."""
 
     def __init__(self, report: Report, images: dict[Any, ListedImage], names: dict[Any, str], use: Use):
         self.report = report
@@ -136,7 +136,7 @@ class Objects:
         return name
 
     def _skipped(self, entry: dict[str, Any], name: str, box: list[float]) -> str:
-        """Why MMDetection does not learn from a sound annotation, or pycocotools not evaluate against it, if so."""
+        """Return why MMDetection or pycocotools skips a valid annotation; an empty text if it does not."""
         if name not in self.use.classes:
             return "of other categories"
         if is_zero_box(box):
@@ -183,7 +183,7 @@ class Objects:
 
     @staticmethod
     def _is_near(polygon: list[float], image: ListedImage) -> bool:
-        """Whether a polygon can be drawn; an image whose size is in doubt is a problem of its own."""
+        """Return whether a polygon can be drawn; an image whose size is in doubt is a problem of its own."""
         return is_drawable(polygon) and (not image.width or is_within_reach(polygon, image.width, image.height))
 
     def _check_extent(self, polygons: list[list[float]], image: ListedImage, where: str) -> None:
@@ -209,7 +209,7 @@ class Objects:
             self.report.add("mask is empty", where)
 
     def conclude(self) -> None:
-        """Add what shows in all of them together, and what is left."""
+        """Report problems of all annotations taken together, and count what is left."""
         report, use = self.report, self.use
         if form := self.forms.named():
             for where, detail in self.outside[:LISTED] or [("all of them", "")]:
@@ -240,7 +240,7 @@ class Objects:
             report.add("no annotation is left to learn from" if use.learn else "nothing to evaluate against", "", why)
 
     def _conclude_mask_fits(self) -> None:
-        """Add boxes that are not around their masks, where they are many, and a note where they are few."""
+        """Report boxes that do not enclose their masks: a problem where they are many, a note where they are few."""
         fits, kind = self.mask_fits, "bbox is not around its mask"
         wrong, why = fits.wrong()
         for pair in wrong:
@@ -259,7 +259,7 @@ class Objects:
         self.report.notes.append(f"boxes {how}: {len(pairs):,} of {self.mask_fits.compared:,} ({named})")
 
     def _check_same_files(self) -> None:
-        """Add files that several entries name, unless the entries have the same annotations."""
+        """Report files that several entries name, unless the entries have the same annotations."""
         entries = defaultdict(list)
         for key, image in self.images.items():
             if image.path is not None:
@@ -315,7 +315,7 @@ def _is_area(value: Any) -> bool:
 
 
 def _has_pairs(value: Any) -> bool:
-    """Whether a value is points, [[x, y], [x, y], …]."""
+    """Return whether a value is a list of points, [[x, y], [x, y], …]."""
     return (
         isinstance(value, list)
         and len(value) > 1
@@ -324,5 +324,5 @@ def _has_pairs(value: Any) -> bool:
 
 
 def _is_normalized(rectangle: Rectangle) -> bool:
-    """Whether a mask is inside of the image's first pixel, as coordinates in 0..1 are."""
+    """Return whether a mask is inside of the image's first pixel, as coordinates in 0..1 are."""
     return min(rectangle) >= 0 and max(rectangle) <= 1

@@ -1,4 +1,4 @@
-"""What a check of an annotation file finds: its problems, counted and in one line, and what a detector is left with."""
+"""Result of a check of an annotation file: its problems, counted, and the images and annotations that are used."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -91,38 +91,38 @@ KINDS = {  # kind of problem: what it is counted in, and what to do
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one entry of a file."""
+    """A problem of one entry of a file."""
 
     kind: str
     """A key of `KINDS`."""
     where: str
-    """The entry: `annotation 3`, `image 7 (a.jpg)`."""
+    """The entry, such as `annotation 3` or `image 7 (a.jpg)`."""
     detail: str = ""
 
 
 @dataclass
 class Report:
-    """What one annotation file holds: what is wrong, and what a detector is left with."""
+    """Problems of one annotation file, and the images and annotations in it that are used."""
 
     path: Path
     purpose: str = "training"
-    """Or evaluation."""
+    """`training` or `evaluation`."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Problems by kind."""
+    """Number of problems by kind."""
     problems: list[Problem] = field(default_factory=list)
-    """The first `LISTED` of each kind."""
+    """The first `LISTED` problems of each kind."""
     hints: dict[str, str] = field(default_factory=dict)
-    """What to do about a kind of problem, where the file tells more than `KINDS`."""
+    """Remedies by kind of problem, where the file allows a more specific one than `KINDS`."""
     notes: list[str] = field(default_factory=list)
-    """Lines about what is sound but may not be meant."""
+    """Lines about what is valid but perhaps not intended."""
     images: int = 0
-    """That MMDetection is left with after its filters."""
+    """Number of images after MMDetection's filters."""
     annotations: int = 0
-    """To learn from, or to evaluate against."""
+    """Number of annotations to learn from, or to evaluate against."""
     by_class: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Images and annotations of each of the config's classes, of those."""
+    """Numbers of these images and annotations, by class of the config."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Annotations that are not among those, by reason."""
+    """Number of skipped annotations, by reason."""
     headers: dict[Path, Header] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, detail: str = "") -> None:
@@ -150,7 +150,7 @@ class Report:
         return self.hints.get(kind) or KINDS[kind][1]
 
     def lines(self) -> Iterator[str]:
-        """Yield what to say before the images are used."""
+        """Yield the lines to print before the images are used."""
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
         yield (
             f"{self.path}: {count(self.images, 'image')} and {count(self.annotations, 'annotation')} for {self.purpose}"

@@ -1,20 +1,19 @@
-"""MMDetection's configs: found by name, read as the data that they are, and refused where they would run code."""
+"""MMDetection's configs: resolved by name, read as data, and refused where they would run code."""
 
 import ast
 import difflib
 import io
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
+from shvit import terminal
 from shvit.errors import InputError, first_line
 from shvit.files import is_there
 
@@ -22,21 +21,21 @@ from .reader import CONFIGS, FOLDER_VARIABLE, TRUST, DataConfig
 from .vocabulary import FIELDS, SCOPES, Refused, check_config
 
 OURS = ("shvit.detection", "shvit.detection.plugin.reading")
-"""What every config has imported: our parts, and the reading of annotation files."""
+"""Modules that are imported for every config: our parts, and the reading of annotation files."""
 
 MAX_FIELDS = 1000
 
 
-def bundled() -> list[str]:
-    """Names of the configs that come with the package."""
+def list_configs() -> list[str]:
+    """Return the names of the bundled configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.py"))
 
 
-def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> Config:
-    """A config with its bases, and what it imports registered.
+def load_config(name: str, options: Sequence[str] = (), trust: bool = False) -> Config:
+    """Load a config with its bases, and register what it imports.
 
     Args:
-        name: one of `bundled()`, or a .py file.
+        name: one of `list_configs()`, or a .py file.
         options: `key.key=value`, on top of the file.
         trust: run what code the file has, import what it names, and build what it asks for.
 
@@ -44,11 +43,11 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
         InputError: no such config, it is more than data, has a type that is not known or a misspelt field, or does not
             describe a detector.
     """
-    path = CONFIGS / f"{name}.py" if name in bundled() else Path(name)
+    path = CONFIGS / f"{name}.py" if name in list_configs() else Path(name)
     os.environ.setdefault(FOLDER_VARIABLE, str(CONFIGS))
     if not is_there(path):
-        close = difflib.get_close_matches(path.stem, bundled(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give a .py file, or one of {', '.join(bundled())}"
+        close = difflib.get_close_matches(path.stem, list_configs(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give a .py file, or one of {', '.join(list_configs())}"
         raise InputError(f"{name}: no such config; {hint}")
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
@@ -69,7 +68,7 @@ def open_config(name: str, options: Sequence[str] = (), trust: bool = False) -> 
 
 
 def set_data_root(config: Config, folder: Path) -> None:
-    """Has the config's datasets and metrics read below `folder` in place of its own data_root."""
+    """Replace the data_root of a config's datasets and metrics, in place, by `folder`."""
     root = f"{folder.resolve() if '..' in folder.parts else folder}/"  # a run's own config is read again
     for split in ("train", "val", "test"):
         loader = config.get(f"{split}_dataloader")
@@ -84,25 +83,34 @@ def set_data_root(config: Config, folder: Path) -> None:
                 metric.ann_file = root + named.removeprefix(before)
 
 
-def innermost(dataset: Any) -> Any:
-    """The config of the dataset with the images, inside those that repeat it."""
+def innermost(dataset: ConfigDict) -> ConfigDict:
+    """Return the config of the dataset that has the images, inside those that repeat it."""
     while "ann_file" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset
 
 
-def metrics_of(evaluator: Any) -> list[Any]:
-    """The configs of an evaluator's metrics, of which there may be one or several."""
+def metrics_of(evaluator: ConfigDict | Sequence[ConfigDict] | None) -> list[ConfigDict]:
+    """Return the configs of an evaluator's metrics, of which there may be one or several."""
     if not evaluator:
         return []
     return list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """Return the names of the detector's classes, in the order of its labels."""
+    from mmdet.registry import DATASETS
+
+    dataset = innermost(config.test_dataloader.dataset)
+    classes = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
+    return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Any]:
-    """`key.key=value` with Python's literals as values, in any case of True, False and None; anything else is a text.
+    """Parse `key.key=value`, where values are Python's literals, True, False and None in any case, or else texts.
 
     Raises:
         InputError: an option without a `=`.
@@ -121,34 +129,30 @@ def parse_options(options: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A block in which libraries do not tell what else could be installed, or what they do in passing."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.INFO)
-        try:
-            yield
-        finally:
-            logging.disable(level)
+    """Silence libraries' hints and progress messages in a block, also those on stdout."""
+    with terminal.quiet(), redirect_stdout(io.StringIO()):
+        yield
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def _check_fields(config: Config, path: Path) -> None:
-    """Raises where fields are misspelt, which mmengine would ignore, or do not describe a detector."""
+    """Raise InputError where fields are misspelled, which MMEngine would ignore, or do not describe a detector."""
     if len(config) > MAX_FIELDS:
         raise InputError(f"{path}: has {len(config):,} fields and variables; a config has at most {MAX_FIELDS:,}")
     for field in config:
         if field not in FIELDS and (close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.93)):
             raise InputError(f"{path}: unknown field {field!r}; did you mean {close[0]!r}?")
 
-    def is_dict(value: Any, *keys: str) -> bool:
+    def is_dict(value: object, *keys: str) -> bool:
         return isinstance(value, dict) and all(key in value for key in keys)
 
     model = config.get("model")
     if not is_dict(model, "type") or not is_dict(model.get("backbone"), "type"):
-        raise InputError(f"{path}: has no model with a backbone; inherit from a bundled config, such as {bundled()[0]}")
+        raise InputError(
+            f"{path}: has no model with a backbone; inherit from a bundled config, such as {list_configs()[0]}"
+        )
     for split in ("train", "val", "test"):
         loader = config.get(f"{split}_dataloader")
         if loader is None and split != "test":
@@ -161,7 +165,7 @@ def _check_fields(config: Config, path: Path) -> None:
 
 
 def _import(config: Config, path: Path, trust: bool) -> None:
-    """Registers ours and MMDetection's classes, and imports what the config names."""
+    """Register ours and MMDetection's classes, and import what the config names."""
     from importlib import import_module
 
     named = config.get("custom_imports", {}).get("imports") or []
@@ -185,7 +189,7 @@ def _import(config: Config, path: Path, trust: bool) -> None:
 
 
 def _check_values(config: Config, path: Path, options: dict[str, Any]) -> None:
-    """Raises for what is not taken from a config that might be somebody else's; the options are the user's own word."""
+    """Raise InputError for values that an untrusted config must not have; options on the command line are trusted."""
     try:
         check_config(config.to_dict(), _leaves(options))
     except Refused as error:
@@ -202,7 +206,7 @@ def _leaves(options: dict[str, Any]) -> Iterator[str]:
 
 
 def only_known(config: Config, options: Sequence[str] = ()) -> Config:
-    """Return the config without its own variables: what runs it is handed what was checked, and nothing besides.
+    """Return the config without its own variables, so that only what was checked reaches MMEngine.
 
     Args:
         options: whose fields are left in.

@@ -1,4 +1,4 @@
-"""Values of a config's text, computed by an interpreter of its own: of the syntax of data alone, and within limits.
+"""An interpreter that computes a config's values: of the syntax of data alone, and within limits.
 
 Python's `eval` never sees the text of somebody else's config. What is not in `check_syntax`'s list is refused before
 anything is computed, and every value's size is known before it is made: `[0] * 10**11` takes no memory.
@@ -56,7 +56,7 @@ _UNARY: dict[type, Callable[[Any], Any]] = {
 
 
 class TooMuch(ValueError):
-    """A value that is larger than any config needs."""
+    """An error about a value that is larger than any config needs."""
 
 
 # --- syntax -----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def parse(text: str) -> ast.Module:
 
 
 def problem_of(tree: ast.Module) -> tuple[int | None, str] | None:
-    """Return the first thing that is neither a name nor a value, and so might run code: its line, and what it is."""
+    """Return the first syntax that is neither a name nor a value, and so might run code, with its line."""
     bases = {id(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
     for number, node in enumerate(ast.walk(tree)):
         if number > MAX_NODES:
@@ -89,7 +89,7 @@ def problem_of(tree: ast.Module) -> tuple[int | None, str] | None:
 
 
 def _problem(node: ast.AST, assigned: set[int]) -> str | None:
-    """Return what of a node is more than data, if anything.
+    """Return the part of a node that is more than data, if any.
 
     Args:
         assigned: ids of the names that the file's own assignments begin with; of these alone, one may be `_base_`.
@@ -115,7 +115,7 @@ def _problem(node: ast.AST, assigned: set[int]) -> str | None:
 
 
 def base_files(tree: ast.Module) -> list[Any]:
-    """Return what the file names as its bases.
+    """Return the names of the file's bases.
 
     Raises:
         InputError: the value cannot be computed.
@@ -128,7 +128,7 @@ def base_files(tree: ast.Module) -> list[Any]:
 
 
 def evaluate(tree: ast.Module, names: dict[str, Any]) -> None:
-    """Do the file's assignments, into `names`, which also has what they may refer to.
+    """Execute the file's assignments into `names`, which also holds what they may refer to.
 
     Raises:
         InputError: a value cannot be computed, or is larger than any config needs; the message begins with the line.
@@ -146,7 +146,7 @@ def _is_base(target: ast.AST) -> bool:
 
 
 class _Interpreter:
-    """Expressions of what `problem_of` lets through."""
+    """An evaluator of the expressions that `problem_of` lets through."""
 
     def __init__(self, names: dict[str, Any]):
         self.names = names
@@ -165,7 +165,7 @@ class _Interpreter:
             raise InputError(f", line {node.lineno}: cannot be computed ({reason}); correct it") from error
 
     def size(self, value: Any) -> int:
-        """Return the number of values in a value, written out; a text counts as several."""
+        """Return the number of values that a value has when written out; a text counts as several."""
         if not isinstance(value, dict | list | tuple):
             return 1 + (len(value) // 50 if isinstance(value, str | bytes) else 0)
         known = self.sizes.get(id(value))

@@ -1,4 +1,4 @@
-"""What a config may say without being trusted: fields, types and their arguments by list, each value of its kind."""
+"""The list of what an untrusted config may contain: fields, types and their arguments, and the kind of each value."""
 
 import difflib
 import keyword
@@ -20,7 +20,7 @@ MAX_LENGTH = 100_000  # characters of a text
 UNTRUSTED = "is not taken from a config that might be somebody else's"
 
 Arguments = dict[str, str]
-"""Kinds by the names of arguments."""
+"""Kinds of values by the names of arguments."""
 
 
 def _read(text: str) -> tuple[dict[str, dict[str, Arguments]], dict[str, Arguments]]:
@@ -38,7 +38,7 @@ def _read(text: str) -> tuple[dict[str, dict[str, Arguments]], dict[str, Argumen
 PARTS, DICTS = _read(SECTIONS)
 TYPES = {name for types in PARTS.values() for name in types}
 FIELDS = DICTS["config"]
-"""Of a config: those of mmengine's Runner that are taken, and what mmdet's configs add."""
+"""Fields of a config: those of MMEngine's Runner that are allowed, and those that mmdet's configs add."""
 
 NOT_TAKEN = (  # what mmengine's Runner reads besides
     *("compile", "runner_type", "model_wrapper_cfg", "strategy", "activation_checkpointing", "efficient_conv_bn_eval"),
@@ -47,7 +47,7 @@ NOT_TAKEN = (  # what mmengine's Runner reads besides
 
 
 class Refused(ValueError):
-    """A value that is not taken: what it is, and what to do."""
+    """An error about a value that is not allowed: the value, and what to do."""
 
 
 def registered() -> set[str]:
@@ -202,13 +202,13 @@ def check_config(content: dict[str, Any], given: Iterable[str] = ()) -> None:
 
 
 class _Checker:
-    """Values held against their kinds; a value that is on the command line is let through."""
+    """A comparison of values with their kinds, which lets values from the command line through."""
 
     def __init__(self, given: set[str]):
         self.given = given
 
     def is_given(self, place: str) -> bool:
-        """Whether a value, or one that it is in, is from the command line."""
+        """Return whether a value, or one that it is in, is from the command line."""
         parts = place.replace("[", ".").replace("]", "").split(".")
         return any(".".join(parts[: end + 1]) in self.given for end in range(len(parts)))
 
@@ -217,7 +217,7 @@ class _Checker:
             raise Refused(f"{place} {UNTRUSTED}")
 
     def check(self, value: Any, kind: str, place: str, depth: int) -> None:
-        """Hold a value against its kind, or against each of several."""
+        """Compare a value with its kind, or each of several with it."""
         if value is None or (self.given and self.is_given(place)):
             return
         if depth < 0:
@@ -247,7 +247,7 @@ class _Checker:
 
     @staticmethod
     def leaf(value: Any, kind: str) -> None:
-        """Hold a text or number against its kind."""
+        """Compare a text or number with its kind."""
         if "|" in kind:
             _choice(value, [each for each in kind.split("|") if each])
         elif kind == "priority" and isinstance(value, str):
@@ -257,7 +257,7 @@ class _Checker:
 
     @staticmethod
     def option(options: list[str], value: Any) -> str:
-        """Return the kind that a value seems to be of."""
+        """Return the kind, among several, that a value seems to have."""
         if isinstance(value, dict):
             dicts = [each for each in options if each[0] in "@.{"]
             typed = [each for each in dicts if each[0] == "@"]
@@ -273,7 +273,7 @@ class _Checker:
         return DICTS[name] if name in DICTS else next(types[name] for types in PARTS.values() if name in types)
 
     def part(self, value: Any, types: dict[str, Arguments], place: str, depth: int) -> None:
-        """Hold a dict with a type against the types that may be built there."""
+        """Compare a dict with a type with the types that may be built there."""
         if not isinstance(value, dict):
             raise Refused(f"{place} is {_short(value)}, not a dict with a type")
         if "type" not in value:
@@ -321,7 +321,7 @@ class _Checker:
             raise Refused(f"{place} has {_short(key)}, which is not a name")
 
     def plain(self, value: Any, place: str, depth: int) -> None:
-        """Hold a config's own variable: nothing reads it, and it is written into the run folder's config."""
+        """Check a config's own variable, which nothing reads but the run folder's config."""
         if depth < 0:
             raise Refused(f"{place}: lists and dicts in each other are more than {MAX_DEPTH} deep")
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""SHViT, and any other model of timm's, as backbones of MMDetection."""
+"""Backbones for MMDetection: SHViT, and any other timm model."""
 
 import logging
 from collections.abc import Sequence
@@ -13,18 +13,28 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shvit.checkpoint import create_model, load_checkpoint
+from shvit.checkpoint import load_checkpoint
+from shvit.create import create_model
 from shvit.errors import InputError
 from shvit.shvit import VARIANTS, SHViT
+from shvit.weights.resolve import find_weights
 
-from ..detector import find_weights
+
+def resolve_weights(checkpoint: str | Path) -> Path:
+    """Return a file of weights, or that of a name of `shvit weights list`, which is downloaded and checked once.
+
+    Raises:
+        InputError: there is neither, or it cannot be downloaded.
+    """
+    return find_weights(checkpoint, lambda line: print_log(line, "current"))[0]
+
 
 PRETRAINED = "Pretrained"
-"""mmengine's type of an init_cfg that names a checkpoint."""
+"""MMEngine's type of an init_cfg that names a checkpoint."""
 
 
 class _Backbone(nn.Module):
-    """What detectors want of a backbone besides feature maps: norms and stages that do not learn.
+    """A backbone with norms and stages that are frozen, as detectors need.
 
     A detector's batches are too small for statistics, so the norms keep those of the classifier.
     """
@@ -32,12 +42,12 @@ class _Backbone(nn.Module):
     norm_eval: bool
 
     def freeze(self) -> None:
-        """Ends the learning of what is frozen: at once, before a wrapper looks which parameters learn."""
+        """Freeze the parameters of `frozen` modules, before a wrapper lists the trainable ones."""
         for module in self.frozen():
             for parameter in module.parameters():
                 parameter.requires_grad = False
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> "_Backbone":
         super().train(mode)
         for module in self.frozen():
             module.eval()
@@ -47,7 +57,7 @@ class _Backbone(nn.Module):
         return self
 
     def frozen(self) -> Sequence[nn.Module]:
-        """The parts that do not learn at all."""
+        """Return the modules that are not trained at all."""
         return ()
 
 
@@ -105,9 +115,9 @@ class SHViTBackbone(_Backbone, SHViT):
         return [self.patch_embed, *stages[: self.frozen_stages], *unused] if self.frozen_stages >= 0 else unused
 
     def init_weights(self) -> None:
-        """Loads what `init_cfg` names, every parameter strictly; the constructor has drawn them otherwise."""
+        """Load the weights that `init_cfg` names, strictly; otherwise the constructor's random ones stay."""
         if self.init_cfg is not None:
-            path = find_weights(self.init_cfg["checkpoint"])
+            path = resolve_weights(self.init_cfg["checkpoint"])
             load_checkpoint(self, path, reset_head=True)
             _tell(self, path)
 
@@ -118,7 +128,7 @@ class SHViTBackbone(_Backbone, SHViT):
 
 @MODELS.register_module()
 class TimmBackbone(_Backbone):
-    """Any `features_only` model of timm's: (B, 3, H, W) → a tuple of its feature maps, finest first.
+    """Any `features_only` model of timm: (B, 3, H, W) → a tuple of its feature maps, finest first.
 
     Args:
         model: a name that `timm.create_model` knows.
@@ -157,10 +167,10 @@ class TimmBackbone(_Backbone):
             ) from error
 
     def init_weights(self) -> None:
-        """Loads what `init_cfg` names: the classifier strictly, of which the feature maps' part is kept."""
+        """Load the classifier that `init_cfg` names, strictly, and keep the part that computes feature maps."""
         if self.init_cfg is None:
             return
-        path = find_weights(self.init_cfg["checkpoint"])
+        path = resolve_weights(self.init_cfg["checkpoint"])
         whole = create_model(self.name, path, **self.arguments).state_dict()
         flat = {name.replace(".", "_"): tensor for name, tensor in whole.items()}  # FeatureListNet joins names by _
         own = self.model.state_dict()

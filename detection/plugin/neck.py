@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @MODELS.register_module()
 class TransposedFPN(BaseModule):
-    """FPN whose finer levels are transposed convolutions (2×2, stride 2), one after the other, of the finest lateral.
+    """FPN whose finer levels are successive transposed convolutions (2×2, stride 2) of the finest lateral.
 
     Levels coarser than the backbone's are stride-2 subsamplings of the coarsest output. Parameters have the names of
     the reference's detection checkpoints (its neck is `EfficientViTFPN` of github.com/microsoft/Cream), where
@@ -57,7 +57,7 @@ class TransposedFPN(BaseModule):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Feature maps (B, in_channels[i], H_i, W_i) → (B, out_channels, …) of each level; both finest first."""
+        """Return maps (B, out_channels, …) of each level, given (B, in_channels[i], H_i, W_i); both finest first."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for fine, coarse in reversed(list(zip(range(len(laterals)), range(1, len(laterals)), strict=False))):
             size = laterals[fine].shape[2:]
@@ -73,12 +73,12 @@ class TransposedFPN(BaseModule):
 
 
 def _smooth(dim: int) -> nn.Sequential:
-    """The 3×3 convolution behind each level."""
+    """Return the 3×3 convolution behind each level."""
     return _named(nn.Conv2d(dim, dim, 3, padding=1))
 
 
 def _named(conv: nn.Module) -> nn.Sequential:
-    """A convolution as `conv` inside a module, which is where mmcv's ConvModule has it."""
+    """Return a convolution as `conv` inside a module, which is where mmcv's ConvModule has it."""
     named = nn.Sequential()
     named.add_module("conv", conv)
     return named

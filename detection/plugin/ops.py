@@ -18,7 +18,7 @@ AVERAGE = 1  # RoIAlign's pool_mode; 0 takes the maximum
 
 
 def has_compiled_ops() -> bool:
-    """Whether mmcv brings compiled operators of its own."""
+    """Return whether mmcv has compiled operators of its own."""
     return importlib.util.find_spec("mmcv") is not None and isinstance(_spec(), ModuleSpec) and not stands_in()
 
 
@@ -27,18 +27,18 @@ def _spec() -> ModuleSpec | None:
 
 
 def stands_in() -> bool:
-    """Whether torchvision's operators are in place."""
+    """Return whether torchvision's operators are in place."""
     return isinstance(sys.modules.get(NAME), Operators)
 
 
 def stand_in() -> None:
-    """Puts torchvision's operators in place, unless mmcv has compiled ones or they are there already."""
+    """Install torchvision's operators, unless mmcv has compiled ones or they are installed already."""
     if not has_compiled_ops():
         sys.modules.setdefault(NAME, Operators())
 
 
 class Operators(ModuleType):
-    """The names of `mmcv._ext`; of those that are not below, each raises NotImplementedError when it is called."""
+    """A module with the names of `mmcv._ext`; those that are not below raise NotImplementedError when called."""
 
     def __init__(self) -> None:
         super().__init__(NAME, __doc__)
@@ -58,7 +58,7 @@ class Operators(ModuleType):
 
     @staticmethod
     def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
-        """Indices of the boxes (N, 4) that are kept, highest score first; `offset` is added to widths and heights."""
+        """Return indices of the boxes (N, 4) to keep, highest score first; `offset` is added to widths and heights."""
         from torchvision.ops import nms
 
         return nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
@@ -77,7 +77,7 @@ class Operators(ModuleType):
         pool_mode: int,
         aligned: bool,
     ) -> None:
-        """Writes the averages over each of `rois` (N, 5) to `output` (N, C, aligned_height, aligned_width)."""
+        """Write the averages over each of `rois` (N, 5) to `output` (N, C, aligned_height, aligned_width)."""
         from torchvision.ops import roi_align
 
         _check_averages(pool_mode)
@@ -98,7 +98,7 @@ class Operators(ModuleType):
         pool_mode: int,
         aligned: bool,
     ) -> None:
-        """Writes the gradient by the features to `grad_input` (B, C, H, W)."""
+        """Write the gradient with respect to the features to `grad_input` (B, C, H, W)."""
         import torchvision  # noqa: F401  (registers the operator)
 
         _check_averages(pool_mode)

@@ -1,4 +1,4 @@
-"""Annotation files as MMDetection reads them: with the repairs that the check makes.
+"""The reading of annotation files by MMDetection, with the repairs that the check makes.
 
 Importing it, as a config does with `custom_imports`, has MMDetection's dataset and metric read files through
 `AnnotationFile`.
@@ -17,7 +17,7 @@ from ..coco.content import is_zero_box, load_content, repair
 
 
 class AnnotationFile(COCO):
-    """pycocotools' COCO of a file that `load_content` reads and `repair` has been at.
+    """pycocotools' COCO of a file that `load_content` reads and `repair` repairs.
 
     Boxes without width or height are left out: MMDetection does not learn from them, and would evaluate against them as
     objects that nothing can find. A file without quirks is read as pycocotools itself reads it.

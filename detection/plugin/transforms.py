@@ -1,13 +1,11 @@
-"""Reading images for detectors, each of which is named if it cannot be read or prepared."""
+"""Transforms that read images for detectors, and name each one that cannot be read or prepared."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from mmcv.transforms import LoadImageFromFile, Pad
 from mmdet.registry import TRANSFORMS
-from mmengine.dataset import base_dataset
+from mmengine.config import ConfigDict
+from mmengine.dataset import Compose
 from PIL import Image
 
 from shvit.errors import InputError, first_line
@@ -44,33 +42,37 @@ class LoadImage(LoadImageFromFile):
             raise InputError(f"{path}: not a readable image (damaged); remove or replace it") from error
 
 
-@contextmanager
-def named_images() -> Iterator[None]:
-    """A block in which datasets name the image that their transforms cannot prepare, such as one of 5000×1 pixels."""
-    prepare = base_dataset.Compose.__call__
+@TRANSFORMS.register_module()
+class NamedImages(Compose):
+    """A pipeline that names the image that it cannot prepare, such as one of 5000×1 pixels.
 
-    def prepared(self: Any, data: Any) -> Any:
+    Args:
+        transforms: the pipeline's transforms, or their configs.
+
+    Raises:
+        InputError: when it is called: OpenCV, Pillow or a transform failed on the image.
+    """
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return prepare(self, data)
+            return super().__call__(data)
+        except InputError:
+            raise
         except Exception as error:  # whatever OpenCV, Pillow or a transform raises
-            raise not_prepared(data, error) from error
+            name, reason = data.get("img_path") or "an image", first_line(error)
+            raise InputError(
+                f"{name}: cannot be prepared as the pipeline says ({reason}); remove or replace it"
+            ) from error
 
-    with patch.object(base_dataset.Compose, "__call__", prepared):
-        yield
 
-
-def not_prepared(data: Any, error: Exception) -> InputError:
-    """Return the error of an image, with its name."""
-    if isinstance(error, InputError):
-        return error
-    name = data.get("img_path") if isinstance(data, dict) else None
-    reason = first_line(error)
-    return InputError(f"{name or 'an image'}: cannot be prepared as the pipeline says ({reason}); remove or replace it")
+def name_images(dataset: ConfigDict) -> None:
+    """Put the pipeline of a dataset's config, in place, into `NamedImages`."""
+    dataset.pipeline = [{"type": "NamedImages", "transforms": dataset.pipeline}]
 
 
 @TRANSFORMS.register_module()
 class Border(Pad):
-    """Pad that leaves `img_shape` the image's, inside of which boxes are kept."""
+    """Pad that leaves `img_shape` as the image's, to which boxes are clipped."""
 
     def transform(self, results: dict) -> dict:
         shape = results["img_shape"]

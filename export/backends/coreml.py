@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
 from ..metadata import INPUT, describe

@@ -1,6 +1,6 @@
 """What differs by runtime: each choice that a measurement made, in one place.
 
-Deployment itself (shvit/deploy.py) is the same for all: no form of it was faster in one runtime and slower in another.
+Deployment (shvit/deployment.py) is the same for all: no form of it was faster in one runtime and slower in another.
 Files are written for one image unless more are asked for, and bench/worker.py compiles for the batch that it is to
 run: an open one costs OpenVINO up to 16 %. docs/explanation/measurements.md has the figures.
 """

@@ -14,7 +14,8 @@ from shvit import terminal
 from shvit.cli import run
 from shvit.errors import CheckFailed
 from shvit.files import check_output_folder, check_replaceable
-from shvit.train.data.datasets import eval_loader, open_dataset
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.evaluate import Evaluation, evaluate
 
 from ..backends.registry import Predict, open_artifact, torch_predict
@@ -93,7 +94,7 @@ def _cells() -> Path:
 
 
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
-    from shvit.checkpoint import create_model
+    from shvit.create import create_model
 
     return create_model(trained["model"], trained["checkpoint"])
 

@@ -7,8 +7,8 @@ wherever a layer reads it, with rounded logits at the end, 4 to 8 dB.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..wrappers import layers
 from .ranges import Range, flat_outputs, learn_ranges
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 LAYERS = ("Conv", "Gemm")
 """ONNX operators that are a whole module, bias included."""
@@ -150,18 +150,26 @@ def quantize_onnx(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRan
     Raises:
         InputError: the model has layers that are no modules of the PyTorch model.
     """
-    import onnx
+    tensors = _tensor_ranges(proto, spec, ranges)
+    others = [node.name for node in proto.graph.node if node.op_type == "Relu" and node.output[0] not in tensors]
+    quantized = _quantize(copy.deepcopy(proto), tensors, [*spec.excluded_layers, *others])
+    _restore_exact_inputs(quantized, spec.excluded_layers)
+    return QuantizedOnnx(quantized, tensors)
 
+
+def _tensor_ranges(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRanges]) -> dict[str, Range]:
+    """Return the ranges of the layers' inputs and outputs by the tensors' names; an input's where a tensor is both."""
     nodes = [node for node in proto.graph.node if node.op_type in LAYERS]
     if unknown := [node.name for node in nodes if node.name not in ranges]:
         raise InputError(f"{spec.model} cannot be quantized: {unknown[0]} is no module of it; choose another precision")
-    tensors: dict[str, Range] = {}
-    for node in nodes:
-        if node.op_type not in FLOAT_OUTPUTS:
-            tensors[node.output[0]] = ranges[node.name].output
-    for node in nodes:
-        tensors[node.input[0]] = ranges[node.name].input
-    others = [node.name for node in proto.graph.node if node.op_type == "Relu" and node.output[0] not in tensors]
+    outputs = {node.output[0]: ranges[node.name].output for node in nodes if node.op_type not in FLOAT_OUTPUTS}
+    return outputs | {node.input[0]: ranges[node.name].input for node in nodes}
+
+
+def _quantize(proto: "ModelProto", tensors: Mapping[str, Range], excluded: list[str]) -> "ModelProto":
+    """Return what ONNX Runtime's quantizer makes of a model with these ranges, without calibration of its own."""
+    import onnx
+
     with quiet(), scratch_folder() as folder:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
@@ -171,52 +179,55 @@ def quantize_onnx(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRan
         }
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), folder / "ranges.json")
         quantize_static(
-            copy.deepcopy(proto),
+            proto,
             folder / "int8.onnx",
             None,  # the ranges are known
             calibration_cache_path=folder / "ranges.json",
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=[*LAYERS, "Relu"],  # Relu, so that it is the tensor behind it that is rounded
+            op_types_to_quantize=[*LAYERS, "Relu"],  # with Relu it is the tensor behind it that is rounded
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*spec.excluded_layers, *others],
+            nodes_to_exclude=excluded,
             extra_options={"OpTypesToExcludeOutputQuantization": [*FLOAT_OUTPUTS]},
         )
-        quantized = onnx.load(folder / "int8.onnx")
-    _round_for_layers_alone(quantized, spec.excluded_layers)
-    return QuantizedOnnx(quantized, tensors)
+        return onnx.load(folder / "int8.onnx")
 
 
-def _round_for_layers_alone(proto: Any, kept: Sequence[str]) -> None:
-    """Gives whatever is no layer in 8 bits the float32 values themselves: a residual's sum, what the model gives.
+def _restore_exact_inputs(proto: "ModelProto", excluded: Collection[str]) -> None:
+    """Let every operator but quantized layers read exact values, and the model give them: residual sums, say.
 
-    ONNX Runtime's quantizer lets every reader of a rounded tensor have it rounded. What a layer in 8 bits gives stays
-    rounded, because that is what its kernel writes.
+    ONNX Runtime's quantizer gives rounded values to every reader of a tensor that one layer reads in 8 bits. The output
+    of a quantized layer stays rounded, because that is what its kernel writes.
     """
     makers = {name: node for node in proto.graph.node for name in node.output}
     outputs = {output.name for output in proto.graph.output}
 
-    def in_8_bits(node: Any) -> bool:
-        return node.op_type in LAYERS and node.name not in kept
+    def is_quantized(node: "NodeProto") -> bool:
+        return node.op_type in LAYERS and node.name not in excluded
 
     def is_exact(name: str) -> bool:
         node = makers.get(name)
         if node is not None and node.op_type == "Relu":  # is part of the layer before it
             node = makers.get(node.input[0])
-        return node is None or not in_8_bits(node) or node.op_type in FLOAT_OUTPUTS
+        return node is None or not is_quantized(node) or node.op_type in FLOAT_OUTPUTS
 
     for node in [each for each in proto.graph.node if each.op_type == "DequantizeLinear"]:
         rounding = makers.get(node.input[0])
-        if rounding is None or not is_exact(exact := rounding.input[0]):  # a weight, or a layer's
+        if rounding is None or not is_exact(exact := rounding.input[0]):  # a weight, or a layer's output
             continue
         rounded = node.output[0]
         if rounded in outputs:
-            names = {exact: rounded, rounded: exact}
-            for each in proto.graph.node:
-                each.input[:] = [names.get(name, name) for name in each.input]
-                each.output[:] = [names.get(name, name) for name in each.output]
+            _swap(proto, exact, rounded)
             exact, rounded = rounded, exact
         for each in proto.graph.node:
-            if not in_8_bits(each) and each is not rounding:
+            if not is_quantized(each) and each is not rounding:
                 each.input[:] = [exact if name == rounded else name for name in each.input]
+
+
+def _swap(proto: "ModelProto", one: str, other: str) -> None:
+    """Exchange the names of two tensors."""
+    names = {one: other, other: one}
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]

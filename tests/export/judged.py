@@ -14,7 +14,7 @@ import torch
 from coremltools.proto import Model_pb2
 from torch import nn
 
-from shvit.deployment import DeployedSHSA, deploy
+from shvit.deployment import deploy
 from shvit.errors import CheckFailed
 from shvit.export.backends.registry import Artifact, open_artifact
 from shvit.export.backends.coreml import write_coreml
@@ -27,6 +27,7 @@ from shvit.export.quantization.qdq import LayerRanges, Unfolded, activation_rang
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
 from shvit.export.wrappers import Probabilities, layers
+from shvit.fold import DeployedSHSA
 from tests.trained_models import PX, draw_images, trained
 
 

@@ -214,7 +214,7 @@ def _yaml() -> list[bytes]:
 
 def attack_yaml(data: bytes) -> None:
     """As `shvit train --recipe` and a run folder's recipe are read."""
-    from shvit.train.data.datasets import read_trained_on
+    from shvit.train.data.eval_dataset import read_trained_on
     from shvit.train.recipe import read_recipe
 
     path = _written(data, "recipe.yaml")
@@ -256,22 +256,22 @@ def attack_coco(data: bytes) -> None:
 
 
 def _configs() -> list[bytes]:
-    from shvit.detection.parsing.config import bundled, open_config
+    from shvit.detection.parsing.config import list_configs, load_config
     from shvit.detection.parsing.reader import CONFIGS
 
     ours = [path.read_text() for path in sorted(CONFIGS.glob("*-s1_*.py"))]
-    flat = [open_config(name).pretty_text for name in bundled() if "-s1_" in name]
+    flat = [load_config(name).pretty_text for name in list_configs() if "-s1_" in name]
     return [text.replace("./_base_", "{{$SHVIT_CONFIGS:}}/_base_").encode() for text in (*ours, *flat)]
 
 
 def attack_config(data: bytes) -> None:
     """As the detection commands read a config without --trust-config; it must run nothing, and so write nothing."""
-    from shvit.detection.parsing.config import open_config
+    from shvit.detection.parsing.config import load_config
 
     path = _written(data, "config.py")
     before = set(path.parent.iterdir())
     try:
-        open_config(str(path))
+        load_config(str(path))
     finally:
         if set(path.parent.iterdir()) != before:
             raise AssertionError("a config wrote a file")

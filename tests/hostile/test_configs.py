@@ -8,7 +8,7 @@ import mmdet
 import pytest
 
 from shvit.detection.parsing.arguments import SECTIONS
-from shvit.detection.parsing.config import only_known, open_config
+from shvit.detection.parsing.config import load_config, only_known
 from shvit.detection.parsing.reader import CONFIGS, DataConfig
 from shvit.detection.parsing.vocabulary import CHECKS, DICTS, PARTS, PRIORITIES, TYPES, registered
 from shvit.errors import InputError
@@ -33,7 +33,7 @@ def known_bases():
         known[key] = known.get(key) or read(filename, files)
         return copy.deepcopy(known[key])
 
-    open_config("mask-rcnn_shvit-s1_fpn_1x_coco")  # imports what there is
+    load_config("mask-rcnn_shvit-s1_fpn_1x_coco")  # imports what there is
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DataConfig, "_content", staticmethod(remembered))
         yield
@@ -41,7 +41,7 @@ def known_bases():
 
 def opened(tmp_path: Path, text: str, options: tuple[str, ...] = ()):
     (tmp_path / "c.py").write_text(text)
-    return open_config(str(tmp_path / "c.py"), options)
+    return load_config(str(tmp_path / "c.py"), options)
 
 
 # --- what people write ------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_options_that_cannot_be_are_one_line(tmp_path, option):
 
 def test_table_names_what_there_is():
     """Every type is registered, or looked up by name in mmcv; every kind is defined."""
-    open_config("retinanet_shvit-s1_fpn_1x_coco")
+    load_config("retinanet_shvit-s1_fpn_1x_coco")
     assert TYPES - registered() <= {"RoIAlign", "RoIPool", "nms", "soft_nms"}
     assert SECTIONS.count("\n[") == len(PARTS) + 1
     entries = [*DICTS.values(), *(arguments for types in PARTS.values() for arguments in types.values())]

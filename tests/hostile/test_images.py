@@ -14,7 +14,9 @@ from PIL import EpsImagePlugin, Image
 
 from shvit.errors import InputError
 from shvit.train.data import images
-from shvit.train.data.datasets import eval_loader, open_dataset, open_eval_dataset
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.images import open_image, to_rgb
 from shvit.train.step.loader import Augmented
 

@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train.data.datasets import eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.datasets import open_dataset, open_named
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.locations import expand_braces
 from shvit.train.data.shards import Shards
 from shvit.train.data.streams import open_stream
 from shvit.train.evaluate import evaluate
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Data
-from shvit.train.step.loader import Feed
+from shvit.train.step.loader import TrainLoader
 from shvit.train.step.setup import check_recipe
 
 from .conftest import png
@@ -121,7 +123,7 @@ def test_dataset_that_is_no_name_is_refused(name):
 
 @pytest.mark.parametrize("split", ["../../etc", "https://x", "train;x", "x" * 300])
 def test_split_of_a_name_is_a_word(split):
-    with pytest.raises(InputError, match="is no name of a split"):
+    with pytest.raises(InputError, match="is not the name of a split"):
         open_named(Data(name="hfds/x", train_split=split), "train")
 
 
@@ -274,8 +276,8 @@ def test_header_that_claims_any_size_is_not_read(tmp_path):
 def test_training_counts_the_images_of_a_missing_shard(shards, recipe):
     spoil(shards, "missing")
     streamed = replace(recipe, model="shvit_s1", batch_size=4, data=wds(shards))
-    feed = Feed(replace(streamed, augment=Augment(repeats=1)), None, one_process(), 1)
-    problems = {problem for batch in feed.batches(0, 2) for problem in batch.problems}
+    loader = TrainLoader(replace(streamed, augment=Augment(repeats=1)), None, one_process(), 1)
+    problems = {problem for batch in loader.batches(0, 2) for problem in batch.problems}
     assert [(lost, "v-1.tar: no such file" in text) for text, _, lost in problems] == [(4, True)]
     with pytest.raises(InputError, match=r"4 damaged images, and 3 are allowed.*v-1\.tar: no such file"):
         train(replace(streamed, model="test_resnet", data=wds(shards, max_corrupt=3)), Path("run"))

@@ -93,7 +93,7 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("recipe: {epochs: 3}\nseed: 4", "seed stands beside recipe and would not be read; move it below recipe"),
         ("optim: {lr: 1}\nrecipe: {epochs: 3}", "optim stands beside recipe and would not be read"),
         ("recipe: {epochs: 3}\ndata: {root: x}", "data stands beside recipe and would not be read"),
-        ("optim.lr: 1e-3", "'optim.lr' is no field of its own; write lr below optim, as optim: {lr: …}"),
+        ("optim.lr: 1e-3", "'optim.lr' is not a top-level field; write lr below optim, as optim: {lr: …}"),
         ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
     ],
 )

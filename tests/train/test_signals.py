@@ -7,29 +7,29 @@ import threading
 import pytest
 import torch
 
-from shvit.train.signals import LATE, Interrupt, Stopped
+from shvit.train.signals import LATE, SignalHandler, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_what_is_under_way(number):
-    interrupt, after = Interrupt(), []
+    signals, after = SignalHandler(), []
 
     def work() -> None:
-        with interrupt.handled():
+        with signals.installed():
             os.kill(os.getpid(), number)
             after.append("went on")
 
     with pytest.raises(Stopped) as stop:
         work()
     assert not after
-    assert stop.value.number == interrupt.received == number
+    assert stop.value.number == signals.received == number
 
 
-def test_shielded_block_is_finished_first():
-    interrupt, done = Interrupt(), []
+def test_deferring_block_is_finished_first():
+    signals, done = SignalHandler(), []
 
     def work() -> None:
-        with interrupt.handled(), interrupt.shielded():
+        with signals.installed(), signals.defer_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("all of it")
 
@@ -39,21 +39,21 @@ def test_shielded_block_is_finished_first():
 
 
 def test_second_signal_does_not_tear_what_the_first_began():
-    interrupt = Interrupt()
-    with interrupt.handled():
+    signals = SignalHandler()
+    with signals.installed():
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # while the state is written
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_signal_in_one_long_call_is_heeded_by_another_thread():
+def test_signal_in_one_long_call_is_handled_by_another_thread():
     """Python runs no handler in the main thread before the call into PyTorch ends; a future's wait is such a call."""
-    interrupt, call = Interrupt(), torch.futures.Future()
-    interrupt.when_late = lambda: call.set_result("late")
+    signals, call = SignalHandler(), torch.futures.Future()
+    signals.when_late = lambda: call.set_result("late")
 
     def work() -> None:
-        with interrupt.handled():
+        with signals.installed():
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             call.wait()
 
@@ -65,12 +65,12 @@ def test_signal_in_one_long_call_is_heeded_by_another_thread():
     assert call.value() == "late"
 
 
-def test_nothing_is_written_beside_a_shielded_block():
-    interrupt, order = Interrupt(), []
-    interrupt.when_late = lambda: order.append("written")
+def test_nothing_is_written_beside_a_deferring_block():
+    signals, order = SignalHandler(), []
+    signals.when_late = lambda: order.append("written")
 
     def work() -> None:
-        with interrupt.handled(), interrupt.shielded():
+        with signals.installed(), signals.defer_signals():
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             wait_uninterrupted(3 * LATE)
             order.append("changed")
@@ -89,7 +89,7 @@ def wait_uninterrupted(seconds: float) -> None:
 
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Interrupt().handled():
+    with SignalHandler().installed():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -98,7 +98,7 @@ def test_other_threads_can_train_without_handlers():
     outcome = []
 
     def train() -> None:
-        with Interrupt().handled():
+        with SignalHandler().installed():
             outcome.append("trained")
 
     thread = threading.Thread(target=train)

@@ -1,4 +1,4 @@
-"""Which images a folder or a tar holds, and reading them; hidden files, and what systems leave behind, are left out."""
+"""Listing and reading the images of a folder or a tar, without hidden files and those that systems leave behind."""
 
 import io
 import os
@@ -20,22 +20,22 @@ from .images import is_readable
 from .tars import MAX_MEMBER, Member, check_name
 
 COMMON = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-"""Suffixes of what is surely an image; a .tif may be anything."""
+"""Suffixes that only images have; a .tif may be anything."""
 SUFFIXES = {*COMMON, ".ppm", ".pgm", ".pbm", ".tif", ".tiff"}
 RARE_SUFFIXES = {".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".jp2"}
-"""Listed if the file's header can be read here: HEIC needs a package, and phones name other things so too."""
+"""Suffixes that are listed if the file's header is readable: HEIC needs a package, and names other things too."""
 HEIC_SUFFIXES = {".heic", ".heif"}
 LEFT_BY_SYSTEMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 LEFT_BY_SYSTEMS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 MAX_LINKS = 1000
-"""Ways to one folder: of thirty folders with two links each to the next one there are a thousand million."""
+"""Limit of links to one folder: thirty folders with two links each to the next make a thousand million paths."""
 
 Sample = tuple[Path, int]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder was left by a system or a tool, such as `.ipynb_checkpoints`, `._x.jpg`, `__MACOSX`."""
+    """Return whether a name is hidden or left by a system or a tool: `.ipynb_checkpoints`, `._x.jpg`, `__MACOSX`."""
     return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
 
 
@@ -44,20 +44,20 @@ def is_hidden(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a folder or a tar, hidden ones left out, by their names relative to it."""
+    """The images of a folder or a tar, without hidden ones, by their names relative to it."""
 
     root: Path
     label: str
-    """What messages call it."""
+    """Name in messages."""
     names: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    """Other files, by suffix."""
+    """Number of other files, by suffix."""
     members: dict[str, tuple[int, int]] | None = None
-    """Of a tar: where each image begins, and its size in bytes."""
+    """Offset and size in bytes of each image, in a tar; None for a folder."""
 
     def below(self, folder: str) -> "Listing":
-        """The listing of a folder in it; what was skipped is not known for it alone."""
+        """Return the listing of a folder in it; `skipped` is empty, since it is not known for each folder."""
         start = f"{folder}/"
 
         def within(names: Iterable[str]) -> list[str]:
@@ -71,19 +71,19 @@ class Listing:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the folders right in it, in one order however their accents are written."""
+        """Names of the top-level folders, in one order however their accents are written."""
         return sorted((name for name in self.folders if "/" not in name), key=same_name)
 
     @property
     def loose(self) -> int:
-        """Images that lie beside the class folders."""
+        """Number of images beside the class folders."""
         return sum("/" not in name for name in self.names)
 
 
 def list_images(path: Path) -> Listing:
-    """Every image in a folder and below it, or in a tar.
+    """List every image in a folder and below it, or in a tar.
 
-    Linked folders are followed, but for those that lead back to where they are.
+    Links to folders are followed, except those that lead back to a folder above them.
 
     Raises:
         InputError: no such folder, or it cannot be read.
@@ -91,7 +91,9 @@ def list_images(path: Path) -> Listing:
     if is_file(path) and path.suffix.lower() == ".tar":
         return _list_tar(path)
     if not is_folder(path):
-        raise InputError(f"{path}: no such folder" + (" (of files, a .tar is taken)" if is_file(path) else ""))
+        raise InputError(
+            f"{path}: no such folder" + (" (the only file that is accepted is a .tar)" if is_file(path) else "")
+        )
     try:
         return _list_folder(path)
     except OSError as error:
@@ -110,7 +112,7 @@ def _list_folder(root: Path) -> Listing:
                 if is_hidden(entry.name):
                     continue
                 name = prefix + entry.name
-                if _leads_nowhere(entry):
+                if _is_broken_link(entry):
                     listing.skipped["broken links"] += 1
                 elif entry.is_dir():
                     inode = _inode(entry.path)
@@ -127,13 +129,13 @@ def _list_folder(root: Path) -> Listing:
                     listing.names.append(name)
                 else:
                     listing.skipped[_suffix(entry.name) or "without a suffix"] += 1
-    listing.names.sort(key=_in_parts)
-    listing.folders.sort(key=_in_parts)
+    listing.names.sort(key=_sort_key)
+    listing.folders.sort(key=_sort_key)
     return listing
 
 
-def _leads_nowhere(entry: os.DirEntry) -> bool:
-    """Whether it is a link to what is not there, or to a link that leads back to it."""
+def _is_broken_link(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a broken link, or one of a cycle of links."""
     try:
         return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  (ten times faster)
     except OSError:
@@ -141,7 +143,7 @@ def _leads_nowhere(entry: os.DirEntry) -> bool:
 
 
 SPECIAL_FILES = "special files"
-"""FIFOs, sockets and devices: opening one may wait for ever."""
+"""FIFOs, sockets and devices: opening one may block forever."""
 
 
 def _list_tar(path: Path) -> Listing:
@@ -166,13 +168,13 @@ def _list_tar(path: Path) -> Listing:
                     listing.skipped[_suffix(name) or "without a suffix"] += 1
     except InputError:
         raise
-    except Exception as error:  # of a damaged header tarfile raises what its bytes bring about
+    except Exception as error:  # for a damaged header tarfile raises many types
         raise InputError(f"{path}: not a readable tar of class folders with images ({first_line(error)})") from error
     for name in members:
         parts = name.split("/")
         folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
-    listing.names.extend(sorted(members, key=_in_parts))
-    listing.folders.extend(sorted(folders - {""}, key=_in_parts))
+    listing.names.extend(sorted(members, key=_sort_key))
+    listing.folders.extend(sorted(folders - {""}, key=_sort_key))
     while len(listing.classes) == 1 and not listing.loose:  # tar -cf train.tar train
         below = listing.below(listing.classes[0])
         if below.loose or not below.names:
@@ -195,32 +197,32 @@ def _is_image(name: str, file: Callable[[], Path | io.BytesIO]) -> bool:
     return suffix in SUFFIXES or (suffix in RARE_SUFFIXES and is_readable(file()))
 
 
-def _in_parts(name: str) -> list[str]:
-    """Sorts names as paths are sorted, by folder, then within it; alike however their accents are written."""
+def _sort_key(name: str) -> list[str]:
+    """Return the sort key of a name: by folder, then within it, however accents are written."""
     return same_name(name).split("/")
 
 
 def _member(path: Path, offset: int, size: int) -> io.BytesIO:
     if size > MAX_MEMBER:
-        raise InputError(f"{path}: an image of {size / 1e9:.0f} GB is more than an image has; remove or replace it")
+        raise InputError(f"{path}: an image of {size / 1e9:.0f} GB is too large; remove or replace it")
     with open_file(path) as file:  # not kept open: processes would share the position
         file.seek(offset)
         return io.BytesIO(file.read(size))
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
-    """What was left out, by suffix, and what would read it."""
+    """Describe the skipped files by suffix, and the package that would read them."""
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items(), key=lambda each: -each[1])[:10])
     missing = HEIC_SUFFIXES & skipped.keys() and find_spec("pillow_heif") is None
     hint = "; to read .heic: pip install 'shvit[heic]'" if missing else ""
-    return f"files left out: {counts}{hint}"
+    return f"files skipped: {counts}{hint}"
 
 
 def image_files(folder: Path | None) -> list[Path]:
-    """The images in a folder and below, sorted; those that scikit-image brings where None.
+    """List the images in a folder and below it, sorted; the samples of scikit-image for None.
 
     Raises:
-        InputError: the folder is not there or holds none.
+        InputError: no such folder, or no images in it.
     """
     if folder is None:
         import skimage
@@ -238,11 +240,11 @@ def image_files(folder: Path | None) -> list[Path]:
 
 
 class Files(Reader):
-    """Images by path, as one of timm's readers.
+    """Images by path, as a timm reader.
 
     Args:
         samples: (path, class index) of each.
-        names: relative to its class's folder, each; its file's name by default.
+        names: name of each, relative to its class's folder; its file name by default.
     """
 
     def __init__(self, samples: Sequence[Sample], names: Sequence[str] | None = None):
@@ -257,10 +259,11 @@ class Files(Reader):
         return len(self.samples)
 
     def size(self, index: int) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         return self.samples[index][0].stat().st_size
 
     def read(self, index: int) -> bytes:
+        """Return the content of a file."""
         return read_bytes(self.samples[index][0], MAX_MEMBER)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -269,11 +272,11 @@ class Files(Reader):
 
 
 class TarFiles(Reader):
-    """Images of a tar, as one of timm's readers; its `samples` have names in place of paths.
+    """Images of a tar, as a timm reader; its `samples` have names in place of paths.
 
     Args:
         samples: (name in the listing, class index) of each.
-        names: relative to its class's folder, each.
+        names: name of each, relative to its class's folder.
     """
 
     def __init__(self, listing: Listing, samples: Sequence[tuple[str, int]], names: Sequence[str]):
@@ -291,10 +294,11 @@ class TarFiles(Reader):
         return len(self.samples)
 
     def size(self, index: int) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         return self.places[index][1]
 
     def read(self, index: int) -> bytes:
+        """Return the content of a file."""
         return _member(self.path, *self.places[index]).getvalue()
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -302,8 +306,8 @@ class TarFiles(Reader):
         return name.name if basename else f"{self.label}/{name.as_posix()}"
 
 
-def class_reader(listing: Listing, classes: Sequence[str]) -> "Files | TarFiles":
-    """A reader of the images in the folders of `classes`, in their order; its names are those of `same_name`."""
+def class_reader(listing: Listing, classes: Sequence[str]) -> Files | TarFiles:
+    """Create a reader of the images in the folders of `classes`, in their order; names are those of `same_name`."""
     places = {same_name(name): index for index, name in enumerate(classes)}
     found = []
     for name in listing.names:

@@ -1,15 +1,15 @@
-"""An image file as viewers show it, in RGB: the one decoder of training, evaluation, calibration and verification.
+"""The image decoder of training, evaluation, calibration and verification: files in RGB, as viewers show them.
 
-| in the file | what is made of it |
+| in the file | result |
 | --- | --- |
-| Exif (or TIFF) orientation | applied; that of XMP is not, as in browsers and OpenCV |
+| Exif (or TIFF) orientation | applied; XMP's is not, as in browsers and OpenCV |
 | transparency: alpha, a transparent palette entry or color | composited on white, the ground of a page |
 | 16-bit grayscale | divided by 256, as OpenCV and browsers do; 12-bit TIFF by 16 |
-| 32-bit integers, floats, signed values below 0 | refused: no file says which value is white |
+| 32-bit integers, floats, signed values below 0 | refused: the file does not define which value is white |
 | animation, several pages | the first frame or page |
 | CMYK, YCbCr, CIELAB, HSV, palettes, 1 bit | converted by Pillow; color profiles are not applied |
 
-`export/web/pixels.js` does the same in a browser.
+`export/web/pixels.js` does the same in browsers.
 """
 
 import mmap
@@ -30,11 +30,11 @@ from shvit.errors import InputError, first_line
 from shvit.files import check_file, open_file
 
 MAX_PIXELS = 100_000_000  # decoding one takes 300 MB; more is a mistake or an attack
-MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
-MAX_ASPECT = 500  # length over width; a thinner image, made as high as a model wants it, takes gigabytes
-MAX_SCANS = 500  # of a progressive JPEG, each of which goes over all its pixels again; encoders write about ten
+MAX_BYTES = 1 << 30  # in a file; some decoders read all of it into memory
+MAX_ASPECT = 500  # longer side over shorter; a thinner image, resized for a model, would take gigabytes
+MAX_SCANS = 500  # in a progressive JPEG, each over all its pixels; encoders write about ten
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-"""Pillow's names of the formats that are opened; others of its formats are rarely images, or run a program."""
+"""Pillow's names of the accepted formats; its others are rarely images, or run a program."""
 MAY_HAVE_FRAMES = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 WHITE = (255, 255, 255)
@@ -52,34 +52,34 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows an image upright, by Exif's orientation."""
+"""Transposition that turns an image upright, by Exif orientation."""
 
 EpsImagePlugin.gs_binary = False  # images that other libraries open must not run Ghostscript either
 
 
 def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Return an image file in RGB, as viewers show it.
+    """Open an image file in RGB, as viewers show it.
 
     Args:
         file: its path, or the file, open for reading.
-        name: what messages call it; the path where None.
+        name: name in messages; the path if None.
 
     Raises:
-        InputError: the file, which is named, is not an image, damaged, larger than `MAX_PIXELS`, or in a format that
-            has no one way to be shown, or whose package is missing.
+        InputError: the file is not an image, damaged, larger than `MAX_PIXELS`, in a format without one way to show it,
+            or in one whose package is missing.
     """
     name = name or str(file)
     with _named(name), _opened(file) as stream, _open(stream, name) as image:
         _check_size(image, name)
         if image.info.get("progressive") and _scans(stream) > MAX_SCANS:
-            raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it anew, or remove it")
+            raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again, or remove it")
         if image.format in MAY_HAVE_FRAMES and getattr(image, "is_animated", False):
             _report_once("pages" if image.format == "TIFF" else "frames", name)
         return _to_rgb(image, name)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Return an image that another library has decoded in RGB, as `open_image` does with a file.
+    """Convert an image that another library has opened to RGB, as `open_image` does with a file.
 
     Raises:
         InputError: as `open_image`.
@@ -92,7 +92,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def is_readable(file: Path | BinaryIO) -> bool:
-    """Whether a file's header is that of an image that can be opened here."""
+    """Return whether a file has the header of an image that can be opened."""
     try:
         with _named(""), _opened(file) as stream, _open(stream, ""):
             return True
@@ -102,10 +102,10 @@ def is_readable(file: Path | BinaryIO) -> bool:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into one line that names the file; what it warns of is tolerated, and not shown.
+    """Turn Pillow's errors into InputErrors that name the file, and hide its warnings.
 
-    Each decoder has errors of its own for files that are not what they seem, RuntimeError and RecursionError too, so
-    that whatever is raised while an image is read makes that image unreadable.
+    Each decoder raises its own types for malformed files, RuntimeError and RecursionError too, so any exception makes
+    the image unreadable.
     """
     try:
         with warnings.catch_warnings():
@@ -126,32 +126,32 @@ def _named(name: str) -> Iterator[None]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow can read."""
+    """Return the `FORMATS` that the installed Pillow can read."""
     Image.init()
     return [each for each in FORMATS if each in Image.OPEN]
 
 
 @contextmanager
 def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
-    """The file, open for reading: of a path, Pillow would map a TIFF into memory by the size that it is turned to."""
+    """Open a path for reading: given a path, Pillow would map a TIFF into memory by its size after rotation."""
     if not isinstance(file, Path):
         yield file
         return
     try:
         opened: BinaryIO = open(file, "rb", opener=_without_waiting)  # noqa: SIM115
     except (OSError, ValueError):
-        opened = open_file(file)  # which says why it cannot be
+        opened = open_file(file)  # raises an error with the reason
     with opened:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode):
             check_file(file)  # which says what it is
         if status.st_size > MAX_BYTES:
-            raise InputError(f"{file}: {status.st_size / 1e9:.1f} GB are more than an image has; remove or replace it")
+            raise InputError(f"{file}: {status.st_size / 1e9:.1f} GB is too large for an image; remove or replace it")
         yield opened
 
 
 def _without_waiting(name: str, flags: int) -> int:
-    """Open as `open_file` does, with one look at the file: a loader opens a thousand a second."""
+    """Open as `open_file` does, with one system call: a loader opens a thousand files a second."""
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -165,7 +165,7 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _scans(file: BinaryIO) -> int:
-    """How many scans a JPEG has at most; a marker's two bytes stand nowhere in what is compressed."""
+    """Return an upper bound on a JPEG's scans; a marker's two bytes never occur in compressed data."""
     place = file.tell()
     file.seek(0)
     count = file.read().count(b"\xff\xda")
@@ -188,7 +188,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _brand(file: BinaryIO) -> bytes:
-    """The kind of an ISO media file; empty for any other file."""
+    """Return the brand of an ISO media file; empty for any other file."""
     file.seek(0)
     head = file.read(12)
     file.seek(0)
@@ -210,9 +210,9 @@ def _register_heif(name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     tags, key = getattr(image, "tag_v2", {}), _transparent_gray(image)
     bits, white_is_zero = _first(tags.get(BITS_PER_SAMPLE, 16)), tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    if image.mode == "F" or (image.mode == "I" and bits > 16):  # mode I is also what PNG, PPM and TIFF of 16 bits have
+    if image.mode == "F" or (image.mode == "I" and bits > 16):  # PNG, PPM and TIFF of 16 bits also have mode I
         kind = "floats" if image.mode == "F" else f"{bits}-bit integers"
-        raise InputError(f"{name}: its pixels are {kind}, and nothing says which value is white; save it with 8 or "
+        raise InputError(f"{name}: its pixels are {kind}, and nothing defines which value is white; save it with 8 or "
                          "16 bits")  # fmt: skip
     image = _upright(image)
     if image.mode == "L" and _first(tags.get(SAMPLE_FORMAT, 1)) == SIGNED:
@@ -233,18 +233,18 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     if image.format == "TIFF":
-        image.info.pop("xmp", None)  # by which Pillow would turn it
-    image.load()  # Pillow turns a TIFF by itself
-    turn = UPRIGHT.get(exif_orientation(image))
-    if turn is None:
+        image.info.pop("xmp", None)  # Pillow would rotate by it
+    image.load()  # Pillow rotates a TIFF by itself
+    transposition = UPRIGHT.get(exif_orientation(image))
+    if transposition is None:
         return image
-    upright = image.transpose(turn)
-    upright.info.pop("exif", None)  # so that nothing turns it again
+    upright = image.transpose(transposition)
+    upright.info.pop("exif", None)  # so that nothing rotates it again
     return upright
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Return Exif's orientation, 1 to 8, and 1 without one; what XMP says is left out, as in browsers and OpenCV."""
+    """Return the Exif orientation, 1 to 8, or 1 without one; XMP's is ignored, as in browsers and OpenCV."""
     if image.format == "TIFF":
         found = getattr(image, "tag_v2", {}).get(ORIENTATION)
     else:
@@ -252,7 +252,7 @@ def exif_orientation(image: Image.Image) -> int:
         try:
             exif.load(image.info.get("exif", b""))
             found = exif.get(ORIENTATION)
-        except Exception:  # of damaged metadata, with which viewers show the image as stored
+        except Exception:  # damaged metadata; viewers show such an image as stored
             found = None
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
@@ -262,7 +262,7 @@ def _first(value: int | tuple[int, ...]) -> int:
 
 
 def _transparent_gray(image: Image.Image) -> int | None:
-    """The gray level that a PNG makes transparent; of 2 and 4 bits Pillow scales the pixels and not this level."""
+    """Return a PNG's transparent gray level, scaled for 2 and 4 bits, where Pillow scales only the pixels."""
     key = image.info.get("transparency")
     if not isinstance(key, int) or image.mode not in ("L", "I;16"):
         return None
@@ -284,7 +284,7 @@ def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int |
 
 
 def _check_range(levels: np.ndarray, bits: int, name: str) -> int:
-    """Return the highest value; refuse an image with values that `bits` bits without a sign do not hold."""
+    """Return the highest value; refuse an image with values outside of `bits` unsigned bits."""
     lowest, highest = int(levels.min()), int(levels.max())
     if lowest < 0 or highest >= 2**bits:
         raise InputError(f"{name}: values from {lowest} to {highest}, and {bits} bits hold 0 to {2**bits - 1}; save it "
@@ -297,23 +297,23 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert converted is not None  # as it would be if done in place
+    assert converted is not None  # None only if done in place
     return converted
 
 
-# --- what is said once ------------------------------------------------------------------------------------------------
+# --- notes ------------------------------------------------------------------------------------------------------------
 
 NOTES = {
-    "frames": "an animation; of each, the first frame is read",
-    "pages": "several pages; of each such file, the first page is read",
-    "dark": "divided by 256 as viewers do, that is nearly black; scale such images to all of their 16 bits",
+    "frames": "an animation; only the first frame of such files is read",
+    "pages": "several pages; only the first page of such files is read",
+    "dark": "divided by 256 as viewers do, this is nearly black; scale such images to all of their 16 bits",
 }
-_reported = mmap.mmap(-1, len(NOTES))  # which notes were reported; shared with a loader's workers, which are forked
+_reported = mmap.mmap(-1, len(NOTES))  # flags of reported notes, shared with a loader's forked workers
 
 
 def _report_once(note: str, name: str) -> None:
-    """Report a note on stderr, the first time that it applies."""
-    place = list(NOTES).index(note)
-    if not _reported[place]:
-        _reported[place] = 1
+    """Report a note on stderr, only the first time."""
+    index = list(NOTES).index(note)
+    if not _reported[index]:
+        _reported[index] = 1
         terminal.report(f"{name}: {NOTES[note]}")

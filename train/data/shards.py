@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files of images with their classes, which are read here, and whose losses are counted.
+"""Reader of WebDataset shards, tar files of images with their classes, which counts what is missing.
 
-timm's reader hands names of shards to webdataset's opener, which also runs commands and other programs, and skips
-what it cannot read with a warning. This one opens files alone, and says of each sample what became of it. The order of
+timm's reader passes names of shards to webdataset's opener, which also runs commands and other programs, and skips
+what it cannot read with a warning. This one opens only files, and reports each sample that is lost. The order of
 shards and samples is that of timm's reader.
 """
 
@@ -30,7 +30,7 @@ from .tars import MAX_MEMBER, Member, check_member, check_name
 INFO_NAMES = ("_info.json", "info.json")
 IMAGE_KEYS = ("jpg", "png", "webp", "jpeg")
 READ_KEYS = (*IMAGE_KEYS, "cls", "json")
-"""The suffixes that are read; a sample may have others, of any number and size."""
+"""Suffixes that are read; a sample may have others, of any number and size."""
 MAX_SAMPLES = 10**12
 SHARD_BUFFER, SHARD_INITIAL = 500, 100
 SAMPLE_BUFFER, SAMPLE_INITIAL = 8192, 2048
@@ -40,22 +40,22 @@ META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as it is in its shard, and its class."""
+    """An encoded image and its class."""
 
     name: str
-    """What messages call it."""
+    """Name in messages."""
     image: bytes
     target: int
-    """Negative: it has no class, and does not count."""
+    """Class index; negative without a class, for an image that does not count."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What could not be read."""
+    """A sample or a shard that could not be read."""
 
     message: str
     missing: int = 0
-    """How many announced images are not there, of a shard; 0 for a sample that is damaged."""
+    """Number of announced images that are missing from a shard; 0 for a damaged sample."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,21 @@ class _Split:
 
 
 def has_info(folder: Path) -> bool:
-    """Whether a folder is one of shards, which a file in it tells."""
+    """Return whether a folder has a file that describes shards."""
     return any(is_file(folder / name) for name in INFO_NAMES)
 
 
 class Shards(Reader):
-    """The samples of a split's shards, read from front to back, as one of timm's readers.
+    """The samples of a split's shards, read sequentially, as a timm reader.
 
-    Iterating gives a `Sample` or a `Lost` for each. In training, a pass goes on until each worker has had its share of
-    the announced samples.
+    Iterating yields a `Sample` or a `Lost` for each. In training, a pass continues until each worker has read its share
+    of the announced samples.
 
     Args:
-        root: the folder of the shards.
+        root: folder of the shards.
         split: a split of its _info.json; or a pattern with their count, such as 'train-{0000..0099}.tar|128000'.
-        batch_size: of one process, to which a training pass is rounded up.
-        seed: of the order of shards and samples.
+        batch_size: batch size of one process, to a multiple of which a training pass is rounded up.
+        seed: random seed of the order of shards and samples.
 
     Raises:
         InputError: the folder, the split or a shard's name cannot be used.
@@ -94,10 +94,10 @@ class Shards(Reader):
         if not is_folder(root):
             raise InputError(f"{root}: no such folder of shards")
         self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
-        told = _find_split(root, split)
-        self.paths = shard_paths(root, told.filenames, f"{root}, {split}")
-        self.lengths: list[int] | list[None] = told.shard_lengths or [None] * len(self.paths)
-        self.num_samples, self.alt_label = told.num_samples, told.alt_label
+        info = _find_split(root, split)
+        self.paths = shard_paths(root, info.filenames, f"{root}, {split}")
+        self.lengths: list[int] | list[None] = info.shard_lengths or [None] * len(self.paths)
+        self.num_samples, self.alt_label = info.num_samples, info.alt_label
         self.class_to_idx: dict[str, int] = {}
         self.rank, self.replicas, self.num_workers = 0, 1, 1
         if dist.is_available() and dist.is_initialized():
@@ -105,32 +105,33 @@ class Shards(Reader):
         self.epoch = SharedCount()
 
     def set_epoch(self, count: int) -> None:
+        """Set the epoch, which the order of shards depends on."""
         self.epoch.value = count
 
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        """How many workers a loader has, from which a training pass's length follows."""
+        """Set the number of a loader's workers, which the length of a training pass depends on."""
         self.num_workers = max(1, num_workers or 1)
 
     @property
     def is_single_pass(self) -> bool:
-        """Whether each sample comes once, over all processes and workers."""
+        """True if each sample is read once, over all processes and workers."""
         return not self.is_training and self.replicas == 1
 
     def __iter__(self) -> Iterator[Sample | Lost]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, self.num_workers)
-        share = (self.rank * workers + worker, self.replicas * workers)
+        shard = (self.rank * workers + worker, self.replicas * workers)
         rng = random.Random(info.seed if info else self.seed)
         if self.is_single_pass:
-            yield from self._one_pass(*share, rng)
+            yield from self._one_pass(*shard, rng)
             return
-        wanted = math.ceil(self.num_samples / share[1])
+        wanted = math.ceil(self.num_samples / shard[1])
         if self.is_training:
             wanted = math.ceil(wanted / self.batch_size) * self.batch_size
         found, before = 0, -1
-        while before < found < wanted:  # a pass without a sample is the last
+        while before < found < wanted:  # ends after a pass without a sample
             before = found
-            for each in self._one_pass(*share, rng):
+            for each in self._one_pass(*shard, rng):
                 yield each
                 found += isinstance(each, Sample)
                 if found == wanted:
@@ -153,7 +154,7 @@ class Shards(Reader):
                     yield sample
         except InputError as error:
             problem = str(error)
-        except Exception as error:  # tarfile, and each way to compress one, has its own
+        except Exception as error:  # tarfile and each compression have their own types
             problem = f"{path}: a damaged shard ({first_line(error)})"
         lost = max(0, (length or 0) - count)
         if problem or lost:
@@ -161,7 +162,7 @@ class Shards(Reader):
             yield Lost((problem or f"{path}: ends early") + counted, max(lost, 1))
 
     def _sample(self, name: str, parts: dict[str, bytes | None]) -> Sample | Lost | None:
-        """The sample that files of one name are; None where they are no sample."""
+        """Return the sample of the files of one name; None if they are not a sample."""
         image = next((parts[key] for key in IMAGE_KEYS if parts.get(key)), None)
         label = parts.get("json" if self.alt_label else "cls")
         if image is None and label is None:
@@ -180,26 +181,26 @@ class Shards(Reader):
         return self.num_samples
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        raise NotImplementedError("shards are read from front to back")
+        raise NotImplementedError("shards are read sequentially")
 
 
 MAX_CLASS = 1_000_000
 
 
 def class_index(value: Any) -> int:
-    """Return the class index that a dataset gives, as a number or its digits.
+    """Convert a dataset's class index, a number or its digits.
 
     Raises:
-        ValueError, TypeError, OverflowError: it is none, as 1.5 is, or larger than that of any dataset.
+        ValueError, TypeError, OverflowError: the value is not a class index, such as 1.5, or too large.
     """
     index = int(value)
     if (isinstance(value, float) and value != index) or index > MAX_CLASS:
-        raise ValueError(f"{str(value)[:40]} is no class index")
+        raise ValueError(f"{str(value)[:40]} is not a class index")
     return index
 
 
 def _entry(content: Any, key: str) -> Any:
-    """A field, which may be nested: `a/b` is the field b of the field a where there is no field a/b, as in timm."""
+    """Return a field, which may be nested: `a/b` is the field b of the field a, without a field a/b, as in timm."""
     if key not in content and "/" in key:
         first, _, rest = key.partition("/")
         return _entry(content[first], rest)
@@ -207,16 +208,16 @@ def _entry(content: Any, key: str) -> Any:
 
 
 def _grouped(path: Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """The samples of a shard: files beside each other that differ in their suffix alone, by suffix.
+    """Yield the samples of a shard: adjacent files that differ only in their suffix, by suffix.
 
-    Those of other suffixes than `READ_KEYS`, links and special files are left out; None stands for a file that is there
+    Files with other suffixes than `READ_KEYS`, links and special files are skipped; None stands for a file that occurs
     twice.
     """
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as archive:
         name, size = "", 0
         parts: dict[str, bytes | None] = {}
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # which would hold those of a million files
+            archive.members = []  # type: ignore[attr-defined]  # else it would grow to a million files
             check_name(member.name)
             match = KEY.fullmatch(member.name)
             if not member.isreg() or member.issparse() or match is None or META.match(member.name):
@@ -243,7 +244,7 @@ Item = TypeVar("Item")
 
 
 def _shuffled(items: Iterator[Item], size: int, initial: int, rng: random.Random) -> Iterator[Item]:
-    """Items in a random order, through a buffer that grows by one for each that leaves it; as webdataset's."""
+    """Shuffle items through a buffer that grows by one for each item that leaves it, as webdataset does."""
     buffer: list[Item] = []
 
     def pick() -> Item:
@@ -268,18 +269,20 @@ def _find_split(root: Path, split: str) -> _Split:
     splits = content.get("splits") if isinstance(content, dict) else None
     splits = splits if isinstance(splits, dict) else {}
     if split in splits:
-        told = parse_model(_Split, splits[split], f"{info}: {split}")
-        lengths = told.shard_lengths
-        if not 0 <= told.num_samples <= MAX_SAMPLES or any(not 0 <= each <= MAX_SAMPLES for each in lengths):
-            raise InputError(f"{info}: {split} announces {told.num_samples} images; correct it")
-        if lengths and len(lengths) != len(told.filenames):
-            raise InputError(f"{info}: {split} has {len(told.filenames)} shards and {len(lengths)} lengths; correct it")
-        return told
+        description = parse_model(_Split, splits[split], f"{info}: {split}")
+        lengths = description.shard_lengths
+        if not 0 <= description.num_samples <= MAX_SAMPLES or any(not 0 <= each <= MAX_SAMPLES for each in lengths):
+            raise InputError(f"{info}: {split} announces {description.num_samples} images; correct it")
+        if lengths and len(lengths) != len(description.filenames):
+            raise InputError(
+                f"{info}: {split} has {len(description.filenames)} shards and {len(lengths)} lengths; correct it"
+            )
+        return description
     if "tar" not in split and ".." not in split:
         known = f"; choose from {', '.join(map(str, splits))}" if splits else ""
         raise InputError(f"wds/: cannot be opened: {root} has no split {split[:80]!r} in {INFO_NAMES[0]}{known}")
     pattern, bar, count = split.partition("|")
     if bar and not re.fullmatch(r"[0-9]{1,12}", count):
-        raise InputError(f"{split[:80]!r}: the count behind | is no number of images")
+        raise InputError(f"{split[:80]!r}: the count after | is not a number of images")
     names = [name for part in pattern.split("::") for name in expand_braces(part)]
     return _Split(int(count or 0), names)

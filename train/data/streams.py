@@ -1,4 +1,4 @@
-"""Datasets with a name, above all those that are read from front to back: shards, Hugging Face's and TensorFlow's."""
+"""Named datasets, above all those that are read sequentially: shards, Hugging Face streams, TensorFlow datasets."""
 
 import importlib
 import io
@@ -21,25 +21,25 @@ from .shards import Lost, Sample, Shards, class_index
 
 Split = Literal["train", "val"]
 IGNORED = -1
-"""The class index of an image that does not count."""
+"""Class index of an image that does not count."""
 
 
 class Read(NamedTuple):
-    """What became of an image of a stream."""
+    """The result of reading an image of a stream."""
 
     image: Image.Image | None
-    """In RGB; None where it could not be read."""
+    """The image in RGB; None if it could not be read."""
     target: int
-    """The class index; negative for an image that does not count."""
+    """Class index; negative for an image that does not count."""
     problem: str = ""
     """Why it could not be read."""
     missing: int = 0
-    """How many announced images are not there, of a shard; 0 where it is one that is damaged."""
+    """Number of announced images that are missing from a shard; 0 for one damaged image."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Images that are read from front to back, from one of timm's readers; the classes' names by class index."""
+    """Images that are read sequentially from a timm reader, and the names of their classes, by class index."""
 
     name: str
     reader: Any
@@ -47,10 +47,10 @@ class Stream:
     part: str = "all images"
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        """(RGB image, class index) of each image.
+        """Yield (RGB image, class index) of each image.
 
         Raises:
-            InputError: an image, which is named, cannot be read, or has a class that there is not.
+            InputError: an image cannot be read, or has an unknown class.
         """
         for read in self.reads():
             if read.image is None:
@@ -58,12 +58,12 @@ class Stream:
             yield read.image, read.target
 
     def reads(self) -> Iterator[Read]:
-        """What became of each image; one that cannot be read does not end the stream.
+        """Yield the result of reading each image; a damaged one does not end the stream.
 
         Raises:
-            InputError: the stream itself cannot be read any further, or an image has a class that there is not.
+            InputError: the stream itself cannot be read further, or an image has an unknown class.
         """
-        with missing_packages_named(self.name):
+        with library_errors_named(self.name):
             for place, each in enumerate(self.reader):
                 read = self._read(each, place)
                 if self.classes and read.target >= len(self.classes):
@@ -83,22 +83,22 @@ class Stream:
                 index = class_index(target)
             except (ValueError, TypeError, OverflowError) as error:
                 raise InputError(f"{name}: its class cannot be read ({first_line(error)})") from error
-            return Read(_decoded(image, name), index)
+            return Read(_decode(image, name), index)
         except InputError as error:
             return Read(None, IGNORED, str(error))
 
     def __len__(self) -> int:
-        """What the dataset says of itself."""
+        """Return the number of images that the dataset announces."""
         return self.reader.num_samples
 
     @property
     def announced(self) -> int:
-        """How many images one pass over all workers is to give; 0 where that is not known."""
+        """Expected number of images in one pass over all workers; 0 if unknown."""
         return self.reader.num_samples if isinstance(self.reader, Shards) and self.reader.is_single_pass else 0
 
 
-def _decoded(image: Any, name: str) -> Image.Image:
-    """An image of a Hugging Face stream, which is bytes, a file's path or what is at an address of the hub."""
+def _decode(image: Any, name: str) -> Image.Image:
+    """Decode an image of a Hugging Face stream: bytes, the path of a file, or an address of the hub."""
     if not isinstance(image, dict):
         return to_rgb(image, name)
     if image.get("bytes"):
@@ -118,11 +118,11 @@ def _decoded(image: Any, name: str) -> Image.Image:
 
 
 class HubImages(Reader):
-    """A Hugging Face dataset's images as they are in their files; timm's reader would wait for a FIFO that a row names.
+    """A Hugging Face dataset's encoded images; timm's reader would block on a FIFO that a row names.
 
     Args:
-        reader: timm's.
-        label: what messages call the dataset.
+        reader: timm's reader.
+        label: name of the dataset in messages.
     """
 
     def __init__(self, reader: Any, label: str):
@@ -148,19 +148,19 @@ class HubImages(Reader):
 
 
 def is_stream(data: Data) -> bool:
-    """Whether the dataset is read from front to back: WebDataset shards, Hugging Face streams, TensorFlow datasets."""
+    """Return whether a dataset is read sequentially: WebDataset shards, Hugging Face streams, TensorFlow datasets."""
     return data.name.startswith(("wds/", "hfids/", "tfds/"))
 
 
 def open_stream(data: Data, split: Split, is_training: bool = False, batch_size: int = 1, seed: int = 0) -> Stream:
-    """A dataset that is read from front to back; each process and each of its workers gets its own shards.
+    """Open a dataset that is read sequentially; each process and each of its workers reads its own shards.
 
     Args:
-        batch_size: of one process, to which a training pass is rounded up.
-        seed: of the shards' and the images' order.
+        batch_size: batch size of one process, to a multiple of which a training pass is rounded up.
+        seed: random seed of the order of shards and images.
 
     Raises:
-        InputError: its name or location is not allowed, it cannot be opened, or a package for it is missing.
+        InputError: the name or location is not allowed, the dataset cannot be opened, or a package is missing.
     """
     name = check_named(data, split)
     reader: Any
@@ -169,7 +169,7 @@ def open_stream(data: Data, split: Split, is_training: bool = False, batch_size:
             raise InputError("data.name wds/ has no folder of shards; give --data.root")
         reader = Shards(data.root, name, is_training, batch_size, seed)
     else:
-        decoded = {} if data.name.startswith("tfds/") else {"input_img_mode": ""}  # as they are in the file
+        decoded = {} if data.name.startswith("tfds/") else {"input_img_mode": ""}  # encoded, as in the file
         options = {"is_training": is_training, "batch_size": batch_size, "seed": seed, **decoded}
         reader = create_named(data, name, **options).reader
         if data.name.startswith("hfids/"):
@@ -179,7 +179,7 @@ def open_stream(data: Data, split: Split, is_training: bool = False, batch_size:
 
 
 def _leave_encoded(reader: Any) -> None:
-    """Have timm's reader of Hugging Face streams give images as they are in their files, which are decoded here."""
+    """Have timm's reader of Hugging Face streams return encoded images, which are decoded here."""
     import datasets
 
     prepare = reader._lazy_init
@@ -192,7 +192,7 @@ def _leave_encoded(reader: Any) -> None:
 
 
 def check_named(data: Data, split: Split) -> str:
-    """Return the name of a split of a dataset with a name, once both and its location were checked."""
+    """Return the split's name, after checking it, the dataset's name and its location."""
     name = data.train_split if split == "train" else data.val_split
     check_dataset_name(data.name, name)
     check_path(data.root, "data.root")
@@ -200,32 +200,32 @@ def check_named(data: Data, split: Split) -> str:
 
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
-"""What timm's readers import, by their prefix."""
+"""Packages that timm's readers import, by prefix."""
 
 
 def create_named(data: Data, split: str, **options: Any) -> Any:
-    """timm's dataset of that name.
+    """Create timm's dataset of a name.
 
     Raises:
-        InputError: it cannot be opened, or a package for it is missing.
+        InputError: the dataset cannot be opened, or a package is missing.
     """
     from timm.data import create_dataset
 
     root = None if data.root is None else str(data.root)
-    with missing_packages_named(data.name):
+    with library_errors_named(data.name):
         if package := PACKAGES.get(data.name.partition("/")[0]):
-            importlib.import_module(package)  # timm prints advice of its own
+            importlib.import_module(package)  # else timm prints its own advice
         return create_dataset(data.name, root, split=split, trust_remote_code=False, **options)
 
 
 def numbered(data: Data) -> list[str]:
-    """The numbers of the classes, where they have no names."""
+    """Return the class indices as names, for classes without names."""
     return [str(i) for i in range(data.num_classes or 0)]
 
 
 @contextmanager
-def missing_packages_named(name: str) -> Iterator[None]:
-    """Turns what the libraries behind timm's readers raise into one line."""
+def library_errors_named(name: str) -> Iterator[None]:
+    """Turn the errors of the libraries behind timm's readers into InputErrors."""
     try:
         yield
     except ModuleNotFoundError as error:

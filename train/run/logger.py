@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress bar or plain lines, and TensorBoard's scalars."""
+"""Logging of a run: a progress bar or plain lines, and TensorBoard scalars."""
 
 import time
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..recipe import Recipe
-from ..step.setup import Run
+from ..step.state import Run
 
 LINE_SECONDS = 60.0  # between two plain lines within an epoch
 
 
-class Journal:
-    """Times steps and waits, and writes what is seen. A context manager around the loop."""
+class TrainLogger:
+    """Times steps and loader waits, and logs them. A context manager around the training loop."""
 
     def __init__(self, folder: Path, recipe: Recipe, run: Run, steps_per_epoch: int, console: Console):
         self.recipe = recipe
@@ -33,19 +33,19 @@ class Journal:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         epoch, total = f"{run.step // steps_per_epoch + 1}/{recipe.epochs}", recipe.epochs * steps_per_epoch
-        self.bar = self.progress.add_task("", total=total, completed=run.step, epoch=epoch, said="")
+        self.bar = self.progress.add_task("", total=total, completed=run.step, epoch=epoch, status="")
         self.loss = torch.zeros((), device=run.world.device)
         self.norm_before, self.steps_before = 0.0, 0.0
         self._begin_window()
         self._begin_epoch()
         self.last_line = time.perf_counter()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "TrainLogger":
         self.progress.start()
         return self
 
@@ -55,7 +55,7 @@ class Journal:
             self.writer.close()
 
     def _begin_window(self) -> None:
-        """The steps between two looks."""
+        """Start to collect the steps between two flushes."""
         self.window = time.perf_counter()
         self.window_images = self.window_steps = 0
         self.window_wait = 0.0
@@ -66,26 +66,26 @@ class Journal:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for the loader."""
+        """Time a block that waits for the data loader."""
         start = time.perf_counter()
         yield
         self.window_wait += time.perf_counter() - start
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what writes a state, which is not counted as training time."""
+        """Exclude a block that writes a state from the training time."""
         start = time.perf_counter()
         yield
         self.window += time.perf_counter() - start
 
-    def stepped(self, loss: torch.Tensor, images: int) -> None:
-        """After each step, without waiting for the device."""
+    def log_step(self, loss: torch.Tensor, images: int) -> None:
+        """Record a step, without waiting for the device."""
         self.loss += loss
         self.window_images += images
         self.window_steps += 1
 
-    def look(self) -> tuple[float, float]:
-        """Mean loss and gradient norm since the last look; written to TensorBoard."""
+    def flush(self) -> tuple[float, float]:
+        """Write scalars to TensorBoard, and return mean loss and gradient norm since the last flush."""
         run = self.run
         sums = torch.stack([self.loss.double() / self.window_steps, run.sums[1], run.sums[2]])
         loss, norm_sum, steps = sums.tolist()  # waits for the device, once
@@ -100,13 +100,13 @@ class Journal:
         scalars = {"loss": loss, "lr": run.lr, "grad_norm": norm, "images_per_s": speed, "loader_wait": wait}
         self._write({f"train/{name}": value for name, value in scalars.items()})
         epoch = (run.step - 1) // self.steps_per_epoch + 1
-        said = f"loss {loss:.3f}, {speed:.0f} images/s, {wait:.0%} waiting"
-        self.progress.update(self.bar, completed=run.step, epoch=f"{epoch}/{self.recipe.epochs}", said=said)
+        status = f"loss {loss:.3f}, {speed:.0f} images/s, {wait:.0%} waiting"
+        self.progress.update(self.bar, completed=run.step, epoch=f"{epoch}/{self.recipe.epochs}", status=status)
         self._line(epoch, loss, speed, wait)
         return loss, norm
 
     def _line(self, epoch: int, loss: float, speed: float, wait: float) -> None:
-        """Where there is no terminal, a line now and then."""
+        """Print a line once a minute where there is no terminal."""
         now, run = time.perf_counter(), self.run
         if self.console.is_terminal or now - self.last_line < LINE_SECONDS or run.step % self.steps_per_epoch == 0:
             return
@@ -117,18 +117,18 @@ class Journal:
             f"{speed:.0f} images/s, {wait:.0%} waiting for images, {left / 60:.0f} minutes left"
         )
 
-    def speed(self) -> dict[str, float]:
-        """Images per second and share of time spent waiting for the loader, since the last evaluation."""
+    def throughput(self) -> dict[str, float]:
+        """Return images per second, and the fraction of time spent on loader waits, since the last evaluation."""
         seconds = max(self.epoch_seconds, 1e-9)
         return {"images_per_s": self.epoch_images / seconds, "loader_wait": self.epoch_wait / seconds}
 
-    def evaluated(self, entry: dict[str, Any]) -> None:
-        """After an evaluation: a line, and scalars."""
+    def log_evaluation(self, entry: dict[str, Any]) -> None:
+        """Print a line and write scalars after an evaluation."""
         names = ("val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5")
         self._write({f"val/{name.removeprefix('val_')}": entry[name] for name in names})
         self.console.print(
-            f"epoch {entry['epoch']}: loss {entry['train_loss']:.3f}, held out {entry['top1']:.2f} % "
-            f"(averaged weights {entry['ema_top1']:.2f} %), lr {entry['lr']:.1e}, {entry['images_per_s']:.0f} images/s"
+            f"epoch {entry['epoch']}: loss {entry['train_loss']:.3f}, validation {entry['top1']:.2f} % "
+            f"(EMA weights {entry['ema_top1']:.2f} %), lr {entry['lr']:.1e}, {entry['images_per_s']:.0f} images/s"
         )
         self.norm_before = self.steps_before = 0.0
         self._begin_epoch()

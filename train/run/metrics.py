@@ -1,4 +1,4 @@
-"""What a run notes at each evaluation, in metrics.jsonl and in its states, checked as it is read."""
+"""The metrics of each evaluation, in metrics.jsonl and in the training state, checked as they are read."""
 
 import json
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ def _entry_type() -> Any:
     from pydantic import Field
 
     count = Annotated[int, Field(ge=0, le=10**15)]
-    figure = Annotated[float, Field(ge=-1e40, le=1e40)]  # float32 ends before; of 1e308 no axis can be drawn
+    value = Annotated[float, Field(ge=-1e40, le=1e40)]  # float32 ends before; of 1e308 no axis can be drawn
     percent = Annotated[float, Field(ge=0, le=100)]
 
     @dataclass(frozen=True)
     class Entry:
-        """An evaluation; what is None was not finite, as a gradient's norm at half precision may be."""
+        """The metrics of an evaluation; None for a value that was not finite, as a gradient norm in fp16 may be."""
 
         epoch: Annotated[int, Field(ge=1, le=10**6)]
-        lr: figure | None
-        train_loss: figure | None
-        grad_norm: figure | None
-        val_loss: figure | None
-        ema_loss: figure | None
+        lr: value | None
+        train_loss: value | None
+        grad_norm: value | None
+        val_loss: value | None
+        ema_loss: value | None
         top1: percent
         ema_top1: percent
         step: count = 0
@@ -39,7 +39,7 @@ def _entry_type() -> Any:
 
 
 def check_log(log: Any, name: str) -> list[dict[str, Any]]:
-    """Return the entries of a log, which has one for each evaluation, in order.
+    """Check a log, which has an entry for each evaluation, in order, and return it.
 
     Args:
         name: what messages call it.
@@ -50,7 +50,7 @@ def check_log(log: Any, name: str) -> list[dict[str, Any]]:
     try:
         plain = json.loads(to_json(log))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{name}: its log does not hold plain values") from error
+        raise InputError(f"{name}: its log has values other than numbers and text") from error
     kind: Any = list[_entry_type()]  # type: ignore[misc]
     parse_model(kind, plain, f"{name}: not the log of a run")
     if any(after["epoch"] <= before["epoch"] for before, after in pairwise(plain)):
@@ -59,7 +59,7 @@ def check_log(log: Any, name: str) -> list[dict[str, Any]]:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a run folder's metrics.jsonl.
+    """Read the entries of a run folder's metrics.jsonl.
 
     Raises:
         InputError: there is none, or it is damaged.

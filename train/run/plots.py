@@ -1,4 +1,4 @@
-"""Curves of a run."""
+"""Training curves."""
 
 import math
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from shvit.files import atomic_write
 
 PANELS = {
-    "loss": {"train_loss": "training, as trained", "val_loss": "held out", "ema_loss": "averaged weights"},
-    "held-out top-1, %": {"top1": "weights", "ema_top1": "averaged weights"},
+    "loss": {"train_loss": "training", "val_loss": "validation", "ema_loss": "validation, EMA weights"},
+    "validation top-1, %": {"top1": "weights", "ema_top1": "EMA weights"},
     "learning rate": {"lr": "last step of the epoch"},
     "gradient norm": {"grad_norm": "mean before clipping"},
 }
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path) -> None:
-    """Loss, accuracy, learning rate and gradient norm over epochs; PNG."""
+    """Draw loss, accuracy, learning rate and gradient norm over epochs as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The run folder: what it holds, written so that a crash at any moment leaves it usable."""
+"""The run folder, written so that a crash at any moment leaves it usable."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from .metrics import check_log, read_log
 WRITTEN = re.compile(
     r"recipe\.yaml|metrics\.jsonl|curves\.png|last(-[1-9][0-9]*)?\.pt|best(_ema)?\.safetensors|tensorboard|\.lock"
 )
-"""What a run writes into its folder."""
+"""Names of the files that a run writes into its folder."""
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}
 
 
@@ -36,7 +36,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out; the lock dies with this process, however it dies, and a loader's workers have no part.
+        """Lock the folder against other runs, until this process ends in any way; a loader's workers do not hold it.
 
         Raises:
             InputError: another process trains into this folder, or it cannot be written to.
@@ -45,7 +45,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.path / ".lock")
         except BlockingIOError as error:
-            raise InputError(f"{self.path}: another run is under way in it; stop that one, or choose another "
+            raise InputError(f"{self.path}: another run is active in it; stop that one, or choose another "
                              "--output") from error  # fmt: skip
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -53,15 +53,15 @@ class RunFolder:
             yield
 
     def claim(self, recipe: Recipe, classes: list[str], images: dict[str, Any] | None = None) -> None:
-        """Writes recipe.yaml, or checks that the one there computes the same.
+        """Write recipe.yaml, or check that the existing one computes the same.
 
         Args:
-            images: what tells the images from others, `Splits.identity`. Where the run goes on with other images, as
-                `recipe.data.changed` may ask for, recipe.yaml has the present ones.
+            images: the identity of the images, `Splits.identity`. If the run resumes with other images, as
+                `recipe.data.changed` allows, recipe.yaml gets the present ones.
 
         Raises:
-            InputError: the folder cannot be written to, or holds a run of another recipe, on other images, or of
-                which nothing tells the recipe.
+            InputError: the folder cannot be written to, or holds a run of another recipe, on other images, or
+                without a recipe.
         """
         import yaml
 
@@ -74,8 +74,8 @@ class RunFolder:
 
         if not is_file(path):
             if self.states:
-                raise InputError(f"{self.path} holds {self.states[0].name} and no recipe.yaml that tells its run; put "
-                                 "that run's recipe.yaml back, or choose another --output")  # fmt: skip
+                raise InputError(f"{self.path} holds {self.states[0].name} but no recipe.yaml of that run; put "
+                                 "that recipe.yaml back, or choose another --output")  # fmt: skip
             revision = git_revision(Path(__file__).parent)
             made_with = {**versions("shvit", "timm"), "torch": str(torch.__version__), "git": revision}
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": made_with})
@@ -96,43 +96,45 @@ class RunFolder:
         if before is None or images is None or before == images:
             return
         if not _are_images(before):
-            raise InputError(f"{path}: does not tell the images of its run; choose another --output")
+            raise InputError(f"{path}: does not identify the images of its run; choose another --output")
         finished = self._last_epoch() >= recipe.epochs
         if recipe.data.changed == "refuse" or finished:
-            hint = "go on with --data.changed continue"
+            hint = "resume with --data.changed continue"
             if finished:
-                hint = f"begin with its weights, --checkpoint {self.path / 'best_ema.safetensors'}: its epochs are done"
-            raise InputError(f"{self.path} holds a run on {_other(before, images)}; choose another --output, or {hint}")
+                hint = f"start from its weights, --checkpoint {self.path / 'best_ema.safetensors'}: its epochs are done"
+            raise InputError(
+                f"{self.path} holds a run on {_describe_change(before, images)}; choose another --output, or {hint}"
+            )
         write({**stored, "data": images})
 
     def _check_entries(self) -> None:
-        """Whether what the run would write replaces nothing but what a run wrote.
+        """Check that the run would overwrite nothing but files of a run.
 
         Raises:
-            InputError: a name of a run's files is that of a link or of something else; or the folder is no run's and
-                holds files of such names, or images.
+            InputError: a file of a run is a link or something else; or the folder is not a run's and holds files of
+                such names, or images.
         """
         ours = is_file(self.path / "recipe.yaml")
         for entry in sorted(self.path.iterdir()) if is_folder(self.path) else ():
             if not WRITTEN.fullmatch(entry.name):
                 if not ours and entry.suffix.lower() in IMAGES:
-                    raise InputError(f"{self.path}: holds images, {entry.name} for one, and no run; choose another "
+                    raise InputError(f"{self.path}: holds images, such as {entry.name}, and no run; choose another "
                                      "--output")  # fmt: skip
                 continue
             if entry.name == "tensorboard":
                 if not is_folder(entry):
-                    raise InputError(f"{entry}: is no folder, and a run writes one there; choose another --output")
+                    raise InputError(f"{entry}: is not a folder, and a run writes one there; choose another --output")
             elif entry.is_symlink() or not is_file(entry):
                 raise InputError(
-                    f"{entry}: is a link or no file, and a run writes a file there; choose another --output"
+                    f"{entry}: is a link or not a file, and a run writes a file there; choose another --output"
                 )
             if not ours and entry.name != ".lock" and not entry.name.startswith("last"):
                 raise InputError(
-                    f"{self.path}: holds {entry.name} and no recipe.yaml of a run; choose another --output"
+                    f"{self.path}: holds {entry.name} but no recipe.yaml of a run; choose another --output"
                 )
 
     def _last_epoch(self) -> int:
-        """The epoch of the last evaluation; 0 where there was none."""
+        """Return the epoch of the last evaluation; 0 if there was none."""
         try:
             return read_log(self.path)[-1]["epoch"]
         except InputError:
@@ -140,19 +142,19 @@ class RunFolder:
 
     @property
     def states(self) -> list[Path]:
-        """last.pt and the older states, newest first, those that exist."""
+        """Paths of the existing states, newest first: last.pt, last-1.pt, …"""
         names = ["last.pt", *(f"last-{age}.pt" for age in range(1, max(self.keep, 2)))]
         return [path for name in names if is_file(path := self.path / name)]
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Writes last.pt; what had that name becomes last-1.pt, and so on.
+        """Write last.pt; the previous one becomes last-1.pt, and so on.
 
         Raises:
-            InputError: it cannot be written, as on a full disk; every older state is still there.
+            InputError: it cannot be written, as on a full disk; every older state is kept.
         """
         last = self.path / "last.pt"
         if is_file(last) and not _is_archive(last):
-            last.unlink()  # a damaged state, in place of which an older one was gone on from
+            last.unlink()  # a damaged state; the run resumed from an older one
         with atomic_write(last) as partial:
             with partial.open("wb") as file:
                 _write(state, file)
@@ -162,10 +164,10 @@ class RunFolder:
                     newer.replace(self.path / f"last-{age}.pt")
 
     def load_state(self, report: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest state that can be read, or None for a new run.
+        """Load the newest readable state; None for a new run.
 
         Args:
-            report: called with a message for each newer one that cannot be.
+            report: called with a message for each newer state that is damaged.
 
         Raises:
             InputError: none of them can be read.
@@ -178,14 +180,14 @@ class RunFolder:
                 problems.append(f"{path} is damaged ({type(error).__name__}: {first_line(error, 100)})")
                 continue
             for problem in problems:
-                report(f"{problem}; going on from {path.name}, step {state['step']}")
+                report(f"{problem}; resuming from {path.name}, step {state['step']}")
             return state
         if problems:
-            raise InputError(f"{'; '.join(problems)}: nothing to go on from; choose another --output")
+            raise InputError(f"{'; '.join(problems)}: no state to resume from; choose another --output")
         return None
 
     def write_log(self, log: list[dict[str, Any]]) -> None:
-        """metrics.jsonl: a line for each evaluation."""
+        """Write metrics.jsonl, with a line for each evaluation."""
         with atomic_write(self.path / "metrics.jsonl") as partial:
             partial.write_text("".join(to_json(entry) + "\n" for entry in log))
 
@@ -198,7 +200,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """A state; raises whatever is raised for a file that holds none."""
+    """Read a state; whatever PyTorch raises for a file without one passes through."""
     with open_file(path) as file:
         with zipfile.ZipFile(file) as archive:
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
@@ -209,11 +211,11 @@ def _read_state(path: Path) -> dict[str, Any]:
     return check_state(state)
 
 
-MAX_VALUES = 5_000_000  # of a state, where a list that stands in several places counts in each
+MAX_VALUES = 5_000_000  # of a state, where a list that occurs in several places counts in each
 
 
 def _check_expansion(state: Any) -> None:
-    """Raise ValueError for containers that hold each other so often that to walk through them would not end."""
+    """Raise ValueError for containers nested in each other so often that a walk through them would not end."""
 
     def children(each: Any) -> list[Any]:
         return list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
@@ -225,7 +227,7 @@ NESTING = (list, tuple, set)
 
 
 def check_state(state: Any) -> dict[str, Any]:
-    """Return a state whose plain values, those that it has, are those of a run.
+    """Check that a state's plain values are those of a run, and return it.
 
     Raises:
         ValueError: one is of another type or range.
@@ -238,28 +240,28 @@ def check_state(state: Any) -> dict[str, Any]:
             raise ValueError(f"its {name} is {str(value)[:40]!r}")
     sums = state.get("sums", [0.0, 0.0, 0.0])
     if not isinstance(sums, list) or len(sums) != 3 or not all(type(each) in (float, int) for each in sums):
-        raise ValueError("its sums are no three numbers")
+        raise ValueError("its sums are not three numbers")
     return {**state, "log": check_log(state.get("log", []), "its log")}
 
 
-def _are_images(told: Any) -> bool:
-    """Whether it is what `Splits.identity` gives."""
-    return isinstance(told, dict) and all(
-        isinstance(part, dict) and type(part.get("count")) is int for part in told.values()
+def _are_images(value: object) -> bool:
+    """Return whether a value looks like a `Splits.identity`."""
+    return isinstance(value, dict) and all(
+        isinstance(part, dict) and type(part.get("count")) is int for part in value.values()
     )
 
 
 def _lock(path: Path) -> AbstractContextManager:
-    """A lock of this process alone on the file, if its file system has locks; BlockingIOError where another has it.
+    """Lock a file for this process, if its file system has locks; raise BlockingIOError if another process holds it.
 
-    On POSIX not filelock's: that is inherited by the workers of a loader, and lives on with one that outlives its run.
+    On POSIX filelock does not do: its lock is inherited by a loader's workers, and held by one that outlives its run.
     """
     try:
         import fcntl
     except ImportError:  # Windows, where no other process inherits it
         return _lock_without_fcntl(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)  # not waited for, nor emptied
+    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)  # neither waits nor truncates
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # which of them is the system's choice
@@ -281,8 +283,8 @@ def _lock_without_fcntl(path: Path) -> AbstractContextManager:
         return nullcontext()  # a file system without locks
 
 
-def _other(before: dict[str, Any], images: dict[str, Any]) -> str:
-    """How the images of a run differ from those that are there now."""
+def _describe_change(before: dict[str, Any], images: dict[str, Any]) -> str:
+    """Describe how the images of a run differ from the present ones."""
     counts = [", ".join(f"{part['count']} {name}" for name, part in each.items()) for each in (before, images)]
     if counts[0] == counts[1]:
         return f"other images, as many ({counts[0]}) but with other names or on other sides of the split"
@@ -290,7 +292,7 @@ def _other(before: dict[str, Any], images: dict[str, Any]) -> str:
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:
-    """`torch.save`, down to the disk; the system's error where it fails, which PyTorch's own hides."""
+    """Save a state and flush it to disk; raise the system's error where PyTorch's own would hide it."""
     try:
         torch.save(state, file)
     except RuntimeError as error:
@@ -300,7 +302,7 @@ def _write(state: dict[str, Any], file: BinaryIO) -> None:
 
 
 def git_revision(folder: Path) -> str:
-    """The commit of the checkout that `folder` lies in, with '+' where files differ from it; 'unknown' without one."""
+    """Return the commit of the checkout around `folder`, with '+' if files differ from it; 'unknown' without one."""
 
     def git(*argv: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *argv], capture_output=True, text=True, check=True, timeout=10)

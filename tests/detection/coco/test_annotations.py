@@ -22,7 +22,7 @@ from shvit.detection.coco.annotations import check_annotations, check_datasets, 
 from shvit.detection.coco.content import is_numbers, load_content
 from shvit.detection.coco.headers import Reader, read_headers
 from shvit.detection.coco.objects import Use
-from shvit.detection.parsing.config import open_config
+from shvit.detection.parsing.config import load_config
 from shvit.errors import InputError
 from tests.detection.detection_data import (
     CENTERS,
@@ -370,7 +370,7 @@ def test_what_is_left_is_what_mmdetection_learns_from(tmp_path):
     content["categories"].append({"id": 3, "name": "green"})
     (coco / "annotations.json").write_text(json.dumps(content))
 
-    config = open_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
+    config = load_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
     config.train_dataloader.dataset.filter_cfg = {"filter_empty_gt": True, "min_size": 32}
     (report,) = check_datasets(config, ("train",))
     dataset = DATASETS.build(config.train_dataloader.dataset)
@@ -409,7 +409,7 @@ def test_accents_may_be_written_in_either_way(coco, tmp_path, ours, theirs):
     from mmdet.registry import DATASETS, METRICS
 
     path = changed(coco, tmp_path, lambda c: c["categories"][0].update(name=unicodedata.normalize(theirs, "café")))
-    config = open_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
+    config = load_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
     config.train_dataloader.dataset.ann_file = str(path)
     config.train_dataloader.dataset.metainfo.classes = classes = (unicodedata.normalize(ours, "café"), "blue")
     config.test_dataloader.dataset.metainfo.classes = ("café", "blue")
@@ -507,7 +507,7 @@ def test_validation_images_that_are_trained_with_are_counted(coco, tmp_path):
         image["file_name"] = f"renamed-{path.name}"
         path.rename(path.with_name(image["file_name"]))
     (other / "annotations.json").write_text(json.dumps(content))
-    config = open_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
+    config = load_config(str(write_config(tmp_path / "c.py", "retinanet", coco)))
     train, val = check_datasets(config, ("train", "val"))
     assert len(val.notes) == 1
     assert val.notes[0].startswith("4 of 4 validation images are also training images (0.png, 1.png, 2.png, …)")
@@ -533,7 +533,7 @@ def test_validation_images_that_are_trained_with_are_counted(coco, tmp_path):
     ],
 )
 def test_loaders_that_do_not_fit_are_one_line(coco, tmp_path, field, value, message):
-    config = open_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
+    config = load_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
     config.merge_from_dict({field: value})
     if not message:
         assert len(check_datasets(config, ("train", "val"))) == 2
@@ -544,7 +544,7 @@ def test_loaders_that_do_not_fit_are_one_line(coco, tmp_path, field, value, mess
 
 
 def test_masks_are_not_measured_of_a_detector_without(coco, tmp_path):
-    config = open_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
+    config = load_config(str(write_config(tmp_path / "c.py", "mask-rcnn", coco)))
     config.model.roi_head.mask_head = None
     with pytest.raises(InputError, match='the model has no mask head; set metric="bbox"'):
         check_datasets(config, ("val",))

@@ -1,4 +1,4 @@
-"""int8's parts against brute force, numpy and PyTorch."""
+"""The parts of int8 against brute force, NumPy and PyTorch."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def tiny_file(tmp_path_factory):
     return deployed, read_onnx(path), spec, torch.randn(8, 3, 64, 64)
 
 
-def test_unfolded_identities_leave_the_answers_and_smaller_weights():
+def test_unfolded_identities_leave_the_outputs_and_smaller_weights():
     torch.manual_seed(0)
     model = deploy(create_tiny().eval(), 64)
     unfolded = unfold_identities(model)
@@ -69,9 +69,9 @@ def test_smallest_passing_is_found_and_was_tried(smallest, guess):
     ],
 )
 def test_layers_stay_in_float_until_a_file_passes_without_chance(tmp_path, passed, snr_db, chosen):
-    def attempt(kept):
-        level = max(count for count in snr_db if count <= len(kept))
-        path = tmp_path / f"{len(kept)}" / "m.onnx"
+    def attempt(excluded):
+        level = max(count for count in snr_db if count <= len(excluded))
+        path = tmp_path / f"{len(excluded)}" / "m.onnx"
         path.parent.mkdir(exist_ok=True)
         path.touch()
         above = snr_db[level] >= TOLERANCES["int8"].snr_db
@@ -108,10 +108,10 @@ def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny
         assert ((values >= low) & (values <= high)).float().mean() > 0.97
 
 
-def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
+def test_every_layer_is_int8_but_those_that_are_excluded(tiny_file, tmp_path):
     deployed, proto, spec, batch = tiny_file
-    kept = ("patch_embed.0", "head")
-    spec = replace(spec, precision="int8", excluded_layers=kept)
+    excluded = ("patch_embed.0", "head")
+    spec = replace(spec, precision="int8", excluded_layers=excluded)
     quantized = quantize_onnx(proto, spec, activation_ranges(deployed, [batch]))
     save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     quantized = onnx.load(tmp_path / "q.onnx")
@@ -123,7 +123,7 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
     }
     for node in layers:
         source, weight = (made_by.get(name) for name in node.input[:2])
-        if node.name in kept:
+        if node.name in excluded:
             assert weight is None
             continue
         assert source.op_type == weight.op_type == "DequantizeLinear"
@@ -143,9 +143,9 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
         write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
         proto = read_onnx(tmp_path / "maps.onnx")
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
-    kept = (names[0], names[7])
+    excluded = (names[0], names[7])
     ranges = activation_ranges(deployed, [batch])
-    spec = replace(spec, precision="int8", excluded_layers=kept)
+    spec = replace(spec, precision="int8", excluded_layers=excluded)
     quantized = quantize_onnx(proto, spec, ranges)
     save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     graph = onnx.load(tmp_path / "q.onnx").graph
@@ -159,9 +159,9 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
             maker = made_by[made_by[reading.input[0]].input[0]]
             if maker.op_type == "Relu" and made_by[maker.input[0]].op_type in LAYERS:
                 maker = made_by[maker.input[0]]
-            if maker.op_type not in LAYERS or maker.name in kept:
+            if maker.op_type not in LAYERS or maker.name in excluded:
                 assert node.op_type in LAYERS
-                assert node.name not in kept
+                assert node.name not in excluded
                 exact += 1
     assert exact > 10
     makers = {made_by[output.name].op_type for output in graph.output}

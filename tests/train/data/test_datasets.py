@@ -1,4 +1,4 @@
-"""Which images are trained on, which are held out, and unusable ones."""
+"""Which images are trained on, which are kept for validation, and unusable ones."""
 
 import hashlib
 import tarfile
@@ -11,7 +11,9 @@ from PIL import Image
 
 from shvit.errors import InputError
 from shvit.train.data import images
-from shvit.train.data.datasets import TrainedOn, elpv, eval_loader, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data.datasets import elpv, open_dataset, open_splits
+from shvit.train.data.eval_dataset import TrainedOn, open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.images import open_image
 from shvit.train.recipe import Data
 
@@ -31,11 +33,11 @@ def flat(tmp_path):
     return tmp_path
 
 
-def test_held_out_images_are_about_a_tenth_and_never_trained_on(flat):
-    training, held_out = ({path for path, _ in open_dataset(flat, split).samples} for split in ("train", "val"))
-    assert not training & held_out
-    assert len(training | held_out) == 120
-    assert 4 <= len(held_out) <= 24
+def test_validation_images_are_about_a_tenth_and_never_trained_on(flat):
+    training, validation = ({path for path, _ in open_dataset(flat, split).samples} for split in ("train", "val"))
+    assert not training & validation
+    assert len(training | validation) == 120
+    assert 4 <= len(validation) <= 24
 
 
 def test_split_depends_on_the_file_name_alone(flat, tmp_path_factory):
@@ -67,15 +69,15 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path, name):
 
 
 def test_elpv_holds_out_whole_modules_of_both_types():
-    training, held_out = elpv("train"), elpv("val")
-    assert (len(training), len(held_out)) == (2252, 372)
-    assert not set(training.samples) & set(held_out.samples)
-    cells = sorted(training.samples + held_out.samples)
+    training, validation = elpv("train"), elpv("val")
+    assert (len(training), len(validation)) == (2252, 372)
+    assert not set(training.samples) & set(validation.samples)
+    cells = sorted(training.samples + validation.samples)
     assert len(cells) == 2624
-    outside = set(held_out.samples)
+    outside = set(validation.samples)
     blocks = [len(list(block)) for inside, block in groupby(cells, key=lambda cell: cell in outside) if inside]
     assert sorted(blocks) == [60, 60, 60, 60, 60, 72]
-    assert [sum(target == kind for _, target in held_out.samples) for kind in (0, 1)] == [132, 240]
+    assert [sum(target == kind for _, target in validation.samples) for kind in (0, 1)] == [132, 240]
 
 
 def test_eval_loader_gives_every_image_once_in_order(flat):
@@ -117,7 +119,7 @@ def test_every_mode_of_file_becomes_rgb(tmp_path):
         (["train/a/1.png"], "neither val/ nor validation/"),
         (["val/a/1.png"], "no train/"),
         (["train/a/1.png", "train/c/1.png", "val/a/1.png", "val/b/1.png"], "in only one of train/ and val/: b"),
-        (["a/1.png", "a/2.png"], "one class alone, a"),
+        (["a/1.png", "a/2.png"], "only one class, a"),
         (["a/1.png", "b/notes.txt"], "b: an empty class"),
         (["a/1.png", "b/2.png"], "too few to hold some out"),
     ],

@@ -16,11 +16,12 @@ from torchvision.datasets import ImageFolder
 
 from shvit.errors import InputError
 from shvit.export.images import sample_images, spread
-from shvit.train.data.datasets import Splits, duplicates_note, identity, open_dataset, open_eval_dataset, open_splits
+from shvit.train.data.datasets import Splits, duplicates_note, identity, open_dataset, open_splits
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.groups import group_keys
 from shvit.train.data.image_folders import list_images
-from shvit.train.data.splits import group_keys
-from shvit.train.data.summary import print_splits
 from shvit.train.recipe import Data
+from shvit.train.run.summary import print_splits
 
 PIXELS = np.random.default_rng(0)
 
@@ -159,8 +160,8 @@ def test_a_class_without_validation_images_is_said(tmp_path):
         (["dataset/cat", "dataset/dog"], r"would be one class; give --data\.root .*/dataset, which holds c"),
         (["x/y/cat", "x/y/dog"], r"give --data\.root .*/x/y, which holds cat, dog"),
         (["data/Training/cat", "data/Testing/cat"], r"give --data\.root .*/data, which holds Testing, Training"),
-        (["cat"], "holds one class alone, cat; there is nothing to tell it from"),
-        (["train/cat", "val/cat"], "train holds one class alone, cat"),
+        (["cat"], "holds only one class, cat; put images of other classes"),
+        (["train/cat", "val/cat"], "train holds only one class, cat"),
         (["train/all/cat", "train/all/dog", "val/all/cat", "val/all/dog"], "give --data.root .*/train/all"),
         (["seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"], "look like splits, not like classes"),
         (["a/seg_train/cat", "a/seg_train/dog", "b/seg_train/cat", "b/seg_train/dog", "b/x"], None),
@@ -296,7 +297,7 @@ def test_what_was_found_is_a_table_with_notes(littered, tmp_path):
     said = (tmp_path / "out.txt").read_text()
     splits = open_splits(Data(root=littered))
     assert f"cat       │ {splits.train.class_counts[0]:>8} │ {splits.val.class_counts[0]:>10}" in said
-    assert "files left out: 2 .txt" in said
+    assert "files skipped: 2 .txt" in said
     many = fill(tmp_path / "many", *(f"train/{k:02}" for k in range(40)), *(f"val/{k:02}" for k in range(40)), count=1)
     with (tmp_path / "out.txt").open("w") as file:
         print_splits(open_splits(Data(root=many)), Console(file=file, width=120))
@@ -366,7 +367,7 @@ def test_two_folders_of_one_name_are_refused(place, tmp_path):
 @pytest.mark.parametrize("name", ["Cat", "cat "])
 def test_classes_that_differ_in_case_or_blanks_are_both_named(name, tmp_path):
     fill(tmp_path, "train/cat", "train/dog", f"val/{name}", "val/dog")
-    with pytest.raises(InputError, match=f"'{name}' and 'cat' differ in letter case or blanks alone"):
+    with pytest.raises(InputError, match=f"'{name}' and 'cat' differ only in letter case or blanks"):
         open_splits(Data(root=tmp_path))
 
 

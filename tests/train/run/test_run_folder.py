@@ -63,7 +63,7 @@ def test_damaged_state_falls_back_to_the_one_before_and_says_so(folder, damage):
     said: list[str] = []
     assert folder.load_state(said.append)["step"] == 2
     assert bool(said) == (damage != "missing")
-    assert all("last.pt is damaged" in line and "going on from last-1.pt, step 2" in line for line in said)
+    assert all("last.pt is damaged" in line and "resuming from last-1.pt, step 2" in line for line in said)
 
 
 def test_nothing_readable_is_an_error(folder):
@@ -164,7 +164,7 @@ def test_other_images_are_refused_or_continued_on_request(folder):
     losses = dict.fromkeys(("lr", "train_loss", "grad_norm", "val_loss", "ema_loss", "top1", "ema_top1"), 1.0)
     folder.write_log([{"epoch": DEMO.epochs, **losses}])
     with pytest.raises(
-        InputError, match=r"another --output, or begin with its weights, --checkpoint .*best_ema\.safetensors"
+        InputError, match=r"another --output, or start from its weights, --checkpoint .*best_ema\.safetensors"
     ):
         folder.claim(on_request, ["a", "b"], before)
 

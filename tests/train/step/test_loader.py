@@ -1,4 +1,4 @@
-"""Training batches: order, augmentation, streams, and going on in the middle."""
+"""Training batches: order, augmentation, streams, and resuming in the middle."""
 
 import io
 import json
@@ -16,23 +16,19 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
-from shvit.train.data.datasets import Images, eval_loader, open_dataset, open_eval_dataset, open_named
+from shvit.train.data.datasets import Images, open_dataset, open_named
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.image_folders import Files
 from shvit.train.data.images import open_image
 from shvit.train.data.streams import open_stream
 from shvit.train.distributed import World
 from shvit.train.recipe import Augment, Data, Recipe
-from shvit.train.step.loader import (
-    Augmented,
-    Batch,
-    DeviceAugment,
-    Feed,
-    Order,
-    Share,
-    create_train_transform,
-    posterize,
-    seed_generators,
-)  # fmt: skip
+from shvit.train.step.augment import DeviceAugment, create_train_transform, posterize
+from shvit.train.step.batch import Batch
+from shvit.train.step.loader import Augmented, TrainLoader
+from shvit.train.step.samplers import MicroBatchSampler, StepSampler
+from shvit.train.step.seeds import seed_generators  # fmt: skip
 
 CPU = torch.device("cpu")
 
@@ -59,8 +55,8 @@ def recipe():
     return Recipe(img_size=32, epochs=3, batch_size=8, augment=Augment(repeats=1), data=Data(workers=0))
 
 
-def drain(feed: Feed, start: int, end: int) -> list[Batch]:
-    return list(feed.batches(start, end))
+def drain(loader: TrainLoader, start: int, end: int) -> list[Batch]:
+    return list(loader.batches(start, end))
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -74,7 +70,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def test_every_image_comes_once_an_epoch_in_another_order():
-    order = Order(40, 8, repeats=1, seed=0)
+    order = StepSampler(40, 8, repeats=1, seed=0)
     assert order.steps_per_epoch == 5
     epochs = [[index for step in range(5 * e, 5 * e + 5) for _, index in order.batch(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
@@ -84,62 +80,64 @@ def test_every_image_comes_once_an_epoch_in_another_order():
 
 
 def test_seeds_draw_other_orders_in_every_epoch():
-    orders = [Order(40, 40, 1, seed) for seed in (0, 1, 2)]
+    orders = [StepSampler(40, 40, 1, seed) for seed in (0, 1, 2)]
     drawn = {tuple(index for _, index in order.batch(epoch)) for order in orders for epoch in range(3)}
     assert len(drawn) == 9
 
 
 def test_copies_of_repeated_augmentation_are_dealt_as_timms_sampler_deals_them():
-    order = Order(512, 64, repeats=3, seed=0)
+    order = StepSampler(512, 64, repeats=3, seed=0)
     assert order.steps_per_epoch == 8
     for rank in range(2):
         theirs = RepeatAugSampler(range(512), num_replicas=2, rank=rank, num_repeats=3)
-        mine = [index for batch in Share(order, 0, 8, rank, 2, 1) for _, index in batch]
+        mine = [index for batch in MicroBatchSampler(order, 0, 8, rank, 2, 1) for _, index in batch]
         assert mine == list(theirs)
     counts = np.bincount([index for step in range(8) for _, index in order.batch(step)])
     assert counts.max() == 3
 
 
-@pytest.mark.parametrize(("size", "turns"), [(1, 1), (2, 1), (1, 4), (4, 2)])
-def test_processes_and_turns_together_have_the_batch(size, turns):
-    order = Order(40, 8, repeats=1, seed=5)
-    shares = [list(Share(order, 2, 4, rank, size, turns)) for rank in range(size)]
+@pytest.mark.parametrize(("size", "accum_steps"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_processes_and_micro_batches_together_have_the_batch(size, accum_steps):
+    order = StepSampler(40, 8, repeats=1, seed=5)
+    shares = [list(MicroBatchSampler(order, 2, 4, rank, size, accum_steps)) for rank in range(size)]
     for step in range(2):
-        keys = [key for share in shares for batch in share[step * turns : (step + 1) * turns] for key in batch]
+        keys = [
+            key for share in shares for batch in share[step * accum_steps : (step + 1) * accum_steps] for key in batch
+        ]
         assert sorted(keys) == sorted(order.batch(2 + step))
 
 
 def test_batch_larger_than_an_epoch_is_refused():
     with pytest.raises(InputError, match=r"40 training images .* fewer than the batch of 64"):
-        Order(40, 64, repeats=1, seed=0)
+        StepSampler(40, 64, repeats=1, seed=0)
 
 
 # --- images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_in_the_middle_of_an_epoch_gives_the_same_batches(recipe, image_folder, workers):
-    whole = drain(Feed(recipe, image_folder, world(), 1), 0, 10)
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_batches(recipe, image_folder, workers):
+    whole = drain(TrainLoader(recipe, image_folder, world(), 1), 0, 10)
     other = replace(recipe, data=Data(workers=workers))
-    assert_same(drain(Feed(other, image_folder, world(), 1), 3, 10), whole[3:])
+    assert_same(drain(TrainLoader(other, image_folder, world(), 1), 3, 10), whole[3:])
 
 
 def test_processes_augment_as_one_does(recipe, image_folder):
-    whole = drain(Feed(recipe, image_folder, world(), 1), 0, 4)
-    halves = [drain(Feed(recipe, image_folder, world(rank, 2), 1), 0, 4) for rank in range(2)]
+    whole = drain(TrainLoader(recipe, image_folder, world(), 1), 0, 4)
+    halves = [drain(TrainLoader(recipe, image_folder, world(rank, 2), 1), 0, 4) for rank in range(2)]
     for step in range(4):
         together = torch.stack([halves[0][step].images, halves[1][step].images], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[step].images)
 
 
 def test_a_image_looks_different_in_every_epoch(recipe, image_folder):
-    batches = drain(Feed(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 2)
+    batches = drain(TrainLoader(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 2)
     assert not torch.equal(batches[0].images.sort(0).values, batches[1].images.sort(0).values)
 
 
 def test_progressive_sizes_are_those_of_their_epochs(recipe, image_folder):
     growing = replace(recipe, img_size=96, first_img_size=32)
-    assert [batch.images.shape[-1] for batch in drain(Feed(growing, image_folder, world(), 1), 4, 11)] == (
+    assert [batch.images.shape[-1] for batch in drain(TrainLoader(growing, image_folder, world(), 1), 4, 11)] == (
         [32] + 5 * [64] + [96]
     )
 
@@ -147,7 +145,7 @@ def test_progressive_sizes_are_those_of_their_epochs(recipe, image_folder):
 def test_damaged_image_is_named_and_its_place_taken(recipe, image_folder):
     path = image_folder.samples[7][0]
     path.write_bytes(path.read_bytes()[:100])
-    batches = drain(Feed(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 1)
+    batches = drain(TrainLoader(replace(recipe, batch_size=40), image_folder, world(), 1), 0, 1)
     assert [str(path) in problem for problem, _, _ in batches[0].problems] == [True]
     assert len(batches[0].targets) == 40
     assert int(batches[0].targets.sum()) == 19  # the next one, of the other class, came twice
@@ -240,12 +238,12 @@ def test_tar_gives_what_the_folder_gives(image_folder, tmp_path):
     assert not list(root.glob("*.pickle"))
 
 
-def test_tar_alone_holds_some_out(image_folder, tmp_path):
+def test_tar_alone_keeps_some_for_validation(image_folder, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(tmp_path / "train", arcname="")
-    training, held_out = (open_dataset(tmp_path / "all.tar", split) for split in ("train", "val"))
-    assert len(training) + len(held_out) == 40
-    assert 0 < len(held_out) < 12
+    training, validation = (open_dataset(tmp_path / "all.tar", split) for split in ("train", "val"))
+    assert len(training) + len(validation) == 40
+    assert 0 < len(validation) < 12
 
 
 def test_file_that_is_no_tar_is_named(tmp_path):
@@ -283,9 +281,9 @@ def streamed(recipe, shards):
     return replace(recipe, data=Data(root=shards, name="wds/", num_classes=2, workers=0))
 
 
-def test_stream_goes_on_in_the_middle_of_an_epoch(streamed):
-    whole = drain(Feed(streamed, None, world(), 1), 0, 8)
-    assert_same(drain(Feed(streamed, None, world(), 1), 3, 8), whole[3:])
+def test_stream_resumes_in_the_middle_of_an_epoch(streamed):
+    whole = drain(TrainLoader(streamed, None, world(), 1), 0, 8)
+    assert_same(drain(TrainLoader(streamed, None, world(), 1), 3, 8), whole[3:])
     assert not torch.equal(whole[0].images, whole[5].images)  # the second epoch has another order
 
 
@@ -293,7 +291,7 @@ def test_stream_reads_every_image_over_an_epoch(streamed):
     plain = replace(
         streamed, augment=Augment(repeats=1, auto_augment=None, color_jitter=0, hflip=0, scale=(1, 1), ratio=(1, 1))
     )
-    batches = drain(Feed(plain, None, world(), 1), 0, 5)
+    batches = drain(TrainLoader(plain, None, world(), 1), 0, 5)
     images = torch.cat([batch.images for batch in batches])
     assert len({image.numpy().tobytes() for image in images}) == 40
     assert int(torch.cat([batch.targets for batch in batches]).sum()) == 20
@@ -373,4 +371,4 @@ def test_dataset_with_a_name_that_is_not_there_is_one_line():
 
 def test_stream_refuses_repeated_augmentation(streamed):
     with pytest.raises(InputError, match=r"give --augment\.repeats 1"):
-        Feed(replace(streamed, augment=Augment()), None, world(), 1)
+        TrainLoader(replace(streamed, augment=Augment()), None, world(), 1)

@@ -1,4 +1,4 @@
-"""What a step computes: against plain PyTorch, in turns, in other precisions, and with a teacher."""
+"""What a step computes: against plain PyTorch, with gradient accumulation, in other precisions, and with a teacher."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,23 @@ from shvit.errors import InputError
 from shvit.train.distributed import World
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
-from shvit.train.step.loader import Batch, micro_batch_sizes
+from shvit.train.step.batch import Batch
+from shvit.train.step.samplers import micro_batch_sizes
 from shvit.train.step.setup import check_recipe, open_training, set_up
 from tests.conftest import SMALL
 
 
-def steps(recipe: Recipe, count: int, turns: int | None = None):
+def steps(recipe: Recipe, count: int, accum_steps: int | None = None):
     """The losses of the first steps, and the run behind them."""
     world = World(0, 1, torch.device("cpu"))
-    turns = turns or check_recipe(recipe, world)
-    classes, feed = open_training(recipe, world, turns)
-    run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
+    accum_steps = accum_steps or check_recipe(recipe, world)
+    classes, loader = open_training(recipe, world, accum_steps)
+    run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps)
     run.train_mode()
-    batches = feed.batches(0, count)
+    batches = loader.batches(0, count)
     losses = []
     for _ in range(count):
-        loss = run.forward_backward([next(batches) for _ in range(turns)])
+        loss = run.forward_backward([next(batches) for _ in range(accum_steps)])
         run.update(loss)
         losses.append(loss.item())
     return losses, run
@@ -39,8 +40,8 @@ def test_step_is_that_of_plain_pytorch(recipe):
     plain = replace(recipe, model=SMALL, optim=Optim(lr=1e-1, warmup_epochs=0, clip_grad=None, weight_decay=0.1))
     losses, run = steps(plain, 3)
     world = World(0, 1, torch.device("cpu"))
-    classes, feed = open_training(plain, world, 1)
-    fresh = set_up(plain, world, classes, feed.steps_per_epoch, 1)
+    classes, loader = open_training(plain, world, 1)
+    fresh = set_up(plain, world, classes, loader.steps_per_epoch, 1)
     model = fresh.model.train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
@@ -48,7 +49,7 @@ def test_step_is_that_of_plain_pytorch(recipe):
     ]
     optimizer = torch.optim.AdamW(groups, lr=plain.peak_lr, eps=1e-8, betas=(0.9, 0.999))
     expected = []
-    for step, batch in enumerate(feed.batches(0, 3)):
+    for step, batch in enumerate(loader.batches(0, 3)):
         for group in optimizer.param_groups:
             group["lr"] = 1e-5 + (plain.peak_lr - 1e-5) * (1 + np.cos(np.pi * step / 8)) / 2
         images, targets = fresh.augment(batch, step, 0)
@@ -62,12 +63,12 @@ def test_step_is_that_of_plain_pytorch(recipe):
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_turns_add_up_to_the_step_of_the_whole_batch(recipe):
-    """With BatchNorm's statistics frozen: each turn would otherwise have its own."""
+def test_accumulated_gradients_are_those_of_the_whole_batch(recipe):
+    """With BatchNorm's statistics frozen: each micro-batch would otherwise have its own."""
     whole = replace(recipe, model=SMALL, freeze_bn=True)
     small_device = replace(whole, compute=Compute(device_batch_size=2))
     (one, first), (four, second) = steps(whole, 6), steps(small_device, 6)
-    assert (first.turns, second.turns) == (1, 4)
+    assert (first.accum_steps, second.accum_steps) == (1, 4)
     assert four == pytest.approx(one, rel=1e-5)
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -84,18 +85,18 @@ def test_turns_add_up_to_the_step_of_the_whole_batch(recipe):
         (10, 5, 0.2, [4, 4, 2]),
     ],
 )
-def test_turns_fit_the_device_and_leave_no_image_alone(recipe, batch, device, mixup, sizes):
+def test_micro_batches_fit_the_device_and_leave_no_image_alone(recipe, batch, device, mixup, sizes):
     augment = replace(recipe.augment, mixup=mixup)
     whole = replace(recipe, batch_size=batch, augment=augment, compute=Compute(device_batch_size=device))
-    turns = check_recipe(whole, World(0, 1, torch.device("cpu")))
-    assert micro_batch_sizes(batch, turns, whole.pairs) == sizes
+    accum_steps = check_recipe(whole, World(0, 1, torch.device("cpu")))
+    assert micro_batch_sizes(batch, accum_steps, whole.pairs) == sizes
 
 
-def test_unequal_turns_count_every_image_alike(recipe):
+def test_unequal_micro_batches_count_every_image_alike(recipe):
     """With BatchNorm's statistics frozen, 8 images as 3 + 3 + 2 are the step of 8."""
     whole = replace(recipe, model=SMALL, freeze_bn=True)
     (one, first), (three, second) = steps(whole, 4), steps(replace(whole, compute=Compute(device_batch_size=3)), 4)
-    assert (first.turns, second.turns) == (1, 3)
+    assert (first.accum_steps, second.accum_steps) == (1, 3)
     assert three == pytest.approx(one, rel=1e-5)
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -131,12 +132,12 @@ def test_models_that_take_one_image_are_trained_on_one(recipe):
 @pytest.mark.parametrize(
     ("model", "img_size", "message"),
     [
-        ("test_vit", 40, r"test_vit cannot be trained on images of 40 px \(.*\); choose another size, 160 px for one"),
-        ("xcit_nano_12_p16_224", 33, r"cannot be made at 33 px \(`patch_size` should .*\); choose .* 224 for one"),
+        ("test_vit", 40, r"test_vit cannot be trained on images of 40 px \(.*\); choose another size, such as 160 px"),
+        ("xcit_nano_12_p16_224", 33, r"cannot be created at 33 px \(`patch_size` should .*\); choose .* such as 224"),
         ("levit_128s", 33, "levit_128s cannot be trained on images of 33 px"),
     ],
 )
-def test_model_that_does_not_take_the_images_is_told_before_training(recipe, model, img_size, message):
+def test_model_that_does_not_take_the_images_is_reported_before_training(recipe, model, img_size, message):
     with pytest.raises(InputError, match=message):
         set_up(replace(recipe, model=model, img_size=img_size), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
 
@@ -188,10 +189,10 @@ def test_teacher_teaches_the_second_head_in_its_own_normalization(recipe, kind, 
     distill = Distill("test_efficientnet", tmp_path / "teacher.safetensors", kind=kind, alpha=0.3, tau=2.0)
     world = World(0, 1, torch.device("cpu"))
     recipe = replace(recipe, distill=distill)
-    classes, feed = open_training(recipe, world, 1)
+    classes, loader = open_training(recipe, world, 1)
     run = set_up(recipe, world, classes, 4, 1)
     run.model.train()
-    batch = next(feed.batches(0, 1))
+    batch = next(loader.batches(0, 1))
     images, targets = run.augment(batch, 0, 0)
     head, second = run.model(images)
     mean, std = (torch.tensor(teacher.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
@@ -236,7 +237,7 @@ def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_pat
     [
         ("test_resnet", {"num_classes": 3}, "the teacher test_resnet knows 3 classes and the images have 2"),
         ("test_resnet", {"in_chans": 1}, "does not fit ResNet of this variant"),
-        ("shvit_s1", {"in_chans": 1}, "the teacher shvit_s1 takes no images of three channels"),
+        ("shvit_s1", {"in_chans": 1}, "the teacher shvit_s1 accepts no images of three channels"),
         ("test_vit", {"img_size": 64}, "does not fit VisionTransformer of this variant: pos_embed is"),
     ],
 )

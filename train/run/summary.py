@@ -1,16 +1,16 @@
-"""What was found in a folder before it is trained on, as a table for people."""
+"""A table of the images of each class, printed before training."""
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from .datasets import Splits, duplicates_note
-from .image_folders import Files, TarFiles
+from ..data.datasets import Splits, duplicates_note
+from ..data.image_folders import Files, TarFiles
 
 MAX_ROWS = 30  # classes; of more, those with the fewest training images are shown
 
 
 def print_splits(splits: Splits, console: Console) -> None:
-    """Print images of each class in training and validation, and what there is to say of them; reads files."""
+    """Print the number of images of each class in training and validation, and notes on them; reads files."""
     if isinstance(splits.train.source, Files | TarFiles):  # others would have to decode each image
         console.print(_table(splits))
     for note in (*splits.notes, duplicates_note(splits)):
