@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from shvit import terminal
-from shvit.certificate import certificate_path, check_unchanged
+from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
 from shvit.run_info import read_run_info, same_name
@@ -270,7 +270,7 @@ class Export(_Command):
         from .coco.annotations import check_heads
         from .graphs import create_graph
         from .onnx import DetectorSpec, load_onnx, write_onnx
-        from .verify import certify, require, to_json
+        from .verify import certify, require
 
         config = self._config()
         classes = class_names(config)
@@ -286,7 +286,7 @@ class Export(_Command):
             artifact = load_onnx(partial)
             certificate = certify(artifact, torch_detect(model), images, source, checkpoint, self.output.name)
             require(certificate)
-            certified.write_text(to_json(certificate))
+            write_certificate(certificate, certified)
         console.print(f"{self.output.name} matches its model: {name} at {img_size[0]}×{img_size[1]} px, "
                       f"{certificate.artifact_bytes / 1e6:.1f} MB")  # fmt: skip
         _show_match(certificate.match)

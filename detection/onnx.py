@@ -16,6 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from shvit.documents import parse_json, parse_model
 from shvit.errors import InputError, first_line
 from shvit.files import check_file
+from shvit.sessions import create_session
 
 from .detector import MAX_IMG_SIZE, PADDING, Detections, PreparedImage, paste
 from .graphs import OUTPUTS, MaskRCNNGraph, RetinaNetGraph
@@ -262,14 +263,8 @@ def _tensors(
 
 
 def _open_session(path: Path, threads: int | None) -> "onnxruntime.InferenceSession":
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it raises is reported; it would print the same
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return create_session(path, threads)
     except Exception as error:  # onnxruntime's own exception types are not public
         raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
 

@@ -1,12 +1,12 @@
 """Comparison of an exported detector with its model, detection by detection, and its certificate."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from shvit.certificate import Envelope
 from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256
@@ -49,23 +49,13 @@ class Bounds:
     score_error: float = 0.01
 
 
-@dataclass(frozen=True)
-class DetectionCertificate:
+@dataclass(frozen=True, kw_only=True)
+class DetectionCertificate(Envelope):
     """How far an exported detector is from its model, and what it is."""
 
-    artifact: str
-    artifact_sha256: str
-    artifact_bytes: int
-    operators: dict[str, int]
-    """Of the artifact, most frequent first."""
-    checkpoint_sha256: str
     spec: DetectorSpec
-    runtime: str
-    image_source: str
     match: Match
     bounds: Bounds
-    passed: bool
-    versions: dict[str, str]
 
 
 def pair(reference: Detections, other: Detections) -> list[tuple[int, int, float]]:
@@ -178,29 +168,30 @@ def certify(
         artifact_sha256=sha256(artifact.path),
         artifact_bytes=artifact.path.stat().st_size,
         operators=artifact.operators,
+        model=artifact.spec.config,
+        checkpoint=str(checkpoint),
         checkpoint_sha256=sha256(checkpoint),
         spec=artifact.spec,
         runtime="onnxruntime",
+        images=match.images,
         image_source=source,
         match=match,
         bounds=bounds,
         passed=holds(match, bounds),
+        reasons=() if holds(match, bounds) else (_reason(match),),
         versions=versions("shvit", "torch", "torchvision", "onnx", "onnxruntime"),
     )
 
 
-def require(certificate: DetectionCertificate) -> None:
-    """Raise CheckFailed where the artifact's detections are too far from its model's."""
-    if certificate.passed:
-        return
-    match = certificate.match
-    raise CheckFailed(
-        f"{certificate.artifact} exceeds its tolerance: {match.matched_percent:.1f} % of the detections match its "
-        f"model's, boxes by an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not "
-        "written",
-        asdict(certificate),
+def _reason(match: Match) -> str:
+    return (
+        f"{match.matched_percent:.1f} % of the detections match its model's, boxes by an IoU of "
+        f"{match.box_iou_mean:.4f}, scores within {match.score_error:.1e}"
     )
 
 
-def to_json(certificate: DetectionCertificate) -> str:
-    return json.dumps(asdict(certificate), indent=2) + "\n"
+def require(certificate: DetectionCertificate) -> None:
+    """Raise CheckFailed if the artifact's detections are too far from its model's."""
+    if not certificate.passed:
+        message = f"{certificate.artifact} exceeds its tolerance: {_reason(certificate.match)}; it was not written"
+        raise CheckFailed(message, asdict(certificate))

@@ -39,23 +39,29 @@ class Entry:
 COMMANDS = {
     "list": Entry("shvit.weights.main:List", "List models: parameters, GMACs, input size, published top-1, weights."),
     "info": Entry(
-        "shvit.export.main:Info", "Show what a model costs, per stage and layer: MACs, parameters, bytes moved."
+        "shvit.export.analysis.main:Info",
+        "Show what a model costs, per stage and layer: MACs, parameters, bytes moved.",
     ),
     "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on a folder with a folder for each class."),
     "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
     "export": Entry("shvit.export.main:EXPORT", "Export a checkpoint as a verified ONNX, OpenVINO or Core ML file."),
     "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
-    "bench": Entry(
-        "shvit.export.bench.main:parse", "Measure latency of models in runtimes; `shvit bench phone`: in a browser."
-    ),
+    "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),
+    "bench phone": Entry("shvit.export.browser.main:BenchPhone", "Measure latency and outputs in a phone's browser."),
+    "bench import": Entry("shvit.export.browser.main:BenchImport", "Write a report of records that the page saved."),
     "site": Entry(
-        "shvit.export.bench.main:Site", "Write the page that measures latency in a browser as a static site."
+        "shvit.export.browser.main:Site", "Write the page that measures latency in a browser as a static site."
+    ),
+    "doctor": Entry(
+        "shvit.export.analysis.doctor:Doctor", "Check this machine: hardware, versions, extras and runtimes."
     ),
     "detect": Entry(
         "shvit.detection.main:DETECT", "Train, evaluate and export Mask R-CNN and RetinaNet; draw detections."
     ),
     "weights": Entry("shvit.weights.main:WEIGHTS", "List, download, check and convert checkpoints."),
-    "demo": Entry("shvit.export.main:Demo", "Train, export, verify, evaluate and benchmark a model on real images."),
+    "demo": Entry(
+        "shvit.export.demo.main:Demo", "Train, export, verify, evaluate and benchmark a model on real images."
+    ),
 }
 """Each command, of one or two words."""
 SCHEMES = {"detector": "shvit.detection.pyramid:create_pyramid"}

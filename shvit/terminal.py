@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 from .errors import printable
@@ -32,6 +33,11 @@ def console(quiet: bool = False) -> Console:
         quiet: print nothing, as in all but one of several processes.
     """
     return SafeConsole(width=None if is_terminal() else 160, highlight=False, markup=False, quiet=quiet)
+
+
+def right_aligned(*names: str) -> list[Column]:
+    """Return columns of a table for numbers."""
+    return [Column(name, justify="right") for name in names]
 
 
 def is_terminal() -> bool:

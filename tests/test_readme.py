@@ -130,7 +130,7 @@ def memory_argument() -> str:
         sizes = f"{cost.params / 1e6:.2f} | {cost.activation_bytes / 1e6:.1f} | {cost.bytes / 1e6:.1f}"
         ratios = f"{cost.flop_per_byte:.1f} | {cost.memory_bound_percent:.0f}"
         lines.append(f"| {name} | {', '.join(map(str, tokens))} | {cost.macs / 1e6:.1f} | {sizes} | {ratios} |")
-    sentences = (said.says, said.macro.says, *(pair.says for pair in said.micro))
+    sentences = (said.summary, said.macro.summary, *(pair.summary for pair in said.micro))
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences)])
 
 
@@ -183,7 +183,7 @@ def commands() -> list[list[str]]:
 def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, tiny_demo):
     """From an empty folder, with a small model and few images; no time that is measured means anything."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("shvit.export.bench.measure.TURN_S", 0.0)
+    monkeypatch.setattr("shvit.export.bench.measure.ROUND_S", 0.0)
     assert len(commands()) >= 5
     for argv in commands():
         words = [word for word in argv if (argv[0], word) != ("bench", "shvit_s4")]

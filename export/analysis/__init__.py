@@ -1,1 +1,1 @@
-"""What a model costs, and the designs that it is compared with. Installed as `shvit.export.analysis`."""
+"""Cost and design of models, and a check of the machine. Installed as `shvit.export.analysis`."""

@@ -1,13 +1,14 @@
-"""What a forward pass costs, operator by operator: multiply-adds, and bytes read and written."""
+"""Cost of a forward pass by operator: multiply-adds, and bytes read and written."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 MULTIPLIES = ("convolution", "depthwise convolution", "matrix product")  # the others are bound by memory
-KINDS = (  # the first pattern that is found in an operator's name
+KINDS = (  # the first pattern that matches an operator's name
     (r"norm", "normalization"),
     (r"softmax", "softmax"),
     (r"relu|gelu|silu|swish|sigmoid|tanh|mish|elu", "activation"),
@@ -31,7 +32,7 @@ class Operation:
 
     kind: str
     modules: frozenset[str]
-    """Names of the modules that were running; the model itself is ''."""
+    """Names of the modules that were running; '' is the model itself."""
     macs: int
     activation_bytes: int
     weight_bytes: int
@@ -39,10 +40,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some operators together, for one image.
+    """Cost of several operators together, for one image.
 
-    Every operator is charged for each tensor that it takes and each that it gives, at their full size, as if nothing
-    stayed in a cache from one operator to the next and none were fused. Views cost nothing.
+    Every operator counts each input and output tensor at its full size, as if nothing stayed in a cache from one
+    operator to the next and none were fused. Views cost nothing.
     """
 
     macs: int
@@ -62,7 +63,7 @@ class Cost:
     @classmethod
     def of(cls, operations: Iterable[Operation], params: int = 0) -> "Cost":
         operations = list(operations)
-        return cls._made(
+        return cls._create(
             macs=sum(o.macs for o in operations),
             params=params,
             activation_bytes=sum(o.activation_bytes for o in operations),
@@ -74,11 +75,13 @@ class Cost:
     def sum(cls, costs: Iterable["Cost"]) -> "Cost":
         costs = list(costs)
         counts = ("macs", "params", "activation_bytes", "weight_bytes", "memory_bound_bytes")
-        return cls._made(**{name: sum(getattr(cost, name) for cost in costs) for name in counts})
+        return cls._create(**{name: sum(getattr(cost, name) for cost in costs) for name in counts})
 
     @classmethod
-    def _made(cls, macs: int, params: int, activation_bytes: int, weight_bytes: int, memory_bound_bytes: int) -> "Cost":
-        """With the figures that follow from the counts."""
+    def _create(
+        cls, macs: int, params: int, activation_bytes: int, weight_bytes: int, memory_bound_bytes: int
+    ) -> "Cost":
+        """Return a cost with the figures that follow from the counts."""
         total = max(activation_bytes + weight_bytes, 1)  # 0 without any operator
         return cls(
             macs=macs,
@@ -92,29 +95,29 @@ class Cost:
 
     @property
     def bytes(self) -> int:
-        """Of activations and weights."""
+        """Bytes of activations and weights."""
         return self.activation_bytes + self.weight_bytes
 
 
 def count(model: nn.Module, x: torch.Tensor) -> list[Operation]:
-    """The operators of `model(x)`, a batch of one image, in order; attention is computed step by step, never fused."""
+    """Return the operators of `model(x)`, `x` a batch of one image, in order; attention is never fused."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Counter(model) as counter:
         model(x)
     return counter.operations
 
 
 def cost(model: nn.Module, x: torch.Tensor) -> Cost:
-    """Of `model(x)`, a batch of one image."""
+    """Return the cost of `model(x)`, `x` a batch of one image."""
     return Cost.of(count(model, x), sum(p.numel() for p in model.parameters()))
 
 
 class _Counter(TorchDispatchMode):
-    """Writes down every operator that is called while it is active."""
+    """A mode that records every operator that is called while it is active."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.operations: list[Operation] = []
-        self.root = type(model).__name__  # what ModuleTracker calls it
+        self.root = type(model).__name__  # its name in ModuleTracker
         self.weights = {_storage(tensor) for tensor in chain(model.parameters(), model.buffers())}
         self.tracker = ModuleTracker()
 
@@ -126,7 +129,9 @@ class _Counter(TorchDispatchMode):
         super().__exit__(*error)
         self.tracker.__exit__(*error)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
@@ -147,7 +152,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def _kind(func: Any, args: Any, multiplies: bool) -> str:
+def _kind(func: OpOverload, args: Sequence[Any], multiplies: bool) -> str:
     if not multiplies:
         return next(kind for pattern, kind in KINDS if re.search(pattern, func.overloadpacket.__name__))
     if func.overloadpacket is torch.ops.aten.convolution:
@@ -156,10 +161,10 @@ def _kind(func: Any, args: Any, multiplies: bool) -> str:
     return "matrix product"
 
 
-def _is_view(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
-    """Whether all that it gives is memory that it was given, unwritten."""
-    given = {_storage(tensor) for tensor in inputs}
-    return not func._schema.is_mutable and all(_storage(tensor) in given for tensor in outputs)
+def _is_view(func: OpOverload, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Return whether all outputs are memory of inputs, unwritten."""
+    known = {_storage(tensor) for tensor in inputs}
+    return not func._schema.is_mutable and all(_storage(tensor) in known for tensor in outputs)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -167,7 +172,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """A number for a tensor's memory, which its views share; on the meta device too."""
+    """Return an identifier of a tensor's memory, which its views share; on the meta device too."""
     return tensor.untyped_storage()._cdata
 
 

@@ -1,6 +1,6 @@
-"""SHViT beside the designs that it replaces, built from its own layers and counted: the paper's argument in numbers.
+"""SHViT compared with the designs that it replaces, built from its own layers: the paper's argument in numbers.
 
-Nothing here is trained; what the alternatives would cost is all that is asked of them.
+Nothing here is trained; the alternatives are only counted.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from shvit.shvit import SHSA, ConvNorm, SHViT
 from .counting import Cost, cost
 
 HEAD_DIM = 32  # channels of one head, as is usual
-STEPS = 4  # to the width of a pyramid; its multiply-adds are then within a percent or two
-SAME = 0.05  # figures this near, of each other, are said to be about the same
+STEPS = 4  # iterations for the width of a pyramid; its multiply-adds are then within a percent or two
+SAME = 0.05  # relative difference below which two figures count as about the same
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MacroDesign:
     """A stem and its stages."""
 
     stride: int
-    """Pixels of the image for one token of the first stage, in each direction."""
+    """Pixels of the image per token of the first stage, in each direction."""
     embed_dim: tuple[int, ...]
     depth: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -38,7 +38,7 @@ class MicroDesign:
     tokens: int
     heads: int
     channels: int
-    """That attention sees."""
+    """Channels that attention works on."""
     cost: Cost
 
 
@@ -48,19 +48,19 @@ class Comparison:
 
     own: MacroDesign | MicroDesign
     other: MacroDesign | MicroDesign
-    says: str
-    """What a reader sees in the figures, made from them."""
+    summary: str
+    """The figures in a sentence."""
 
 
 def compare_macro(model: SHViT, x: torch.Tensor) -> Comparison:
-    """Of a SHViT that is not deployed, its stem and stages beside a stride-4 pyramid's, on one image `x`."""
-    with torch.random.fork_rng(devices=[]):  # the alternative's parameters are no matter of the caller's
+    """Compare the stem and stages of a SHViT before deployment with a stride-4 pyramid's, on one image `x`."""
+    with torch.random.fork_rng(devices=[]):  # the alternative's parameters take none of the caller's random numbers
         own, other = _macro(model, x), _macro(stride_4(model, x), x)
-    return Comparison(own, other, _macro_says(own, other))
+    return Comparison(own, other, _summarize_macro(own, other))
 
 
 def compare_micro(model: SHViT, x: torch.Tensor) -> list[Comparison]:
-    """Of each stage with attention, its layer beside a multi-head one, on the stage's tokens of one image `x`."""
+    """Compare the attention layer of each stage that has one with a multi-head layer, on one image `x`."""
     comparisons = []
     maps = _maps(model, x)
     for index, (stage, features) in enumerate(zip(model.stages, maps, strict=True), start=1):
@@ -72,12 +72,12 @@ def compare_micro(model: SHViT, x: torch.Tensor) -> list[Comparison]:
         dim, where = features.shape[1], (f"stage {index}", features.shape[2:].numel())
         own = MicroDesign(*where, heads=1, channels=layer.split_dims[0], cost=cost(layer, features))
         other = MicroDesign(*where, heads=dim // head_dim(dim), channels=dim, cost=cost(many, features))
-        comparisons.append(Comparison(own, other, _micro_says(own, other)))
+        comparisons.append(Comparison(own, other, _summarize_micro(own, other)))
     return comparisons
 
 
 def stride_4(model: SHViT, x: torch.Tensor) -> SHViT:
-    """The usual pyramid in place of a stride-16 stem with three stages: stages at strides 4, 8, 16 and 32.
+    """Return the usual pyramid in place of a stride-16 stem with three stages: stages at strides 4, 8, 16 and 32.
 
     Blocks and downsampling are the model's, and as many of each kind: those of its first stage are shared between the
     first two, and attention stays in the last two, with the same share of the channels. The stem has two convolutions
@@ -96,7 +96,7 @@ def stride_4(model: SHViT, x: torch.Tensor) -> SHViT:
 
 
 def _pyramid(model: SHViT, dim: float) -> SHViT:
-    """As `stride_4` says, with `dim` channels in the last stage."""
+    """Return the pyramid of `stride_4` with `dim` channels in the last stage."""
     first, *rest = model.stages
     mixers = [_attention(stage) for stage in (first, first, *rest)]
     embed_dim = tuple(max(8, round(dim / 2**i)) for i in reversed(range(len(mixers))))
@@ -119,20 +119,20 @@ def _pyramid(model: SHViT, dim: float) -> SHViT:
 
 
 def _attention(stage: nn.Module) -> SHSA | None:
-    """The first of a stage's attention layers, which are alike."""
+    """Return the first of a stage's attention layers, which are alike."""
     return next((module for module in stage.modules() if isinstance(module, SHSA)), None)
 
 
 def head_dim(dim: int) -> int:
-    """The divisor of `dim` that is nearest to 32."""
+    """Return the divisor of `dim` that is nearest to 32."""
     return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(d - HEAD_DIM))
 
 
 def multi_head(layer: SHSA) -> nn.Sequential:
-    """Multi-head self-attention over all channels, where `layer` has one head on some: (B, C, H, W) → (B, C, H, W).
+    """Return multi-head self-attention on all channels, in place of one head on some: (B, C, H, W) → (B, C, H, W).
 
-    timm's, with what surrounds SHSA: the same norm before, BatchNorm behind both projections, the activation before
-    the last.
+    It is timm's layer with the surroundings of SHSA: the same norm before, BatchNorm behind both projections, the
+    activation before the last.
     """
     dim = sum(layer.split_dims)
     attention = Attention2d(dim, num_heads=dim // head_dim(dim))
@@ -144,7 +144,7 @@ def multi_head(layer: SHSA) -> nn.Sequential:
 
 @torch.no_grad()
 def _maps(model: SHViT, x: torch.Tensor) -> list[torch.Tensor]:
-    """What each stage puts out."""
+    """Return the output of each stage."""
     maps = model.forward_intermediates(x, intermediates_only=True)
     assert isinstance(maps, list)
     return maps
@@ -161,7 +161,7 @@ def _macro(model: SHViT, x: torch.Tensor) -> MacroDesign:
     )
 
 
-def _macro_says(own: MacroDesign, other: MacroDesign) -> str:
+def _summarize_macro(own: MacroDesign, other: MacroDesign) -> str:
     mine, its = own.cost, other.cost
     return (
         f"Compared with the stride-{own.stride} design of {len(own.depth)} stages, the stride-{other.stride} pyramid "
@@ -172,7 +172,7 @@ def _macro_says(own: MacroDesign, other: MacroDesign) -> str:
     )
 
 
-def _micro_says(own: MicroDesign, other: MicroDesign) -> str:
+def _summarize_micro(own: MicroDesign, other: MicroDesign) -> str:
     mine, its = own.cost, other.cost
     share, other_share = round(mine.memory_bound_percent), round(its.memory_bound_percent)
     heads = f"{other.heads} heads" if other.heads > 1 else "one head"
@@ -186,7 +186,7 @@ def _micro_says(own: MicroDesign, other: MicroDesign) -> str:
 
 
 def times(new: float, old: float) -> str:
-    """How `new` compares with `old`, both above 0: '3.0 times fewer', '1.2 times more', or 'about as many'."""
+    """Return how `new` compares with `old`, both above 0: 3.0 times fewer, 1.2 times more, or about as many."""
     if abs(new / old - 1) <= SAME:
         return "about as many"
     return f"{old / new:.1f} times fewer" if new < old else f"{new / old:.1f} times more"

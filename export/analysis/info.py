@@ -1,82 +1,82 @@
-"""What a model is made of: MACs, parameters, bytes moved and tokens, by stage, kind of layer and operator."""
+"""Cost of a model: MACs, parameters, bytes moved and tokens, by stage, kind of layer and operator."""
 
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
-from rich.table import Column, Table
+from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shvit.deployment import deploy
 from shvit.shvit import FFN, SHSA, ConvNorm, PatchMerging, Residual, SHViT
+from shvit.terminal import right_aligned
 
 from ..spec import Spec
 from .counting import MULTIPLIES, Cost, Operation, cost, count
 from .designs import Comparison, MacroDesign, MicroDesign, compare_macro, compare_micro
 
-LAYERS = {ConvNorm: "depthwise conv", FFN: "FFN", SHSA: "attention"}  # what a residual branch is
+LAYERS = {ConvNorm: "depthwise conv", FFN: "FFN", SHSA: "attention"}  # kinds of residual branches
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of layer in one stage, all of its layers with as many tokens together."""
+    """All layers of one kind in one stage that have the same number of tokens."""
 
     stage: str
     kind: str
     layers: int
     tokens: int
-    """Positions of the grid that the layers put out, of the first where there are several; 1 behind the pooling, 0 of
-    what only holds layers or functions."""
+    """Positions in the grid of the layers' output, of the first output if there are several; 1 after pooling, 0 for a
+    module that returns no tensor."""
     cost: Cost
 
 
 @dataclass(frozen=True)
 class OperatorRow:
-    """One kind of PyTorch's operators in the whole model."""
+    """All operators of one kind in the whole model."""
 
     operator: str
     calls: int
     mac_percent: float
     byte_percent: float
-    """Of activations and weights."""
+    """Percent of the bytes of activations and weights."""
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model with float32 parameters, and one image of `img_size` pixels in height and width."""
+    """Cost of a model with float32 parameters for one image of `img_size` pixels in height and width."""
 
     model: str
     img_size: int
     macs: int
     params: int
     rows: list[Row]
-    """By stage and kind of layer for a SHViT, by top-level module for any other model; they add up to the total."""
+    """Rows by stage and kind of layer for a SHViT, by top-level module for others; they add up to the total."""
     subtotals: list[Row]
-    """Of each stage of a SHViT, its downsampling included."""
+    """Sums for each stage of a SHViT, its downsampling included."""
     total: Cost
     operators: list[OperatorRow]
-    """The largest share of the bytes first."""
+    """Operators by their share of the bytes, largest first."""
     deployed: Cost | None
-    """The whole model as `shvit.deploy` rewrites it, its parameters included. This and the comparisons: of a SHViT."""
+    """Cost of the whole model as `shvit.deploy` rewrites it. None for other models than SHViT, as the comparisons."""
     macro: Comparison | None
     micro: list[Comparison]
-    """Of each stage with attention."""
-    says: str
-    """What a reader sees in the operators' figures."""
+    """Comparisons of attention layers, one for each stage that has them."""
+    summary: str
+    """The operators' figures in a sentence."""
 
 
 def describe(model: nn.Module, spec: Spec) -> Description:
-    """Counts a model in eval mode on a blank image."""
+    """Count the cost of a model in eval mode on a blank image."""
     x = spec.blank()
     parts = _parts(model)
-    with _watched(parts):
+    with _recorded(parts):
         operations = count(model, x)
     params = sum(p.numel() for p in model.parameters())
     total = Cost.of(operations, params)
@@ -95,13 +95,13 @@ def describe(model: nn.Module, spec: Spec) -> Description:
         deployed=cost(deploy(ours, spec.img_size), x) if ours else None,
         macro=compare_macro(ours, x) if ours else None,
         micro=compare_micro(ours, x) if ours else [],
-        says=_says(operators, total),
+        summary=_summarize(operators, total),
     )
 
 
 @dataclass
 class _Part:
-    """A module whose operators and parameters make a row, alone or with others of its stage, kind and tokens."""
+    """A module whose operators and parameters belong to one row."""
 
     stage: str
     kind: str
@@ -110,24 +110,24 @@ class _Part:
     layers: int = 1
     operations: list[Operation] = field(default_factory=list)
     shape: tuple[int, ...] = ()
-    """Of the first tensor that the module returns."""
+    """Shape of the first tensor that the module returns."""
 
-    def see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A forward hook."""
+    def hook(self, module: nn.Module, inputs: object, output: object) -> None:
+        """Remember the shape of the output, as a forward hook."""
         self.shape = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), ())
 
 
 @contextmanager
-def _watched(parts: list[_Part]) -> Iterator[None]:
-    """Parts learn the shape of what they return."""
+def _recorded(parts: list[_Part]) -> Iterator[None]:
+    """Record the shapes of the parts' outputs."""
     with ExitStack() as hooks:
         for part in parts:
-            hooks.enter_context(part.module.register_forward_hook(part.see))
+            hooks.enter_context(part.module.register_forward_hook(part.hook))
         yield
 
 
 def _rows(model: nn.Module, parts: list[_Part], operations: list[Operation]) -> list[Row]:
-    """Every operator and every parameter is in one row; what belongs to no part has a row of its own at the end."""
+    """Return rows with every operator and every parameter in one; those outside of all parts are in the last row."""
     rest = _Part("", "outside of these", "", model)
     owners = {f"{part.name}.{name}".rstrip("."): part for part in parts for name, _ in part.module.named_modules()}
     for operation in operations:
@@ -155,14 +155,14 @@ def _rows(model: nn.Module, parts: list[_Part], operations: list[Operation]) -> 
 
 
 def _tokens(part: _Part, channels_last: bool) -> int:
-    """(B, C, H, W) and, if `channels_last`, (B, H, W, C) have H·W, (B, N, C) has N, (B, C) one."""
+    """Return the tokens of an output: H·W of (B, C, H, W), or of (B, H, W, C); N of (B, N, C); 1 of (B, C)."""
     if len(part.shape) == 4:
         return prod(part.shape[1:3] if channels_last else part.shape[2:])
     return part.shape[1] if len(part.shape) == 3 else int(len(part.shape) == 2)
 
 
 def _parts(model: nn.Module) -> list[_Part]:
-    """Disjoint and in order of execution."""
+    """Return disjoint parts of a model, in order of execution."""
     if not isinstance(model, SHViT) or model.deployed:
         return [_Part(name, type(module).__name__, name, module) for name, module in model.named_children()]
     convs = sum(isinstance(layer, ConvNorm) for layer in model.patch_embed)
@@ -179,7 +179,7 @@ def _parts(model: nn.Module) -> list[_Part]:
 
 
 def _subtotals(rows: list[Row]) -> list[Row]:
-    """Of the stages, with the tokens of their last layer."""
+    """Return the sums of the stages, with the tokens of their last layer."""
     stages: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         stages[row.stage].append(row)
@@ -202,7 +202,7 @@ def _operators(operations: list[Operation], total: Cost) -> list[OperatorRow]:
     return sorted(rows, key=lambda row: -row.cost.bytes)
 
 
-def _says(operators: list[OperatorRow], total: Cost) -> str:
+def _summarize(operators: list[OperatorRow], total: Cost) -> str:
     depthwise = next((row for row in operators if row.operator == "depthwise convolution"), None)
     bound = [row.operator for row in operators if row.operator not in MULTIPLIES]
     sentence = (
@@ -217,32 +217,38 @@ def _says(operators: list[OperatorRow], total: Cost) -> str:
 FIGURES = ("tokens", "MMACs", "params", "activations MB", "weights MB", "FLOP/byte", "memory-bound %")
 
 
-def tables(said: Description) -> list[Table | str]:
-    """What people see of a description: tables and, below each, a sentence or two."""
-    return [_layer_table(said), *_total_lines(said), _operator_table(said), said.says, *_comparison_tables(said)]
+def tables(description: Description) -> list[Table | str]:
+    """Return a description for people: tables and, below each, a sentence or two."""
+    return [
+        _layer_table(description),
+        *_total_lines(description),
+        _operator_table(description),
+        description.summary,
+        *_comparison_tables(description),
+    ]
 
 
-def _layer_table(said: Description) -> Table:
+def _layer_table(description: Description) -> Table:
     table = _table("stage", "layer", right=("n", *FIGURES))
-    subtotals = {row.stage: row for row in said.subtotals}
-    for index, row in enumerate(said.rows):
-        last = index + 1 == len(said.rows) or said.rows[index + 1].stage != row.stage
-        end = last and bool(said.subtotals)
+    subtotals = {row.stage: row for row in description.subtotals}
+    for index, row in enumerate(description.rows):
+        last = index + 1 == len(description.rows) or description.rows[index + 1].stage != row.stage
+        end = last and bool(description.subtotals)
         subtotal = subtotals.get(row.stage) if end else None
         figures = (str(row.layers), *_figures(row.tokens or "", row.cost))
         table.add_row(row.stage, row.kind, *figures, end_section=end and not subtotal)
         if subtotal:
             table.add_row(f"{row.stage}, {ALL}", "", "", *_figures(subtotal.tokens, subtotal.cost), end_section=True)
     table.add_section()
-    table.add_row(ALL, "", "", *_figures("", said.total))
+    table.add_row(ALL, "", "", *_figures("", description.total))
     return table
 
 
-def _total_lines(said: Description) -> list[str]:
-    total, now = said.total, said.deployed
+def _total_lines(description: Description) -> list[str]:
+    total, now = description.total, description.deployed
     lines = [
-        f"{said.model} at {said.img_size} px: {said.macs / 1e9:.3f} GMACs, {said.params:,} parameters, "
-        f"{_mb(total.bytes)} MB moved for one image in float32 without fusion"
+        f"{description.model} at {description.img_size} px: {description.macs / 1e9:.3f} GMACs, "
+        f"{description.params:,} parameters, {_mb(total.bytes)} MB moved for one image in float32 without fusion"
     ]
     if now is not None:
         lines.append(
@@ -252,36 +258,36 @@ def _total_lines(said: Description) -> list[str]:
     return lines
 
 
-def _operator_table(said: Description) -> Table:
+def _operator_table(description: Description) -> Table:
     table = _table("operator", right=("calls", "MACs %", "bytes %", "FLOP/byte"))
-    for row in said.operators:
+    for row in description.operators:
         shares = f"{row.mac_percent:.1f}", f"{row.byte_percent:.1f}"
         table.add_row(row.operator, str(row.calls), *shares, f"{row.cost.flop_per_byte:.1f}")
     return table
 
 
-def _comparison_tables(said: Description) -> list[Table | str]:
+def _comparison_tables(description: Description) -> list[Table | str]:
     shown: list[Table | str] = []
-    if said.macro is not None:
+    if description.macro is not None:
         table = _table("stem and stages", "embed_dim", right=FIGURES)
-        for design in (said.macro.own, said.macro.other):
+        for design in (description.macro.own, description.macro.other):
             assert isinstance(design, MacroDesign)
             name = f"stride {design.stride}, {len(design.depth)} stages"
             table.add_row(name, _list(design.embed_dim), *_figures(_list(design.tokens), design.cost))
-        shown += [table, said.macro.says]
-    if said.micro:
+        shown += [table, description.macro.summary]
+    if description.micro:
         table = _table("attention", right=("heads", "channels", *FIGURES))
-        for pair in said.micro:
+        for pair in description.micro:
             for design in (pair.own, pair.other):
                 assert isinstance(design, MicroDesign)
                 figures = _figures(design.tokens, design.cost)
                 table.add_row(design.stage, str(design.heads), str(design.channels), *figures)
-        shown += [table, *(pair.says for pair in said.micro)]
+        shown += [table, *(pair.summary for pair in description.micro)]
     return shown
 
 
 def _figures(tokens: int | str, cost: Cost) -> list[str]:
-    """In the order of FIGURES."""
+    """Return a cost in the order of `FIGURES`."""
     activations, weights = _mb(cost.activation_bytes), _mb(cost.weight_bytes)
     shares = f"{cost.flop_per_byte:.1f}", f"{cost.memory_bound_percent:.0f}"
     return [str(tokens), f"{cost.macs / 1e6:.1f}", f"{cost.params:,}", activations, weights, *shares]
@@ -296,4 +302,4 @@ def _list(numbers: tuple[int, ...]) -> str:
 
 
 def _table(*left: str, right: tuple[str, ...]) -> Table:
-    return Table(*left, *(Column(name, justify="right") for name in right))
+    return Table(*left, *right_aligned(*right))

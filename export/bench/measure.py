@@ -1,7 +1,7 @@
-"""Latency of models and runtimes, interleaved: each case has a process of its own, and one at a time runs.
+"""Latency of models and runtimes, interleaved: each case has a process of its own, and only one runs at a time.
 
-Absolute times drift with the machine; when the cases take turns, in reversed order every other round, all of them meet
-the same drift, so that ratios hold. Where other programs take the core meanwhile, ratios are of processor times.
+Absolute times drift with the machine; when the cases are interleaved, in reversed order every other round, all of them
+meet the same drift, so that ratios hold. Where other programs take the core meanwhile, ratios are of processor times.
 """
 
 import json
@@ -25,30 +25,28 @@ from shvit.files import scratch_folder
 from shvit.weights.published import published_top1
 
 from . import worker
-from .cases import (
-    FILES,
-    Case,
-    Settings,
-    Subject,
-    case_of_file,
-    case_of_model,
-    check_runtimes,
-    choose_cores,
-)
-from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine
+from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case
+from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Scaling
 from .roofline import measure_machine
+from .runtimes import check_runtimes, is_artifact
 
-TURN_S = 0.15  # seconds that a case's turn within a round lasts at least; of processor time, if its case has one thread
-LAST_S = 2.0  # seconds that its process has to end by itself
-WIDEST = 0.1  # of a ratio's confidence interval, relative; a wider one decides nothing
+ROUND_S = 0.15  # minimum seconds that a case runs in a round; of processor time, if the case has one thread
+EXIT_S = 2.0  # seconds that a worker has to end by itself
+MAX_INTERVAL = 0.1  # relative width of a ratio's confidence interval; a wider one decides nothing
+SWEEP_SIDES = (128, 192, 256, 384, 512, 768, 1024)  # height and width in pixels
+SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SWEEP_ROUNDS = 5
 Progress = Callable[[str], None]
 
 
-@dataclass
-class Running:
-    """A case under way."""
+# --- workers ----------------------------------------------------------------------------------------------------------
 
-    case: Case
+
+@dataclass
+class RunningCase:
+    """A case with its worker process, and the times measured so far."""
+
+    case: BenchCase
     process: subprocess.Popen[str]
     load: float = 0.0
     first: float = 0.0
@@ -56,8 +54,8 @@ class Running:
     rounds: list[list[float]] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Sends a command, if any, and waits for the answer.
+    def request(self, **command: float | bool) -> dict[str, Any]:
+        """Send a command, if any, and return the worker's response.
 
         Raises:
             InputError: the runtime failed.
@@ -71,23 +69,23 @@ class Running:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
-        if "error" in answer:
-            raise InputError(f"{self.case.model} in {self.case.runtime}: {answer['error']}")
-        return answer
+        response = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
+        if "error" in response:
+            raise InputError(f"{self.case.model} in {self.case.runtime}: {response['error']}")
+        return response
 
     def open(self) -> None:
-        opened = self.ask()
+        opened = self.request()
         self.load = opened["load"]
         if opened["lacks_bf16"]:
             self.case = replace(self.case, precision="fp32")
-        self.first = self.ask(batch=self.case.batch_size)["first"]
+        self.first = self.request(batch=self.case.batch_size)["first"]
 
-    def turn(self) -> None:
-        answer = self.ask(seconds=TURN_S, processor=self.case.is_one_cpu_thread)
-        self.rounds.append(answer["wall"])
-        self.cpu.append(answer["cpu"])
-        self.peak = answer["peak"]
+    def run_round(self) -> None:
+        response = self.request(seconds=ROUND_S, processor=self.case.is_one_cpu_thread)
+        self.rounds.append(response["wall"])
+        self.cpu.append(response["cpu"])
+        self.peak = response["peak"]
 
     @property
     def preempted_percent(self) -> float | None:
@@ -99,13 +97,13 @@ class Running:
         return 100 * max(0.0, 1 - cpu / wall)
 
     def seconds(self, basis: str) -> list[float]:
-        """Of a batch, in each round: the median call by the wall's clock, the mean call by the processor's."""
+        """Return the seconds of a batch in each round: the median call by wall time, the mean by processor time."""
         return self.cpu if basis == PROCESSOR else [median(times) for times in self.rounds]
 
 
 @contextmanager
-def start(case: Case) -> Iterator[Running]:
-    """The case's process, ended on the way out; one of Core ML may end by itself, as it has temporary files."""
+def start(case: BenchCase) -> Iterator[RunningCase]:
+    """Start the case's worker and end it on the way out; Core ML's may end by itself, as it has temporary files."""
     process = subprocess.Popen(
         [sys.executable, "-I", worker.__file__, json.dumps(case.job)],
         stdin=subprocess.PIPE,
@@ -115,54 +113,54 @@ def start(case: Case) -> Iterator[Running]:
         env={**users_environment(), **case.environment},
     )
     try:
-        yield Running(case, process)
+        yield RunningCase(case, process)
     finally:
         if case.job["runner"] == "coreml":
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=LAST_S)
+                process.communicate(timeout=EXIT_S)
         process.kill()
         process.communicate()
 
 
-def run_rounds(cases: Sequence[Case], rounds: int, progress: Progress = lambda _: None) -> list[Running]:
-    """Opens every case, then lets them take turns, in reversed order every other round."""
+def run_rounds(cases: Sequence[BenchCase], rounds: int, progress: Progress = lambda _: None) -> list[RunningCase]:
+    """Open every case, then run them interleaved, in reversed order every other round."""
     with ExitStack() as stack:
         running = []
         for case in cases:
-            progress(f"opening {case.model} in {case.runtime}")
+            progress(f"opening {case.model} in {case.runtime}, {case.img_size} px, batch {case.batch_size}")
             running.append(stack.enter_context(start(case)))
             running[-1].open()
         for number in range(rounds):
             progress(f"batch {cases[0].batch_size}, round {number + 1} of {rounds}")
             for each in running if number % 2 == 0 else reversed(running):
-                each.turn()
+                each.run_round()
     return running
 
 
-def summarize(running: Sequence[Running], machine: Machine) -> list[BenchResult]:
-    """Percentiles, spread and ratios to the first case, of cases of one batch size."""
-    return [_summary(each, running[0], machine) for each in running]
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def basis_of(running: Sequence[Running]) -> str:
-    """By which time these cases can be compared: `PROCESSOR` if others took a core of theirs and all allow it."""
+def summarize(running: Sequence[RunningCase], machine: Machine) -> list[BenchResult]:
+    """Return percentiles, spread and ratios to the first case, of cases of one batch size."""
+    return [_summarize_case(each, running[0], machine) for each in running]
+
+
+def time_basis(running: Sequence[RunningCase]) -> str:
+    """Return the clock for comparing these cases: `PROCESSOR` if other programs took a core and all cases allow it."""
     shares = [each.preempted_percent for each in running]
     known = [share for share in shares if share is not None]
     return PROCESSOR if len(known) == len(shares) and max(known) > PREEMPTED_PERCENT else WALL
 
 
-def _summary(running: Running, first: Running, machine: Machine) -> BenchResult:
+def _summarize_case(running: RunningCase, first: RunningCase, machine: Machine) -> BenchResult:
     case = running.case
     calls = 1e3 * np.concatenate([np.asarray(times) for times in running.rounds]) / case.batch_size
     p50, p90, p99 = percentiles(calls)
-    basis = basis_of([running, first])
+    basis = time_basis([running, first])
     pairs = zip(running.seconds(basis), first.seconds(basis), strict=True)
-    ratio, low, high = ratio_of([mine / other for mine, other in pairs])
+    ratio, low, high = ratio_interval([mine / other for mine, other in pairs])
     cpu = 1e3 * median(running.cpu) / case.batch_size
-    own = cpu if basis_of([running]) == PROCESSOR else p50
-    elsewhere = "cuda" in case.runtime or "tensorrt" in case.runtime or case.job["threads"] != machine.threads
-    peak = None if elsewhere else machine.peak_gflops.get(case.precision)
-    gflops = None if case.macs is None else 2e-9 * case.macs / (1e-3 * own)
+    own = cpu if time_basis([running]) == PROCESSOR else p50
     return BenchResult(
         model=case.model,
         runtime=case.runtime,
@@ -183,21 +181,27 @@ def _summary(running: Running, first: Running, machine: Machine) -> BenchResult:
         first_ms=1e3 * running.first,
         peak_memory_mb=None if running.peak is None else running.peak / 1e6,
         gmacs=None if case.macs is None else case.macs / 1e9,
-        percent_of_peak=None if gflops is None or peak is None else 100 * gflops / peak,
+        percent_of_peak=_percent_of_peak(case, own, machine),
         top1=published_top1(case.model, case.img_size),
         ratio_basis=basis,
         preempted_percent=running.preempted_percent,
     )
 
 
+def _percent_of_peak(case: BenchCase, ms: float, machine: Machine) -> float | None:
+    elsewhere = "cuda" in case.runtime or "tensorrt" in case.runtime or case.job["threads"] != machine.threads
+    peak = None if elsewhere else machine.peak_gflops.get(case.precision)
+    return None if case.macs is None or peak is None else 100 * (2e-9 * case.macs / (1e-3 * ms)) / peak
+
+
 def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """The 50th, 90th and 99th, interpolated between neighbors."""
+    """Return the 50th, 90th and 99th percentile, interpolated between neighbors."""
     p50, p90, p99 = (float(value) for value in np.quantile(values, [0.5, 0.9, 0.99]))
     return p50, p90, p99
 
 
-def ratio_of(ratios: Sequence[float]) -> tuple[float | None, float, float]:
-    """The median of the rounds' ratios and its 95 % confidence interval; None for it if that is too wide to decide.
+def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]:
+    """Return the median of the rounds' ratios, None if its interval is too wide to decide, and its 95 % interval.
 
     The interval is that of a quantile by order statistics: no assumption on how noise is distributed, one outlier among
     many rounds is harmless, and few rounds decide nothing.
@@ -213,10 +217,13 @@ def ratio_of(ratios: Sequence[float]) -> tuple[float | None, float, float]:
     low, high = float(interval.low), float(interval.high)
     if not (np.isfinite(low) and np.isfinite(high)):
         return None, min(ratios), max(ratios)
-    return (middle if high - low <= WIDEST * middle else None), low, high
+    return (middle if high - low <= MAX_INTERVAL * middle else None), low, high
 
 
-def bench(
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def measure_models(
     models: Sequence[str],
     runtimes: Sequence[str],
     batch_sizes: Sequence[int],
@@ -225,53 +232,48 @@ def bench(
     against: Sequence[Path] = (),
     progress: Progress = lambda _: None,
 ) -> tuple[Machine, list[BenchResult]]:
-    """Times every model in every runtime at every batch size.
+    """Time every model in every runtime at every batch size.
 
     Args:
         models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
-        runtimes: of `RUNTIMES`.
-        against: files of anyone's; they come first, so that ratios are to the first of them, and run with their
+        runtimes: keys of `RUNTIMES`.
+        against: third-party files; they come first, so that ratios are to the first of them, and run with their
             runtime's defaults.
-        progress: is told what happens.
+        progress: receives a line for each step.
 
     Raises:
         InputError: an unknown model or runtime, one that does not run here, a file that cannot be read, or an option
             out of range.
     """
     check_runtimes(runtimes)
-    if not models or not batch_sizes or not (runtimes or all(Path(name).suffix in FILES for name in models)):
+    if not models or not batch_sizes or not (runtimes or all(map(is_artifact, models))):
         raise InputError("nothing to time; give at least one model, one runtime and one batch size")
     for option, value in (("--threads", settings.threads), ("--batch-sizes", min(batch_sizes)), ("--rounds", rounds)):
         if value < 1:
             raise InputError(f"{option} {value} must be 1 or more")
     cores = choose_cores(settings.threads)
     with scratch_folder() as folder, pinned(cores, settings.threads):
-        subjects = {name: Subject(name, settings, folder) for name in models if Path(name).suffix not in FILES}
-        for subject in subjects.values():
-            _ = subject.opened  # an unknown name before anything is measured
-        plan = []
-        for batch_size in sorted(set(batch_sizes)):
-            cases = [case_of_file(path, batch_size, settings, cores, tuned=False) for path in against]
+        named = {name: BenchModel(name, settings, folder) for name in models if not is_artifact(name)}
+        for model in named.values():
+            _ = model.opened  # an unknown name before anything is measured
+
+        def create_cases(batch_size: int) -> Iterator[BenchCase]:
+            for path in against:
+                yield create_file_case(path, batch_size, settings, cores, tuned=False)
             for name in models:
-                if name not in subjects:
-                    cases.append(case_of_file(Path(name), batch_size, settings, cores, tuned=True))
-                    continue
-                for runtime in runtimes:
+                if name not in named:
+                    yield create_file_case(Path(name), batch_size, settings, cores, tuned=True)
+                for runtime in runtimes if name in named else ():
                     progress(f"preparing {name} for {runtime}")
-                    cases.append(case_of_model(subjects[name], runtime, batch_size, cores))
-            plan.append(cases)
-        progress("measuring the machine")
-        machine = measure_machine()
-        results = []
-        for cases in plan:
-            results += summarize(run_rounds(cases, rounds, progress), machine)
-    return machine, results
+                    yield create_case(named[name], runtime, batch_size, cores)
+
+        return _measure_cases([list(create_cases(size)) for size in sorted(set(batch_sizes))], rounds, progress)
 
 
-def bench_files(
+def measure_files(
     files: Sequence[tuple[Path, str, float | None]], threads: Sequence[int], rounds: int, progress: Progress
 ) -> tuple[Machine, list[BenchResult]]:
-    """Times exported files, one image at a time, with each number of threads.
+    """Time exported files, one image at a time, with each number of threads.
 
     Args:
         files: path, what to call it, and its multiply-adds in units of 10⁹ if they are known.
@@ -284,18 +286,25 @@ def bench_files(
         for count in dict.fromkeys(threads):
             cores = choose_cores(count)
             for path, name, gmacs in files:
-                case = case_of_file(path, 1, Settings(count), cores, tuned=True)
+                case = create_file_case(path, 1, Settings(count), cores, tuned=True)
                 runtime = f"{case.runtime}-{count}-threads" if count > 1 else case.runtime
                 macs = None if gmacs is None else round(1e9 * gmacs)
                 cases.append(replace(case, model=name, runtime=runtime, macs=macs))
-        progress("measuring the machine")
-        machine = measure_machine()
-        return machine, summarize(run_rounds(cases, rounds, progress), machine)
+        return _measure_cases([cases], rounds, progress)
+
+
+def _measure_cases(
+    plan: Sequence[Sequence[BenchCase]], rounds: int, progress: Progress
+) -> tuple[Machine, list[BenchResult]]:
+    """Measure the machine, then the cases, those of one batch size interleaved."""
+    progress("measuring the machine")
+    machine = measure_machine()
+    return machine, [row for cases in plan for row in summarize(run_rounds(cases, rounds, progress), machine)]
 
 
 @contextmanager
 def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
-    """This process on these cores alone, as far as the operating system lets it, with as many threads of PyTorch.
+    """Keep this process on these cores, where the operating system allows it, with as many threads of PyTorch.
 
     The workers pin themselves.
     """
@@ -310,3 +319,49 @@ def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
         if cores:
             os.sched_setaffinity(0, cores_before)
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def measure_scaling(
+    name: str, runtime: str, settings: Settings, folder: Path, progress: Progress = lambda _: None
+) -> list[Scaling]:
+    """Time a model over image sizes, one image at a time, and over batch sizes, at the model's own size.
+
+    Args:
+        folder: for the files that are made on the way.
+    """
+    cores = choose_cores(settings.threads)
+    with pinned(cores, settings.threads):
+        by_size = [BenchModel(name, replace(settings, img_size=side), folder) for side in SWEEP_SIDES]
+        own = BenchModel(name, settings, folder)
+        sizes = [create_case(model, runtime, 1, cores) for model in by_size]
+        batches = [create_case(own, runtime, batch, cores) for batch in SWEEP_BATCHES]
+        return [
+            _measure_sweep("pixels", [side * side for side in SWEEP_SIDES], sizes, progress),
+            _measure_sweep("batch_size", SWEEP_BATCHES, batches, progress),
+        ]
+
+
+def _measure_sweep(over: str, values: Sequence[int], cases: Sequence[BenchCase], progress: Progress) -> Scaling:
+    running = run_rounds(cases, SWEEP_ROUNDS, progress)
+    basis = time_basis(running)
+    times = [1e3 * median(each.seconds(basis)) / each.case.batch_size for each in running]
+    memory = [each.peak / 1e6 for each in running if each.peak is not None]  # all: `peak_memory` was checked before
+    return Scaling(
+        model=cases[0].model,
+        runtime=cases[0].runtime,
+        over=over,
+        values=tuple(values),
+        latency_ms=tuple(times),
+        peak_memory_mb=tuple(memory),
+        exponent=exponent(values, times),
+        memory_exponent=exponent(values, memory),
+        basis=basis,
+    )
+
+
+def exponent(values: Sequence[float], measured: Sequence[float]) -> float:
+    """Return the power p of the least-squares fit measured = c·valuesᵖ, in logarithms."""
+    return float(np.polyfit(np.log(values), np.log(measured), 1)[0])

@@ -1,6 +1,6 @@
-"""Pictures of measurements, as PNG files.
+"""Plots of measurements, as PNG files.
 
-The first eight colors are those that Okabe and Ito chose for the color-blind.
+The first eight colors are Okabe and Ito's, which color-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from shvit.files import atomic_write
 
-from .records import BenchResult, LayerTime, Measurements, Scaling, disturbance
+from .records import BenchResult, LayerTime, Measurements, Scaling, describe_preemption
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.transforms import Bbox
 
 INK, MUTED, FAINT = "#1c2733", "#6b7785", "#d7dde3"
 OURS = "#c2410c"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5b6875", "#000000", "#b3b3b3",
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5b6875", "#000000", "#b3b3b3",
            "#8c510a", "#7fcdbb")  # fmt: skip
 MARKERS = "osD^vP*X"
 MAX_PANELS = 12
@@ -34,16 +39,16 @@ PLACES = (
     (-6, 8, "right", "bottom"),
     (-6, -8, "right", "top"),
 )
-"""Of a name beside its point: points right and up, and how the name is aligned there."""
+"""Places of a name beside its point: offset to the right and up, and alignment there."""
 NOISY = "too noisy, or too few rounds, to compare"
-LONGEST = 48
-"""Characters of a name."""
+MAX_NAME = 48
+"""Characters of a name in a plot."""
 MAX_CASES = 60
 """Bars in one panel of bench.png; further cases are in bench.json."""
 
 
-def draw(measurements: Measurements, folder: Path) -> list[Path]:
-    """Writes those of pareto, bench, batch, resolution and layers.png for which there are data; returns their paths."""
+def draw_plots(measurements: Measurements, folder: Path) -> list[Path]:
+    """Write those of pareto, bench, batch, resolution and layers.png that have data, and return their paths."""
     written = []
     for name, make in FIGURES.items():
         figure = make(measurements)
@@ -55,46 +60,45 @@ def draw(measurements: Measurements, folder: Path) -> list[Path]:
 
 
 def front(results: Sequence[BenchResult]) -> list[BenchResult]:
-    """Those than which nothing is both at least as fast and more accurate, or as accurate and faster; fastest first."""
-    found: list[BenchResult] = []
+    """Return the Pareto front, fastest first: nothing is as fast and more accurate, or as accurate and faster."""
+    best: list[BenchResult] = []
     rated = [(result.latency_ms_p50, -result.top1, result) for result in results if result.top1 is not None]
     for _, _, result in sorted(rated, key=lambda each: each[:2]):
-        if not found or (result.top1 or 0) > (found[-1].top1 or 0):
-            found.append(result)
-    return found
+        if not best or (result.top1 or 0) > (best[-1].top1 or 0):
+            best.append(result)
+    return best
 
 
 def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
-    """The fastest runtime and precision of each model at each size and batch size."""
-    found: dict[tuple[str, int, int], BenchResult] = {}
+    """Return the result of the fastest runtime and precision of each model at each size and batch size."""
+    best: dict[tuple[str, int, int], BenchResult] = {}
     for result in results:
         key = (result.model, result.img_size, result.batch_size)
-        if key not in found or result.latency_ms_p50 < found[key].latency_ms_p50:
-            found[key] = result
-    return list(found.values())
+        if key not in best or result.latency_ms_p50 < best[key].latency_ms_p50:
+            best[key] = result
+    return list(best.values())
 
 
 def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchResult]]:
-    """Apart for each device and batch size, the first of many: what is faster elsewhere says nothing."""
-    found: dict[tuple[str, int], list[BenchResult]] = {}
+    """Return the results of each panel, by device and batch size; only the first `MAX_PANELS`."""
+    groups: dict[tuple[str, int], list[BenchResult]] = {}
     for result in results:
-        found.setdefault((result.device, result.batch_size), []).append(result)
-    return dict(islice(found.items(), MAX_PANELS))
+        groups.setdefault((result.device, result.batch_size), []).append(result)
+    return dict(islice(groups.items(), MAX_PANELS))
 
 
-def form(result: BenchResult) -> str:
-    """What a model runs in, with the precision where the runtime's name does not tell."""
-    told = result.runtime.endswith(result.precision)
-    return result.runtime if told else f"{result.runtime} {result.precision}"
+def form_name(result: BenchResult) -> str:
+    """Return the runtime, with the precision where the runtime's name does not end with it."""
+    return result.runtime if result.runtime.endswith(result.precision) else f"{result.runtime} {result.precision}"
 
 
-def pareto(measurements: Measurements) -> Figure | None:
-    """Published accuracy against latency, a panel for each device and batch size; a model's forms lie on one line."""
+def draw_pareto(measurements: Measurements) -> Figure | None:
+    """Return published accuracy against latency, a panel for each device and batch size."""
     rated = [result for result in measurements.results if result.top1 is not None and result.latency_ms_p50 > 0]
     if not rated:
         return None
     groups = panels(rated)
-    markers = dict(zip(_unique(map(form, rated)), cycle(MARKERS), strict=False))
+    markers = dict(zip(_unique(map(form_name, rated)), cycle(MARKERS), strict=False))
     figure, axes = _panels(1, len(groups), 7.4, 6.2)
     for axis, ((device, size), shown) in zip(axes, groups.items(), strict=True):
         best = best_forms(shown)
@@ -106,7 +110,7 @@ def pareto(measurements: Measurements) -> Figure | None:
             where="post", color=INK, linewidth=1.2, alpha=0.55, gid="front", zorder=1,
         )  # fmt: skip
         for result in shown:
-            _point(axis, result, markers[form(result)], result in best)
+            _point(axis, result, markers[form_name(result)], result in best)
         for result in best:
             forms = [each.latency_ms_p50 for each in shown if _model(each) == _model(result)]
             axis.hlines(
@@ -129,12 +133,12 @@ def pareto(measurements: Measurements) -> Figure | None:
     return figure
 
 
-def bench(measurements: Measurements) -> Figure | None:
-    """A bar to each case's median, a whisker to the 90th percentile; a panel for each device and batch size."""
+def draw_latency(measurements: Measurements) -> Figure | None:
+    """Return bars to each case's median and whiskers to the 90th percentile, a panel for each device and batch size."""
     if not measurements.results:
         return None
     cases = {key: shown[:MAX_CASES] for key, shown in panels(measurements.results).items()}
-    colors = dict(zip(_unique(map(form, measurements.results)), cycle(COLOURS), strict=False))
+    colors = dict(zip(_unique(map(form_name, measurements.results)), cycle(COLORS), strict=False))
     rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
     figure, axes = _panels(1, len(cases), 6.8, 1.3 + 0.19 * rows)
     for axis, ((device, size), shown) in zip(axes, cases.items(), strict=True):
@@ -144,7 +148,7 @@ def bench(measurements: Measurements) -> Figure | None:
             forms = [result for result in shown if _model(result) == model]
             ticks.append((y + (len(forms) - 1) / 2, _name(forms[0], shown)))
             for result in forms:
-                _bar(axis, y, result, colors[form(result)], widest)
+                _bar(axis, y, result, colors[form_name(result)], widest)
                 y += 1
             y += 0.8
         axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
@@ -157,27 +161,29 @@ def bench(measurements: Measurements) -> Figure | None:
         axis.set_xlim(0, widest * 1.18)
         _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}{_disturbed(shown)}")
-    handles = [_handle(marker="s", color=color, label=name, linestyle="") for name, color in colors.items()]
+    handles: list[Artist] = [
+        _handle(marker="s", color=color, label=name, linestyle="") for name, color in colors.items()
+    ]
     if any(result.ratio_to_first is None for result in measurements.results):
         handles.append(_patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
     return figure
 
 
-def batch(measurements: Measurements) -> Figure | None:
-    """Time and memory against the batch size."""
+def draw_batch(measurements: Measurements) -> Figure | None:
+    """Return time and memory against the batch size."""
     return _scaling([each for each in measurements.scaling if each.over == "batch_size"], "images in a batch", "batch")
 
 
-def resolution(measurements: Measurements) -> Figure | None:
-    """Time and memory against the number of pixels."""
+def draw_resolution(measurements: Measurements) -> Figure | None:
+    """Return time and memory against the number of pixels."""
     return _scaling(
         [each for each in measurements.scaling if each.over == "pixels"], "pixels (height × width)", "pixels"
     )
 
 
-def layers(measurements: Measurements) -> Figure | None:
-    """Where the time goes: a bar for each model, runtime and batch size, a color for each kind of layer."""
+def draw_layers(measurements: Measurements) -> Figure | None:
+    """Return a bar for each model, runtime and batch size, with a color for each kind of layer."""
     bars: dict[tuple[str, str, int], list[LayerTime]] = {}
     for each in measurements.layers:
         bars.setdefault((each.model, each.runtime, each.batch_size), []).append(each)
@@ -192,7 +198,7 @@ def layers(measurements: Measurements) -> Figure | None:
     for y, parts in enumerate(bars.values()):
         left = 0.0
         for each in sorted(parts, key=lambda part: kinds.index(part.kind)):
-            color = COLOURS[kinds.index(each.kind) % len(COLOURS)]
+            color = COLORS[kinds.index(each.kind) % len(COLORS)]
             axis.barh(y, each.ms, left=left, color=color, edgecolor="white", linewidth=0.8, label=each.kind)
             if each.ms > 0.045 * widest:
                 axis.text(left + each.ms / 2, y, f"{each.percent:.0f} %", ha="center", va="center", fontsize=8,
@@ -205,23 +211,23 @@ def layers(measurements: Measurements) -> Figure | None:
     axis.set_xlim(0, widest * 1.09)
     axis.set_xlabel("ms per image, by kind of layer, from the runtime's own profiler")
     handles = [
-        _handle(marker="s", color=COLOURS[i % len(COLOURS)], label=kind, linestyle="") for i, kind in enumerate(kinds)
+        _handle(marker="s", color=COLORS[i % len(COLORS)], label=kind, linestyle="") for i, kind in enumerate(kinds)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(kinds)), frameon=False)
     return figure
 
 
-FIGURES: dict[str, Callable[[Measurements], Any]] = {
-    "pareto.png": pareto,
-    "bench.png": bench,
-    "batch.png": batch,
-    "resolution.png": resolution,
-    "layers.png": layers,
+FIGURES: dict[str, Callable[[Measurements], Figure | None]] = {
+    "pareto.png": draw_pareto,
+    "bench.png": draw_latency,
+    "batch.png": draw_batch,
+    "resolution.png": draw_resolution,
+    "layers.png": draw_layers,
 }
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure that needs no display, and its panels; each `width` by `height` inches."""
+    """Return a figure that needs no display, and its panels of `width` by `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -238,32 +244,32 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _title(axis: Axes, device: str, measurements: Measurements) -> None:
-    """The device's name, unless everything ran on this machine."""
+    """Set the device's name as the title, unless everything ran on this machine."""
     if any(result.device for result in measurements.results):
         machine = measurements.machine
         axis.set_title(_plain(device or (machine.processor if machine else "this machine")), fontsize=11, color=INK)
 
 
 def _disturbed(results: Sequence[BenchResult]) -> str:
-    """A second line where a busy machine made wall times longer."""
-    disturbed = disturbance(results)
+    """Return a second line where a busy machine made wall times longer."""
+    disturbed = describe_preemption(results)
     return f"\nwall time; {disturbed}" if disturbed else ""
 
 
-def _handle(**look: Any) -> Any:
+def _handle(**look: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **look)
 
 
-def _patch(**look: Any) -> Any:
+def _patch(**look: Any) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(**look)
 
 
-def _ticks(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, …"""
+def _ticks(axis: Axis) -> None:
+    """Set plain numbers on a logarithmic axis: 1, 2, 5, 10, …"""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -272,7 +278,7 @@ def _ticks(axis: Any) -> None:
 
 
 def _point(axis: Axes, result: BenchResult, marker: str, best: bool) -> None:
-    """Full and dark where it is its model's best form; hollow where too noisy to be compared."""
+    """Draw a point: dark if it is its model's best form, hollow if too noisy to be compared."""
     color, noisy = _color(result), result.ratio_to_first is None
     axis.plot(
         result.latency_ms_p50, result.top1 or 0, marker, color=color, markersize=8 if best else 5,
@@ -293,7 +299,7 @@ def _bar(axis: Axes, y: float, result: BenchResult, color: str, widest: float) -
 
 
 def _scaling(sweeps: list[Scaling], quantity: str, short: str) -> Figure | None:
-    """Two panels, time and memory, on logarithmic axes; a line's slope is its exponent."""
+    """Return two panels, time and memory, on logarithmic axes; a line's slope is its exponent."""
     if not sweeps:
         return None
     figure, axes = _panels(1, 2, 7.2, 4.8)
@@ -307,7 +313,7 @@ def _scaling(sweeps: list[Scaling], quantity: str, short: str) -> Figure | None:
             time = unit.startswith("ms")
             values = each.latency_ms if time else each.peak_memory_mb
             exponent = each.exponent if time else each.memory_exponent
-            color = COLOURS[models.index(each.model) % len(COLOURS)]
+            color = COLORS[models.index(each.model) % len(COLORS)]
             label = f"{_plain(each.model)} {each.runtime}: {short}$^{{{exponent:.2f}}}$"
             look = ("-", "--", ":", "-.")[runtimes.index(each.runtime) % 4]
             points = [point for point in zip(each.values, values, strict=True) if point[1] > 0]  # log has no 0
@@ -332,7 +338,7 @@ def _square(pixels: int) -> str:
 
 
 def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Each line's name right of its last point, moved apart where two would touch."""
+    """Write each line's name right of its last point, moved apart where two would touch."""
     from math import log
 
     low, high = axis.get_ylim()
@@ -347,7 +353,7 @@ def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
-    """Names beside the points, ours first; where a name would lie on another it tries the next place."""
+    """Write names beside the points, ours first; where a name would overlap another it takes the next place."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     taken = [_box(axis, result) for result in shown]
@@ -374,15 +380,15 @@ def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
         taken.append(text.get_window_extent(renderer))
 
 
-def _box(axis: Axes, result: BenchResult) -> Any:
+def _box(axis: Axes, result: BenchResult) -> Bbox:
     from matplotlib.transforms import Bbox
 
     x, y = axis.transData.transform((result.latency_ms_p50, result.top1 or 0))
     return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
 
 
-def _steps(axis: Axes, on_front: list[BenchResult]) -> list[Any]:
-    """Where the front's line runs."""
+def _steps(axis: Axes, on_front: list[BenchResult]) -> list[Bbox]:
+    """Return boxes along the front's line."""
     from matplotlib.transforms import Bbox
 
     at = [axis.transData.transform((result.latency_ms_p50, result.top1 or 0)) for result in on_front]
@@ -399,7 +405,7 @@ def _color(result: BenchResult, text: bool = False) -> str:
 
 
 def _on(color: str) -> str:
-    """Black or white, whichever is read more easily on a color."""
+    """Return black or white, whichever is more legible on a color."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
 
@@ -409,15 +415,15 @@ def _model(result: BenchResult) -> tuple[str, int]:
 
 
 def _name(result: BenchResult, among: Sequence[BenchResult]) -> str:
-    """The model's, with its size where others of its name have another."""
+    """Return the model's name, with its size where others of that name have another."""
     several = any(other.model == result.model and other.img_size != result.img_size for other in among)
     name = _plain(result.model)
     return f"{name} @{result.img_size}" if several else name
 
 
 def _plain(name: str) -> str:
-    """A stranger's name, of a length that leaves room for the picture, in which nothing is a formula."""
-    short = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    """Return a third-party name, shortened, in which nothing is a formula."""
+    short = name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
     return " ".join(short.split()).replace("$", r"\$")
 
 

@@ -1,42 +1,61 @@
-"""What measurements say: frozen records with units in their names, written as JSON and read back.
+"""Records of measurements: frozen, with units in their names, written as JSON and validated when read back.
 
-Times are of one image: a batch's time over its size.
+Times are per image: a batch's time over its size.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
 
 from shvit.documents import load_json, parse_model, to_json
-from shvit.errors import InputError
 from shvit.files import atomic_write
 from shvit.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
 PREEMPTED_PERCENT = 5.0
-"""Of a case's wall time; while more than that goes to other programs, wall time measures them too."""
+"""Percent of a case's wall time; while other programs take more than that, wall time measures them too."""
+MAX_NUMBER = 1e12
+"""Upper bound of anything that is measured here, whatever its unit."""
+
+
+def _check_text(text: str) -> str:
+    if text and not is_name(text):
+        raise ValueError("it holds control characters, or is longer than a name")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+"""Text from a third-party file that is safe to print."""
+Number = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+Signed = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+Count = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Size = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured, and what a loop of nothing but arithmetic or reading reaches there."""
+    """The machine that ran the benchmark, and the peak that loops of pure arithmetic or reading reach on it."""
 
-    processor: str
-    cores: int
-    instructions: tuple[str, ...]
-    """Instruction sets that arithmetic can make use of, such as avx512_bf16."""
-    frequency: str
-    """The operating system's policy, or that a hypervisor hides it."""
-    threads: int
-    """That the peaks below were measured with."""
-    peak_gflops: dict[str, float]
-    """Two operations for each multiply-add, by precision: fp32, bf16, int8. One that is slower than float32, as the
-    processor has no instructions for it, is left out."""
-    bandwidth_gb_per_s: float
-    """Reading memory that no cache holds."""
-    versions: dict[str, str]
-    environment: dict[str, str] = field(default_factory=dict)
+    processor: Text
+    cores: Count
+    instructions: tuple[Text, ...]
+    """Instruction sets for arithmetic, such as avx512_bf16."""
+    frequency: Text
+    """The operating system's frequency policy, or that a hypervisor hides it."""
+    threads: Count
+    """Threads that the peaks below were measured with."""
+    peak_gflops: dict[Text, Number]
+    """Peak by precision (fp32, bf16, int8); a multiply-add is two operations. A precision that is slower than float32,
+    because the processor has no instructions for it, is left out."""
+    bandwidth_gb_per_s: Number
+    """Bandwidth of reading memory that no cache holds."""
+    versions: dict[Text, Text]
+    environment: dict[Text, Text] = field(default_factory=dict)
     """The user's variables that change how threads wait or which instructions are used; the runtimes ran with them."""
 
 
@@ -44,50 +63,49 @@ class Machine:
 class BenchResult:
     """Latency of one case over all rounds."""
 
-    model: str
+    model: Text
     """timm's name, or a file's."""
-    runtime: str
-    precision: str
-    """Of the arithmetic: fp32, bf16, fp16 or int8. What was asked for as bf16 is fp32 where the runtime found that the
-    processor has no instructions for it."""
-    img_size: int
+    runtime: Text
+    precision: Text
+    """Precision of the arithmetic: fp32, bf16, fp16 or int8; fp32 where bf16 was requested and the processor has no
+    instructions for it."""
+    img_size: Size
     """Height and width in pixels."""
-    batch_size: int
-    threads: int
-    rounds: int
-    calls: int
-    latency_ms_p50: float
-    latency_ms_p90: float
-    latency_ms_p99: float
-    cpu_ms: float | None
-    """Processor time, all threads together, the mean of a round's calls; None where a browser ran it, which does not
-    tell."""
-    ratio_to_first: float | None
+    batch_size: Size
+    threads: Count
+    rounds: Count
+    calls: Count
+    latency_ms_p50: Number
+    latency_ms_p90: Number
+    latency_ms_p99: Number
+    cpu_ms: Number | None
+    """Processor time, all threads together, the mean of a round's calls; None in browsers, which do not report it."""
+    ratio_to_first: Number | None
     """Median over rounds of this case's time over that of the first case of the same device and batch size, by
     `ratio_basis`; None if too noisy."""
-    ratio_low: float
-    ratio_high: float
+    ratio_low: Number
+    ratio_high: Number
     """Ends of the ratio's 95 % confidence interval, from the same rounds' ratios by the same `ratio_basis`."""
-    load_ms: float
+    load_ms: Number
     """From the file, or the model's weights, to ready."""
-    first_ms: float
-    """The first call of all, of a whole batch."""
-    peak_memory_mb: float | None
-    """Of the process, with everything that the runtime loads; None where a browser ran it."""
-    gmacs: float | None
+    first_ms: Number
+    """The very first call, of a whole batch."""
+    peak_memory_mb: Number | None
+    """Peak memory of the process, with everything that the runtime loads; None in browsers."""
+    gmacs: Number | None
     """Multiply-adds for one image, in units of 10⁹; None for a file, whose model is not at hand."""
-    percent_of_peak: float | None
-    """Of the machine's measured peak in this precision, by processor time where other programs took more of the core
-    than `PREEMPTED_PERCENT`; None where that was not measured."""
-    top1: float | None
+    percent_of_peak: Number | None
+    """Percent of the machine's measured peak in this precision, by processor time where other programs took more of the
+    core than `PREEMPTED_PERCENT`; None where the peak was not measured."""
+    top1: Number | None
     """Published ImageNet top-1 in percent, at `img_size`; None where there is none."""
-    device: str = ""
-    """The name of one of `Measurements.devices`; empty where it ran on `Measurements.machine`."""
-    ratio_basis: str = WALL
+    device: Text = ""
+    """The name of one of `Measurements.devices`; empty for `Measurements.machine`."""
+    ratio_basis: Text = WALL
     """What the ratio and its interval compare: `WALL`, or `PROCESSOR` where other programs took more of either case's
     core than `PREEMPTED_PERCENT` and both cases are one thread of the CPU."""
-    preempted_percent: float | None = None
-    """Of the calls' wall time, during which the processor worked for other programs; None for a case of several
+    preempted_percent: Number | None = None
+    """Percent of the calls' wall time during which the processor worked for other programs; None for a case of several
     threads, whose processor time also counts those that spin while they wait, and for one that is not the CPU's."""
 
     @property
@@ -95,50 +113,50 @@ class BenchResult:
         return self.preempted_percent is not None and self.preempted_percent > PREEMPTED_PERCENT
 
 
-def disturbance(results: Sequence[BenchResult]) -> str:
-    """That other programs took the core while these were measured, for people; empty if they did not."""
+def describe_preemption(results: Sequence[BenchResult]) -> str:
+    """Return a clause that says how much other programs disturbed the results; empty if they did not."""
     worst = max((each.preempted_percent or 0.0 for each in results if each.preempted), default=None)
     return "" if worst is None else f"other programs had the core for up to {worst:.0f} % of the time"
 
 
 @dataclass(frozen=True)
 class Device:
-    """A phone, or whatever else a browser ran on, as the browser describes it."""
+    """A phone, or any other machine with a browser, as the browser describes it."""
 
-    name: str
-    """That its user gave it."""
-    browser: str
-    """Its user agent."""
-    cores: int
-    """That the browser admits to."""
-    memory_gb: float | None
-    """That the browser admits to: rounded, capped, and often not told at all."""
-    gpu: str
+    name: Text
+    """The name that its user gave it."""
+    browser: Text
+    """The browser's user agent."""
+    cores: Count
+    """Cores that the browser reports."""
+    memory_gb: Number | None
+    """Memory that the browser reports: rounded, capped, and often missing."""
+    gpu: Text
     """Vendor and architecture of the WebGPU adapter; empty where there is none."""
-    missing: dict[str, str]
+    missing: dict[Text, Text]
     """Backends that were not measured, and why."""
-    runtime: str
+    runtime: Text
     """onnxruntime-web and its version."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a file gave its answers on a device: compared before anything was timed."""
+    """The comparison of a file's outputs on a device with the expected ones, made before anything is timed."""
 
-    device: str
-    model: str
-    runtime: str
-    precision: str
-    images: int
-    """Images; 0 where it did not run."""
-    max_rel_error: float | None
+    device: Text
+    model: Text
+    runtime: Text
+    precision: Text
+    images: Count
+    """Images compared; 0 if the file did not run."""
+    max_rel_error: Number | None
     """As in a certificate, against the same file in ONNX Runtime on the machine that exported it."""
-    snr_db: float | None
-    top1_agreement: float | None
+    snr_db: Signed | None
+    top1_agreement: Number | None
     """Percent."""
-    error: str
-    """Why it was not timed; empty if it was."""
-    incomplete: str
+    error: Text
+    """Why the file was not timed; empty if it was."""
+    incomplete: Text
     """What ended its timing early; empty if nothing did."""
 
 
@@ -146,13 +164,13 @@ class Check:
 class Sustained:
     """One model, run without a pause."""
 
-    device: str
-    model: str
-    runtime: str
-    precision: str
-    latency_ms: tuple[float, ...]
+    device: Text
+    model: Text
+    runtime: Text
+    precision: Text
+    latency_ms: Annotated[tuple[Number, ...], Field(min_length=1)]
     """The median of each second."""
-    slowdown: float
+    slowdown: Number
     """Median of the last fifth of the seconds over that of the first fifth: above 1 the device throttles."""
 
 
@@ -160,53 +178,79 @@ class Sustained:
 class LayerTime:
     """Time that one kind of layer takes, from the runtime's own profiler."""
 
-    model: str
-    runtime: str
-    batch_size: int
-    kind: str
+    model: Text
+    runtime: Text
+    batch_size: Count
+    kind: Text
     """1×1 convolution, k×k convolution, depthwise convolution, attention, …"""
-    ms: float
-    """Of one image."""
-    percent: float
-    """Of the whole model's time."""
+    ms: Number
+    """Milliseconds per image."""
+    percent: Number
+    """Percent of the whole model's time."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where Core ML means to run a package's operations: its compute plan, made before anything runs."""
+    """Core ML's compute plan for a package, made before anything runs: how many operations on which device."""
 
-    model: str
-    compute_units: str
-    """That it may choose from: all, cpu, cpu-gpu or cpu-ne."""
-    operations: dict[str, int]
-    """How many it prefers to run on each device: cpu, gpu, neural engine, or unknown. Constants are left out."""
-    cost_percent: dict[str, float]
-    """Of the estimated cost of all of them, by device; empty where Core ML estimates none."""
+    model: Text
+    compute_units: Text
+    """The units that Core ML may choose from: all, cpu, cpu-gpu or cpu-ne."""
+    operations: dict[Text, Count]
+    """Number of operations by preferred device: cpu, gpu, neural engine, or unknown. Constants are left out."""
+    cost_percent: dict[Text, Number]
+    """Percent of the estimated cost of all operations, by device; empty where Core ML estimates none."""
+
+    @classmethod
+    def of(
+        cls, model: str, compute_units: str, operations: Iterable[tuple[str, float | None]], devices: Iterable[str]
+    ) -> "Placement":
+        """Return the sums over pairs of device and estimated cost, costs scaled to 100 % of their sum.
+
+        Args:
+            devices: names that are listed even if nothing runs there.
+        """
+        counts = Counter(dict.fromkeys(devices, 0))
+        costs = dict.fromkeys(counts, 0.0)
+        for device, cost in operations:
+            counts[device] += 1
+            costs[device] = costs.get(device, 0.0) + (cost or 0.0)
+        total = sum(costs.values())
+        percent = {device: 100 * cost / total for device, cost in costs.items()} if total else {}
+        return cls(model, compute_units, dict(counts), percent)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How time and memory grow, fitted as a power over a sweep of one quantity."""
+    """How time and memory grow over a sweep of one quantity, fitted as a power."""
 
-    model: str
-    runtime: str
-    over: str
-    """pixels or batch_size."""
-    values: tuple[int, ...]
-    """Of the quantity; for pixels height times width."""
-    latency_ms: tuple[float, ...]
-    """Of one image."""
-    peak_memory_mb: tuple[float, ...]
-    exponent: float
-    """Of the time of one image: 1 is proportional to pixels, 0 does not change with the batch."""
-    memory_exponent: float
-    basis: str = WALL
-    """What `latency_ms` are: `WALL`, or `PROCESSOR` as with `BenchResult.ratio_basis`."""
+    model: Text
+    runtime: Text
+    over: Text
+    """The quantity: pixels or batch_size."""
+    values: Annotated[tuple[Size, ...], Field(min_length=1)]
+    """Values of the quantity; pixels are height times width."""
+    latency_ms: tuple[Positive, ...]
+    """Milliseconds per image, for each value."""
+    peak_memory_mb: tuple[Number, ...]
+    exponent: Signed
+    """Exponent of the time per image: 1 is proportional to pixels, 0 does not change with the batch."""
+    memory_exponent: Signed
+    basis: Text = WALL
+    """The clock of `latency_ms`: `WALL`, or `PROCESSOR` as with `BenchResult.ratio_basis`."""
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> "Scaling":
+        if not len(self.values) == len(self.latency_ms) == len(self.peak_memory_mb):
+            raise ValueError("each value needs one latency and one memory")
+        if max(self.peak_memory_mb) <= 0:
+            raise ValueError("all memories are 0")
+        return self
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Everything that one run of `shvit bench` found out."""
+    """Everything that one run of `shvit bench` measured."""
 
     machine: Machine | None
     """None where everything was measured in browsers."""
@@ -218,84 +262,45 @@ class Measurements:
     sustained: tuple[Sustained, ...] = ()
     placements: tuple[Placement, ...] = ()
 
+    @model_validator(mode="after")
+    def _check_devices(self) -> "Measurements":
+        devices = {each.name for each in self.devices}
+        local = {""} if self.machine else set()
+        rows: tuple[BenchResult | Check | Sustained, ...] = (*self.results, *self.checks, *self.sustained)
+        for row in rows:
+            allowed = devices | local if isinstance(row, BenchResult) else devices
+            if row.device not in allowed:
+                kind = type(row).__name__
+                raise ValueError(f"device {row.device!r} of the {kind} of {row.model} is not described")
+        return self
+
 
 for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placement, Scaling, Measurements):
-    setattr(_kind, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010  (of how they are read from a file)
+    setattr(_kind, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010  (how pydantic reads them)
 
 
 def write_measurements(measurements: Measurements, path: Path) -> None:
-    """Writes them as JSON, whole or not at all."""
+    """Write measurements as JSON, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(to_json(asdict(measurements), indent=2) + "\n", encoding="utf-8")
 
 
 def read_measurements(path: Path) -> Measurements:
-    """What `write_measurements` wrote.
+    """Return the content of a file that `write_measurements` wrote.
 
     Raises:
-        InputError: no such file, or something else is in it.
+        InputError: no such file, or the file holds something else.
     """
-    return measurements_from(load_json(path), str(path))
+    return parse_measurements(load_json(path), str(path))
 
 
-def measurements_from(content: Any, name: str = "the measurements") -> Measurements:
-    """From what `asdict` and JSON made of them.
+def parse_measurements(content: object, name: str = "the measurements") -> Measurements:
+    """Return plain values, as `asdict` and JSON give them, as measurements.
 
     Args:
         name: what messages call them.
 
     Raises:
-        InputError: a value is not of its field's type, or none that is measured.
+        InputError: a value is not of its field's type, or out of the range of what is measured.
     """
-    where = f"{name}: holds no measurements of `shvit bench`"
-    measurements = parse_model(Measurements, content, where)
-    if problem := next((each for row in _rows(measurements) if (each := _problem(row, measurements))), None):
-        raise InputError(f"{where}: {problem}")
-    return measurements
-
-
-MAX_NUMBER = 1e12  # of anything that is measured here, whatever its unit
-ANY_SIGN = ("exponent", "memory_exponent", "snr_db")
-
-
-def _rows(measurements: Measurements) -> Iterator[Any]:
-    for each in fields(measurements):
-        value = getattr(measurements, each.name)
-        yield from value if isinstance(value, tuple) else [] if value is None else [value]
-
-
-def _problem(row: Any, measurements: Measurements) -> str | None:
-    """What no measurement has: names that steer a terminal, numbers out of range, lists that do not belong together."""
-    kind = type(row).__name__
-    for name in (each.name for each in fields(row)):
-        for value in _leaves(getattr(row, name)):
-            if isinstance(value, str) and value and not is_name(value):
-                return f"{kind}.{name} {value[:60]!r} holds control characters, or is longer than a name"
-            if isinstance(value, int | float):
-                lowest = -MAX_NUMBER if name in ANY_SIGN else 0
-                if not lowest <= value <= MAX_NUMBER:  # NaN is in no range
-                    return f"{kind}.{name} is {value:.3g}, out of the range of what is measured"
-    if isinstance(row, Scaling):
-        lengths = {len(row.values), len(row.latency_ms), len(row.peak_memory_mb)}
-        if len(lengths) > 1 or not row.values:
-            return f"{kind} of {row.model} does not have a latency and a memory for each of at least one value"
-        if min((*row.values, *row.latency_ms, max(row.peak_memory_mb))) <= 0:
-            return f"{kind} of {row.model} has values, latencies or memories of 0"
-    if isinstance(row, Sustained) and not row.latency_ms:
-        return f"{kind} of {row.model} holds no latencies"
-    if isinstance(row, BenchResult) and min(row.img_size, row.batch_size) < 1:
-        return f"{kind} of {row.model} is of {row.img_size} px and batches of {row.batch_size}"
-    device = getattr(row, "device", None)
-    if device is not None and device not in {each.name for each in measurements.devices}:
-        if device or not isinstance(row, BenchResult):
-            return f"{kind} of {row.model} is of the device {device!r}, which is not described"
-        if measurements.machine is None:
-            return f"{kind} of {row.model} names no device, and no machine is described"
-    return None
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.keys()
-        value = tuple(value.values())
-    yield from value if isinstance(value, tuple) else (value,)
+    return parse_model(Measurements, content, f"{name}: holds no measurements of `shvit bench`")

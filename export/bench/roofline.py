@@ -1,5 +1,6 @@
-"""What this machine can do at best: arithmetic per precision, and reading memory, measured by short loops."""
+"""The machine's peaks: arithmetic per precision, and reading memory, measured by short loops."""
 
+import importlib.metadata
 import os
 import platform
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shvit.environment import WAITING, users_environment, versions
+from shvit.environment import WAITING, users_environment
 
 from .records import Machine
 
-SECONDS = 0.4  # that each loop runs
+SECONDS = 0.4  # minimum of each loop
 SIDES = (512, 1024)  # of the matrices; the best counts
 READ_MB = 512  # more than a core's share of any cache
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -26,7 +27,7 @@ PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "coremltools")
 
 
 def measure_machine() -> Machine:
-    """The machine as a run of `shvit bench` finds it, on the threads and cores that this process is set to; seconds."""
+    """Measure the machine on the threads and cores that this process is set to; takes seconds."""
     return Machine(
         processor=processor_name(),
         cores=os.cpu_count() or 1,
@@ -35,15 +36,16 @@ def measure_machine() -> Machine:
         threads=torch.get_num_threads(),
         peak_gflops=measure_peaks(),
         bandwidth_gb_per_s=measure_bandwidth(),
-        versions=versions(*PACKAGES),
+        versions=package_versions(),
         environment={name: value for name, value in users_environment().items() if name in SWITCHES},
     )
 
 
 def measure_peaks() -> dict[str, float]:
-    """GFLOP/s of square matrix products in PyTorch and ONNX Runtime: two for each multiply-add.
+    """Return the best GFLOP/s of square matrix products in PyTorch and ONNX Runtime, by precision.
 
-    A precision in which they are slower than in float32 is left out: the processor has no instructions for it.
+    A multiply-add is two operations. A precision that is slower than float32 is left out: the processor has no
+    instructions for it.
     """
     peaks: dict[str, float] = {}
     for side in SIDES:
@@ -62,16 +64,16 @@ def measure_peaks() -> dict[str, float]:
 
 
 def _onnx_product(a: np.ndarray) -> Callable[[], object]:
-    """The same product in ONNX Runtime, one factor of which is a weight; in int8 the other is unsigned, as in files."""
+    """Return the same product in ONNX Runtime; one factor is a weight, the other in int8 unsigned, as in files."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from ..backends.registry import onnx_session
+    from ..backends.onnx import onnx_session
 
-    whole = a.dtype == np.int8
-    x = a.astype(np.uint8) if whole else a
-    kinds = (TensorProto.UINT8, TensorProto.INT32) if whole else (TensorProto.FLOAT, TensorProto.FLOAT)
+    is_int8 = a.dtype == np.int8
+    x = a.astype(np.uint8) if is_int8 else a
+    kinds = (TensorProto.UINT8, TensorProto.INT32) if is_int8 else (TensorProto.FLOAT, TensorProto.FLOAT)
     ends = [helper.make_tensor_value_info(name, kind, a.shape) for name, kind in zip("xy", kinds, strict=True)]
-    node = helper.make_node("MatMulInteger" if whole else "MatMul", ["x", "w"], ["y"])
+    node = helper.make_node("MatMulInteger" if is_int8 else "MatMul", ["x", "w"], ["y"])
     graph = helper.make_graph([node], "product", ends[:1], ends[1:], [numpy_helper.from_array(a, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     session = onnx_session(model.SerializeToString(), torch.get_num_threads())
@@ -79,14 +81,14 @@ def _onnx_product(a: np.ndarray) -> Callable[[], object]:
 
 
 def measure_bandwidth() -> float:
-    """GB/s of reading: a matrix that no cache holds, times a vector."""
+    """Return the GB/s of reading: a matrix that no cache holds, times a vector."""
     matrix = torch.ones(READ_MB * 2**18 // 8192, 8192)
     vector = torch.ones(8192)
     return round(matrix.nbytes / _fastest(lambda: matrix @ vector) / 1e9, 1)
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of a call; of one thread by processor time, as a long call is never left alone on a busy machine."""
+    """Return the fastest call's seconds; of one thread by processor time, as a busy machine interrupts long calls."""
     coarse = sys.platform == "win32"  # whose processor time goes in steps of 16 ms
     clock = time.process_time if torch.get_num_threads() == 1 and not coarse else time.perf_counter
     call()
@@ -99,24 +101,25 @@ def _fastest(call: Callable[[], object]) -> float:
 
 
 def processor_name() -> str:
-    """As the operating system calls it."""
+    """Return the processor's name, as the operating system reports it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those for arithmetic that the processor says it has; what PyTorch makes use of where it does not say."""
+    """Return the instruction sets for arithmetic that the processor reports, or else those that PyTorch uses."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return tuple(name for name in X86 + ARM if name in flags) or (torch.backends.cpu.get_cpu_capability().lower(),)
 
 
 def frequency_policy() -> str:
-    """Linux's governor, and a GPU's clock and power limit where there is one."""
+    """Return Linux's governor, and a GPU's clock and power limit where there is one."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    said = f"governor {governor.read_text().strip()}" if governor.exists() else "not told by the operating system"
-    return f"{said}; {_gpu()}" if torch.cuda.is_available() else said
+    policy = f"governor {governor.read_text().strip()}" if governor.exists() else "not reported by the operating system"
+    return f"{policy}; {gpu_name()}" if torch.cuda.is_available() else policy
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
+    """Return the CUDA device's name, with clock and power where NVML reports them."""
     name = torch.cuda.get_device_name()
     try:
         return f"{name} at {torch.cuda.clock_rate()} MHz, {torch.cuda.power_draw() / 1e3:.0f} W"
@@ -128,3 +131,9 @@ def _cpuinfo(key: str) -> str | None:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that run models."""
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}

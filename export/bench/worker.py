@@ -1,15 +1,15 @@
-"""One runtime with one model in a process of its own, which runs a batch whenever it is told to.
+"""One runtime with one model in a process of its own, which runs batches on request.
 
 Started by path (`python -I worker.py JOB`), so that nothing but the runtime is loaded: its memory and its start are
 then those of a program that ships it. It knows nothing of the rest of the project, except to build a model for PyTorch.
 
-A job and all answers are JSON. Commands come in lines on the standard input:
+The job and all responses are JSON. Commands are lines on the standard input:
 
     {"batch": 16}       make an input, run it for the first time
-    {"seconds": 0.2}    run for so long, at least twice, and tell the time of each call;
-                        with "processor": true until so much processor time is used
+    {"seconds": 0.2}    run for at least that long, at least twice, and respond with the time of each call;
+                        with "processor": true until that much processor time is used
 
-Times are in seconds. An error is answered as {"error": "one line"} and ends the process.
+Times are in seconds. The response to an error is {"error": "one line"}, and the process ends.
 """
 
 import json
@@ -20,35 +20,27 @@ from collections.abc import Callable
 from typing import Any
 
 Call = Callable[[], Any]
-Feed = Callable[[int], Call]
-"""From a batch size to a call that runs such a batch, on inputs that are random and stay the same."""
+Prepare = Callable[[int], Call]
+"""Function of a batch size that returns a call which runs one batch, on random inputs that stay the same."""
 
 
-def run_onnx(job: dict[str, Any]) -> Feed:
-    """A file in ONNX Runtime; `provider` is cpu, cuda or tensorrt."""
-    import onnxruntime
+def run_onnx(job: dict[str, Any]) -> Prepare:
+    """Open a file in ONNX Runtime; `provider` is cpu, cuda or tensorrt."""
+    import runpy
 
-    if job["provider"] != "cpu":
-        onnxruntime.preload_dlls()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = job["threads"]
-    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-    wanted = names[job["provider"]]
-    session = onnxruntime.InferenceSession(job["path"], options, providers=[wanted])
-    if wanted not in session.get_providers():
-        raise RuntimeError(f"ONNX Runtime here has no {wanted}; install onnxruntime-gpu")
+    create_session = runpy.run_path(job["sessions"])["create_session"]  # shvit/sessions.py, without PyTorch
+    session = create_session(job["path"], job["threads"], provider=job["provider"])
 
-    def feed(batch: int) -> Call:
+    def prepare(batch: int) -> Call:
         types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
         inputs = {each.name: random(each.shape, types[each.type], batch) for each in session.get_inputs()}
         return lambda: session.run(None, inputs)
 
-    return feed
+    return prepare
 
 
 class OpenVINO:
-    """An IR or ONNX file in OpenVINO, compiled for the batch: a free one costs a fifth of S1's speed."""
+    """An IR or ONNX file in OpenVINO, compiled for the batch size: a dynamic one costs a fifth of S1's speed."""
 
     def __init__(self, job: dict[str, Any]):
         import openvino as ov
@@ -76,10 +68,10 @@ class OpenVINO:
 
 
 class CoreML:
-    """A package in Core ML, on macOS, through coremltools' benchmarker; of a batch one image after the other.
+    """A package in Core ML, on macOS, through coremltools' benchmarker; a batch runs one image after the other.
 
     The benchmarker gives Core ML's own durations, of loading the compiled model and of each prediction, without what
-    Python does before and after them: that is what an app waits for. A call gives its seconds (`by_the_runtime`).
+    Python does before and after them: that is what an app waits for. A call returns its seconds (`reported_time`).
     """
 
     def __init__(self, job: dict[str, Any]):
@@ -103,9 +95,9 @@ class CoreML:
 
 
 def coreml_inputs(description: Any) -> dict[str, Any]:
-    """A random image or tensor for each input that a package's description has.
+    """Return a random image or tensor for each input in a package's description.
 
-    The benchmarker's own random inputs do not know images (coremltools 9.0).
+    The benchmarker's own random inputs do not support images (coremltools 9.0).
     """
     import numpy as np
     from PIL import Image
@@ -123,8 +115,8 @@ def coreml_inputs(description: Any) -> dict[str, Any]:
     return inputs
 
 
-def run_torch(job: dict[str, Any]) -> Feed:
-    """A deployed model in PyTorch, eager or compiled; on a GPU within one CUDA graph."""
+def run_torch(job: dict[str, Any]) -> Prepare:
+    """Open a deployed model in PyTorch, eager or compiled; on a GPU as one CUDA graph."""
     from pathlib import Path
 
     import torch
@@ -146,7 +138,7 @@ def run_torch(job: dict[str, Any]) -> Feed:
         inductor.freezing = True
         predict = torch.compile(deployed)
 
-    def feed(batch: int) -> Call:
+    def prepare(batch: int) -> Call:
         x = torch.rand(batch, *spec.shape).to(device, dtype, memory_format=layout)
 
         def call() -> object:
@@ -157,11 +149,11 @@ def run_torch(job: dict[str, Any]) -> Feed:
             return call
         return cuda_graph(call)
 
-    return feed
+    return prepare
 
 
 def cuda_graph(call: Call) -> Call:
-    """The kernels that a call launches, launched at once from now on."""
+    """Record the kernels that a call launches, and return a call that launches them as one CUDA graph."""
     import torch
 
     side = torch.cuda.Stream()
@@ -176,7 +168,7 @@ def cuda_graph(call: Call) -> Call:
     return graph.replay
 
 
-RUNNERS: dict[str, Callable[[dict[str, Any]], Feed]] = {
+RUNNERS: dict[str, Callable[[dict[str, Any]], Prepare]] = {
     "onnx": run_onnx,
     "openvino": OpenVINO,
     "coreml": CoreML,
@@ -185,7 +177,7 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], Feed]] = {
 
 
 def random(shape: list[Any], dtype: str, batch: int) -> Any:
-    """An input of that shape, in which a size that is open, the first, is the batch's."""
+    """Return a random input of that shape; the first size, if dynamic, is the batch's."""
     import numpy as np
 
     sizes = [size if isinstance(size, int) else batch for size in shape]
@@ -197,26 +189,26 @@ def random(shape: list[Any], dtype: str, batch: int) -> Any:
     return generator.standard_normal(sizes, dtype=np.float32).astype(dtype)
 
 
-MAX_WAITING = 4
-"""How many times as long by the wall a turn may last that is measured by processor time."""
+MAX_WALL_RATIO = 4
+"""Upper bound of wall time over processor time in a round that is measured by processor time."""
 
 
 def time_calls(
     call: Call, seconds: float, time_one: Callable[[Call], float], processor: bool = False
 ) -> dict[str, Any]:
-    """The time of each call, and the processor time of all of them.
+    """Return the time of each call, and the mean processor time of a call.
 
     Args:
-        processor: go on until `seconds` of processor time are used, however much of the core others take.
+        processor: continue until `seconds` of processor time are used, however much of the core others take.
     """
-    call()  # brings back what others have driven out of the caches
+    call()  # refills the caches after another case's round
     times: list[float] = []
     cpu, start = time.process_time(), time.perf_counter()
 
     def lasts() -> bool:
         waited = time.perf_counter() - start
         return waited < seconds or (
-            processor and waited < MAX_WAITING * seconds and time.process_time() - cpu < seconds
+            processor and waited < MAX_WALL_RATIO * seconds and time.process_time() - cpu < seconds
         )
 
     while len(times) < 2 or lasts():
@@ -224,15 +216,15 @@ def time_calls(
     return {"wall": times, "cpu": (time.process_time() - cpu) / len(times)}
 
 
-def by_the_wall(call: Call) -> float:
-    """Seconds of a call by this machine's clock."""
+def wall_time(call: Call) -> float:
+    """Return the seconds of a call by this machine's clock."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def by_the_gpu(call: Call) -> float:
-    """Seconds of what a call launches, by the device's own clock."""
+def gpu_time(call: Call) -> float:
+    """Return the seconds of what a call launches, by the GPU's clock."""
     import torch
 
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -243,19 +235,19 @@ def by_the_gpu(call: Call) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def by_the_runtime(call: Call) -> float:
-    """Seconds that the call itself tells."""
+def reported_time(call: Call) -> float:
+    """Return the seconds that the call itself reports."""
     return call()
 
 
-def wait_for_gpu() -> None:
+def synchronize() -> None:
     import torch
 
     torch.cuda.synchronize()
 
 
 def peak_memory() -> int | None:
-    """The most bytes of memory that the process has had so far; None where the system does not tell (Windows)."""
+    """Return the peak memory of the process so far, in bytes; None where the system does not report it (Windows)."""
     if os.path.exists("/proc/self/status"):  # noqa: PTH110  (getrusage counts the parent's memory before exec, too)
         with open("/proc/self/status") as status:  # noqa: PTH123
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -267,40 +259,40 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a runtime prints is not an answer
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a runtime prints is not a response
     job = json.loads(sys.argv[1])
 
-    def answer(**result: Any) -> None:
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
+    def respond(**result: Any) -> None:
+        responses.write(json.dumps(result) + "\n")
+        responses.flush()
 
     try:
         if job["cores"]:
             os.sched_setaffinity(0, job["cores"])
         on_gpu = job.get("device") == "cuda"
-        time_one, wait = (by_the_gpu, wait_for_gpu) if on_gpu else (by_the_wall, lambda: None)
+        time_one, wait = (gpu_time, synchronize) if on_gpu else (wall_time, lambda: None)
         if job["runner"] == "coreml":
-            time_one = by_the_runtime
+            time_one = reported_time
         start = time.perf_counter()
-        feed = RUNNERS[job["runner"]](job)
-        load = feed.load if isinstance(feed, CoreML) else time.perf_counter() - start
-        answer(load=load, lacks_bf16=isinstance(feed, OpenVINO) and feed.lacks_bf16)
+        prepare = RUNNERS[job["runner"]](job)
+        load = prepare.load if isinstance(prepare, CoreML) else time.perf_counter() - start
+        respond(load=load, lacks_bf16=isinstance(prepare, OpenVINO) and prepare.lacks_bf16)
         for line in sys.stdin:
             command = json.loads(line)
             if "batch" in command:
-                call = feed(command["batch"])
+                call = prepare(command["batch"])
                 start = time.perf_counter()
                 call()
                 wait()
-                answer(first=time.perf_counter() - start)
+                respond(first=time.perf_counter() - start)
                 call()
             else:
                 times = time_calls(call, command["seconds"], time_one, command.get("processor", False))
-                answer(**times, peak=peak_memory())
+                respond(**times, peak=peak_memory())
     except Exception as error:
         lines = str(error).strip().splitlines()
-        answer(error=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
+        respond(error=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
         sys.exit(1)
 
 

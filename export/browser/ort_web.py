@@ -1,4 +1,4 @@
-"""ONNX Runtime for browsers: which files of which version, where they come from, and that they are those."""
+"""ONNX Runtime for browsers: its files, where they come from, and their hashes."""
 
 import base64
 import tarfile
@@ -20,7 +20,7 @@ CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 
 @dataclass(frozen=True)
 class RuntimeFile:
-    """A file of the npm package's folder dist, as it was published."""
+    """A file in the folder dist of the npm package, as published."""
 
     name: str
     size_bytes: int
@@ -28,13 +28,13 @@ class RuntimeFile:
 
     @property
     def integrity(self) -> str:
-        """As browsers check it."""
+        """The hash in the form that browsers check."""
         return integrity(self.sha256)
 
 
 @dataclass(frozen=True)
 class Build:
-    """What one worker needs: the module that is imported, the one that it loads, and their WebAssembly."""
+    """The files of one worker: the module that is imported, the one that it loads, and their WebAssembly."""
 
     module: RuntimeFile
     loader: RuntimeFile
@@ -74,34 +74,34 @@ FILES = {file.name: file for build in BUILDS.values() for file in build.files}
 
 
 def integrity(sha256_hex: str) -> str:
-    """A hash as HTML's `integrity` and `fetch` take it."""
+    """Return a hash in the form of HTML's `integrity`."""
     return "sha256-" + base64.b64encode(bytes.fromhex(sha256_hex)).decode()
 
 
 def runtime_files(folder: Path | None, progress: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
-    """The files by name, from a folder that is filled from npm where they are missing.
+    """Return the files by name; those missing from the folder are downloaded from npm.
 
     Args:
-        folder: such as node_modules/onnxruntime-web/dist; where None, one in the cache of downloads.
+        folder: such as node_modules/onnxruntime-web/dist; a folder in the cache of downloads where None.
 
     Raises:
-        InputError: the folder cannot be filled, or holds another version.
-        CheckFailed: what npm gives is not what was published.
+        InputError: the folder cannot be written to, or holds another version.
+        CheckFailed: npm's package is not the one that was published.
     """
     folder = folder or cache_folder() / f"onnxruntime-web-{VERSION}"
-    found = {name: folder / name for name in FILES}
-    if not all(map(is_file, found.values())):
-        progress(f"fetching onnxruntime-web {VERSION} from npm")
+    paths = {name: folder / name for name in FILES}
+    if not all(map(is_file, paths.values())):
+        progress(f"downloading onnxruntime-web {VERSION} from npm")
         _fill(folder)
-    for name, path in found.items():
+    for name, path in paths.items():
         if sha256(path) != FILES[name].sha256:
-            raise InputError(f"{path}: is not that of onnxruntime-web {VERSION}; remove it, or give --ort-web another "
-                             "folder, and it is filled from npm")  # fmt: skip
-    return found
+            raise InputError(f"{path}: is not the file of onnxruntime-web {VERSION}; remove it to download it from "
+                             "npm, or give --ort-web another folder")  # fmt: skip
+    return paths
 
 
 def _fill(folder: Path) -> None:
-    """Takes the files that are missing out of npm's package; one process at a time."""
+    """Extract the missing files from npm's package; one process at a time."""
     from filelock import FileLock, Timeout
 
     try:

@@ -1,4 +1,4 @@
-"""Letting phones in: an address with a QR code, what is said meanwhile, and the end of it."""
+"""Serving the page to phones: an address with a QR code, log lines meanwhile, and the end of serving."""
 
 import io
 import logging
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where phones come in, and for how long."""
+class ServerConfig:
+    """The address that phones connect to, and for how long it is served."""
 
     lan: bool
-    """Reachable from the network; from this machine alone otherwise."""
+    """Reachable from the network; only from this machine otherwise."""
     host: str | None
-    """The name or address that phones know this machine by; guessed where None."""
+    """The name or address by which phones know this machine; guessed where None."""
     tls: bool
     port: int
-    """0: any that is free."""
+    """0: any free port."""
     time_limit_s: float
 
-    def shown(self) -> str:
-        """The host in the address.
+    def resolve_host(self) -> str:
+        """Return the host in the address.
 
         Raises:
-            InputError: there is no network, or `host` is no name or address that a phone can open.
+            InputError: there is no network, or `host` is not a name or address that a phone can open.
         """
         from .tls import check_host, lan_address
 
@@ -48,13 +48,14 @@ class Door:
             return check_host(self.host)
         host = lan_address() if self.lan else LOOPBACK
         if host is None:
-            raise InputError("--lan: this machine has no network; join one, or say how phones reach it with --host")
+            raise InputError("--lan: this machine has no network; join one, or give the name that phones use with "
+                             "--host")  # fmt: skip
         return host
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A door at which phones can knock."""
+class BoundServer:
+    """A server's listening sockets and its certificate, before it accepts anyone."""
 
     host: str
     """As in the address; an IPv6 address without brackets."""
@@ -63,76 +64,81 @@ class Opened:
     """None without TLS."""
 
     def url(self, token: str) -> str:
-        """What phones open."""
+        """Return the address that phones open."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.signed else 'http'}://{host}:{self.sockets[0].getsockname()[1]}/{token}/"
 
 
-def open_door(door: Door) -> Opened:
-    """Everything that can go wrong with hosts, ports and certificates does before anything long begins.
+def bind_server(config: ServerConfig) -> BoundServer:
+    """Bind the sockets and make the certificate, so that their errors come before anything long begins.
 
     Raises:
-        InputError: the port is taken, there is no network, or the host is none.
+        InputError: the port is taken, there is no network, or the host is not valid.
     """
     from .server import listen
     from .tls import self_signed
 
-    host = door.shown()
-    signed = self_signed([host, LOOPBACK, "localhost"]) if door.tls else None
+    host = config.resolve_host()
+    signed = self_signed([host, LOOPBACK, "localhost"]) if config.tls else None
     ipv6 = ":" in host
-    if door.lan:
-        return Opened(host, listen(None if ipv6 else EVERYWHERE, door.port), signed)
-    return Opened(host, listen("::1" if ipv6 else LOOPBACK, door.port), signed)
+    if config.lan:
+        return BoundServer(host, listen(None if ipv6 else EVERYWHERE, config.port), signed)
+    return BoundServer(host, listen("::1" if ipv6 else LOOPBACK, config.port), signed)
 
 
-def receive_phones(
-    served: Mapping[str, Content],
+def serve_phones(
+    contents: Mapping[str, Content],
     policy: str,
     receive: Callable[[PhoneRecord], int],
-    door: Door,
-    opened: Opened,
-    say: Say,
+    config: ServerConfig,
+    server: BoundServer,
+    log: Log,
 ) -> None:
-    """Serves the page until no more records are awaited, the time is over or the user interrupts.
+    """Serve the page until no more records are awaited, the time is over or the user interrupts.
 
     Args:
         policy: the Content-Security-Policy.
-        receive: as of `serve`.
-        opened: as of `open_door`.
+        receive: as in `serve`.
+        server: as from `bind_server`.
     """
     import asyncio
 
     from .server import serve
 
-    token, signed = secrets.token_urlsafe(16), opened.signed
-    url = opened.url(token)
-    if "utf" in (sys.stdout.encoding or "").lower():
-        for line in qr_code(url).splitlines():
-            say(line)
-    say(f"open {url}")
-    if signed:
-        say(f"the browser will warn, as nobody vouches for this certificate; its SHA-256 is {signed.fingerprint}")
-    elif door.lan:
-        say("without --tls a phone's browser has no threads, no WebGPU and no camera here: the page says so")
-    else:
-        say("this machine alone can open it; add --lan for phones, best with --tls")
-    say(f"waiting for {door.time_limit_s / 60:g} minutes at most, or until Ctrl-C")
-    tls = signed.context if signed else None
-    serving = serve(served, policy, token, receive, opened.sockets, tls, door.time_limit_s)
-    with _logging(say):
+    token, minutes = secrets.token_urlsafe(16), f"{config.time_limit_s / 60:g} minutes"
+    _log_address(server, token, config, log)
+    log(f"waiting for {minutes} at most, or until Ctrl-C")
+    tls = server.signed.context if server.signed else None
+    serving = serve(contents, policy, token, receive, server.sockets, tls, config.time_limit_s)
+    with _logging(log):
         try:
             if not asyncio.run(serving):
-                say(f"stopped after {door.time_limit_s / 60:g} minutes")
+                log(f"stopped after {minutes}")
         except KeyboardInterrupt:
-            say("interrupted; what arrived is kept")
+            log("interrupted; the records that arrived are kept")
+
+
+def _log_address(server: BoundServer, token: str, config: ServerConfig, log: Log) -> None:
+    url = server.url(token)
+    if "utf" in (sys.stdout.encoding or "").lower():
+        for line in qr_code(url).splitlines():
+            log(line)
+    log(f"open {url}")
+    if server.signed:
+        log("the browser will warn, as the certificate is self-signed; its SHA-256 is "
+            f"{server.signed.fingerprint}")  # fmt: skip
+    elif config.lan:
+        log("without --tls a phone's browser has no threads, no WebGPU and no camera here, as the page explains")
+    else:
+        log("this machine alone can open it; add --lan for phones, best with --tls")
 
 
 @contextmanager
-def _logging(say: Say) -> Iterator[None]:
-    """What the server, Tornado and asyncio log, to the terminal."""
+def _logging(log: Log) -> Iterator[None]:
+    """Pass what the server, Tornado and asyncio log to `log`."""
     from .server import LOGGER
 
-    handler = logging.StreamHandler(_Lines(say))
+    handler = logging.StreamHandler(_Lines(log))
     loggers = (LOGGER, *map(logging.getLogger, ("tornado.general", "tornado.application", "asyncio")))
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -149,19 +155,19 @@ def _logging(say: Say) -> Iterator[None]:
 
 
 class _Lines(io.TextIOBase):
-    """A stream of log lines, whose strangers' words cannot move a terminal's cursor."""
+    """A stream of log lines, in which third-party text cannot move a terminal's cursor."""
 
-    def __init__(self, say: Say):
-        self.say = say
+    def __init__(self, log: Log):
+        self.log = log
 
     def write(self, text: str) -> int:
         if line := "".join(each if each.isprintable() else "�" for each in text.rstrip("\n")):
-            self.say(line[:500])
+            self.log(line[:500])
         return len(text)
 
 
 def qr_code(text: str) -> str:
-    """A QR code of half-block characters, for a terminal."""
+    """Return a QR code of half-block characters, for a terminal."""
     import segno
 
     drawn = io.StringIO()

@@ -1,4 +1,4 @@
-"""What a browser says that it measured: checked as strictly as any stranger's file, then made into results."""
+"""Records that browsers send: validated as strictly as any third-party file, then made into results."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -14,12 +14,12 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, is_there, read_bytes
 from shvit.weights.published import published_top1
 
-from ..bench.measure import percentiles, ratio_of
+from ..bench.measure import percentiles, ratio_interval
 from ..bench.records import BenchResult, Check, Device, Measurements, Sustained
 
 MAX_BYTES = 16 << 20  # a record of 60 cases with as many rounds and calls as are allowed is half of that
 MAX_ROUNDS = 50
-MAX_CALLS = 300  # of a round that are told
+MAX_CALLS = 300  # reported of a round
 MAX_SECONDS = 3600
 MAX_MS = 1e7
 
@@ -37,12 +37,12 @@ Count = Annotated[int, Field(ge=0, le=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Said(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class SaidDevice(_Said):
-    """The browser's own words."""
+class DeviceRecord(_Strict):
+    """The device, as its browser describes it."""
 
     name: Name
     browser: Text
@@ -52,8 +52,8 @@ class SaidDevice(_Said):
     missing: Annotated[dict[Name, Text], Field(max_length=8)]
 
 
-class SaidCheck(_Said):
-    """Answers against the expected ones; see `Certificate` for the figures."""
+class CheckRecord(_Strict):
+    """The comparison of outputs with the expected ones; see `Certificate` for the figures."""
 
     images: Count
     max_rel_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -62,7 +62,7 @@ class SaidCheck(_Said):
     passed: bool
 
 
-class SaidCase(_Said):
+class CaseRecord(_Strict):
     """A file in a backend."""
 
     model: Name
@@ -72,12 +72,12 @@ class SaidCase(_Said):
     gmacs: Annotated[float, Field(gt=0, le=1e6)] | None
     backend: Backend
     threads: Annotated[int, Field(ge=1, le=64)]
-    shared: bool
-    """Whether some of its operators ran on the CPU, in a backend that is not the CPU's."""
-    check: SaidCheck | None
+    cpu_fallback: bool
+    """Whether some operators ran on the CPU, in a backend of another device."""
+    check: CheckRecord | None
     error: Text
     load_ms: Ms | None
-    """Of the first opening."""
+    """Milliseconds of the first opening."""
     first_ms: Ms | None
     rounds: Annotated[
         list[Annotated[list[Ms], Field(min_length=1, max_length=MAX_CALLS)]], Field(max_length=MAX_ROUNDS)
@@ -85,31 +85,31 @@ class SaidCase(_Said):
     """Milliseconds of each call, in each round."""
 
 
-class SaidSustained(_Said):
+class SustainedRecord(_Strict):
     """One case run without a pause."""
 
     case: Annotated[int, Field(ge=0, le=511)]
-    """Its index among the cases."""
+    """Index among the cases."""
     seconds: Annotated[list[Ms], Field(min_length=2, max_length=MAX_SECONDS)]
     """The median of each second, in milliseconds."""
 
 
-class PhoneRecord(_Said):
+class PhoneRecord(_Strict):
     """Everything that one browser measured."""
 
     format: Annotated[str, Field(pattern="^shvit-phone-1$")]
-    device: SaidDevice
+    device: DeviceRecord
     runtime: Text
     """onnxruntime-web and its version."""
-    cases: Annotated[list[SaidCase], Field(min_length=1, max_length=512)]
-    sustained: Annotated[list[SaidSustained], Field(max_length=64)]
+    cases: Annotated[list[CaseRecord], Field(min_length=1, max_length=512)]
+    sustained: Annotated[list[SustainedRecord], Field(max_length=64)]
 
 
 def read_record(content: bytes) -> PhoneRecord:
-    """A record from its JSON.
+    """Return a record from its JSON.
 
     Raises:
-        InputError: it is too large, no JSON, or says something that no page of ours would.
+        InputError: it is too large, not JSON, or not a record as our page makes it.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"a record of {len(content):,} bytes is larger than the {MAX_BYTES:,} allowed")
@@ -121,12 +121,12 @@ def read_record(content: bytes) -> PhoneRecord:
         place = re.sub(f"[{CONTROL}]", "�", ".".join(map(str, first["loc"]))[:100])
         raise InputError(f"not a record of `shvit bench phone` ({place or 'whole'}: {first['msg'][:120]})") from error
     if any(each.case >= len(record.cases) for each in record.sustained):
-        raise InputError("not a record of `shvit bench phone` (sustained: of a case that is not there)")
+        raise InputError("not a record of `shvit bench phone` (sustained: its case is not in the record)")
     return record
 
 
 def read_record_file(path: Path) -> PhoneRecord:
-    """A record that the page saved.
+    """Return a record that the page saved.
 
     Raises:
         InputError: as `read_record`, or the file cannot be read.
@@ -139,25 +139,25 @@ def read_record_file(path: Path) -> PhoneRecord:
 
 
 def require_served(record: PhoneRecord, files: Collection[tuple[str, str, str]]) -> None:
-    """Raises InputError for a record of other files than these: name, precision and SHA-256 of each."""
+    """Raise InputError for a record of other files than these: name, precision and SHA-256 of each."""
     if any((case.model, case.precision, case.sha256) not in files for case in record.cases):
         raise InputError("a record of files that were not served here")
 
 
-def runtime_of(case: SaidCase) -> str:
-    """What a case ran in, as tables call it."""
+def runtime_of(case: CaseRecord) -> str:
+    """Return the name of a case's runtime, as in tables."""
     threaded = f"-{case.threads}-threads" if case.backend == "wasm" and case.threads > 1 else ""
-    return f"{case.backend}{threaded}{'+cpu' if case.shared else ''}"
+    return f"{case.backend}{threaded}{'+cpu' if case.cpu_fallback else ''}"
 
 
 def add_record(measured: Measurements, record: PhoneRecord) -> Measurements:
-    """The measurements with a device more; one whose name is taken gets a number."""
+    """Return the measurements with one more device; if its name is taken, it gets a number."""
     names = {device.name for device in measured.devices}
-    said, name, number = record.device, record.device.name, 1
+    given, name, number = record.device, record.device.name, 1
     while name in names:
         number += 1
-        name = f"{said.name} ({number})"
-    device = Device(name, said.browser, said.cores, said.memory_gb, said.gpu, dict(said.missing), record.runtime)
+        name = f"{given.name} ({number})"
+    device = Device(name, given.browser, given.cores, given.memory_gb, given.gpu, dict(given.missing), record.runtime)
     return replace(
         measured,
         results=(*measured.results, *_results(name, record.cases)),
@@ -167,14 +167,14 @@ def add_record(measured: Measurements, record: PhoneRecord) -> Measurements:
     )
 
 
-def timed(case: SaidCase) -> bool:
-    """Whether its times count: only those of right answers do."""
+def is_timed(case: CaseRecord) -> bool:
+    """Return whether a case's times count: only those with matching outputs do."""
     return bool(case.rounds and case.check and case.check.passed)
 
 
-def _results(device: str, cases: Sequence[SaidCase]) -> list[BenchResult]:
-    """Of the cases that were timed; the first of them that ran in every round comes first, as all ratios are to it."""
-    counted = list(filter(timed, cases))
+def _results(device: str, cases: Sequence[CaseRecord]) -> list[BenchResult]:
+    """Return results of the timed cases; the first that ran in every round comes first, as all ratios are to it."""
+    counted = list(filter(is_timed, cases))
     most = max((len(case.rounds) for case in counted), default=0)
     first = next((case for case in counted if len(case.rounds) == most), None)
     if first is None:
@@ -182,9 +182,9 @@ def _results(device: str, cases: Sequence[SaidCase]) -> list[BenchResult]:
     return [_result(device, case, first) for case in (first, *(case for case in counted if case is not first))]
 
 
-def _result(device: str, case: SaidCase, first: SaidCase) -> BenchResult:
+def _result(device: str, case: CaseRecord, first: CaseRecord) -> BenchResult:
     p50, p90, p99 = percentiles([ms for calls in case.rounds for ms in calls])
-    ratio, low, high = ratio_of([median(mine) / max(median(other), 1e-3)
+    ratio, low, high = ratio_interval([median(mine) / max(median(other), 1e-3)
                                  for mine, other in zip(case.rounds, first.rounds, strict=False)])  # fmt: skip
     return BenchResult(
         model=case.model,
@@ -212,31 +212,31 @@ def _result(device: str, case: SaidCase, first: SaidCase) -> BenchResult:
     )
 
 
-def _check(device: str, case: SaidCase) -> Check:
-    said = case.check
+def _check(device: str, case: CaseRecord) -> Check:
+    check = case.check
     return Check(
         device=device,
         model=case.model,
         runtime=runtime_of(case),
         precision=case.precision,
-        images=said.images if said else 0,
-        max_rel_error=said.max_rel_error if said else None,
-        snr_db=said.snr_db if said else None,
-        top1_agreement=said.top1_agreement if said else None,
-        error="" if timed(case) else case.error or "it was not run",
-        incomplete=case.error if timed(case) else "",
+        images=check.images if check else 0,
+        max_rel_error=check.max_rel_error if check else None,
+        snr_db=check.snr_db if check else None,
+        top1_agreement=check.top1_agreement if check else None,
+        error="" if is_timed(case) else case.error or "it was not run",
+        incomplete=case.error if is_timed(case) else "",
     )
 
 
-def _sustained(device: str, case: SaidCase, seconds: Sequence[float]) -> Sustained:
+def _sustained(device: str, case: CaseRecord, seconds: Sequence[float]) -> Sustained:
     end = max(1, len(seconds) // 5)
     slowdown = median(seconds[-end:]) / max(median(seconds[:end]), 1e-3)
     return Sustained(device, case.model, runtime_of(case), case.precision, tuple(seconds), slowdown)
 
 
 def describe_record(record: PhoneRecord) -> str:
-    """One line for the terminal."""
-    counted = list(filter(timed, record.cases))
+    """Return a record in one line, for the terminal."""
+    counted = list(filter(is_timed, record.cases))
     runtimes = ", ".join(dict.fromkeys(map(runtime_of, counted)))
     missing = "; ".join(f"no {name}: {why}" for name, why in record.device.missing.items())
     return (
@@ -247,7 +247,7 @@ def describe_record(record: PhoneRecord) -> str:
 
 
 def save_record(record: PhoneRecord, folder: Path) -> Path:
-    """Writes it as the page would save it, beside those of earlier runs."""
+    """Write a record as the page would save it, beside those of earlier runs, and return its path."""
     number = 1
     while is_there(path := folder / f"record-{number}.json"):
         number += 1

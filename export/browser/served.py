@@ -1,4 +1,4 @@
-"""What a browser is given to try: verified files, images cut for each of them, and the answers to be expected."""
+"""What is served to a browser: verified files, images preprocessed for each of them, and the expected outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +15,14 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, sha256
 from shvit.weights.published import published_top1
 
-from ..backends.registry import open_artifact
-from ..bench.cases import Settings, Subject
+from ..backends.backend import GraphOptions
+from ..backends.onnx import ONNX, create_int8_writer
+from ..backends.registry import load_artifact
+from ..bench.cases import BenchModel, Settings
 from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels
 from ..metadata import INPUT
-from ..pipeline import MIN_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
+from ..pipeline import MIN_CALIBRATION, Source, export
 from ..spec import Precision, Spec
 from ..verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures
 from ..verify import Reference
@@ -34,23 +36,23 @@ SCRIPTS = ("phone.js", "measure.js", "elements.js", "phone_worker.js", "pixels.j
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A file that is tried, and what is known of it."""
+    """A file for the browser to measure, with its metadata."""
 
     name: str
-    """timm's, or the file's own."""
+    """timm's name, or the file's."""
     path: Path
     spec: Spec
     labels: tuple[str, ...]
     certified: bool
-    """Whether its answers were held against its model's; those of int8 with random weights are not."""
+    """Whether its outputs were compared with its model's; those of int8 with random weights are not."""
     trained: bool
     gmacs: float | None
     top1: float | None
-    """Published, percent; None for files, whose weights are their owner's."""
+    """Published top-1 in percent; None for files, whose weights are their owner's."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from others: its name and precision."""
+        """Name and precision, which are unique among the served models."""
         return self.name, self.spec.precision
 
 
@@ -59,15 +61,15 @@ class Pace:
     """How long a browser measures."""
 
     rounds: int = 7
-    turn_s: float = 0.5
-    """Seconds that each case is timed for in a round."""
+    round_s: float = 0.5
+    """Seconds that each case is timed in a round."""
     sustained_s: int = 30
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def prepare(
+def prepare_models(
     models: Sequence[str],
     precisions: Sequence[Precision],
     settings: Settings,
@@ -75,45 +77,50 @@ def prepare(
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ServedModel]:
-    """Exports named models at each precision, verified, into `folder`; takes exported files as they are.
+    """Export named models at each precision, verified, into `folder`; load exported files as they are.
 
     Args:
-        models: timm's names, or .onnx files of `shvit export` with their certificates.
+        models: timm names, or .onnx files of `shvit export` with their certificates.
         settings: checkpoint and size of the named models.
         images: a folder of images to verify with; scikit-image's where None.
 
     Raises:
         InputError: an unknown model, a file without a certificate, or one that does not classify.
-        CheckFailed: a file drifts from its model or has changed since it was certified.
+        CheckFailed: a file exceeds its tolerance or has changed since it was certified.
     """
-    tried = []
+    served = []
     for name in dict.fromkeys(models):
         if Path(name).suffix == ".onnx":
-            tried.append(take_file(Path(name)))
+            served.append(load_served(Path(name)))
             continue
-        subject = Subject(name, settings, folder)
+        model = BenchModel(name, settings, folder)
         for precision in dict.fromkeys(precisions):
             progress(f"exporting {name} in {precision}")
-            tried.append(_export(subject, precision, images))
-    return tried
+            served.append(_export(model, precision, images))
+    return served
 
 
-def check_names(tried: Sequence[ServedModel]) -> None:
-    """Raises InputError if there is nothing to try, or two files would be taken for each other."""
-    if not tried:
-        raise InputError("nothing to try; give at least one model, and for named ones a precision")
-    if len({each.key for each in tried}) < len(tried):
-        raise InputError("two files are of one name and precision; a name can only be tried once")
+def check_names(served: Sequence[ServedModel]) -> None:
+    """Raise InputError if there is nothing to measure, or two files have the same name and precision."""
+    if not served:
+        raise InputError("nothing to measure; give at least one model, and for named ones a precision")
+    if len({each.key for each in served}) < len(served):
+        raise InputError("two files have the same name and precision; rename one of them")
 
 
-def take_file(path: Path) -> ServedModel:
-    """A file of `shvit export onnx`, if it is the one that its certificate is of."""
-    artifact = open_artifact(path, threads=1)
+def load_served(path: Path) -> ServedModel:
+    """Return a file of `shvit export onnx` that matches its certificate.
+
+    Raises:
+        InputError: it has no certificate, does not classify, or is not for browsers.
+        CheckFailed: it has changed since it was certified.
+    """
+    artifact = load_artifact(path, threads=1)
     if artifact.spec.output_kind == "features":
-        raise InputError(f"{path}: gives feature maps; export it with logits to compare answers")
+        raise InputError(f"{path}: gives feature maps; export it with logits to compare outputs")
     if artifact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
-        raise InputError(f"{path}: a browser is given files in {', '.join(PRECISIONS)} whose names have at most "
-                         f"{NAME_CHARS} characters; rename it, or export it again")  # fmt: skip
+        raise InputError(f"{path}: only files in {', '.join(PRECISIONS)} with names of at most {NAME_CHARS} "
+                         "characters are served to browsers; rename it, or export it again")  # fmt: skip
     certificate = read_certificate(path)
     if certificate is None:
         raise InputError(f"{path}: has no certificate beside it; export it with `shvit export onnx`, which writes one")
@@ -130,11 +137,11 @@ def take_file(path: Path) -> ServedModel:
     )
 
 
-def _export(subject: Subject, precision: Precision, images: Path | None) -> ServedModel:
-    model, spec = subject.opened
-    weights = subject.weights
+def _export(bench_model: BenchModel, precision: Precision, images: Path | None) -> ServedModel:
+    model, spec = bench_model.opened
+    weights = bench_model.weights
     checkpoint = weights.checkpoint
-    path = subject.folder / f"{subject.name.replace('/', '_')}-{precision}.onnx"
+    path = bench_model.folder / f"{bench_model.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes, weights.classes)
     calibration = sample_images(None, limit=MAX_CALIBRATION if checkpoint else MIN_CALIBRATION)
     spec = replace(spec, precision=precision)
@@ -144,64 +151,64 @@ def _export(subject: Subject, precision: Precision, images: Path | None) -> Serv
         reference = Reference(
             model, spec, samples, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
         )
-        spec = export("onnx", path, Source(reference, spec, calibration), Options()).spec
-    else:  # speed does not depend on what int8 makes of random weights
-        spec = replace(spec, excluded_layers=float_layers("onnx", deploy(model)))
+        spec = export(ONNX, path, Source(reference, spec, calibration), GraphOptions()).spec
+    else:  # speed does not depend on the int8 accuracy of random weights
+        spec = replace(spec, excluded_layers=ONNX.float_layers(deploy(model)))
         certificate_path(path).unlink(missing_ok=True)  # of an earlier file
         with atomic_write(path) as partial:
             reference = Reference(model, spec, [], "", labels)
             source = Source(reference, spec, calibration)
-            int8_onnx_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
+            create_int8_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
     return ServedModel(
-        name=subject.name,
+        name=bench_model.name,
         path=path,
         spec=spec,
         labels=tuple(labels),
         certified=certified,
         trained=checkpoint is not None,
-        gmacs=subject.macs / 1e9,
-        top1=published_top1(subject.name, spec.img_size),
+        gmacs=bench_model.macs / 1e9,
+        top1=published_top1(bench_model.name, spec.img_size),
     )
 
 
-def few_images(folder: Path | None) -> list[ImageFile]:
-    """Some of a folder's images, spread evenly; scikit-image's where None."""
+def select_images(folder: Path | None) -> list[ImageFile]:
+    """Return a few of a folder's images, spread evenly; scikit-image's where None."""
     return sample_images(folder, limit=MAX_SERVED_IMAGES)
 
 
 # --- what is served ---------------------------------------------------------------------------------------------------
 
 
-def contents(
-    tried: Sequence[ServedModel],
+def create_contents(
+    models: Sequence[ServedModel],
     images: Sequence[ImageFile],
     runtime: dict[str, Path] | None,
     pace: Pace,
     submit: str | None,
 ) -> dict[str, Content]:
-    """The page and everything that it fetches, by address relative to it; "" is the page.
+    """Return the page and everything that it fetches, by address relative to it; "" is the page.
 
     Args:
-        runtime: ONNX Runtime's files by name; None for those of the CDN, whose hashes the page checks.
-        submit: where the page posts its record; None where it is kept in the page.
+        runtime: ONNX Runtime's files by name; None for the CDN's, whose hashes the page checks.
+        submit: address to which the page posts its record; None to keep it in the page.
     """
-    served = {name: Content.of(WEB / name) for name in SCRIPTS}
-    served |= {f"ort/{name}": Content.of(path) for name, path in (runtime or {}).items()}
-    trial = {
+    contents = {name: Content.of(WEB / name) for name in SCRIPTS}
+    contents |= {f"ort/{name}": Content.of(path) for name, path in (runtime or {}).items()}
+    served = {
         "runtime": _runtime(hosted=runtime is not None),
-        "models": [_describe(each, images, served) for each in tried],
+        "models": [_describe(each, images, contents) for each in models],
         "images": len(images),
         "pace": asdict(pace),
         "submit": submit,
     }
-    served["trial.json"] = Content.of(to_json(trial).encode(), ".json")
+    contents["served.json"] = Content.of(to_json(served).encode(), ".json")
     page = (WEB / "phone.html").read_text(encoding="utf-8").replace("$policy", policy(hosted=runtime is not None))
-    served[""] = Content.of(page.encode(), ".html")
-    return served
+    contents[""] = Content.of(page.encode(), ".html")
+    return contents
 
 
 def policy(hosted: bool) -> str:
-    """A Content-Security-Policy: the page's own files, ONNX Runtime after its hash was checked, and nobody else.
+    """Return a Content-Security-Policy: the page's own files, and ONNX Runtime after its hash was checked.
 
     Args:
         hosted: whether ONNX Runtime comes from the page's own host.
@@ -215,7 +222,7 @@ def policy(hosted: bool) -> str:
 
 
 def _runtime(hosted: bool) -> dict[str, Any]:
-    """Where the runtime's builds are, with their hashes."""
+    """Return the addresses of the runtime's builds, with their hashes."""
     base = "ort/" if hosted else CDN
     builds = {
         name: {
@@ -227,16 +234,16 @@ def _runtime(hosted: bool) -> dict[str, Any]:
     return {"version": VERSION, "builds": builds}
 
 
-def _describe(model: ServedModel, images: Sequence[ImageFile], served: dict[str, Content]) -> dict[str, Any]:
-    """A model for the page; adds its files to what is served, each of them once."""
+def _describe(model: ServedModel, images: Sequence[ImageFile], contents: dict[str, Content]) -> dict[str, Any]:
+    """Return a model for the page, and add its files to the contents, each of them once."""
     pixels = read_pixels(images, model.spec)
     return {
         "model": model.name,
         "precision": model.spec.precision,
-        "file": _add(served, Content.of(model.path), ".onnx"),
-        "pixels": _add(served, _binary(pixels.permute(0, 2, 3, 1)), ".bin"),
-        "expected": _add(served, _binary(expected(model, pixels)), ".bin"),
-        "labels": _add(served, Content.of(to_json(list(model.labels)).encode(), ".json"), ".json"),
+        "file": _add(contents, Content.of(model.path), ".onnx"),
+        "pixels": _add(contents, _binary(pixels.permute(0, 2, 3, 1)), ".bin"),
+        "expected": _add(contents, _binary(expected_outputs(model, pixels)), ".bin"),
+        "labels": _add(contents, Content.of(to_json(list(model.labels)).encode(), ".json"), ".json"),
         "spec": asdict(model.spec),
         "input": INPUT,
         "tolerance": tolerance(model.spec.precision, len(images)),
@@ -248,7 +255,7 @@ def _describe(model: ServedModel, images: Sequence[ImageFile], served: dict[str,
 
 
 def tolerance(precision: Precision, images: int) -> dict[str, float]:
-    """What the page holds answers against, as `verdict.judge` does."""
+    """Return the bounds that the page checks outputs against, as `verdict.judge` does."""
     bounds = TOLERANCES[precision]
     return {
         **asdict(bounds),
@@ -262,24 +269,24 @@ def tolerance(precision: Precision, images: int) -> dict[str, float]:
     }
 
 
-def expected(model: ServedModel, pixels: torch.Tensor) -> torch.Tensor:
-    """What the file answers in ONNX Runtime on this machine, as its certificate compared it with its model.
+def expected_outputs(model: ServedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the file's outputs in ONNX Runtime on this machine, as its certificate compared them with its model.
 
     Args:
         pixels: uint8 (n, C, H, W).
     """
-    return open_artifact(model.path)(pixels).float()
+    return load_artifact(model.path)(pixels).float()
 
 
 def _binary(tensor: torch.Tensor) -> Content:
-    """A tensor's numbers, little-endian, the last dimension's beside each other."""
+    """Return a tensor's numbers, little-endian, in row-major order."""
     array = tensor.contiguous().numpy()
     return Content.of(array.astype(array.dtype.newbyteorder("<")).tobytes())
 
 
-def _add(served: dict[str, Content], content: Content, suffix: str) -> dict[str, Any]:
-    """Serves it below an address made of its hash, so that browsers may keep it."""
+def _add(contents: dict[str, Content], content: Content, suffix: str) -> dict[str, Any]:
+    """Add a file under an address made of its hash, so that browsers may cache it, and describe it for the page."""
     digest = content.sha256
     url = f"files/{digest}{suffix}"
-    served[url] = content
+    contents[url] = content
     return {"url": url, "integrity": integrity(digest), "sha256": digest, "bytes": content.size}

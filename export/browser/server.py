@@ -1,4 +1,4 @@
-"""Serving one page to a phone: an exact table of addresses below a token, bounded, logged, and gone when it is done."""
+"""An HTTP server for one page: an exact table of addresses below a token, with limits and logging."""
 
 import asyncio
 import hmac
@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from tornado.httpserver import HTTPServer
@@ -25,7 +26,7 @@ MAX_CONNECTIONS = 128
 MAX_PER_ADDRESS = 16  # connections from one address; a browser opens six or so
 MAX_HEADER_BYTES = 16 << 10
 WAIT_S = 20.0  # for a request's head, and for its body; a record takes a phone a second
-BLOCK = 1 << 18
+BLOCK_BYTES = 1 << 18
 LINGER_S = 1.0  # for the last answer to reach the phone
 LOGGER = logging.getLogger("shvit.phone")
 HEADERS = {
@@ -39,10 +40,10 @@ HEADERS = {
 
 
 def listen(host: str | None, port: int) -> list[socket.socket]:
-    """Sockets that listen there, with None on every address of IPv4 and IPv6; port 0 is any that is free.
+    """Return sockets that listen on a host, or on every address of IPv4 and IPv6 if None; port 0 is any free port.
 
     Raises:
-        InputError: they cannot.
+        InputError: listening fails.
     """
     try:
         return bind_sockets(port, host)
@@ -52,7 +53,7 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
 
 
 async def serve(
-    served: Mapping[str, Content],
+    contents: Mapping[str, Content],
     policy: str,
     token: str,
     receive: Callable[[PhoneRecord], int],
@@ -60,14 +61,14 @@ async def serve(
     tls: ssl.SSLContext | None,
     time_limit_s: float,
 ) -> bool:
-    """Serves until no more records are awaited or the time is over.
+    """Serve until no more records are awaited or the time is over.
 
     Args:
-        served: what is there, by address below the token; nothing else is.
+        contents: everything that is served, by address below the token.
         policy: the Content-Security-Policy of all of it.
-        receive: is given each record that holds to the schema and returns how many more are awaited; none ends the
-            serving. It may raise InputError for one that it does not want.
-        sockets: as of `listen`; they are closed.
+        receive: is called with each valid record and returns how many more are awaited; none ends the serving. It may
+            raise InputError to refuse a record.
+        sockets: as from `listen`; they are closed.
 
     Returns:
         Whether everything awaited has arrived.
@@ -80,7 +81,7 @@ async def serve(
             done.set()
         return awaited
 
-    known = {"served": served, "policy": policy, "token": token, "accept": accept}
+    known = {"contents": contents, "policy": policy, "token": token, "accept": accept}
     application = Application(
         [(r"(.*)", _Page, known)], default_handler_class=_Page, default_handler_args=known, log_function=_log
     )
@@ -105,7 +106,7 @@ async def serve(
 
 
 class _Server(HTTPServer):
-    """Holds so many connections and no more, few of them from one address; logs those without one whole request."""
+    """A server that limits connections, in sum and from one address, and logs those without one whole request."""
 
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
         contexts: list[Any] = [connection.context for connection in self._connections]
@@ -126,9 +127,9 @@ class _Server(HTTPServer):
 @stream_request_body
 class _Page(RequestHandler):
     def initialize(
-        self, served: Mapping[str, Content], policy: str, token: str, accept: Callable[[PhoneRecord], int]
+        self, contents: Mapping[str, Content], policy: str, token: str, accept: Callable[[PhoneRecord], int]
     ) -> None:
-        self.served, self.policy, self.token, self.accept = served, policy, token, accept
+        self.contents, self.policy, self.token, self.accept = contents, policy, token, accept
         self.body = bytearray()
 
     def set_default_headers(self) -> None:
@@ -137,15 +138,15 @@ class _Page(RequestHandler):
             self.set_header(name, value)
 
     def prepare(self) -> None:
-        """Refuses before a body is read."""
+        """Refuse a request before its body is read."""
         self.request.connection.context.asked = True  # type: ignore[union-attr]
         token, slash, self.address = (self.path_args or [""])[0].removeprefix("/").partition("/")
         if not (slash and hmac.compare_digest(token.encode(), self.token.encode())):
             raise HTTPError(404, "wrong token")
         if self.request.method == "POST" and self.address != RECORDS:
             raise HTTPError(404, "no such address")
-        said = self.request.headers.get("Content-Type", "").partition(";")[0]
-        if self.request.method == "POST" and said != "application/json":
+        content_type = self.request.headers.get("Content-Type", "").partition(";")[0]
+        if self.request.method == "POST" and content_type != "application/json":
             raise HTTPError(415, "a record must be application/json")
 
     def data_received(self, chunk: bytes) -> None:
@@ -153,29 +154,29 @@ class _Page(RequestHandler):
             self.body += chunk
 
     async def get(self, _: str = "") -> None:
-        content = self.served.get(self.address)
+        content = self.contents.get(self.address)
         if content is None:
             raise HTTPError(404, "no such address")
         self.set_header("Content-Type", content.type)
         self.set_header("Content-Length", content.size)
         self.set_header("Content-Security-Policy", f"{self.policy}; frame-ancestors 'none'")
-        kept = "private, max-age=86400, immutable" if self.address.startswith("files/") else "no-store"
-        self.set_header("Cache-Control", kept)
+        cache = "private, max-age=86400, immutable" if self.address.startswith("files/") else "no-store"
+        self.set_header("Cache-Control", cache)
         if self.request.method == "HEAD":
             return
         try:
             await self._send(content.source)
         except StreamClosedError:
-            LOGGER.info("%s went away", self.request.remote_ip)
+            LOGGER.info("%s disconnected", self.request.remote_ip)
         except asyncio.TimeoutError:
-            LOGGER.warning("dropped %s: took nothing within %g s", self.request.remote_ip, WAIT_S)
+            LOGGER.warning("dropped %s: read nothing within %g s", self.request.remote_ip, WAIT_S)
             self.request.connection.stream.close()  # type: ignore[union-attr]
 
     head = get
 
     async def _send(self, source: bytes | Path) -> None:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            while block := file.read(BLOCK):
+            while block := file.read(BLOCK_BYTES):
                 self.write(block)
                 await asyncio.wait_for(self.flush(), WAIT_S)
 
@@ -189,21 +190,25 @@ class _Page(RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None, None))[1]
-        self.finish({"error": _said(error) or self._reason})
+        self.finish({"error": _message(error) or self._reason})
 
-    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+    def log_exception(
+        self, typ: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if isinstance(value, HTTPError):
-            said = _said(value) or value.reason or ""
-            LOGGER.warning("refused %s %s: %d %s", self.request.remote_ip, self.request.method, value.status_code, said)
+            reason = _message(value) or value.reason or ""
+            LOGGER.warning(
+                "refused %s %s: %d %s", self.request.remote_ip, self.request.method, value.status_code, reason
+            )
         else:
             failed = f"{type(value).__name__}: {value}"
             LOGGER.error("failed for %s %s: %s", self.request.remote_ip, self.request.method, failed)
 
 
-def _said(error: Any) -> str:
-    """What an HTTPError says, if it is one."""
+def _message(error: object) -> str:
+    """Return the message of an HTTPError, if it is one."""
     return error.log_message % error.args if isinstance(error, HTTPError) and error.log_message else ""
 
 
 def _log(handler: RequestHandler) -> None:
-    """Nothing of what went well: addresses hold the token."""
+    """Log nothing of successful requests: their addresses hold the token."""

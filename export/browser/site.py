@@ -1,4 +1,4 @@
-"""`shvit site`: the page that measures, the explorer and the table of models as files for any web host."""
+"""The static site: the page that measures, the explorer and the table of models as files for any web host."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,18 @@ HEADERS = """/*
   X-Content-Type-Options: nosniff
   Referrer-Policy: no-referrer
 """
-"""The file `_headers`, as Netlify and Cloudflare Pages read it; elsewhere isolation.js stands in for the first two."""
+"""Content of `_headers`, which Netlify and Cloudflare Pages read; elsewhere isolation.js adds the first two headers."""
 OURS = re.compile(r"[0-9a-f]{64}\.(onnx|bin|json)")
 FRONT = "index.html"
-OWN_NAMES = (FRONT, "measure.html", "explorer.html", "trial.json", "_headers", ISOLATION, "files", "ort", *SCRIPTS)
-"""What a site has in its folder."""
+OWN_NAMES = (FRONT, "measure.html", "explorer.html", "served.json", "_headers", ISOLATION, "files", "ort", *SCRIPTS)
+"""Names of files and folders in a site's folder."""
 
 
 def check_site_folder(folder: Path) -> None:
-    """For the beginning of a command that is to write a site there.
+    """Raise InputError where a site would overwrite files that no site wrote; for the beginning of a command.
 
     Raises:
-        InputError: a file or folder lies there under a name of a site's, and the folder holds no site of ours.
+        InputError: the folder holds a name of `OWN_NAMES`, and is not an earlier site.
     """
     for name in ("files", "ort"):
         if (folder / name).is_symlink():
@@ -45,19 +45,19 @@ def check_site_folder(folder: Path) -> None:
 
 
 def write_site(
-    folder: Path, served: Mapping[str, Content], tried: Sequence[ServedModel], measured: Measurements, hosted: bool
+    folder: Path, contents: Mapping[str, Content], models: Sequence[ServedModel], measured: Measurements, hosted: bool
 ) -> list[Path]:
-    """Writes the site into `folder`, each of its files whole or not at all, and removes those of an earlier one.
+    """Write the site into `folder`, each file atomically, remove an earlier site's files, and return the paths.
 
     Raises:
-        InputError: the folder cannot be written to, or as `check_site_folder`.
+        InputError: the folder cannot be written to, or as in `check_site_folder`.
     """
     check_site_folder(folder)
     front = (WEB / "site.html").read_text(encoding="utf-8")
-    front = front.replace("$policy", policy(hosted)).replace("$rows", "\n".join(map(_row, tried)))
+    front = front.replace("$policy", policy(hosted)).replace("$rows", "\n".join(map(_row, models)))
     files = {
-        FRONT: Content.of(front.encode()),  # the first one: by it the folder is known as a site's
-        **{"measure.html" if name == "" else name: content for name, content in served.items()},
+        FRONT: Content.of(front.encode()),  # written first: it marks the folder as a site's
+        **{"measure.html" if name == "" else name: content for name, content in contents.items()},
         ISOLATION: Content.of(WEB / ISOLATION),
         "_headers": Content.of(HEADERS.encode()),
     }
@@ -74,7 +74,7 @@ def write_site(
 
 
 def _row(model: ServedModel) -> str:
-    """A line of the table of models."""
+    """Return a row of the table of models."""
     top1 = "–" if model.top1 is None else f"{model.top1:.1f}"
     gmacs = "–" if model.gmacs is None else f"{model.gmacs:.2f}"
     megabytes = f"{model.path.stat().st_size / 1e6:.1f}"

@@ -1,4 +1,4 @@
-"""A certificate that nobody else vouches for, for as long as a phone is served."""
+"""A self-signed certificate for serving phones, and the host names that it holds."""
 
 import datetime
 import ipaddress
@@ -9,23 +9,27 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shvit.errors import InputError
 
-DAYS = 2  # browsers refuse server certificates of more than some hundred days; a run lasts an hour
+if TYPE_CHECKING:
+    from cryptography import x509
+
+DAYS = 2  # browsers refuse server certificates of more than several hundred days; a run lasts an hour
 
 
 @dataclass(frozen=True)
 class SelfSigned:
-    """What a server speaks HTTPS with."""
+    """A self-signed certificate, ready for a server."""
 
     context: ssl.SSLContext
     fingerprint: str
-    """SHA-256, as browsers show it in their warning."""
+    """SHA-256 of the certificate, as browsers show it in their warning."""
 
 
 def self_signed(hosts: Sequence[str]) -> SelfSigned:
-    """A fresh key and a certificate for these names and addresses; neither stays on disk."""
+    """Create a key and a certificate for these names and addresses; neither stays on disk."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -63,13 +67,13 @@ LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
 def check_host(host: str) -> str:
-    """Return a host's name or address as certificates and addresses of pages have it.
+    """Return a host's name or address as it stands in certificates and URLs.
 
-    A dot at the end and the brackets of an IPv6 address are left out.
+    A final dot and the brackets of an IPv6 address are removed.
 
     Raises:
-        InputError: it is neither a name nor an address, stands for no machine, or is a name of other letters than
-            ASCII's, for which there are two encodings (IDNA's of 2003 and of 2008) that lead to different machines.
+        InputError: it is neither a name nor an address, stands for no machine, or is a name with letters outside
+            ASCII, for which two encodings (IDNA 2003 and 2008) lead to different machines.
     """
     given = host if len(host) <= 80 else host[:80] + "…"
     advice = "give a name such as laptop.local, or an address such as 192.168.0.5 or 2001:db8::5"
@@ -83,17 +87,17 @@ def check_host(host: str) -> str:
             raise InputError(f"--host {given}: no phone can open that address; {advice}")
         return str(address)
     if not host.isascii() and host.isprintable():
-        raise InputError(f"--host {given!r}: has letters that certificates do not have; give the name as it is "
-                         "encoded, which begins with xn--, or an address")  # fmt: skip
+        raise InputError(f"--host {given!r}: has letters outside ASCII; give the encoded name, which begins with "
+                         "xn--, or an address")  # fmt: skip
     name = host.removesuffix(".").lower()
     labels = name.split(".")
     if len(name) > 253 or not all(map(LABEL.fullmatch, labels)) or labels[-1].isdigit():
         port = "; the port is given as --port" if re.fullmatch(r"[^:/]+:\d+", host) else ""
-        raise InputError(f"--host {given!r}: is no host's name{port}; {advice}")
+        raise InputError(f"--host {given!r}: is not a host name{port}; {advice}")
     return name
 
 
-def _general_name(host: str):
+def _general_name(host: str) -> "x509.GeneralName":
     from cryptography import x509
 
     try:
@@ -103,7 +107,7 @@ def _general_name(host: str):
 
 
 def lan_address() -> str | None:
-    """This machine's address as other machines of its network see it; None where there is no network."""
+    """Return this machine's address in its network; None where there is no network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent

@@ -1,1 +1,1 @@
-"""The whole path on real images: train, export, verify, evaluate, measure, report. Installed as `shvit.export.demo`."""
+"""The whole pipeline on real images, and its report. Installed as `shvit.export.demo`."""

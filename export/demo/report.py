@@ -1,4 +1,4 @@
-"""One page of sections, with pictures, tables and images."""
+"""One page of sections, with plots, tables and images."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ INK, ACCENT, MUTED = "#1c2733", "#c2410c", "#2f6690"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One held-out image and what the exported file says of it."""
+    """One validation image with the exported file's prediction."""
 
     image: Image.Image
     truth: str
@@ -34,13 +34,13 @@ class Section:
     body: str
 
 
-def picture(path: Path, alt: str) -> str:
-    """A PNG file, inside the page."""
+def plot(path: Path, alt: str) -> str:
+    """Return a PNG file as HTML, inside the page."""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows of text and numbers; every cell is escaped."""
+    """Return rows of text and numbers as HTML; every cell is escaped."""
 
     def line(cells: Sequence[object], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
@@ -49,7 +49,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def gallery(predictions: Sequence[Prediction]) -> str:
-    """Images with what was said of them; wrong answers are marked."""
+    """Return images with their predictions as HTML; mistakes are marked."""
     figures = []
     for item in predictions:
         right = item.predicted == item.truth
@@ -87,7 +87,7 @@ footer {{ margin-top: 2.5rem; color: #5b6875; font-size: .85rem }}
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str) -> None:
-    """Writes one HTML file that needs nothing else, no network either; whole or not at all."""
+    """Write one HTML file that needs nothing else, and no network, atomically."""
     body = "".join(
         f"<section><h2>{escape(part.title)}</h2><p>{escape(part.text)}</p>{part.body}</section>" for part in sections
     )

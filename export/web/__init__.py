@@ -1,4 +1,4 @@
-"""What a page is made of: bytes or files, with their types and hashes. Installed as `shvit.export.web`."""
+"""Content of pages: bytes or files, with their types and hashes. Installed as `shvit.export.web`."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Content:
-    """Something with an address."""
+    """Content of one address."""
 
     source: bytes | Path
     type: str
 
     @classmethod
     def of(cls, source: bytes | Path, suffix: str = "") -> "Content":
-        """With the type that goes with a suffix, by default the file's own."""
+        """Return content with the type of a suffix, by default the file's own."""
         suffix = suffix or (source.suffix if isinstance(source, Path) else "")
         return cls(source, TYPES.get(suffix, "application/octet-stream"))
 

@@ -1,4 +1,4 @@
-// Elements of a page, and numbers for people: what both pages are built of. Names are only ever set as text.
+// Elements of a page, and numbers for people, shared by both pages. Names are only ever set as text.
 
 const fill = (element, attributes, children) => {
   for (const [key, value] of Object.entries(attributes)) {
@@ -16,7 +16,7 @@ const scroller = (label, table) =>
   h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-/** Three digits, or all before the point; a dash for what was not measured. */
+/** Returns three digits, or all before the point; a dash for a value that was not measured. */
 const number = (value, unit = "") => {
   if (!isNumber(value)) return "–";
   const text = Math.abs(value) >= 99.95 ? Math.round(value).toLocaleString("en-GB") : value.toPrecision(3);

@@ -1,6 +1,6 @@
-// The explorer of measurements. Data come from one JSON block, #shvit-measurements, in the form of
-// export/bench/records.py; everything is built inside #shvit-explorer. Names are only ever set as text. export/bench/explorer.py
-// joins explorer_draw.js, explorer_devices.js and this file to one function.
+// The explorer of measurements. Its data are one JSON block, #shvit-measurements, in the form of
+// export/bench/records.py; everything is built inside #shvit-explorer. Names are only ever set as text.
+// export/bench/explorer.py joins explorer_draw.js, explorer_devices.js, explorer_growth.js and this file to one function.
 
 const data = JSON.parse(document.getElementById("shvit-measurements").textContent);
 const root = document.getElementById("shvit-explorer");
@@ -14,7 +14,7 @@ const SHAPES = [
   "M-6.4,-3.6L-3.6,-6.4L0,-2.8L3.6,-6.4L6.4,-3.6L2.8,0L6.4,3.6L3.6,6.4L0,2.8L-3.6,6.4L-6.4,3.6L-2.8,0z",
 ];
 
-// --- what was measured ----------------------------------------------------------------------------------------
+// --- measurements ---------------------------------------------------------------------------------------------
 
 const results = data.results.filter((result) => result.latency_ms_p50 > 1e-6);
 const rated = results.filter((result) => isNumber(result.top1));
@@ -32,7 +32,7 @@ const nameOf = (result) =>
     ? modelOf(result) : result.model;
 const firstOf = (result) =>
   results.find((other) => other.device === result.device && other.batch_size === result.batch_size);
-/** Why there is no ratio: its interval is wide, or too few rounds left none to speak of. */
+/** Returns why there is no ratio: its interval is wide, or rounds are too few for one. */
 const why = ({ ratio_low: low, ratio_high: high }) =>
   isNumber(low) && isNumber(high) && high - low < 0.1 * low ? "too few rounds to decide" : "too noisy to decide";
 const ratioOf = (result) => {
@@ -40,28 +40,28 @@ const ratioOf = (result) => {
   if (!isNumber(result.ratio_to_first)) return why(result) + (ends ? ` (${ends})` : "");
   return `${number(result.ratio_to_first)}×` + (ends ? ` (${ends})` : "");
 };
-/** Whether the ratio is of processor times, since other programs had the core meanwhile. */
+/** Returns whether the ratio is of processor times, because other programs had the core meanwhile. */
 const byProcessor = (result) => result.ratio_basis === "processor time";
 
-/** What can be shown of a device, or of `ALL`. */
+/** Returns the results that can be shown of a device, or of `ALL`. */
 const ratedOn = (device) => rated.filter((result) => device === ALL || result.device === device);
-/** The points of a form at a batch size, fastest first; of `BEST` the fastest form of each model on each device. */
+/** Returns a form's points at a batch size, fastest first; for `BEST` each model's fastest form on each device. */
 const choose = (device, form, batch) => {
-  const found = new Map();
+  const chosen = new Map();
   for (const result of ratedOn(device).filter((each) => each.batch_size === batch)) {
     if (form !== BEST && formOf(result) !== form) continue;
     const key = JSON.stringify([result.device, modelOf(result)]);
-    const known = found.get(key);
-    if (!known || result.latency_ms_p50 < known.latency_ms_p50) found.set(key, result);
+    const known = chosen.get(key);
+    if (!known || result.latency_ms_p50 < known.latency_ms_p50) chosen.set(key, result);
   }
-  return [...found.values()].sort((a, b) => a.latency_ms_p50 - b.latency_ms_p50 || b.top1 - a.top1);
+  return [...chosen.values()].sort((a, b) => a.latency_ms_p50 - b.latency_ms_p50 || b.top1 - a.top1);
 };
-/** Those of `shown`, fastest first, that are more accurate than all faster ones. */
+/** Returns those of `shown`, fastest first, that are more accurate than all faster ones. */
 const frontOf = (shown) => {
   let highest = -Infinity;
   return shown.filter((result) => result.top1 > highest && ((highest = result.top1), true));
 };
-/** Apart for each device: what is faster on another says nothing. */
+/** Returns the results grouped by device, as a front is one device's. */
 const byDevice = (shown) => devices.map((device) => shown.filter((result) => result.device === device))
   .filter((group) => group.length);
 const bestWithin = (shown, budget) => frontOf(shown).filter((result) => result.latency_ms_p50 <= budget).at(-1);
@@ -101,14 +101,14 @@ function controls() {
       h("div", {}, parts.slider, parts.exact, h("span", {}, "ms"))));
 }
 
-/** The forms and batch sizes that the device has; what was chosen stays chosen where it can. */
+/** Offers the forms and batch sizes of the device; a choice is kept where possible. */
 function offer() {
   const here = ratedOn(state.device);
-  const found = unique(here.map(formOf));
+  const available = unique(here.map(formOf));
   const sizes = unique(here.map((result) => result.batch_size)).sort((a, b) => a - b);
-  if (!found.includes(state.form)) state.form = BEST;
+  if (!available.includes(state.form)) state.form = BEST;
   if (!sizes.includes(state.batch)) state.batch = sizes[0];
-  parts.form.replaceChildren(...options([[BEST, "best form of each model"], ...found.map((form) => [form, form])]));
+  parts.form.replaceChildren(...options([[BEST, "best form of each model"], ...available.map((form) => [form, form])]));
   parts.batch.replaceChildren(...options(sizes.map((size) => [size, String(size)])));
   parts.form.value = state.form;
   parts.batch.value = String(state.batch);
@@ -181,7 +181,7 @@ function key() {
   ];
 }
 
-/** What a result ran in, and where, if points of several devices are shown. */
+/** Returns a result's runtime, and its device if points of several devices are shown. */
 const placeOf = (result) => formOf(result) + (state.device === ALL ? onDevice(result) : "");
 
 function point(result, x, y) {
@@ -200,7 +200,7 @@ function point(result, x, y) {
   svg("text", { class: "name" }, nameOf(result)));
 }
 
-/** Ours and the fronts' names first; a name that finds no room is shown only when its point is chosen. */
+/** Places names, ours and the fronts' first; a name without room is shown only when its point is chosen. */
 function placeNames(fronts, size) {
   const inFront = (result) => fronts.some((front) => front.includes(result));
   const { x, y } = parts.scale;
@@ -237,7 +237,7 @@ function placeNames(fronts, size) {
   }
 }
 
-/** What the budget and the chosen point change, in place: the focus stays where it is. */
+/** Updates what the budget and the chosen point change, in place, so that the focus stays. */
 function mark() {
   const shown = parts.points.map(({ result }) => result);
   const groups = byDevice(shown);
@@ -255,7 +255,7 @@ function mark() {
   fill(parts.over, { x: limit, width: size.right - limit }, []);
   ghosts(chosen);
   const budget = h("b", {}, `${short(state.budget)}\u00a0ms`);
-  const found = (best, after) => [
+  const winner = (best, after) => [
     h("b", { class: "winner" }, nameOf(best)), after, h("span", {}, `${percent(best.top1)} top-1`), " in ",
     number(best.latency_ms_p50, "ms"), ", ", h("span", {}, `${formOf(best)}.`),
     isNumber(best.ratio_to_first) ? "" : h("small", {}, ` Against others: ${why(best)}.`)];
@@ -264,9 +264,9 @@ function mark() {
   if (groups.length > 1)
     parts.verdict.replaceChildren("Within ", budget, " per image, the most accurate is",
       ...groups.map((group, i) => h("span", { class: `line ${colorOf(group[0].device)}` },
-        `on ${deviceName(group[0].device)}: `, ...(bests[i] ? found(bests[i], ", ") : ["none: ", ...none(group)]))));
+        `on ${deviceName(group[0].device)}: `, ...(bests[i] ? winner(bests[i], ", ") : ["none: ", ...none(group)]))));
   else if (bests[0])
-    parts.verdict.replaceChildren("Within ", budget, " per image, the most accurate is ", ...found(bests[0], ": "));
+    parts.verdict.replaceChildren("Within ", budget, " per image, the most accurate is ", ...winner(bests[0], ": "));
   else if (shown.length) parts.verdict.replaceChildren("No model fits ", budget, " per image: ", ...none(shown));
   else parts.verdict.replaceChildren("Nothing with a published accuracy was measured so; choose another batch size.");
   parts.card.setAttribute("aria-live", state.selected ? "polite" : "off");
@@ -339,114 +339,9 @@ function chooser() {
     h("div", { class: "columns" },
       h("div", {}, parts.plot, parts.key),
       parts.card),
-    h("p", { class: "note" }, "Latency is the median, of one image: a batch's time over its size. Accuracy is that "
-      + "published for the float32 weights, also where another precision ran."
-      + (unrated.length ? ` Without a published accuracy, in the table alone: ${unrated.join(", ")}.` : "")));
-}
-
-// --- growth with the batch and with pixels --------------------------------------------------------------------
-
-function growth(over, title, axis, name, label) {
-  const sweeps = data.scaling.filter((sweep) => sweep.over === over && sweep.values.length);
-  if (!sweeps.length) return null;
-  const models = unique(sweeps.map((sweep) => sweep.model));
-  const runtimes = unique(sweeps.map((sweep) => sweep.runtime));
-  const look = (sweep) => `series c${models.indexOf(sweep.model) % 12} dash${runtimes.indexOf(sweep.runtime) % 4}`;
-  const chart = (key, yTitle) => {
-    const holder = h("div", { class: "plot" });
-    resized.push(() => {
-      const width = Math.max(260, holder.clientWidth);
-      const height = 290;
-      const size = { left: 44, right: width - 12, top: 26, bottom: height - 44 };
-      const xs = unique(sweeps.flatMap((sweep) => sweep.values)).sort((a, b) => a - b);
-      const positive = sweeps.flatMap((sweep) => sweep[key]).filter((value) => value > 0);
-      if (!positive.length) return;
-      const [low, high] = spread(positive, 1.15);
-      const x = logarithmic(...spread(xs, 1.1), size.left, size.right);
-      const y = logarithmic(low, high, size.bottom, size.top);
-      holder.replaceChildren(svg("svg", {
-        width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
-        "aria-label": `${yTitle} against ${axis}; the numbers are in the list below`,
-      },
-      frame(size, x, y, apart(xs, x, 36), apart(decades(low, high), y, 22), `${axis}, logarithmic`, yTitle, label),
-      ...sweeps.map((sweep) => {
-        const pairs = sweep.values.map((value, i) => [value, sweep[key][i]]).filter(([, value]) => value > 0);
-        return svg("g", { class: look(sweep) },
-          svg("path", { d: pairs.map(([a, b], i) => `${i ? "L" : "M"}${x(a)},${y(b)}`).join("") }),
-          ...pairs.map(([a, b]) => svg("circle", { cx: x(a), cy: y(b), r: 3.5 },
-            svg("title", {}, `${sweep.model} ${sweep.runtime}, ${label(a)}: ${number(b)}`))));
-      })));
-    });
-    return holder;
-  };
-  const power = (value) => h("span", {}, `∝ ${name}`, h("sup", {}, signed(value)));
-  return section(title,
-    h("div", { class: "pair" }, chart("latency_ms", "ms per image, logarithmic"),
-      chart("peak_memory_mb", "peak memory, MB, logarithmic")),
-    h("ul", { class: "key lines" }, ...sweeps.map((sweep) => h("li", {},
-      svg("svg", { width: 26, height: 10, viewBox: "0 0 26 10", class: look(sweep), "aria-hidden": "true" },
-        svg("path", { d: "M0,5H26" })),
-      h("span", {}, `${sweep.model} ${sweep.runtime}: `,
-        h("span", { class: "power" }, "time ", power(sweep.exponent), ","), " ",
-        h("span", { class: "power" }, "memory ", power(sweep.memory_exponent)))))),
-    h("details", {}, h("summary", {}, "The numbers"), scroller(`${title}: numbers`, h("table", {},
-      h("thead", {}, h("tr", {}, ...["model", "runtime", axis, "ms per image", "memory, MB"].map((text) =>
-        h("th", { scope: "col" }, text)))),
-      h("tbody", {}, ...sweeps.flatMap((sweep) => sweep.values.map((value, i) => h("tr", {},
-        ...[sweep.model, sweep.runtime, label(value), number(sweep.latency_ms[i]), number(sweep.peak_memory_mb[i])]
-          .map((text) => h("td", {}, text))))))))));
-}
-
-const side = (pixels) => (Number.isInteger(Math.sqrt(pixels)) ? `${Math.sqrt(pixels)}²` : short(pixels));
-
-// --- kinds of layers ------------------------------------------------------------------------------------------
-
-function layers() {
-  const bars = new Map();
-  const total = new Map();
-  for (const part of data.layers) {
-    const key = JSON.stringify([part.model, part.runtime, part.batch_size]);
-    bars.set(key, [...(bars.get(key) ?? []), part]);
-    total.set(part.kind, (total.get(part.kind) ?? 0) + part.percent);
-  }
-  if (!bars.size) return null;
-  const kinds = [...total.keys()].sort((a, b) => total.get(b) - total.get(a));
-  const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
-  const longest = Math.max(...[...bars.values()].map((all) => sum(all.map((part) => part.ms))));
-  const holder = h("div", { class: "layers" });
-  const show = (inShares, batch) => holder.replaceChildren(...[...bars.values()]
-    .filter(([first]) => batch === "all" || first.batch_size === +batch).map((all) => {
-      const ms = sum(all.map((part) => part.ms));
-      const sorted = [...all].sort((a, b) => kinds.indexOf(a.kind) - kinds.indexOf(b.kind));
-      const { model, runtime, batch_size: size } = all[0];
-      const bar = h("div", {
-        class: "stack", role: "img",
-        "aria-label": sorted.map((part) => `${part.kind} ${part.percent.toFixed(0)} %`).join(", "),
-      }, ...sorted.map((part) => {
-        const length = inShares ? (100 * part.ms) / ms : (100 * part.ms) / longest;
-        const piece = h("span", {
-          class: `c${kinds.indexOf(part.kind) % 12}`,
-          title: `${part.kind}: ${number(part.ms)} ms, ${part.percent.toFixed(1)} %`,
-        }, (length * holder.clientWidth) / 100 > 36 ? `${part.percent.toFixed(0)} %` : "");
-        piece.style.width = `${length}%`;
-        return piece;
-      }));
-      return h("div", {}, h("div", { class: "caption" }, h("b", {}, model),
-        ` ${runtime}${batch === "all" ? `, batch ${size}` : ""}`, h("span", {}, number(ms, "ms"))), bar);
-    }));
-  const sizes = unique(data.layers.map((part) => part.batch_size)).sort((a, b) => a - b);
-  const shares = h("select", { id: "layers-as" },
-    ...options([["ms", "milliseconds"], ["share", "share of the whole"]]));
-  const batch = h("select", { id: "layers-batch" },
-    ...options([...sizes.map((size) => [size, String(size)]), ["all", "all"]]));
-  const update = () => show(shares.value === "share", batch.value);
-  for (const select of [shares, batch]) select.addEventListener("change", update);
-  resized.push(update);
-  return section("Where the time goes",
-    h("form", { class: "controls", onsubmit: (event) => event.preventDefault() },
-      h("label", {}, "Length of a bar", shares), h("label", {}, "Batch size", batch)),
-    h("ul", { class: "key" }, ...kinds.map((kind, i) => h("li", {}, h("i", { class: `swatch c${i % 12}` }), kind))),
-    holder, h("p", { class: "note" }, "By kind of layer, from the runtimes' own profilers; of one image."));
+    h("p", { class: "note" }, "Latency is the median per image: a batch's time over its size. Accuracy is the "
+      + "published one of the float32 weights, also for other precisions."
+      + (unrated.length ? ` Without a published accuracy, only in the table: ${unrated.join(", ")}.` : "")));
 }
 
 // --- table ----------------------------------------------------------------------------------------------------
@@ -501,7 +396,7 @@ function table() {
     scroller("All results", h("table", { id: "results" }, h("thead", {}, h("tr", {}, ...heads)), body)),
     h("p", { class: "note" }, "The ratio is to the first case of the same "
       + `${several ? "device and " : ""}batch size, with its 95 % interval.`
-      + (results.some(byProcessor) ? " CPU: of processor times, since other programs had the core meanwhile; the others, "
+      + (results.some(byProcessor) ? " CPU: a ratio of processor times, as other programs had the core meanwhile; the others, "
         + "and all latencies, are wall times." : "")));
 }
 

@@ -1,6 +1,6 @@
-// What the explorer says of the devices: whether they compute rightly, whether they hold their speed, what they are.
+// Devices in the explorer: whether their outputs match, whether they sustain their speed, and what they are.
 
-const NOT_TOLD = "the browser does not tell";
+const NOT_REPORTED = "the browser does not report it";
 const THROTTLES = 1.1; // slower by less is noise
 
 /** "a, b and c" */
@@ -27,13 +27,13 @@ function numerics(checks) {
     h("p", { class: "lead" }, failed.length
       ? h("b", { class: "bad" }, `${failed.length} of ${counted(checks.length, "file")} failed and `
         + `${failed.length === 1 ? "was" : "were"} not timed.`)
-      : checks.length === 1 ? "The file gives its answers." : `All ${checks.length} files give their answers.`),
+      : checks.length === 1 ? "The file's outputs match." : `The outputs of all ${checks.length} files match.`),
     scroller("Numerics", h("table", { id: "checks" },
       h("thead", {}, h("tr", {}, ...columns.map(([title]) => h("th", { scope: "col" }, title)))),
       h("tbody", {}, ...checks.map((check) => h("tr", { class: check.error ? "failed" : null },
         ...columns.map(([title, get], i) => (i ? h("td", { class: looks[title] }, get(check))
           : h("th", { scope: "row" }, get(check))))))))),
-    h("p", { class: "note" }, "Before anything was timed, answers to images were compared with those of the same "
+    h("p", { class: "note" }, "Before anything was timed, outputs for images were compared with those of the same "
       + "file in ONNX Runtime on the machine that exported it."));
 }
 
@@ -41,10 +41,10 @@ const slowdownOf = ({ slowdown }) => {
   if (!isNumber(slowdown)) return "too short to tell";
   const times = `${slowdown.toFixed(2)}×`;
   if (slowdown > THROTTLES) return `throttles: ${times} slower at the end`;
-  return slowdown < 1 / THROTTLES ? `grows faster: ${times} the time at the end` : `holds its speed: ${times}`;
+  return slowdown < 1 / THROTTLES ? `gets faster: ${times} the time at the end` : `sustains its speed: ${times}`;
 };
 
-/** A small chart for each model; time begins at 0, so that a slope is as steep as it is grave. */
+/** Returns a small chart for each model; latency begins at 0, so that slopes are not exaggerated. */
 function sustained(runs) {
   if (!runs.length) return null;
   const places = unique(runs.map((run) => run.device));
@@ -75,7 +75,7 @@ function sustained(runs) {
     + "slowdown is the median of the last fifth over that of the first fifth."));
 }
 
-/** On which of its processors Core ML means to run what. */
+/** Returns Core ML's compute plans. */
 function placed(placements) {
   if (!placements.length) return null;
   const units = unique(placements.flatMap((each) => Object.keys(each.operations)));
@@ -93,9 +93,9 @@ function described(devices) {
   if (!devices.length) return null;
   return section("Devices", h("div", { class: "pair" }, ...devices.map((device) => {
     const rows = [
-      ["browser", device.browser || NOT_TOLD],
-      ["cores", device.cores > 0 ? String(device.cores) : NOT_TOLD],
-      ["memory", isNumber(device.memory_gb) ? `${short(device.memory_gb)}\u00a0GB` : NOT_TOLD],
+      ["browser", device.browser || NOT_REPORTED],
+      ["cores", device.cores > 0 ? String(device.cores) : NOT_REPORTED],
+      ["memory", isNumber(device.memory_gb) ? `${short(device.memory_gb)}\u00a0GB` : NOT_REPORTED],
       ["GPU", device.gpu || "no WebGPU"],
       ["runtime", device.runtime],
       ...Object.entries(device.missing).map(([backend, reason]) => [`no ${backend}`, reason]),
@@ -105,17 +105,17 @@ function described(devices) {
   })));
 }
 
-function machine(said) {
-  if (!said) return null;
+function machine(described) {
+  if (!described) return null;
   const listed = (pairs, unit = "") => Object.entries(pairs).map(([key, value]) =>
     `${key} ${isNumber(value) ? short(value) : value}${unit}`).join(", ") || "–";
   const rows = [
-    ["processor", `${said.processor}, ${counted(said.cores, "core")}`],
-    ["instruction sets", said.instructions.join(", ") || "–"],
-    ["frequency", said.frequency],
-    ["peak arithmetic", `${listed(said.peak_gflops, " Gflop/s")} (${threads(said.threads)})`],
-    ["memory bandwidth", number(said.bandwidth_gb_per_s, "GB/s")],
-    ["versions", listed(said.versions)],
+    ["processor", `${described.processor}, ${counted(described.cores, "core")}`],
+    ["instruction sets", described.instructions.join(", ") || "–"],
+    ["frequency", described.frequency],
+    ["peak arithmetic", `${listed(described.peak_gflops, " Gflop/s")} (${threads(described.threads)})`],
+    ["memory bandwidth", number(described.bandwidth_gb_per_s, "GB/s")],
+    ["versions", listed(described.versions)],
   ];
   return section("Machine", h("dl", { class: "machine" },
     ...rows.flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)])));

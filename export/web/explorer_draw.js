@@ -1,25 +1,25 @@
-// Numbers and axes, of which the explorer is built besides elements.js.
+// Numbers and axes of the explorer.
 
 // --- numbers --------------------------------------------------------------------------------------------------
 
 const unique = (values) => [...new Set(values)];
-/** Without zeros at the end: a round number that nobody measured. */
+/** Returns a number without trailing zeros. */
 const short = (value) => (Math.abs(value) >= 1000 ? number(value) : String(+value.toPrecision(3)));
 const threads = (count) => counted(count, "thread");
 const percent = (value) => (isNumber(value) ? `${value.toFixed(2)}\u00a0%` : "–");
 const signed = (value) => (isNumber(value) ? value.toFixed(2).replace("-", "−") : "–");
 const options = (pairs) => pairs.map(([value, text]) => h("option", { value }, text));
-/** Charts, to be drawn anew at another width. */
+/** Functions that draw the charts again at another width. */
 const resized = [];
 
 // --- axes -----------------------------------------------------------------------------------------------------
 
-/** 1, 2, 5, 10, … within the ends. */
+/** Returns 1, 2, 5, 10, … within the ends. */
 const decades = (low, high) => {
-  const found = [];
+  const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1)
-    for (const lead of [1, 2, 5]) found.push(lead * 10 ** power);
-  return found.filter((value) => value >= low && value <= high);
+    for (const lead of [1, 2, 5]) ticks.push(lead * 10 ** power);
+  return ticks.filter((value) => value >= low && value <= high);
 };
 const steps = (low, high) => {
   const power = 10 ** Math.floor(Math.log10((high - low) / 8));
@@ -31,7 +31,7 @@ const logarithmic = (low, high, from, to) => (value) =>
   from + ((to - from) * Math.log(value / low)) / Math.log(high / low || Math.E);
 const linear = (low, high, from, to) => (value) => from + ((to - from) * (value - low)) / (high - low || 1);
 const spread = (values, factor) => [Math.min(...values) / factor, Math.max(...values) * factor];
-/** Ticks that are at least `gap` apart. */
+/** Returns ticks that are at least `gap` apart. */
 const apart = (ticks, scale, gap) => {
   let last = -Infinity;
   return ticks.filter((tick) => Math.abs(scale(tick) - last) >= gap && ((last = scale(tick)), true));

@@ -1,9 +1,9 @@
-// One backend of ONNX Runtime in a thread of its own, which opens, checks and times one model at a time when told to.
-// It is told by measure.js: {id, task, …}, and answers {id, …} or {id, error}.
+// One backend of ONNX Runtime in a thread of its own, which opens, runs and times one model at a time on request.
+// Requests come from measure.js: {id, task, …}; responses are {id, …} or {id, error}.
 
 // A model of one Relu: its first opening makes ONNX Runtime compile its WebAssembly and start its threads.
 const TINY = "CAo6MwoMCgF4EgF5IgRSZWx1EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQFA==";
-const MAX_CALLS = 20000; // calls of a turn
+const MAX_CALLS = 20000; // calls of a round
 
 let ort = null;
 let provider = null;
@@ -16,19 +16,19 @@ async function run(feed) {
   return output.data;
 }
 
-/** A session, how long its opening took, and whether a provider other than the CPU's leaves operators to the CPU. */
+/** Returns a session, the milliseconds of its opening, and whether some operators fall back to the CPU. */
 async function sessionOf(bytes) {
-  const open = async (extra, shared) => {
+  const open = async (extra, cpuFallback) => {
     const start = performance.now();
     const session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], ...extra });
-    return { session, shared, ms: performance.now() - start };
+    return { session, cpuFallback, ms: performance.now() - start };
   };
   if (provider.name === "wasm") return open({}, false);
   return open({ extra: { session: { disable_cpu_ep_fallback: "1" } } }, false).catch(() => open({}, true));
 }
 
 const TASKS = {
-  /** Makes ONNX Runtime ready, with so many threads, for good. */
+  /** Loads ONNX Runtime with a number of threads, once and for all. */
   async start({ module, loader, binary, threads, options }) {
     ort = await import(URL.createObjectURL(module));
     ort.env.logLevel = "error";
@@ -43,28 +43,28 @@ const TASKS = {
     return {};
   },
 
-  /** From a file's bytes to ready. */
+  /** Opens a file. */
   async open({ file, input, output }) {
     await TASKS.close();
     const bytes = new Uint8Array(await file.arrayBuffer());
-    const { session, shared, ms } = await sessionOf(bytes);
+    const { session, cpuFallback, ms } = await sessionOf(bytes);
     model = { session, input, output };
-    return { ms, shared };
+    return { ms, cpuFallback };
   },
 
-  /** The answers to some inputs, one after the other, and the milliseconds of each. */
-  async answer({ inputs }) {
-    const answers = [];
+  /** Returns the outputs for some inputs, one after the other, and the milliseconds of each. */
+  async run({ inputs }) {
+    const outputs = [];
     const calls = [];
     for (const input of inputs) {
       const start = performance.now();
-      answers.push(Float32Array.from(await run(tensorOf(input))));
+      outputs.push(Float32Array.from(await run(tensorOf(input))));
       calls.push(performance.now() - start);
     }
-    return { answers, calls };
+    return { outputs, calls };
   },
 
-  /** The milliseconds of each call of so many seconds, after some calls that are not timed. */
+  /** Returns the milliseconds of each call during some seconds, after warm-up calls. */
   async time({ input, seconds, warmUp, minCalls }) {
     const feed = tensorOf(input);
     for (let i = 0; i < warmUp; i += 1) await run(feed);
@@ -86,9 +86,9 @@ const TASKS = {
   },
 };
 
-self.onmessage = async ({ data: { id, task, ...told } }) => {
+self.onmessage = async ({ data: { id, task, ...options } }) => {
   try {
-    self.postMessage({ id, ...(await TASKS[task](told)) });
+    self.postMessage({ id, ...(await TASKS[task](options)) });
   } catch (error) {
     self.postMessage({ id, error: String(error?.message ?? error) });
   }

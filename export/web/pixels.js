@@ -1,4 +1,4 @@
-// From an image or a camera frame to what a model is fed, with the very pixels of export/spec.py's transform:
+// From an image or a camera frame to a model's input, with exactly the pixels of export/spec.py's transform:
 // timm's evaluation transform over torchvision and Pillow. A `spec` has the fields of export/spec.py's Spec.
 
 const MAX_PIXELS = 40_000_000; // of one image; its copies here take 320 MB
@@ -112,9 +112,9 @@ function resizedTo({ width, height }, { img_size: size, crop_pct: pct, crop_mode
     squash: () => scaled,
     border: (side) => round(side / (longer / scaled)),
   };
-  const found = [width, height].map(choose("crop mode", sizes, mode));
-  if (!Math.min(...found)) throw new Error(`an image of ${width}×${height} pixels is too narrow; choose another one`);
-  return found;
+  const resized = [width, height].map(choose("crop mode", sizes, mode));
+  if (!Math.min(...resized)) throw new Error(`an image of ${width}×${height} pixels is too narrow; choose another one`);
+  return resized;
 }
 
 /**
@@ -193,7 +193,7 @@ function gray(rgba) {
 // --- normalizing --------------------------------------------------------------------------------------------------
 
 /**
- * Spec.normalize of pixels that `cut` gave, in float32 as torch does it.
+ * Returns Spec.normalize of the pixels from `cut`, in float32 as torch computes it.
  *
  * @returns {Float32Array} (C, H, W)
  */

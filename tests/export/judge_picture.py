@@ -14,8 +14,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.registry import open_artifact
 from shvit.export.backends.parameters import compare_parameters
+from shvit.export.backends.registry import load_artifact
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify
 from tests.export.judged import Workshop
@@ -48,7 +48,7 @@ def measure(kinds: list[str]) -> tuple[Points, int, int]:
 
 
 def _point(artifact, reference) -> tuple[tuple[float, float], str]:
-    opened = open_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
+    opened = load_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
     weights = compare_parameters(opened.parameters(), _quantizable(opened, reference)).worst
     try:
         certificate = certify(opened, reference)

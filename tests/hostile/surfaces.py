@@ -105,9 +105,9 @@ def attack_onnx(data: bytes) -> None:
     """As `shvit eval --artifact` and `shvit verify` open and run a file."""
     import torch
 
-    from shvit.export.backends.registry import open_artifact
+    from shvit.export.backends.registry import load_artifact
 
-    artifact = open_artifact(_written(data, "x.onnx"), threads=1)
+    artifact = load_artifact(_written(data, "x.onnx"), threads=1)
     artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
 
 
@@ -163,7 +163,7 @@ def _json() -> list[bytes]:
               "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8,
               "device": "phone"}  # fmt: skip
     lock = {"shvit_s1": {"sha256": "0" * 64, "size_bytes": 1, "url": "https://example.org/x", "date": "2026-01-01"}}
-    certificate = {"artifact": "x.onnx", "artifact_sha256": "0" * 64, "checkpoint": "shvit_s1",
+    certificate = {"format_version": 1, "artifact": "x.onnx", "artifact_sha256": "0" * 64, "checkpoint": "shvit_s1",
                    "checkpoint_sha256": None, "model": "shvit_s1", "ema": False, "passed": True}  # fmt: skip
     measured = {"machine": None, "results": [result], "devices": [{**said, "runtime": "r"}]}
     documents = (measured, record, lock, certificate, json.loads(_spec()))

@@ -29,7 +29,7 @@ def export(kind: str, output: Path, checkpoint: Path, *options: object):
     return cli.run([str(word) for word in (*words, *options)])
 
 
-def contents(folder: Path) -> dict[str, bytes | str]:
+def create_contents(folder: Path) -> dict[str, bytes | str]:
     return {
         str(path.relative_to(folder)): f"→ {path.readlink()}" if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
@@ -90,12 +90,12 @@ EXPORTS = {
 def test_export_replaces_nothing_that_is_not_its_own(tmp_path, checkpoint, monkeypatch, case):
     kind, name, make = EXPORTS[case]
     make(tmp_path)
-    before = contents(tmp_path)
+    before = create_contents(tmp_path)
     monkeypatch.setattr(formats, "certify", lambda *_, **__: pytest.fail("work was done first"))
     with pytest.raises(InputError) as error:
         export(kind, tmp_path / name, checkpoint)
     assert "\n" not in str(error.value)
-    assert contents(tmp_path) == before
+    assert create_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("option", ["labels", "images", "calibration"])
@@ -104,11 +104,11 @@ def test_export_writes_over_nothing_that_it_reads(tmp_path, checkpoint, option):
     (tmp_path / "m.onnx").write_bytes(b"\x08")
     given = tmp_path / "m.onnx" if option == "labels" else images
     output = given if option == "labels" else images / "a" / "m.onnx"
-    before = contents(tmp_path)
+    before = create_contents(tmp_path)
     more = ("--precision", "int8") if option == "calibration" else ()
     with pytest.raises(InputError, match=r"is what --labels reads|is inside of"):
         export("onnx", output, checkpoint, f"--{option}", given, *more)
-    assert contents(tmp_path) == before
+    assert create_contents(tmp_path) == before
 
 
 EVALS = {
@@ -129,10 +129,10 @@ def test_eval_replaces_nothing_that_is_not_its_own(tmp_path, case):
         output.mkdir(parents=True, exist_ok=True)
         make(output)
     path = write_onnx(tmp_path / "m.onnx")
-    before = contents(tmp_path)
+    before = create_contents(tmp_path)
     with pytest.raises(InputError, match="--output"):
         cli.run(["eval", "--artifact", str(path), "--data", str(data), "--output", str(output)])
-    assert contents(tmp_path) == before
+    assert create_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["bench.json", "report.html", "bench.png"])
@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_line_whatever_a_library_raises(tmp_path, raised):
 
     with pytest.raises(InputError, match=r"cannot be written: .*make room"):
         write(tmp_path / "m.onnx")
-    assert contents(tmp_path) == {}
+    assert create_contents(tmp_path) == {}
 
 
 def test_a_full_disk_is_found_out_where_no_error_says_so(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_checkpoint_does_not_fit(tmp_path):
                 write_checkpoint({"weight": torch.zeros(100_000)}, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert contents(tmp_path) == {}
+    assert create_contents(tmp_path) == {}
 
 
 def test_folders_of_killed_exports_are_cleared_away(tmp_path, monkeypatch):
@@ -234,5 +234,5 @@ def test_folders_of_killed_exports_are_cleared_away(tmp_path, monkeypatch):
         assert len([*tmp_path.iterdir()]) == 1
         assert folder.is_dir()
         partial.write_bytes(b"\x08whole")
-    assert [*contents(tmp_path)] == ["m.onnx"]
+    assert [*create_contents(tmp_path)] == ["m.onnx"]
     assert len([*tmp_path.iterdir()]) == 1

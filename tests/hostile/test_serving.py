@@ -11,7 +11,7 @@ import pytest
 from shvit.cli import run
 from shvit.errors import InputError
 from shvit.export.browser import phone
-from shvit.export.browser.phone import Door, open_door
+from shvit.export.browser.phone import ServerConfig, bind_server
 from shvit.export.browser.phone_record import read_record, read_record_file
 from shvit.export.browser.site import OWN_NAMES, check_site_folder, write_site
 from shvit.export.browser.tls import check_host, self_signed
@@ -45,7 +45,7 @@ def unprepared(monkeypatch, tmp_path):
     def begin(*args, **kwargs):
         raise AssertionError("began, though an option was wrong")
 
-    monkeypatch.setattr("shvit.export.bench.main._BrowserOptions._prepare", begin)
+    monkeypatch.setattr("shvit.export.browser.main._BrowserOptions._prepare", begin)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -71,7 +71,7 @@ def test_sound_hosts_are_in_the_address_and_in_the_certificate(host):
 
 @pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), (None, "127.0.0.1")])
 def test_the_address_leads_to_the_sockets(host, shown):
-    opened = open_door(Door(lan=False, host=host, tls=False, port=0, time_limit_s=1))
+    opened = bind_server(ServerConfig(lan=False, host=host, tls=False, port=0, time_limit_s=1))
     try:
         port = opened.sockets[0].getsockname()[1]
         assert opened.url("token") == f"http://{shown}:{port}/token/"

@@ -55,7 +55,7 @@ def test_nobody_takes_the_first_line_by_hand():
 def test_a_library_that_says_nothing_is_one_line(monkeypatch, tmp_path):
     import onnxruntime
 
-    from shvit.export.backends.registry import onnx_session
+    from shvit.export.backends.onnx import onnx_session
 
     def refuse(*arguments, **options):
         raise RuntimeError

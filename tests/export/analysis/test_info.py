@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shvit.cli import run
 from shvit.export.analysis.counting import Cost, cost, count
-from shvit.export.analysis.designs import MacroDesign, _macro_says, multi_head, stride_4, times
+from shvit.export.analysis.designs import MacroDesign, _summarize_macro, multi_head, stride_4, times
 from shvit.export.analysis.info import Description, describe, tables
 from shvit.export.spec import open_model
 from shvit.shvit import SHSA
@@ -216,9 +216,9 @@ def test_a_comparison_that_goes_the_other_way_says_so():
     def design(stride: int, size: int) -> MacroDesign:
         return MacroDesign(stride, (8,), (1,), (1,), Cost(10, 10, size, size, 10 / size, 0, 0.0))
 
-    assert "3.0 times more bytes of activations" in _macro_says(design(16, 10), design(4, 30))
-    assert "3.0 times fewer bytes of activations" in _macro_says(design(16, 30), design(4, 10))
-    assert "about as many bytes of activations" in _macro_says(design(16, 10), design(4, 10))
+    assert "3.0 times more bytes of activations" in _summarize_macro(design(16, 10), design(4, 30))
+    assert "3.0 times fewer bytes of activations" in _summarize_macro(design(16, 30), design(4, 10))
+    assert "about as many bytes of activations" in _summarize_macro(design(16, 10), design(4, 10))
 
 
 def test_describing_draws_none_of_the_callers_random_numbers_and_leaves_the_model_alone():
@@ -253,5 +253,5 @@ def test_info_command_prints_tables_and_gives_rows_totals_and_comparisons(capsys
     assert {"rows", "subtotals", "total", "operators", "deployed", "macro", "micro"} <= set(result)
     assert result["total"]["macs"] == result["macs"]
     assert f"{result['macs'] / 1e9:.3f} GMACs, 6,330,808 parameters" in printed
-    for sentence in (result["says"], result["macro"]["says"], *(pair["says"] for pair in result["micro"])):
+    for sentence in (result["summary"], result["macro"]["summary"], *(pair["summary"] for pair in result["micro"])):
         assert sentence.split(":")[0][:100] in printed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shvit.errors import InputError
-from shvit.export.backends.registry import _by_name
+from shvit.export.backends.coreml import _by_name
 from tests import forks
 
 SPEC = SimpleNamespace(outputs=("probabilities",))

@@ -26,12 +26,14 @@ from PIL import Image
 from shvit.cli import main, run
 from shvit.deployment import deploy
 from shvit.errors import InputError
+from shvit.export.backends.compute_plan import COMPUTE_UNITS, DEVICES, device_name, list_operations, list_placements
 from shvit.export.backends.coreml import write_coreml
 from shvit.export.bench import worker
-from shvit.export.bench.cases import COMPUTE_UNITS, Settings, case_of_file, check_runtimes
-from shvit.export.backends.compute_plan import DEVICES, device_name, operations_of, placed_operations, placement
-from shvit.export.bench.main import Bench, show_placements
-from shvit.export.bench.records import Measurements, Placement, measurements_from
+from shvit.export.bench.cases import Settings, create_file_case
+from shvit.export.bench.main import Bench
+from shvit.export.bench.records import Measurements, Placement, parse_measurements
+from shvit.export.bench.runtimes import check_runtimes
+from shvit.export.bench.tables import show_placements
 from shvit.export.mil.program import Package
 from shvit.export.spec import Spec
 from tests.conftest import create_tiny
@@ -126,6 +128,10 @@ def nested():
     return ct.convert(program, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS16).get_spec()
 
 
+def placement(model, units, operations):
+    return Placement.of(model, units, operations, DEVICES.values())
+
+
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
@@ -141,9 +147,9 @@ def test_sums_are_by_device_and_costs_are_percent_of_their_sum():
 def test_record_is_read_back_and_older_records_have_none():
     measured = Measurements(None, (), placements=(placement("m", "cpu", [("cpu", 0.5)]),))
     said = json.loads(json.dumps(asdict(measured)))
-    assert measurements_from(said) == measured
+    assert parse_measurements(said) == measured
     del said["placements"]
-    assert measurements_from(said).placements == ()
+    assert parse_measurements(said).placements == ()
 
 
 def test_table_names_devices_counts_and_shares(capsys):
@@ -159,7 +165,7 @@ def test_every_operation_of_a_package_is_placed_once(package):
     proto = ct.models.MLModel(str(package), skip_model_load=True).get_spec()
     main = proto.mlProgram.functions["main"]
     kinds = Counter(each.type for each in main.block_specializations[main.opset].operations)
-    found = placement("tiny", "all", placed_operations(plan_of(structure_of(proto))))
+    found = placement("tiny", "all", list_placements(plan_of(structure_of(proto))))
     rest = kinds.total() - kinds["const"] - kinds["conv"] - kinds["relu"]
     assert kinds["conv"] > 10
     assert kinds["relu"] > 3
@@ -171,7 +177,7 @@ def test_every_operation_of_a_package_is_placed_once(package):
 
 def test_blocks_within_blocks_are_walked_as_coremltools_walks_them():
     structure = structure_of(nested())
-    operations = list(operations_of(structure.program.functions["main"].block))
+    operations = list(list_operations(structure.program.functions["main"].block))
     theirs = {id(operation) for operation, _ in map_model_structure_to_path(structure, [])}
     assert {id(each) for each in operations if each.outputs} == theirs
     assert len({id(each) for each in operations}) == len(operations)
@@ -258,7 +264,7 @@ def test_benchmarkers_own_inputs_do_not_know_images(package):
 
 
 def test_time_of_a_call_is_what_the_runtime_says():
-    times = worker.time_calls(lambda: 0.25, 0.0, worker.by_the_runtime)
+    times = worker.time_calls(lambda: 0.25, 0.0, worker.reported_time)
     assert times["wall"] == [0.25, 0.25]
 
 
@@ -288,7 +294,7 @@ def test_elsewhere_a_package_is_refused_in_one_line(capsys, monkeypatch, package
     said = said_by(capsys, monkeypatch, option, str(package), "--compute-units", "cpu-ne")
     assert said == "shvit bench: runtime coreml needs macOS, of which Core ML is a part; leave it out here\n"
     with pytest.raises(InputError, match="needs macOS"):
-        case_of_file(package, 1, Settings(threads=1), [], tuned=True)
+        create_file_case(package, 1, Settings(threads=1), [], tuned=True)
 
 
 def test_older_macos_is_refused(monkeypatch):
@@ -301,7 +307,7 @@ def test_older_macos_is_refused(monkeypatch):
 
 
 def test_compute_units_of_nothing_are_refused():
-    with pytest.raises(InputError, match="--compute-units cpu-ne is for Core ML, in which nothing is to run here"):
+    with pytest.raises(InputError, match="--compute-units cpu-ne is for Core ML, and nothing here runs in Core ML"):
         run(["bench", "--models", "tiny_vit", "--runtimes", "torch", "--compute-units", "cpu-ne"])
     with pytest.raises(InputError, match="compute-units"):
         run(["bench", "--runtimes", "coreml", "--compute-units", "CPU_ONLY"])
@@ -310,7 +316,7 @@ def test_compute_units_of_nothing_are_refused():
 def test_job_carries_coremltools_name(package, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: ("26.0", ("", "", ""), "arm64"))
-    case = case_of_file(package, 1, Settings(threads=1, compute_units="cpu-ne"), [], tuned=True)
+    case = create_file_case(package, 1, Settings(threads=1, compute_units="cpu-ne"), [], tuned=True)
     assert (case.runtime, case.precision, case.img_size) == ("coreml", "fp16", 64)
     assert case.job["compute_units"] == "CPU_AND_NE"
     assert Path(case.job["path"]) == package.resolve()

@@ -51,7 +51,7 @@ MEASUREMENTS = Measurements(
         result("shvit_s4", 79.4, 15.0),
         result("shvit_s1", 72.8, 2.0, "openvino", "int8"),
         result("shvit_s4", 79.4, 9.0, "openvino", "int8"),
-        result("peer", 75.2, 5.5, ratio_to_first=None, ratio_low=0.5, ratio_high=1.9),
+        result("baseline", 75.2, 5.5, ratio_to_first=None, ratio_low=0.5, ratio_high=1.9),
         result("heavy", 80.1, 40.0, percent_of_peak=None),
         result("mine.onnx", None, 3.0),
         result(HOSTILE, 71.0, 7.0, ratio_to_first=None, ratio_low=1.7, ratio_high=1.75),
@@ -193,12 +193,12 @@ def test_slider_names_the_most_accurate_model_within_the_budget(page):
         assert f"{expected.runtime} {expected.precision}" in text(page, ".card")
         assert len(all_of(page, ".point.dim")) == sum(ms > budget for ms in (2.0, 5.5, 6.0, 7.0, 9.0, 40.0))
         seen.add(expected.model)
-    assert seen == {"shvit_s1", "peer", "shvit_s4", "heavy"}  # of two equals the faster
+    assert seen == {"shvit_s1", "baseline", "shvit_s4", "heavy"}  # of two equals the faster
 
 
 def test_exact_budget_and_none_that_fits(page):
     set_value(page, "budget-ms", 6)
-    assert text(page, ".winner") == "peer"
+    assert text(page, ".winner") == "baseline"
     assert "Against others: too noisy to decide." in text(page, ".verdict")
     set_value(page, "budget-ms", 0.5)
     assert text(page, ".verdict") == "No model fits 0.5 ms per image: the fastest, shvit_s1, takes 2.00 ms."
@@ -231,9 +231,9 @@ def test_point_tells_its_numbers_on_focus_and_on_hover(page):
     ):
         assert said in card, said
     assert "1.50× (1.35–1.65) the time of shvit_s1, onnxruntime fp32" in card
-    peer = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == "peer")
-    ActionChains(page).move_to_element(peer.find_element("css selector", ".mark")).perform()
-    assert text(page, ".card h3") == "peer"
+    baseline = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == "baseline")
+    ActionChains(page).move_to_element(baseline.find_element("css selector", ".mark")).perform()
+    assert text(page, ".card h3") == "baseline"
     assert "too noisy to decide (0.500–1.90)" in text(page, ".card")
     hostile = next(each for each in all_of(page, ".point") if each.get_attribute("textContent") == HOSTILE)
     ActionChains(page).move_to_element(hostile.find_element("css selector", ".mark")).perform()
@@ -243,7 +243,7 @@ def test_point_tells_its_numbers_on_focus_and_on_hover(page):
 
 
 def test_selects_change_the_points_and_the_front(page):
-    assert names(page) == ["shvit_s1", "peer", "shvit_s2", HOSTILE, "shvit_s4", "heavy"]
+    assert names(page) == ["shvit_s1", "baseline", "shvit_s2", HOSTILE, "shvit_s4", "heavy"]
     choose(page, "form", "openvino int8")
     assert names(page) == ["shvit_s1", "shvit_s4"]
     choose(page, "batch", "16")
@@ -434,14 +434,15 @@ def test_checks_sustained_runs_and_devices_are_told(page):
     assert passed != failed
     assert [each.text for each in all_of(page, ".runs .words")] == [
         "throttles: 1.34× slower at the end",
-        "holds its speed: 1.01×",
+        "sustains its speed: 1.01×",
     ]
     assert [each.get_attribute("textContent") for each in all_of(page, ".runs .caption")] == [
         f"shvit_s1 wasm fp32 on {PHONE}",
         f"{HOSTILE} wasm-4-threads fp32 on {OTHER}",
     ]
     assert [each.get_attribute("d").count("L") for each in all_of(page, ".runs .series path")] == [4, 4]
-    for part in ("arm valhall", "no webnn\nno navigator.ml", "memory\nthe browser does not tell", "GPU\nno WebGPU"):
+    memory = "memory\nthe browser does not report it"
+    for part in ("arm valhall", "no webnn\nno navigator.ml", memory, "GPU\nno WebGPU"):
         assert part in said, part
     assert f"Measured on A & B <cpu>, {PHONE} and {OTHER}: 3 models, 9 results." in said
 
@@ -457,7 +458,7 @@ def test_page_of_one_phone_and_no_machine(page):
     assert f"Measured on {PHONE}: 3 models, 4 results." in said
     assert all_of(page, "#device") == []
     assert [each.text for each in all_of(page, "h2")] == ["Numerics on the device", "All results", "Devices"]
-    assert "The file gives its answers." in said
+    assert "The file's outputs match." in said
     assert "device" not in text(page, "#results thead")
     assert names(page) == [HOSTILE, "shvit_s1", "shvit_s4"]
 

@@ -17,26 +17,27 @@ import pytest
 import torch
 from torch import nn
 
+from shvit import sessions
 from shvit.cli import run
 from shvit.errors import InputError
-from shvit.export.backends.openvino import core
+from shvit.export.backends.openvino_graph import core
 from shvit.export.bench import measure as bench_module
 from shvit.export.bench import worker
-from shvit.export.bench.cases import Case, Settings, Subject, case_of_file, check_runtimes, choose_cores, timms_own
-from shvit.export.bench.layer_times import kind_of, kind_of_convolution, measure_layers
-from shvit.export.bench.main import show_machine, show_results
-from shvit.export.bench.measure import Running, ratio_of, run_rounds, summarize
-from shvit.export.bench.records import BenchResult, Machine, Measurements, measurements_from, read_measurements
+from shvit.export.bench.cases import BenchCase, BenchModel, Settings, choose_cores, create_file_case, create_timm_model
+from shvit.export.bench.layer_times import convolution_kind, layer_kind, measure_layers
+from shvit.export.bench.measure import RunningCase, exponent, ratio_interval, run_rounds, summarize
+from shvit.export.bench.records import BenchResult, Machine, Measurements, parse_measurements, read_measurements
 from shvit.export.bench.roofline import measure_bandwidth, measure_peaks
-from shvit.export.bench.scaling import exponent
+from shvit.export.bench.runtimes import check_runtimes
+from shvit.export.bench.tables import show_machine, show_results
 from shvit.export.spec import open_model
 from tests.conftest import SMALL
 
 MACHINE = Machine("a processor", 2, ("avx2",), "unknown", 1, {"fp32": 100.0}, 10.0, {})
 
 
-def case(name: str = "a", batch_size: int = 1, macs: int | None = 10**9) -> Case:
-    return Case(
+def case(name: str = "a", batch_size: int = 1, macs: int | None = 10**9) -> BenchCase:
+    return BenchCase(
         name, "onnxruntime", "fp32", 8, batch_size, macs, {"runner": "onnx", "provider": "cpu", "threads": 1}, {}
     )
 
@@ -48,7 +49,7 @@ def settings():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bench_module, "TURN_S", 0.0)
+    monkeypatch.setattr(bench_module, "ROUND_S", 0.0)
     monkeypatch.setattr(bench_module, "measure_machine", lambda: MACHINE)
 
 
@@ -70,7 +71,7 @@ def test_cases_take_turns_and_the_order_is_reversed_every_other_round(monkeypatc
     @contextmanager
     def start(case):
         yield SimpleNamespace(
-            case=case, open=lambda: order.append(case.model.upper()), turn=lambda: order.append(case.model)
+            case=case, open=lambda: order.append(case.model.upper()), run_round=lambda: order.append(case.model)
         )
 
     monkeypatch.setattr(bench_module, "start", start)
@@ -78,11 +79,11 @@ def test_cases_take_turns_and_the_order_is_reversed_every_other_round(monkeypatc
     assert "".join(order) == "ABC" + "abc" + "cba" + "abc" + "cba"
 
 
-def measured(rounds: list[list[float]], cpu: list[float] | None = None, **of_case: object) -> Running:
+def measured(rounds: list[list[float]], cpu: list[float] | None = None, **of_case: object) -> RunningCase:
     """Seconds of the calls of each round and, where others had the core meanwhile, of a call's processor time."""
     process = SimpleNamespace()
     cpu = cpu or [float(np.mean(times)) for times in rounds]
-    return Running(replace(case(), **of_case), process, 0.5, 0.25, 10**8, rounds, cpu)
+    return RunningCase(replace(case(), **of_case), process, 0.5, 0.25, 10**8, rounds, cpu)
 
 
 def test_summary_divides_by_the_batch_and_takes_ratios_round_by_round():
@@ -168,7 +169,7 @@ def neighbors(count: int):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS and Windows cannot pin a process to a core")
 def test_beside_busy_processes_processor_time_is_chosen_and_said(foreign, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "measure_machine", lambda: MACHINE)
-    monkeypatch.setattr(bench_module, "TURN_S", 0.06)
+    monkeypatch.setattr(bench_module, "ROUND_S", 0.06)
     options = ["--models", str(foreign), "--rounds", "6", "--output", str(tmp_path / "out")]
     with neighbors(2):
         result = run(["bench", *options, "--against", str(foreign)])["results"][1]
@@ -191,22 +192,22 @@ def test_published_accuracy_stands_beside_a_model_at_its_own_size():
 
 def test_noise_decides_nothing_and_one_outlier_is_harmless():
     quiet = [0.5 + 0.001 * i for i in range(15)]
-    ratio, low, high = ratio_of(quiet)
+    ratio, low, high = ratio_interval(quiet)
     assert ratio == pytest.approx(0.507)
     assert low < ratio < high
     assert high - low < 0.05 * ratio
-    assert ratio_of([*quiet[:-1], 40.0])[0] == pytest.approx(0.507)
-    noisy, low, high = ratio_of([0.7, 1.3] * 8)
+    assert ratio_interval([*quiet[:-1], 40.0])[0] == pytest.approx(0.507)
+    noisy, low, high = ratio_interval([0.7, 1.3] * 8)
     assert noisy is None
     assert (low, high) == (0.7, 1.3)
-    assert ratio_of([0.5, 0.51])[0] is None  # two rounds are too few for any interval
+    assert ratio_interval([0.5, 0.51])[0] is None  # two rounds are too few for any interval
 
 
 def test_interval_holds_the_true_median_19_times_in_20():
     generator = np.random.default_rng(0)
     within = 0
     for _ in range(200):
-        _, low, high = ratio_of(generator.lognormal(0.0, 0.02, 15).tolist())
+        _, low, high = ratio_interval(generator.lognormal(0.0, 0.02, 15).tolist())
         within += low <= 1 <= high
     assert within >= 185
 
@@ -233,7 +234,8 @@ def talk(job: dict, *commands: dict) -> list[dict]:
 
 @pytest.mark.parametrize("runner", ["onnx", "openvino"])
 def test_worker_times_a_file_and_tells_its_memory(foreign, runner):
-    job = {"runner": runner, "path": str(foreign), "provider": "cpu", "bf16": False, "batch_size": 1}
+    job = {"runner": runner, "path": str(foreign), "provider": "cpu", "bf16": False, "batch_size": 1,
+           "sessions": sessions.__file__}  # fmt: skip
     opened, first, turn = talk(job, {"batch": 1}, {"seconds": 0.05})
     assert opened["load"] > 0
     assert first["first"] > 0
@@ -258,7 +260,7 @@ def test_a_turn_by_processor_time_goes_on_while_others_have_the_core():
 
 
 def test_worker_says_in_one_line_what_is_wrong(foreign, tmp_path):
-    job = {"runner": "onnx", "path": str(foreign), "provider": "cpu"}
+    job = {"runner": "onnx", "path": str(foreign), "provider": "cpu", "sessions": sessions.__file__}
     assert talk(job, {"batch": 4})[-1] == {"error": "RuntimeError: the file takes batches of 1, not of 4"}
     (answer,) = talk({**job, "path": str(tmp_path / "none.onnx")})
     assert "none.onnx" in answer["error"]
@@ -268,9 +270,9 @@ def test_worker_says_in_one_line_what_is_wrong(foreign, tmp_path):
 
 
 def test_reference_is_timms_own_model_and_gives_the_same_answers(tmp_path, settings):
-    subject = Subject("shvit_s1", settings, tmp_path)
+    subject = BenchModel("shvit_s1", settings, tmp_path)
     model, spec = subject.opened
-    assert type(timms_own("shvit_s1", model)).__module__ == "timm.models.shvit"
+    assert type(create_timm_model("shvit_s1", model)).__module__ == "timm.models.shvit"
     proto = onnx.load(subject.reference(1))
     assert proto.opset_import[0].version == 11
     batch = torch.rand(1, *spec.shape)
@@ -282,17 +284,17 @@ def test_reference_is_timms_own_model_and_gives_the_same_answers(tmp_path, setti
 
 
 def test_files_of_others_are_read_as_far_as_needed(foreign, settings, tmp_path):
-    found = case_of_file(foreign, 1, settings, [], tuned=False)
+    found = create_file_case(foreign, 1, settings, [], tuned=False)
     assert (found.img_size, found.precision, found.runtime, found.environment) == (32, "fp32", "onnxruntime", {})
     with pytest.raises(InputError, match=r"takes batches of 1, not of 2; choose --batch-sizes 1"):
-        case_of_file(foreign, 2, settings, [], tuned=False)
+        create_file_case(foreign, 2, settings, [], tuned=False)
     with pytest.raises(InputError, match="no such file"):
-        case_of_file(tmp_path / "none.onnx", 1, settings, [], tuned=False)
+        create_file_case(tmp_path / "none.onnx", 1, settings, [], tuned=False)
     with pytest.raises(InputError, match=r"unknown artifact '\.pt'"):
-        case_of_file(tmp_path / "model.pt", 1, settings, [], tuned=False)
+        create_file_case(tmp_path / "model.pt", 1, settings, [], tuned=False)
     (tmp_path / "torn.onnx").write_bytes(foreign.read_bytes()[:100])
     with pytest.raises(InputError, match=r"torn\.onnx"):
-        case_of_file(tmp_path / "torn.onnx", 1, settings, [], tuned=False)
+        create_file_case(tmp_path / "torn.onnx", 1, settings, [], tuned=False)
 
 
 def test_what_does_not_run_here_is_refused_before_anything_is_measured(settings):
@@ -342,12 +344,11 @@ def test_bench_times_runtimes_against_a_strangers_file(tmp_path, foreign):
 
 
 @pytest.mark.usefixtures("quick")
-def test_bench_times_pytorch_and_exported_files(tmp_path):
-    run(["export", "onnx", "--model", SMALL, "--img-size", "64", "--output", f"{tmp_path}/small.onnx"])
+def test_bench_times_pytorch_and_exported_files(mine):
     options = ["--runtimes", "torch-bf16", "--img-size", "64", "--rounds", "1"]
-    result = run(["bench", "--models", f"{tmp_path}/small.onnx", "shvit_s1", *options])
+    result = run(["bench", "--models", str(mine), "shvit_s1", *options])
     assert [(each["model"], each["precision"]) for each in result["results"]] == [
-        ("small.onnx", "fp32"),
+        ("mine.onnx", "fp32"),
         ("shvit_s1", "bf16"),
     ]
     assert result["results"][1]["ratio_to_first"] is None  # one round decides nothing
@@ -355,8 +356,8 @@ def test_bench_times_pytorch_and_exported_files(tmp_path):
 
 @pytest.mark.usefixtures("quick")
 def test_sweep_fits_time_and_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr("shvit.export.bench.scaling.SIDES", (32, 64))
-    monkeypatch.setattr("shvit.export.bench.scaling.BATCHES", (1, 4))
+    monkeypatch.setattr("shvit.export.bench.measure.SWEEP_SIDES", (32, 64))
+    monkeypatch.setattr("shvit.export.bench.measure.SWEEP_BATCHES", (1, 4))
     options = ["--runtimes", "onnxruntime", "--img-size", "64", "--rounds", "1", "--sweep"]
     by_pixels, by_batch = run(["bench", "--models", SMALL, *options])["scaling"]
     assert (by_pixels["over"], by_pixels["values"]) == ("pixels", (1024, 4096))
@@ -365,16 +366,16 @@ def test_sweep_fits_time_and_memory(monkeypatch, tmp_path):
 
 
 def test_kinds_of_layers_by_operators_and_weights():
-    assert kind_of_convolution((32, 3, 3, 3)) == "k×k convolution"
-    assert kind_of_convolution((32, 16, 1, 1)) == "1×1 convolution"
-    assert kind_of_convolution((32, 1, 3, 3)) == "depthwise convolution"
+    assert convolution_kind((32, 3, 3, 3)) == "k×k convolution"
+    assert convolution_kind((32, 16, 1, 1)) == "1×1 convolution"
+    assert convolution_kind((32, 1, 3, 3)) == "depthwise convolution"
     names = {"FusedMatMul": "attention", "LayerNormalization": "normalization", "ReorderInput": "reordering"}
-    assert {name: kind_of(name) for name in names} == names
-    assert kind_of("NonMaxSuppression") == "other"
+    assert {name: layer_kind(name) for name in names} == names
+    assert layer_kind("NonMaxSuppression") == "other"
 
 
 def test_pytorchs_profile_knows_convolutions(settings, tmp_path):
-    rows = measure_layers(Subject("tiny_vit", settings, tmp_path), "torch", 1)
+    rows = measure_layers(BenchModel("tiny_vit", settings, tmp_path), "torch", 1)
     kinds = {row.kind for row in rows}
     assert {"1×1 convolution", "k×k convolution", "depthwise convolution", "attention"} <= kinds
     assert sum(row.percent for row in rows) == pytest.approx(100)
@@ -395,11 +396,11 @@ def test_records_are_read_back_and_others_refused(tmp_path):
     (result,) = summarize([measured([[0.1]] * 3)], MACHINE)
     measurements = Measurements(MACHINE, (result,))
     told = json.loads(json.dumps(asdict(measurements)))
-    assert measurements_from(told) == measurements
+    assert parse_measurements(told) == measurements
     for name in ("ratio_basis", "preempted_percent"):  # of files that were written before there was any
         del told["results"][0][name]
     del told["machine"]["environment"]
-    assert measurements_from(told).results[0].ratio_basis == "wall time"
+    assert parse_measurements(told).results[0].ratio_basis == "wall time"
     for name, text in (
         ("torn", '{"machine": {'),
         ("list", "[]"),

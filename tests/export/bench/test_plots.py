@@ -1,4 +1,4 @@
-"""Pictures of measurements: what is drawn, and that files are pictures."""
+"""Plots of measurements: what is drawn, and that files are images."""
 
 from dataclasses import replace
 
@@ -6,7 +6,17 @@ import pytest
 from PIL import Image
 
 from shvit.export.bench.layer_times import KINDS
-from shvit.export.bench.plots import FIGURES, batch, bench, best_forms, draw, front, layers, pareto, resolution
+from shvit.export.bench.plots import (
+    FIGURES,
+    best_forms,
+    draw_batch,
+    draw_latency,
+    draw_layers,
+    draw_pareto,
+    draw_plots,
+    draw_resolution,
+    front,
+)
 from shvit.export.bench.records import LayerTime, Measurements
 from tests.export.bench.test_explorer import MEASUREMENTS, OTHER, PHONE, PHONES, result
 
@@ -17,8 +27,8 @@ def texts(axis) -> set[str]:
     return {text.get_text() for text in axis.texts}
 
 
-def test_every_picture_is_written_whole(tmp_path):
-    written = draw(MEASUREMENTS, tmp_path / "bench")
+def test_every_plot_is_written(tmp_path):
+    written = draw_plots(MEASUREMENTS, tmp_path / "bench")
     assert [path.name for path in written] == list(FIGURES)
     assert set(written) == set((tmp_path / "bench").iterdir())
     for path in written:
@@ -28,11 +38,11 @@ def test_every_picture_is_written_whole(tmp_path):
 
 
 def test_only_what_was_measured_is_drawn(tmp_path):
-    assert draw(NONE, tmp_path) == []
+    assert draw_plots(NONE, tmp_path) == []
     unrated = replace(NONE, results=(result("mine.onnx", None, 3.0),))
-    assert [path.name for path in draw(unrated, tmp_path)] == ["bench.png"]
+    assert [path.name for path in draw_plots(unrated, tmp_path)] == ["bench.png"]
     swept = replace(NONE, scaling=MEASUREMENTS.scaling[:1])
-    assert [path.name for path in draw(swept, tmp_path)] == ["batch.png"]
+    assert [path.name for path in draw_plots(swept, tmp_path)] == ["batch.png"]
 
 
 def test_front_is_what_nothing_dominates():
@@ -52,7 +62,7 @@ def test_front_is_what_nothing_dominates():
 
 
 def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
-    figure = pareto(MEASUREMENTS)
+    figure = draw_pareto(MEASUREMENTS)
     assert [axis.get_xscale() for axis in figure.axes] == ["log", "log"]
     for axis, size in zip(figure.axes, (1, 16), strict=True):
         rated = [each for each in MEASUREMENTS.results if each.batch_size == size and each.top1 is not None]
@@ -64,27 +74,27 @@ def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
         assert f"batch {size}" in axis.get_xlabel()
     assert expected == [(3.0, 72.8), (4.5, 75.2)]
     ours = next(text for text in figure.axes[0].texts if text.get_text() == "shvit_s2")
-    peer = next(text for text in figure.axes[0].texts if text.get_text() == "heavy")
+    baseline = next(text for text in figure.axes[0].texts if text.get_text() == "heavy")
     assert ours.get_fontweight() == "bold"
-    assert peer.get_color() != ours.get_color()
+    assert baseline.get_color() != ours.get_color()
 
 
 @pytest.mark.parametrize(("machine", "name"), [(PHONES.machine, "A & B <cpu>"), (None, "this machine")])
 def test_every_device_has_panels_of_its_own(machine, name, tmp_path):
     measured = replace(PHONES, machine=machine)
-    drawn = [make(measured) for make in (pareto, bench)]
+    drawn = [make(measured) for make in (draw_pareto, draw_latency)]
     for axes in (figure.axes for figure in drawn):
         assert [axis.get_title() for axis in axes] == [name, name, PHONE, OTHER]
         assert ["batch 16" in axis.get_xlabel() for axis in axes] == [False, True, False, False]
     assert [len(axis.patches) for axis in axes] == [2, 1, 4, 2]
     fronts = [line for axis in drawn[0].axes for line in axis.lines if line.get_gid() == "front"]
     assert [list(line.get_xdata()) for line in fronts] == [[4.0, 15.0], [3.0], [3.5, 5.0, 30.0], [19.0, 60.0]]
-    assert len(draw(measured, tmp_path)) == 2
-    assert pareto(MEASUREMENTS).axes[0].get_title() == ""
+    assert len(draw_plots(measured, tmp_path)) == 2
+    assert draw_pareto(MEASUREMENTS).axes[0].get_title() == ""
 
 
 def test_one_bar_for_each_case_with_a_whisker_and_a_mark_if_too_noisy():
-    figure = bench(MEASUREMENTS)
+    figure = draw_latency(MEASUREMENTS)
     first, second = figure.axes
     assert len(first.patches) == 9
     assert len(second.patches) == 2
@@ -97,31 +107,36 @@ def test_one_bar_for_each_case_with_a_whisker_and_a_mark_if_too_noisy():
 
 
 def test_growth_has_time_and_memory_with_the_fitted_exponents():
-    for figure, exponents in ((batch(MEASUREMENTS), ("-0.21", "0.04")), (resolution(MEASUREMENTS), ("1.00", "0.04"))):
+    for figure, exponents in (
+        (draw_batch(MEASUREMENTS), ("-0.21", "0.04")),
+        (draw_resolution(MEASUREMENTS), ("1.00", "0.04")),
+    ):
         for axis, exponent in zip(figure.axes, exponents, strict=True):
             (label,) = texts(axis)
             assert f"^{{{exponent}}}" in label
             assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
-    time, memory = batch(MEASUREMENTS).axes
+    time, memory = draw_batch(MEASUREMENTS).axes
     assert list(time.lines[0].get_ydata()) == [8.0, 6.0]
     assert list(memory.lines[0].get_ydata()) == [200.0, 210.0]
-    assert [tick.get_text() for tick in resolution(MEASUREMENTS).axes[0].get_xticklabels()] == ["112²", "224²"]
+    assert [tick.get_text() for tick in draw_resolution(MEASUREMENTS).axes[0].get_xticklabels()] == ["112²", "224²"]
 
 
 def test_layers_add_up_to_their_model():
-    (axis,) = layers(MEASUREMENTS).axes
+    (axis,) = draw_layers(MEASUREMENTS).axes
     assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [(0, 6.0), (6.0, 4.0)]
     assert {"60 %", "40 %", "10 ms"} <= texts(axis)
 
 
 def test_kinds_of_layers_that_a_profiler_tells_have_colors_of_their_own():
     kinds = [*KINDS, "1×1 convolution", "k×k convolution", "depthwise convolution", "other"]
-    (axis,) = layers(replace(NONE, layers=tuple(LayerTime("m", "torch", 1, kind, 1.0, 9.0) for kind in kinds))).axes
+    (axis,) = draw_layers(
+        replace(NONE, layers=tuple(LayerTime("m", "torch", 1, kind, 1.0, 9.0) for kind in kinds))
+    ).axes
     assert len({bar.get_facecolor() for bar in axis.patches}) == len(kinds)
 
 
 def test_names_lie_on_neither_the_front_nor_each_other():
-    figure = pareto(MEASUREMENTS)
+    figure = draw_pareto(MEASUREMENTS)
     figure.draw_without_rendering()
     for axis in figure.axes:
         boxes = [text.get_window_extent() for text in axis.texts]
@@ -137,4 +152,4 @@ def test_any_name_can_be_drawn(tmp_path):
         tuple(replace(each, model=name) for name in names for each in records)
         for records in (MEASUREMENTS.results[:2], MEASUREMENTS.layers, MEASUREMENTS.scaling)
     ]
-    assert len(draw(Measurements(MEASUREMENTS.machine, *renamed), tmp_path)) == 5
+    assert len(draw_plots(Measurements(MEASUREMENTS.machine, *renamed), tmp_path)) == 5

@@ -14,7 +14,7 @@ TOKEN = "unguessable"
 SERVED = {"": Content(b"<p>page", "text/html"), "files/a.bin": Content(bytes(range(256)) * 4000, "application/binary")}
 CASE = {
     "model": "tiny", "precision": "fp32", "sha256": "0" * 64, "img_size": 64, "gmacs": 0.1, "backend": "wasm",
-    "threads": 1, "shared": False, "error": "", "load_ms": 12.5, "first_ms": 3, "rounds": [[1.5, 2.0], [1.75]],
+    "threads": 1, "cpu_fallback": False, "error": "", "load_ms": 12.5, "first_ms": 3, "rounds": [[1.5, 2.0], [1.75]],
     "check": {"images": 7, "max_rel_error": 1e-6, "snr_db": 120.5, "top1_agreement": 100, "passed": True},
 }  # fmt: skip
 RECORD = {

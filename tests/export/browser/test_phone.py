@@ -14,28 +14,28 @@ from rich.console import Console
 
 from shvit import cli
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.registry import open_artifact
-from shvit.export.bench import main as bench_main
+from shvit.export.backends.registry import load_artifact
 from shvit.export.bench.cases import Settings
-from shvit.export.bench.main import BenchPhone
 from shvit.export.bench.records import read_measurements
-from shvit.export.browser import served as trial
+from shvit.export.browser import main as browser_main
+from shvit.export.browser import served as served_module
+from shvit.export.browser.main import BenchPhone
 from shvit.export.browser.ort_web import runtime_files
-from shvit.export.browser.served import Pace, contents, few_images, policy, prepare, tolerance
+from shvit.export.browser.served import Pace, create_contents, policy, prepare_models, select_images, tolerance
 from shvit.export.browser.site import write_site
 from shvit.export.browser.tls import self_signed
 from shvit.export.images import read_pixels
 from shvit.export.verdict import TOLERANCES, compare, judge
 from shvit.export.web import Content
-from shvit.train.data.images import open_image
+from shvit.train.data import open_image
 from tests.browser import OTHER_NAME, open_browser
 from tests.browser import serve as serve_folder
 from tests.conftest import LABELS
 from tests.export.browser.serving import TOKEN, Serving
 
-PACE = Pace(rounds=2, turn_s=0.05, sustained_s=2)
+PACE = Pace(rounds=2, round_s=0.05, sustained_s=2)
 PRECISIONS = ("fp32", "fp16", "int8")
-SMALL = ["--img-size", "64", "--rounds", "2", "--sustained", "2"]
+SHORT = ["--rounds", "2", "--sustained", "2"]
 
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -54,12 +54,12 @@ def runtime():
 def tried(tmp_path_factory, mine):
     """tiny_vit in each precision, and the file."""
     settings = Settings(threads=1, img_size=64)
-    return prepare(["tiny_vit", str(mine)], PRECISIONS, settings, None, tmp_path_factory.mktemp("files"))
+    return prepare_models(["tiny_vit", str(mine)], PRECISIONS, settings, None, tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
 def served(tried, runtime):
-    return contents(tried, few_images(None), runtime, PACE, "records")
+    return create_contents(tried, select_images(None), runtime, PACE, "records")
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,18 @@ def at(serving, host="127.0.0.1", scheme="http"):
     return f"{scheme}://{host}:{serving.port}/{TOKEN}/"
 
 
+def check_first(browser, **limits):
+    """Check only so many boxes of a name: `models` or `backends`."""
+    script = (
+        "document.querySelectorAll(`[name=${arguments[0]}]`).forEach((box, i) => { box.checked = i < arguments[1]; })"
+    )
+    for name, limit in limits.items():
+        browser.execute_script(script, name.removesuffix("s"), limit)
+    return browser
+
+
 def measure(browser, length="quick"):
-    """Presses the button; what the page says at the end."""
+    """Press the button and return the status at the end."""
     browser.execute_script("document.querySelector('#length').value = arguments[0]", length)
     browser.execute_script("document.querySelector('#status').textContent = ''")
     browser.find_element("css selector", "#start").click()
@@ -116,10 +126,10 @@ def measure(browser, length="quick"):
 
 
 def call(browser, code, *arguments):
-    """The value of asynchronous code in the page, to which measure.js is known as `m` and the trial as `trial`."""
+    """The value of asynchronous code in the page, to which measure.js is known as `m` and served.json as `served`."""
     script = f"""const done = arguments[arguments.length - 1]; const a = arguments;
         (async () => {{ const m = await import('./measure.js');
-        const trial = await (await fetch('trial.json')).json(); {code} }})()
+        const served = await (await fetch('served.json')).json(); {code} }})()
         .then((value) => done([value, null]), (error) => done([null, String(error.stack)]))"""
     value, error = browser.execute_async_script(script, *arguments)
     assert error is None, error
@@ -142,7 +152,7 @@ def test_a_browser_checks_times_and_sends(browser, serving, tried):
     assert {case.model for case in record.cases} == {"tiny_vit", "mine.onnx"}
     for case in record.cases:
         assert case.error == "", [(c.backend, c.threads, c.model, c.precision, c.error) for c in record.cases]
-        assert (case.check.passed, case.check.images) == (True, len(few_images(None)))
+        assert (case.check.passed, case.check.images) == (True, len(select_images(None)))
         assert [len(calls) >= 3 for calls in case.rounds] == [True, True]
         assert case.load_ms > 0
         if case.precision == "fp32" and case.backend == "wasm":
@@ -163,10 +173,10 @@ def requests(browser):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_gpu_gives_the_answers_too(tried, runtime, tmp_path, precision):
+def test_a_gpu_has_the_outputs_too(tried, runtime, tmp_path, precision):
     """WebGPU for real, on a GPU in software, which is slow and computes no float16."""
     models = [each for each in tried[:3] if each.spec.precision in (precision, "fp16")]
-    served = contents(models, few_images(None)[:2], runtime, PACE, "records")
+    served = create_contents(models, select_images(None)[:2], runtime, PACE, "records")
     arguments = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
     with Serving(served, policy(hosted=True)) as serving, open_browser(tmp_path, *arguments) as browser:
         page = show(browser, at(serving))
@@ -180,44 +190,44 @@ def test_a_gpu_gives_the_answers_too(tried, runtime, tmp_path, precision):
     [case] = record.cases
     assert (case.backend, case.precision, case.error, case.check.passed) == ("webgpu", precision, "", True)
     assert case.check.max_rel_error < {"fp32": 1e-4, "int8": 0.4}[precision]
-    assert case.shared == (precision == "int8")  # the CPU has what WebGPU lacks of 8 bits
+    assert case.cpu_fallback == (precision == "int8")  # the CPU has what WebGPU lacks of 8 bits
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_answers_are_those_of_onnx_runtime_on_this_machine(browser, serving, tried, threads):
+def test_outputs_are_those_of_onnx_runtime_on_this_machine(browser, serving, tried, threads):
     show(browser, at(serving))
-    code = """const [backend] = (await m.findBackends()).backends.filter(({ name }) => name === "wasm");
-        const engine = await m.Engine.start({ ...backend, threads: a[0] }, trial.runtime);
+    code = """const [backend] = (await m.listBackends()).backends.filter(({ name }) => name === "wasm");
+        const engine = await m.Engine.start({ ...backend, threads: a[0] }, served.runtime);
         const all = [];
-        for (const model of trial.models) {
+        for (const model of served.models) {
           await engine.open(model);
-          const { answers } = await engine.ask("answer", { inputs: await m.imagesOf(trial, model) });
-          all.push(answers.map((answer) => [...answer]));
+          const { outputs } = await engine.request("run", { inputs: await m.imagesOf(served, model) });
+          all.push(outputs.map((output) => [...output]));
         }
         engine.end();
         return all;"""
-    for each, answers in zip(tried, call(browser, code, threads), strict=True):
-        expected = open_artifact(each.path)(read_pixels(few_images(None), each.spec))
+    for each, outputs in zip(tried, call(browser, code, threads), strict=True):
+        expected = load_artifact(each.path)(read_pixels(select_images(None), each.spec))
         allowed = TOLERANCES[each.spec.precision]
-        found = compare(expected, torch.tensor(answers), allowed)
+        found = compare(expected, torch.tensor(outputs), allowed)
         assert found["max_rel_error"] < allowed.max_rel_error
         assert found["size_snr_db"] > allowed.snr_db
         assert found["top1_agreement"] == 100
 
 
 def test_figures_and_verdicts_are_the_certificates(browser, serving):
-    """measure.js against verdict.py, on answers that differ a little and a lot, with near-ties and without evidence."""
+    """measure.js against verdict.py, on outputs that differ a little and a lot, with near-ties and without evidence."""
     show(browser, at(serving))
     generator, seen = np.random.default_rng(0), set()
     code = "return m.compare(Float32Array.from(a[0]), a[1].map((x) => Float32Array.from(x)), a[2], a[3])"
     for classes, offset, noise in product((1, 2, 10), (0.0, 6.0, 300.0), (0.0, 1e-3, 0.02, 0.05, 0.2, 0.5)):
         expected = (offset + generator.normal(size=(8, classes))).astype(np.float32)
-        answers = (expected + noise * generator.normal(size=expected.shape)).astype(np.float32)
+        outputs = (expected + noise * generator.normal(size=expected.shape)).astype(np.float32)
         for precision, probabilities in (("fp32", False), ("int8", False), ("int8", True)):
             served = tolerance(precision, 8)
-            found = call(browser, code, expected.ravel().tolist(), answers.tolist(), served, probabilities)
+            found = call(browser, code, expected.ravel().tolist(), outputs.tolist(), served, probabilities)
             allowed = TOLERANCES[precision]
-            wanted = compare(torch.tensor(expected), torch.tensor(answers), allowed, probabilities)
+            wanted = compare(torch.tensor(expected), torch.tensor(outputs), allowed, probabilities)
             scale = "size_snr_db" if offset == 300 else "snr_db"
             assert found["snr_db"] == pytest.approx(wanted[scale], rel=1e-5, abs=1e-6)
             assert found["top1_agreement"] == pytest.approx(wanted["top1_agreement"])
@@ -230,7 +240,7 @@ def test_figures_and_verdicts_are_the_certificates(browser, serving):
 
 
 def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
-    described = json.loads(served["trial.json"].source)
+    described = json.loads(served["served.json"].source)
     url = described["models"][0]["file"]["url"]
     content = bytearray(served[url].source.read_bytes())
     content[len(content) // 2] ^= 1
@@ -238,10 +248,10 @@ def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
     gone = described["models"][1]["file"]["url"]
     del damaged[gone]
     with Serving(damaged, policy(hosted=True)) as serving:
-        page = show(browser, at(serving))
+        page = check_first(show(browser, at(serving)), backends=1)
         assert measure(page) == "done and sent"
         bad, lost, *good = [case for case in serving.records[-1].cases if case.backend == "wasm" and case.threads == 1]
-        assert bad.error == "tiny_vit fp32 is damaged: its SHA-256 is not the one that was promised"
+        assert bad.error == "tiny_vit fp32 is damaged: its SHA-256 is not the expected one"
         assert lost.error.startswith("tiny_vit fp16 cannot be fetched")
         assert (bad.rounds, lost.rounds, bad.check) == ([], [], None)
         assert all(case.rounds and not case.error for case in good)
@@ -249,16 +259,16 @@ def test_what_went_wrong_is_refused_before_it_is_timed(browser, served):
         assert "is damaged" in text(page, "#results")
 
 
-def test_wrong_answers_are_refused_before_they_are_timed(browser, tried, runtime, monkeypatch):
-    honest = trial.expected
-    monkeypatch.setattr(trial, "expected", lambda *given: honest(*given) + 0.1 * torch.randn(3))
-    wrong = contents(tried[:1], few_images(None), runtime, PACE, "records")
+def test_wrong_outputs_are_refused_before_they_are_timed(browser, tried, runtime, monkeypatch):
+    honest = served_module.expected_outputs
+    monkeypatch.setattr(served_module, "expected_outputs", lambda *given: honest(*given) + 0.1 * torch.randn(3))
+    wrong = create_contents(tried[:1], select_images(None), runtime, PACE, "records")
     with Serving(wrong, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
-        assert measure(page).startswith("done and sent; nothing could be timed: wrong answers: an error of")
-        assert all(case.error.startswith("wrong answers: an error of") for case in serving.records[-1].cases)
+        assert measure(page).startswith("done and sent; nothing could be timed: wrong outputs: an error of")
+        assert all(case.error.startswith("wrong outputs: an error of") for case in serving.records[-1].cases)
         assert not any(case.rounds or case.check.passed for case in serving.records[-1].cases)
-        assert "wrong answers" in text(page, "#chart")
+        assert "wrong outputs" in text(page, "#chart")
 
 
 def test_a_damaged_runtime_does_not_run(browser, served):
@@ -266,17 +276,14 @@ def test_a_damaged_runtime_does_not_run(browser, served):
     damaged = {**served, name: Content(served[name].source.read_bytes() + b"\n", served[name].type)}
     with Serving(damaged, policy(hosted=True)) as serving:
         page = show(browser, at(serving))
-        page.execute_script(
-            "for (const box of document.querySelectorAll('[name=backend]')) box.checked = box.value === '0'"
-        )
-        measure(page)
+        measure(check_first(page, backends=1))
         assert {case.error for case in serving.records[-1].cases} == {
-            "ONNX Runtime (ort-wasm-simd-threaded.mjs) is damaged: its SHA-256 is not the one that was promised"
+            "ONNX Runtime (ort-wasm-simd-threaded.mjs) is damaged: its SHA-256 is not the expected one"
         }
 
 
 def test_a_refused_record_is_kept(browser, serving):
-    page = show(browser, at(serving))
+    page = check_first(show(browser, at(serving)), models=1, backends=1)
     page.execute_script("document.querySelector('#name').value = 'stranger'")
     said = measure(page)
     assert said == "done, but not sent: a record of files that were not served here; save the results as JSON instead"
@@ -301,7 +308,7 @@ def test_it_can_be_stopped(browser, serving):
 def test_it_fits_a_small_phone(browser, serving):
     size = {"width": 320, "height": 568, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    show(browser, at(serving))
+    check_first(show(browser, at(serving)), models=2, backends=1)
     measure(browser)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 320
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "width": 390, "height": 844})
@@ -317,7 +324,7 @@ def test_without_https_the_page_says_what_is_missing_and_why(browser, serving):
     for name in ("threads in wasm", "WebGPU", "WebNN"):
         assert f"no {name}: this needs HTTPS or localhost: serve the page with --tls" in missing
     assert len(page.find_elements("css selector", "[name=backend]")) == 1
-    assert measure(page) == "done and sent"
+    assert measure(check_first(page, models=1)) == "done and sent"
     assert {case.threads for case in serving.records[-1].cases} == {1}
     assert "this needs HTTPS" in serving.records[-1].device.missing["threads in wasm"]
     page.find_element("css selector", "#camera").click()
@@ -329,29 +336,29 @@ def test_with_tls_the_page_has_threads_under_any_name(browser, served):
     with Serving(served, policy(hosted=True), tls=self_signed([OTHER_NAME]).context) as serving:
         page = show(browser, at(serving, OTHER_NAME, "https"))
         assert page.execute_script("return self.crossOriginIsolated")
-        assert measure(page) == "done and sent"
+        assert measure(check_first(page, models=1)) == "done and sent"
         assert max(case.threads for case in serving.records[-1].cases) > 1
 
 
 # --- try it -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_chosen_image_gets_the_answer_that_it_gets_here(browser, serving, mine, tmp_path):
+def test_a_chosen_image_gets_the_prediction_that_it_gets_here(browser, serving, mine, tmp_path):
     page = show(browser, at(serving))
-    image = few_images(None)[3].path
-    page.find_element("css selector", "#photo").send_keys(str(image))
-    wait(page, "document.querySelectorAll('#answer > div').length")
-    artifact = open_artifact(mine)
+    image = select_images(None)[3].path
+    page.find_element("css selector", "#image").send_keys(str(image))
+    wait(page, "document.querySelectorAll('#predictions > div').length")
+    artifact = load_artifact(mine)
     pixels = artifact.spec.transform(normalize=False)(open_image(image))[None]
     chances = artifact(pixels).softmax(1)[0]
     shown = {}
-    for row in page.find_elements("css selector", "#answer > div"):
+    for row in page.find_elements("css selector", "#predictions > div"):
         label, percent = row.text.removesuffix(" %").split("\n")
         shown[label] = float(percent)
     assert list(shown) == [LABELS[i] for i in chances.argsort(descending=True)]
     assert shown == {label: pytest.approx(100 * float(p), abs=0.06) for label, p in zip(LABELS, chances, strict=True)}
     (tmp_path / "other.jpg").write_bytes(b"no image")
-    page.find_element("css selector", "#photo").send_keys(str(tmp_path / "other.jpg"))
+    page.find_element("css selector", "#image").send_keys(str(tmp_path / "other.jpg"))
     wait(page, "document.querySelector('#try-status').classList.contains('bad')")
     assert "other.jpg: not a readable image" in text(page, "#try-status")
 
@@ -361,7 +368,7 @@ def test_the_camera_is_classified_until_it_is_stopped(browser, serving):
     page.find_element("css selector", "#camera").click()
     wait(page, "/mine.onnx fp32, wasm, 1 thread: [\\d.]+\\sms/.test(document.querySelector('#try-status').textContent)")
     assert text(page, "#camera") == "Stop the camera"
-    assert len(page.find_elements("css selector", "#answer > div")) == len(LABELS)
+    assert len(page.find_elements("css selector", "#predictions > div")) == len(LABELS)
     page.find_element("css selector", "#camera").click()
     assert text(page, "#camera") == "Use the camera"
 
@@ -376,7 +383,7 @@ class Run(threading.Thread):
         super().__init__()
         self.words, self.result, self.error = words, None, None
         self.console = Console(record=True, width=200, file=open("/dev/null", "w"), markup=False)  # noqa: SIM115, PTH123
-        monkeypatch.setattr(bench_main, "console", self.console)
+        monkeypatch.setattr(browser_main, "console", self.console)
 
     def run(self):
         try:
@@ -397,7 +404,7 @@ class Run(threading.Thread):
 
 
 def test_the_command_from_a_name_to_a_report(browser, quick_machine, tmp_path, monkeypatch):
-    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, monkeypatch=monkeypatch)
+    run = Run("--models", "test_resnet", "--img-size", "64", *SHORT, "--output", tmp_path, monkeypatch=monkeypatch)
     run.start()
     page = show(browser, run.address())
     page.execute_script("document.querySelector('#name').value = 'Fairphone 6'")
@@ -419,8 +426,8 @@ def test_the_command_from_a_name_to_a_report(browser, quick_machine, tmp_path, m
     assert again["results"] == run.result["results"][1:]
 
 
-def test_the_command_says_when_nobody_came(quick_machine, tmp_path, monkeypatch):
-    run = Run("--models", "test_resnet", *SMALL, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
+def test_the_command_says_when_nobody_came(quick_machine, mine, tmp_path, monkeypatch):
+    run = Run("--models", mine, *SHORT, "--output", tmp_path, "--minutes", "0.01", monkeypatch=monkeypatch)
     run.start()
     run.join(120)
     assert isinstance(run.error, CheckFailed)
@@ -456,7 +463,7 @@ def site(tmp_path_factory, tried, runtime):
     from tests.export.bench.test_explorer import MEASUREMENTS
 
     folder = tmp_path_factory.mktemp("host")
-    served = contents(tried[:1], few_images(None), runtime, PACE, None)
+    served = create_contents(tried[:1], select_images(None), runtime, PACE, None)
     written = write_site(folder / "shvit", served, tried[:1], MEASUREMENTS, hosted=True)
     assert sorted(path for path in (folder / "shvit").rglob("*") if path.is_file()) == sorted(written)
     with serve_folder(folder) as address:
@@ -487,11 +494,11 @@ def test_a_plain_web_host_can_carry_the_site(browser, site, tmp_path):
     assert max(row["threads"] for row in result["results"]) > 1
 
 
-def test_the_site_command(quick_machine, tmp_path):
-    result = cli.run(["site", "--models", "test_resnet", *SMALL, "--output", str(tmp_path / "site")])
+def test_the_site_command(quick_machine, mine, tmp_path):
+    result = cli.run(["site", "--models", str(mine), *SHORT, "--output", str(tmp_path / "site")])
     files = set(result["files"])
-    assert {"index.html", "measure.html", "explorer.html", "trial.json", "_headers", "isolation.js"} <= files
-    described = json.loads((tmp_path / "site" / "trial.json").read_text())
+    assert {"index.html", "measure.html", "explorer.html", "served.json", "_headers", "isolation.js"} <= files
+    described = json.loads((tmp_path / "site" / "served.json").read_text())
     assert described["submit"] is None
     assert all(f"ort/{name}" in files for name in runtime_files(None))
     for model in described["models"]:
@@ -503,11 +510,11 @@ def test_a_runtime_from_another_host_runs_if_its_hash_is_right(browser, tried, r
     for name, path in runtime.items():
         (tmp_path / name).write_bytes(path.read_bytes() + (b"\n" if damaged and name == "ort.wasm.min.mjs" else b""))
     with serve_folder(tmp_path, shared=True) as cdn:
-        monkeypatch.setattr(trial, "CDN", f"{cdn}/")
-        served = contents(tried[:1], few_images(None), None, PACE, "records")
+        monkeypatch.setattr(served_module, "CDN", f"{cdn}/")
+        served = create_contents(tried[:1], select_images(None), None, PACE, "records")
         with Serving(served, policy(hosted=False)) as serving:
             page = show(browser, at(serving))
-            message = "ONNX Runtime (ort.wasm.min.mjs) is damaged: its SHA-256 is not the one that was promised"
+            message = "ONNX Runtime (ort.wasm.min.mjs) is damaged: its SHA-256 is not the expected one"
             assert measure(page) == "done and sent" + (f"; nothing could be timed: {message}" if damaged else "")
             assert {case.error for case in serving.records[-1].cases} == {message if damaged else ""}
 
@@ -521,5 +528,5 @@ def test_help_tells_the_commands(capsys):
 
 def test_defaults_of_the_command_are_the_paces():
     assert replace(PACE, rounds=BenchPhone.rounds, sustained_s=BenchPhone.sustained) == replace(
-        Pace(), turn_s=PACE.turn_s
+        Pace(), round_s=PACE.round_s
     )

@@ -10,7 +10,7 @@ import pytest
 
 from shvit import cli
 from shvit.errors import InputError
-from shvit.export.bench.main import write_report
+from shvit.export.bench.explorer import write_report
 from shvit.export.bench.records import Measurements, read_measurements, write_measurements
 from shvit.export.browser.phone import qr_code
 from shvit.export.browser.phone_record import add_record, describe_record, read_record, read_record_file, save_record
@@ -55,13 +55,13 @@ def test_a_case_that_did_not_hold_is_a_check_and_no_result():
     broken = {
         **CASE,
         "check": {**CASE["check"], "passed": False, "snr_db": 3.0},
-        "error": "wrong answers",
+        "error": "wrong outputs",
         "rounds": [],
     }
     absent = {**CASE, "check": None, "error": "it is damaged", "load_ms": None, "first_ms": None, "rounds": []}
     measured = add_record(Measurements(None, ()), record([broken, absent, CASE]))
     assert len(measured.results) == 1
-    assert [check.error for check in measured.checks] == ["wrong answers", "it is damaged", ""]
+    assert [check.error for check in measured.checks] == ["wrong outputs", "it is damaged", ""]
     assert not any(check.incomplete for check in measured.checks)
     assert [check.images for check in measured.checks] == [7, 0, 7]
 
@@ -75,7 +75,7 @@ def test_ratios_are_to_a_case_that_ran_to_the_end():
     assert [(check.error, check.incomplete) for check in measured.checks] == [("", "out of memory"), ("", "")]
 
 
-def test_times_of_wrong_answers_do_not_count():
+def test_times_of_wrong_outputs_do_not_count():
     wrong = {**CASE, "check": {**CASE["check"], "passed": False}}
     measured = add_record(Measurements(None, ()), record([wrong, {**CASE, "check": None}]))
     assert measured.results == ()
@@ -83,7 +83,7 @@ def test_times_of_wrong_answers_do_not_count():
 
 
 def test_more_forms_and_devices_than_marks_and_panels_can_be_drawn(tmp_path, monkeypatch):
-    for name, few in (("MARKERS", "o"), ("COLOURS", ("#000000",)), ("MAX_PANELS", 2)):
+    for name, few in (("MARKERS", "o"), ("COLORS", ("#000000",)), ("MAX_PANELS", 2)):
         monkeypatch.setattr(f"shvit.export.bench.plots.{name}", few)
     known = {**CASE, "model": "shvit_s1", "img_size": 224}
     cases = [
@@ -100,7 +100,7 @@ def test_more_forms_and_devices_than_marks_and_panels_can_be_drawn(tmp_path, mon
 
 def test_what_ran_on_two_processors_is_called_so():
     gpu = {**CASE, "backend": "webgpu"}
-    measured = add_record(Measurements(None, ()), record([gpu, {**gpu, "shared": True}]))
+    measured = add_record(Measurements(None, ()), record([gpu, {**gpu, "cpu_fallback": True}]))
     assert [each.runtime for each in measured.results] == ["webgpu", "webgpu+cpu"]
 
 

@@ -10,7 +10,7 @@ from shvit import cli
 from shvit.certificate import certificate_path
 from shvit.errors import CheckFailed, InputError
 from shvit.export.bench.cases import Settings
-from shvit.export.browser.served import Pace, check_names, contents, few_images, prepare, take_file
+from shvit.export.browser.served import Pace, check_names, create_contents, load_served, prepare_models, select_images
 from shvit.export.metadata import LABELS_KEY, SPEC_KEY
 from shvit.files import sha256
 
@@ -21,12 +21,12 @@ def test_a_file_needs_its_certificate_and_must_be_unchanged(mine, tmp_path):
     copy = tmp_path / "copy.onnx"
     copy.write_bytes(mine.read_bytes())
     with pytest.raises(InputError, match="has no certificate beside it"):
-        take_file(copy)
+        load_served(copy)
     certificate = json.loads((mine.parent / "mine.onnx.certificate.json").read_text())
     certificate |= {"artifact": "copy.onnx", "artifact_sha256": "0" * 64}
     (tmp_path / "copy.onnx.certificate.json").write_text(json.dumps(certificate))
     with pytest.raises(CheckFailed, match="has changed since it was certified"):
-        take_file(copy)
+        load_served(copy)
 
 
 def forged(mine, folder, **changes):
@@ -68,35 +68,35 @@ def forged(mine, folder, **changes):
 def test_what_a_strangers_file_says_of_itself_is_checked(mine, tmp_path, changes):
     path = forged(mine, tmp_path, **changes)
     with pytest.raises(InputError) as refused:
-        contents([take_file(path)], few_images(None), None, PACE, None)
+        create_contents([load_served(path)], select_images(None), None, PACE, None)
     assert "\x1b" not in str(refused.value)
 
 
 def test_labels_of_another_number_are_left_out(mine, tmp_path):
-    assert take_file(forged(mine, tmp_path, labels='["a", "b"]')).labels == ()
+    assert load_served(forged(mine, tmp_path, labels='["a", "b"]')).labels == ()
 
 
 @pytest.mark.parametrize("labels", ["{", "5", "[1, 2, 3]", "null", '["a", "\\u001b[2J", "c"]'])
 def test_labels_that_are_none_are_refused(mine, tmp_path, labels):
     with pytest.raises(InputError, match="its labels"):
-        take_file(forged(mine, tmp_path, labels=labels))
+        load_served(forged(mine, tmp_path, labels=labels))
 
 
 def test_random_weights_are_known_as_such(tmp_path):
     path = tmp_path / "random.onnx"
     cli.run(["export", "onnx", "--model", "tiny_vit", "--img-size", "64", "--output", str(path)])
-    assert not take_file(path).trained
+    assert not load_served(path).trained
 
 
 def test_a_taken_name_is_refused(mine, tmp_path):
     elsewhere = mine.parent / ".." / mine.parent.name / mine.name
-    with pytest.raises(InputError, match="a name can only be tried once"):
-        check_names(prepare([str(mine), str(elsewhere)], ["fp32"], Settings(threads=1), None, tmp_path))
+    with pytest.raises(InputError, match="have the same name and precision"):
+        check_names(prepare_models([str(mine), str(elsewhere)], ["fp32"], Settings(threads=1), None, tmp_path))
 
 
 def test_a_runtime_from_the_cdn_is_pinned(mine):
-    served = contents([take_file(mine)], few_images(None), None, PACE, "records")
-    described = json.loads(served["trial.json"].source)
+    served = create_contents([load_served(mine)], select_images(None), None, PACE, "records")
+    described = json.loads(served["served.json"].source)
     for build in described["runtime"]["builds"].values():
         for part in build.values():
             assert part["url"].startswith("https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/")

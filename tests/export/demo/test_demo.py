@@ -22,7 +22,7 @@ def test_demo_runs_the_whole_line_on_the_users_images(tmp_path, monkeypatch, tin
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     out = tmp_path / "out"
     monkeypatch.setattr("shvit.export.demo.run.TIMED", (SMALL,))
-    monkeypatch.setattr("shvit.export.bench.measure.TURN_S", 0.0)  # no time that is measured means anything
+    monkeypatch.setattr("shvit.export.bench.measure.ROUND_S", 0.0)  # no time that is measured means anything
     result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
     assert result["top1"] == pytest.approx(result["top1_onnx"], abs=0.5)
     assert result["certificate"]["passed"] is not False  # after one epoch outputs hardly differ between the images

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
-from shvit.export.backends.registry import open_artifact
-from shvit.export.backends.onnx import read_onnx, save_onnx, write_onnx
-from shvit.export.pipeline import _keep_fewest
+from shvit.export.backends.onnx import save_onnx, write_onnx
+from shvit.export.backends.onnx_graph import load_onnx
+from shvit.export.backends.registry import load_artifact
+from shvit.export.pipeline import _exclude_fewest
 from shvit.export.quantization.exclusion import layer_noise, smallest_passing
 from shvit.export.quantization.qdq import LAYERS, Unfolded, activation_ranges, quantize_onnx, unfold_identities
 from shvit.export.spec import Spec, randomize_norms
@@ -30,7 +31,7 @@ def tiny_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("quantize") / "tiny.onnx"
     write_onnx(deployed, path, spec, dynamic_batch=True)
     torch.manual_seed(0)
-    return deployed, read_onnx(path), spec, torch.randn(8, 3, 64, 64)
+    return deployed, load_onnx(path), spec, torch.randn(8, 3, 64, 64)
 
 
 def test_unfolded_identities_leave_the_outputs_and_smaller_weights():
@@ -79,7 +80,7 @@ def test_layers_stay_in_float_until_a_file_passes_without_chance(tmp_path, passe
         return SimpleNamespace(passed=True if above else passed, **figures), path
 
     noise = {str(layer): 1.0 for layer in range(16)}
-    certificate, path = _keep_fewest(attempt, attempt(()), noise)
+    certificate, path = _exclude_fewest(attempt, attempt(()), noise)
     assert certificate.snr_db == snr_db[chosen]
     assert path == tmp_path / str(chosen) / "m.onnx"
     assert path.is_file()
@@ -141,7 +142,7 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
         model, outputs = feature_maps("tiny_vit", create_tiny().eval())
         deployed, spec = unfold_identities(deploy(model, 64)), replace(spec, outputs=outputs)
         write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
-        proto = read_onnx(tmp_path / "maps.onnx")
+        proto = load_onnx(tmp_path / "maps.onnx")
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
     excluded = (names[0], names[7])
     ranges = activation_ranges(deployed, [batch])
@@ -180,12 +181,12 @@ def test_peers_go_into_int8(tmp_path, name):
     spec, batch = Spec.of(name, model, 64), torch.randn(8, 3, 64, 64)
     deployed = unfold_identities(deploy(model, 64))
     write_onnx(deployed, tmp_path / "float.onnx", spec, dynamic_batch=True)
-    proto = read_onnx(tmp_path / "float.onnx")
+    proto = load_onnx(tmp_path / "float.onnx")
     ranges = activation_ranges(deployed, [batch])
     spec = replace(spec, precision="int8")
     quantized = quantize_onnx(proto, spec, ranges)
     save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
-    (got,) = open_artifact(tmp_path / "q.onnx").run(batch)
+    (got,) = load_artifact(tmp_path / "q.onnx").run(batch)
     with torch.no_grad():
         assert snr_db(model(batch), got) > 15
     quantized = onnx.load(tmp_path / "q.onnx")

@@ -1,0 +1,79 @@
+"""What `shvit doctor` tells of a machine, on which something may be missing or broken."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from shvit import cli
+from shvit.export.analysis import doctor
+from shvit.export.analysis.doctor import describe_machine, missing_packages, try_runtimes
+
+LOCAL = ("torch", "torch.compile", "onnxruntime", "openvino", "Core ML packages in our evaluator")
+
+
+def test_each_runtime_is_tried_and_the_last_line_is_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shvit", "doctor"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    trials = {each["runtime"]: each for each in result["runtimes"]}
+    assert set(trials) == set(doctor.RUNTIMES)
+    for name in LOCAL:
+        assert trials[name]["works"], trials[name]
+        assert 0 <= trials[name]["error"] < doctor.MAX_ERROR
+    for name in set(trials) - set(LOCAL):
+        assert trials[name]["works"] or trials[name]["reason"]
+    assert trials["torch on CUDA"]["works"] == torch.cuda.is_available()
+    assert trials["Core ML"]["works"] == (sys.platform == "darwin")
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["extras"]["export"] == []
+    assert all(name in printed for name in trials)
+
+
+def fail(error):
+    def run(tiny):
+        raise error
+
+    return run
+
+
+def test_a_runtime_that_is_missing_broken_or_wrong_is_one_line(monkeypatch):
+    missing = ModuleNotFoundError("No module named 'openvino'", name="openvino")
+    broken = ImportError("libonnx.so: cannot open shared object file\nmore")
+    monkeypatch.setattr(
+        doctor,
+        "RUNTIMES",
+        {
+            "openvino": fail(missing),
+            "onnxruntime": fail(broken),
+            "torch.compile": fail(RuntimeError("")),
+            "wrong": lambda tiny: tiny.model(tiny.batch) + 1,
+            "nan": lambda tiny: tiny.model(tiny.batch) * torch.nan,
+            "torch": lambda tiny: tiny.model(tiny.batch),
+        },
+    )
+    *failed, works = try_runtimes()
+    reasons = {each.runtime: each.reason for each in failed}
+    assert not any(each.works for each in failed)
+    assert not any("\n" in reason for reason in reasons.values())
+    assert "pip install 'shvit[openvino]'" in reasons["openvino"]
+    assert reasons["onnxruntime"] == "libonnx.so: cannot open shared object file; pip install 'shvit[export]'"
+    assert reasons["torch.compile"] == "RuntimeError; install a C++ compiler (g++ or clang)"
+    assert "outputs differ" in reasons["wrong"]
+    assert "outputs differ" in reasons["nan"]
+    assert (works.works, works.error, works.reason) == (True, 0.0, "")
+
+
+def test_an_extra_whose_package_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"onnx": ("export", "demo"), "no_such_package": ("demo",)})
+    assert missing_packages() == {"demo": ["no_such_package"], "export": []}
+
+
+def test_the_machine_is_described():
+    machine = describe_machine()
+    assert set(machine) == {"processor", "cores", "memory", "instructions", "system", "GPU"}
+    assert all(machine.values())
