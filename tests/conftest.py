@@ -22,11 +22,13 @@ from shvit import cli
 from shvit.train.data import datasets
 from shvit.train.recipe import Augment, Data, Optim, Recipe
 from shvit.train.recipes import RECIPES
+from tests import exports
 
 torch.set_num_threads(1)
 
 # PyTorch parses the source of 500 operators anew for every export, one second that gives the same table each time.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+torch.onnx.export = exports.remembered(torch.onnx.export)
 # Tracing and conversion make millions of objects, and the default threshold of 700 looks through all of them often.
 gc.set_threshold(20_000, 20, 20)
 
