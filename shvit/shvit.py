@@ -205,13 +205,9 @@ class SHViT(nn.Module):
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depth), stagewise=True)
         stages, feature_info = [], []
         for i, dim in enumerate(embed_dim):
-            block = {
-                "qk_dim": qk_dim[i],
-                "partial_dim": partial_dim[i],
-                "use_attn": use_attn[i],
-                "norm_layer": norm_layer,
-            }
-            stages.append(Stage(embed_dim[i - 1] if i else None, dim, drop_path[i], act_layer, dd, **block))
+            block = {"qk_dim": qk_dim[i], "partial_dim": partial_dim[i], "use_attn": use_attn[i]}
+            in_dim = embed_dim[i - 1] if i else None
+            stages.append(Stage(in_dim, dim, drop_path[i], act_layer, dd, norm_layer=norm_layer, **block))
             feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 4), "module": f"stages.{i}"})
         self.feature_info = feature_info
         self.stages = nn.Sequential(*stages)
