@@ -255,11 +255,12 @@ class SHViT(nn.Module):
             if isinstance(module, ConvNorm | NormLinear):
                 module.init_weights()
 
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": blocks}
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
@@ -277,8 +278,7 @@ class SHViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make new heads, and another pooling unless `global_pool` is None."""
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
+        global_pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = next(self.patch_embed.parameters())
         self._make_head(num_classes, global_pool, {"device": weight.device, "dtype": weight.dtype})
 
