@@ -9,7 +9,7 @@ from rich.table import Table
 
 from shvit import terminal
 from shvit.certificate import Origin, certificate_path, read_certificate, read_origin
-from shvit.checkpoint import holds_average
+from shvit.checkpoint import holds_ema
 from shvit.documents import to_json
 from shvit.errors import CheckFailed, InputError, refuse, some
 from shvit.files import atomic_write, check_output_folder, check_replaceable, is_file, sha256
@@ -114,7 +114,7 @@ class Eval:
         kind = "weights" if weights is not None else "artifact"
         found = (transform, dataset, classes, index)
         result = {"model": spec.model, **self._evaluate(kind, predict, spec, *found)}
-        if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
+        if weights is not None and weights.checkpoint and not self.ema and holds_ema(weights.checkpoint):
             averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
             result["ema"] = self._evaluate("averaged weights", averaged, spec, *found)
         if self.output is not None:

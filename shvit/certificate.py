@@ -1,4 +1,4 @@
-"""The certificate beside an exported file: where it stands, and whether the file is still the one that it is of."""
+"""The certificate beside an exported file: reading it, and checking that the file has not changed since."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,26 @@ MAX_BYTES = 64 << 20
 
 
 def certificate_path(artifact: Path) -> Path:
-    """Where an artifact's certificate stands: beside it."""
+    """Return the path of an artifact's certificate, which stands beside it."""
     return artifact.with_name(artifact.name + ".certificate.json")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a certificate says that its artifact was made from."""
+    """What an artifact was made from, according to its certificate."""
 
     model: str
     checkpoint: str | None
-    """What the weights were called; None of random ones, and where an older certificate does not tell."""
+    """Name of the weights; None for random ones."""
     checkpoint_sha256: str | None
-    """None of random weights."""
+    """None for random weights."""
     ema: bool
     data: dict[str, Any] | None
-    """The identity of the images that the weights were trained on, where their run told it."""
+    """The identity of the images that the weights were trained on, where it is known."""
 
 
 def read_origin(artifact: Path) -> Origin | None:
-    """What the certificate beside an artifact says of its model; None where there is no certificate.
+    """Return what the certificate beside an artifact says about its model; None where there is no certificate.
 
     Raises:
         InputError: the certificate is not readable.
@@ -46,13 +46,13 @@ def read_origin(artifact: Path) -> Origin | None:
 
 @dataclass(frozen=True)
 class CertificateRecord:
-    """What is read of a certificate: its envelope, which those of all kinds of artifacts share."""
+    """The part of a certificate that all kinds of artifacts share."""
 
     artifact: str
     """The artifact's file name."""
     artifact_sha256: str
     model: str | None = None
-    """Not told by a detector's."""
+    """None for a detector."""
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     ema: bool = False
@@ -75,10 +75,10 @@ def read_certificate(artifact: Path) -> CertificateRecord | None:
 
 
 def check_unchanged(artifact: Path, found: str) -> None:
-    """Compares an artifact's SHA-256 with the one in its certificate, where one stands beside it.
+    """Compare an artifact's SHA-256 with the one in the certificate beside it, if there is one.
 
     Args:
-        found: the artifact's, hex digits.
+        found: the artifact's SHA-256, in hex digits.
 
     Raises:
         InputError: the certificate is not readable, or is another file's.

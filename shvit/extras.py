@@ -1,4 +1,4 @@
-"""Optional packages: which extra brings one, and what is said where it is missing."""
+"""Optional packages: which extra installs one, and the message where it is missing."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python-headle
 
 
 def extra_of(module: str, words: Sequence[str] = ()) -> str | None:
-    """Return the extra that brings a top-level module: the command's own if that does; None where none does.
+    """Return the extra that installs a top-level module, the command's own if that does; None where none does.
 
     Args:
         words: the command line after `shvit`.
@@ -58,8 +58,8 @@ def advise(module: str, words: Sequence[str] = ()) -> str:
     """Return one line that says that a module is missing and how it is installed.
 
     Args:
-        module: its name, as of an import.
-        words: as of `extra_of`.
+        module: its name, as in an import.
+        words: as in `extra_of`.
     """
     package = module.partition(".")[0]
     if extra := extra_of(package, words):

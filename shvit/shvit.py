@@ -322,11 +322,11 @@ class SHViT(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) → (B, C, ⌈H/64⌉, ⌈W/64⌉)."""
+        """Map (B, in_chans, H, W) → (B, C, ⌈H/64⌉, ⌈W/64⌉)."""
         return self.stages(self.patch_embed(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
-        """(B, C, H, W) → logits, or the pooled (B, C) if `pre_logits`."""
+        """Map (B, C, H, W) → logits, or the pooled (B, C) if `pre_logits`."""
         x = self.flatten(self.global_pool(x))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)

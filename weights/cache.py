@@ -24,7 +24,7 @@ MAX_LOCK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $SHVIT_CACHE, else $XDG_CACHE_HOME/shvit, else ~/.cache/shvit. It may not exist yet.
+    """Return the folder of downloads: $SHVIT_CACHE, else $XDG_CACHE_HOME/shvit, else ~/.cache/shvit; it may not exist.
 
     Raises:
         InputError: there is something else than a folder, or the home folder that it is in is not known.
@@ -60,7 +60,7 @@ class Locked:
 
 
 def read_lock(cache: Path) -> dict[str, Locked]:
-    """What lock.json of a cache records, by checkpoint name; empty where nothing was recorded yet.
+    """Return what lock.json of a cache records, by checkpoint name; empty where nothing was recorded yet.
 
     Raises:
         InputError: the file is damaged.
@@ -84,7 +84,7 @@ def _lock(cache: Path, name: str, record: Locked) -> None:
 
 
 def expected_hash(entry: Published, cache: Path) -> str | None:
-    """The hash that a file of this name must have: the manifest's, or the first download's; None where neither is."""
+    """Return the hash that a file must have: the manifest's, or the first download's; None where neither is known."""
     record = read_lock(cache).get(entry.name)
     return entry.sha256 or (record.sha256 if record else None)
 
@@ -106,7 +106,7 @@ class Obtained:
 
 
 def obtain(entry: Published, url: str, report: Report) -> Obtained:
-    """The published file from the cache or from `url`, proved to be the right model before its hash is recorded.
+    """Return the published file from the cache or from `url`; it must load as its model before its hash is recorded.
 
     Raises:
         InputError: as `download`, another process is downloading, or the cache cannot be written.
@@ -134,7 +134,7 @@ def obtain(entry: Published, url: str, report: Report) -> Obtained:
 
 
 def _prove(entry: Published, path: Path, source: str, advice: str) -> None:
-    """Raises unless the file loads strictly as the entry's model; a detector's file is left to its hash alone."""
+    """Raise unless the file loads strictly as the entry's model; of a detector's file only the hash is checked."""
     from .layouts import identify
 
     if entry.task != "classification":
@@ -153,7 +153,7 @@ def _prove(entry: Published, path: Path, source: str, advice: str) -> None:
 
 @contextmanager
 def _alone(cache: Path) -> Iterator[None]:
-    """Keeps other processes from downloading into the cache."""
+    """Keep other processes from downloading into the cache."""
     from filelock import FileLock, Timeout  # comes with torch and huggingface_hub
 
     try:

@@ -49,7 +49,7 @@ Percent = Annotated[float, Field(gt=0, lt=100)]
 
 @dataclass(frozen=True)
 class Published:
-    """One published checkpoint; manifest.toml tells what each field means."""
+    """One published checkpoint; the first lines of manifest.toml say what each field means."""
 
     name: Name
     model: Text
@@ -70,7 +70,7 @@ class Published:
 
     @property
     def file_name(self) -> str:
-        """Its name in the cache."""
+        """Name of the file in the cache."""
         return self.name + PurePosixPath(urlsplit(self.url).path).suffix
 
 
