@@ -15,8 +15,8 @@ from typing import Any
 from mmengine.config import Config
 
 from shvit.errors import InputError
-from shvit.run_info import same_name
 from shvit.train.images import MAX_PIXELS
+from shvit.weights.run_info import same_name
 
 from .coco import count, is_side, key_of, load_content, names_of, repair, short
 from .config import innermost, metrics_of

@@ -13,7 +13,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged
 from shvit.errors import InputError, some
 from shvit.files import atomic_write, check_output_folder, sha256
-from shvit.run_info import read_run_info, same_name
+from shvit.weights.run_info import read_run_info, same_name
 
 from .config import CONFIGS, bundled, only_known, open_config, set_data_root
 from .detector import (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from shvit.errors import InputError, some
 from shvit.files import read_bytes
-from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
+from shvit.weights.run_info import is_name, same_name
 
 MAX_BYTES = 10 << 20
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from . import __version__
 from .documents import to_json
+from .environment import advise
 from .errors import CheckFailed, InputError, first_line, printable
-from .extras import advise
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from shvit import terminal
 from shvit.documents import load_yaml
 from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from .folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
 from .images import open_image, to_rgb

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
-from shvit.run_info import read_run_info, same_name
+from shvit.weights.run_info import read_run_info, same_name
 
 from .checks import check_fields
 from .data import EvalBatches, Splits, any_readable, eval_loader, is_stream, open_splits, open_stream

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from shvit.errors import InputError, some
 from shvit.files import is_folder
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from .folders import Files, Listing, TarFiles, describe_skipped, is_hidden, list_images
 from .shards import has_info

@@ -1,7 +1,10 @@
-"""One file over http(s): resumed where it broke off, bounded, checked, and in place only when it is right.
+"""Download one file over http(s): resumed, bounded, checked, and renamed into place only when it is right.
 
-Files of the Hugging Face hub come this way too, from their resolve address: one downloader means one cache, one lock
-file, one set of errors, and mirrors and tests that work for every publisher alike.
+huggingface_hub, through which timm's own weights come (resolve.py), is not used here. It downloads from a hub alone, not
+from a release's address or a mirror given with --url. It has no bound on a file's bytes or on a server's pace: its
+timeout is for one read, so that a server which sends a byte now and then is never given up. It compares the length with
+what the server announced, not the content with a known SHA-256, and the file is in its cache before anyone can check it.
+Here a file gets its name after its hash, or its loading as the model it is named after, has been checked.
 """
 
 import http.client

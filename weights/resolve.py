@@ -9,13 +9,13 @@ from shvit.checkpoint import read_checkpoint, write_checkpoint
 from shvit.create import check_model_name, has_scheme
 from shvit.errors import InputError, first_line, refuse
 from shvit.files import is_file, is_there, sha256
-from shvit.run_info import RunInfo, read_run_info
 
 from .cache import cache_folder, expected_hash, obtain
 from .connection import bounded_waits
 from .imagenet import imagenet_names, is_imagenet
 from .layouts import variant_of
 from .manifest import Published, find, read_manifest
+from .run_info import RunInfo, read_run_info
 
 __all__ = ["Weights", "find_weights", "resolve_weights"]
 

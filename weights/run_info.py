@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .documents import load_json, load_yaml, parse_json, to_json
-from .errors import InputError
-from .files import is_file
+from shvit.documents import load_json, load_yaml, parse_json, to_json
+from shvit.errors import InputError
+from shvit.files import is_file
 
 __all__ = ["RUN_KEY", "RunInfo", "is_name", "read_run_info", "same_name"]
 
@@ -104,7 +104,7 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
     Raises:
         InputError: the checkpoint cannot be read, or what it says of its run is not usable.
     """
-    from .checkpoint import read_metadata
+    from shvit.checkpoint import read_metadata
 
     path = Path(path)
     text = read_metadata(path).get(RUN_KEY)

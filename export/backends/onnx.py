@@ -17,7 +17,7 @@ from shvit import __version__
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.files import check_file, is_file
-from shvit.run_info import is_name
+from shvit.weights.run_info import is_name
 
 from ..guards import check_elements, check_operators
 from ..quantization.ranges import Range

@@ -11,7 +11,7 @@ from typing import Any
 from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.files import atomic_write
-from shvit.run_info import is_name
+from shvit.weights.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
 PREEMPTED_PERCENT = 5.0

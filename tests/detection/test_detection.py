@@ -20,7 +20,7 @@ from shvit.detection.detector import build_detector, fixed_pipeline, preparation
 from shvit.detection.main import check_backbone
 from shvit.detection.onnx import OnnxDetector, detector_graph, open_onnx
 from shvit.errors import CheckFailed, InputError
-from shvit.run_info import RunInfo
+from shvit.weights.run_info import RunInfo
 from tests import forks
 from tests.conftest import ROOT, create_tiny
 from tests.detection.detection_data import write_coco, write_config

@@ -13,8 +13,8 @@ import pytest
 
 import shvit
 from shvit import cli
+from shvit.environment import EXTRAS
 from shvit.errors import CheckFailed, InputError
-from shvit.extras import EXTRAS
 from tests import forks
 from tests.conftest import ROOT
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from shvit.errors import InputError
-from shvit.run_info import read_recipe_file
 from shvit.train.folder import RunFolder, git_revision
 from shvit.train.recipes import DEMO
 from shvit.train.splits import check_outside
+from shvit.weights.run_info import read_recipe_file
 from tests import forks
 
 

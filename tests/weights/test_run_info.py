@@ -22,7 +22,6 @@ from shvit.errors import CheckFailed, InputError
 from shvit.export.labels import contradiction, find_labels, match_classes
 from shvit.export.spec import open_model
 from shvit.files import sha256
-from shvit.run_info import RUN_KEY, RunInfo, read_run_info
 from shvit.train.data import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
@@ -30,6 +29,7 @@ from shvit.train.recipe import Data, Distill
 from shvit.train.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
+from shvit.weights.run_info import RUN_KEY, RunInfo, read_run_info
 from tests.conftest import SMALL, create_tiny, randomize
 
 INFO = RunInfo("tiny_vit", ("b", "a", "c"), 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, "squash")
