@@ -1,9 +1,9 @@
 """Download one file over http(s): resumed, bounded, checked, and renamed into place only when it is right.
 
-huggingface_hub, through which timm's own weights come (resolve.py), is not used here. It downloads from a hub alone, not
-from a release's address or a mirror given with --url. It has no bound on a file's bytes or on a server's pace: its
+huggingface_hub, through which timm's own weights come (resolve.py), is not used here. It downloads from a hub alone,
+not from a release's address or a mirror given with --url. It has no bound on a file's bytes or on a server's pace: its
 timeout is for one read, so that a server which sends a byte now and then is never given up. It compares the length with
-what the server announced, not the content with a known SHA-256, and the file is in its cache before anyone can check it.
+what the server announced, not the content with a known SHA-256, and its cache holds the file before it can be checked.
 Here a file gets its name after its hash, or its loading as the model it is named after, has been checked.
 """
 
