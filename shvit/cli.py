@@ -20,12 +20,19 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from . import __version__
 from .documents import to_json
 from .environment import advise
 from .errors import CheckFailed, InputError, first_line, printable
+
+
+class Command(Protocol):
+    """A command with its options."""
+
+    def run(self) -> dict[str, Any]:
+        """Return the command's result, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def _call(target: str, *arguments: Any) -> Any:
     return _load(target)(*arguments)
 
 
-def _parse(name: str, options: list[str]) -> Any:
+def _parse(name: str, options: list[str]) -> Command:
     target = _load(COMMANDS[name].target)
 
     import tyro

@@ -16,6 +16,7 @@ from .files import read_bytes
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 60  # levels of lists and mappings
@@ -69,7 +70,7 @@ def parse_json(text: str | bytes, name: str, max_depth: int | None = MAX_DEPTH) 
     return content
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return a JSON object, as an `object_pairs_hook`; raise ValueError for a key twice, which readers differ on."""
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -95,7 +96,7 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def is_deeper(content: Any, depth: int) -> bool:
+def is_deeper(content: object, depth: int) -> bool:
     """Return whether lists and dicts are nested more than `depth` levels deep; level by level, not by recursion."""
     level = [content]
     for _ in range(depth + 1):
@@ -111,12 +112,12 @@ def is_deeper(content: Any, depth: int) -> bool:
     return True
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
+def to_json(content: object, indent: int | None = None) -> str:
     """Return plain values as JSON that every reader takes: NaN and infinities become null, other letters escapes."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -129,7 +130,7 @@ def _finite(content: Any) -> Any:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def parse_model(kind: type[Model], content: Any, name: str, advice: str = "") -> Model:
+def parse_model(kind: type[Model], content: object, name: str, advice: str = "") -> Model:
     """Return plain values, as `parse_json` gives them, as an instance of a dataclass or a pydantic model.
 
     Types are strict as in JSON: the text "64" is not a number, and a list is taken for a tuple.
@@ -151,7 +152,7 @@ def parse_model(kind: type[Model], content: Any, name: str, advice: str = "") ->
         raise InputError(f"{name}: {describe_problem(error.errors()[0])}{ending}") from error
 
 
-def describe_problem(problem: Any) -> str:
+def describe_problem(problem: "ErrorDetails") -> str:
     """Return what pydantic found, as `place is value; what it should be`."""
     place, message = ".".join(map(str, problem["loc"])), str(problem["msg"])
     if problem["type"] == "missing":
@@ -289,7 +290,7 @@ def _without_lines(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _leaves(content: Any) -> Iterator[Any]:
+def _leaves(content: object) -> Iterator[object]:
     if isinstance(content, dict):
         for key, value in content.items():
             yield key
@@ -301,7 +302,7 @@ def _leaves(content: Any) -> Iterator[Any]:
         yield content
 
 
-def _is_bounded(value: Any) -> bool:
+def _is_bounded(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS

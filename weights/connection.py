@@ -79,10 +79,10 @@ class _Https(http.client.HTTPSConnection):
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> Any:
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Http, request)
 
-    def https_open(self, request: urllib.request.Request) -> Any:
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Https, request)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_

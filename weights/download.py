@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from email.message import Message
 from hashlib import sha256 as sha256_of
 from pathlib import Path
-from typing import Any
 
 from shvit import __version__
 from shvit.documents import load_json, parse_model, to_json
@@ -284,7 +284,7 @@ class _Record:
     """What proves that the server still has the same file: a strong ETag, or its date."""
 
 
-def _note(url: str, partial: Path, headers: Any) -> None:
+def _note(url: str, partial: Path, headers: Message) -> None:
     etag = headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
     _record(partial).write_text(to_json(asdict(_Record(_digest(url), validator))), encoding="utf-8")

@@ -152,6 +152,9 @@ def _progress(console: Console, name: str) -> Iterator[Report]:
     yield report
 
 
+HashState = Literal["as recorded", "differs", "unknown"]
+
+
 @dataclass(frozen=True)
 class Checked:
     """The result of checking one file."""
@@ -159,7 +162,7 @@ class Checked:
     target: str
     path: str
     sha256: str
-    hash: Literal["as recorded", "differs", "unknown"]
+    hash: HashState
     identity: dict[str, Any] | None
     """Layout, model, classes and so on; None where the file does not load strictly."""
     problem: str | None
@@ -211,7 +214,7 @@ def _check(target: str, path: Path, entry: Published | None, cache: Path) -> Che
 
     digest = sha256(path)
     expected = expected_hash(entry, cache) if entry else None
-    known: Any = "unknown" if expected is None else "as recorded" if digest == expected else "differs"
+    known: HashState = "unknown" if expected is None else "as recorded" if digest == expected else "differs"
     problem = f"its sha256 is {digest}, and {expected} is on record; pull it again" if known == "differs" else None
     try:
         identity = identify(path)

@@ -183,7 +183,7 @@ def _checked(content: dict[str, Any], path: Path) -> RunInfo:
         raise InputError(f"{path}: what it says of its run is not usable: {error}") from error
 
 
-def is_name(value: Any) -> bool:
+def is_name(value: object) -> bool:
     """Return whether a value is text that can be printed and written anywhere: without control characters."""
     return (
         isinstance(value, str)
@@ -192,15 +192,15 @@ def is_name(value: Any) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_constants(values: Any) -> bool:
+def _are_constants(values: object) -> bool:
     return isinstance(values, tuple) and len(values) in range(1, 17) and all(map(_is_number, values))
 
 
-def _values(value: Any, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
+def _values(value: object, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
     """Return how many plain values something nested has; more than `limit` where it has others, or is too deep."""
     if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < 10_000):
         return 1
