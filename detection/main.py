@@ -14,7 +14,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
-from shvit.run_info import read_run_info, same_name
+from shvit.weights.run_info import read_run_info, same_name
 
 from .detector import (
     Detect,

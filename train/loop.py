@@ -16,7 +16,7 @@ from timm.utils import distribute_bn
 from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
-from shvit.run_info import RunInfo, read_recipe_file
+from shvit.weights.run_info import RunInfo, read_recipe_file
 
 from .data.datasets import Splits, check_class_of, open_splits
 from .data.splits import check_outside

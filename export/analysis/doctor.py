@@ -17,8 +17,8 @@ from torch import nn
 
 from shvit import terminal
 from shvit.deployment import deploy
+from shvit.environment import EXTRAS, advise
 from shvit.errors import InputError, first_line
-from shvit.extras import EXTRAS, advise
 from shvit.files import scratch_folder
 from shvit.terminal import quiet
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from shvit.documents import load_json, parse_model, to_json
 from shvit.files import atomic_write
-from shvit.run_info import is_name
+from shvit.weights.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
 PREEMPTED_PERCENT = 5.0

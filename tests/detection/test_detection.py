@@ -21,7 +21,7 @@ from shvit.detection.main import check_backbone
 from shvit.detection.onnx import OnnxDetector, load_onnx
 from shvit.detection.parsing.config import load_config
 from shvit.errors import CheckFailed, InputError
-from shvit.run_info import RunInfo
+from shvit.weights.run_info import RunInfo
 from tests import forks
 from tests.conftest import ROOT, create_tiny
 from tests.detection.detection_data import write_coco, write_config

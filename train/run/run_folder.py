@@ -15,7 +15,7 @@ from shvit.documents import check_expansion, load_yaml, to_json
 from shvit.environment import versions
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from ..recipe import Recipe, differences
 from .metrics import check_log, read_log

@@ -12,7 +12,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
-from shvit.run_info import read_run_info
+from shvit.weights.run_info import read_run_info
 
 from ..recipe import Recipe
 

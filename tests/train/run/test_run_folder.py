@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from shvit.errors import InputError
-from shvit.run_info import read_recipe_file
 from shvit.train.data.splits import check_outside
 from shvit.train.recipes import DEMO
 from shvit.train.run.run_folder import RunFolder, git_revision
+from shvit.weights.run_info import read_recipe_file
 from tests.train.forked import start
 
 
