@@ -159,12 +159,7 @@ class _Detects(_Command):
 def _load_artifact(
     path: Path, size: tuple[int, int] | None, classes: Sequence[str], threads: int | None
 ) -> tuple[Detect, tuple[int, int]]:
-    """Return an artifact's detector and its image size.
-
-    Args:
-        size: that was asked for.
-        classes: the config's.
-    """
+    """Return an artifact's detector and its image size, given the size that was asked for and the config's classes."""
     from .onnx import load_onnx
 
     artifact = load_onnx(path, threads)
