@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from shvit.certificate import certificate_path, read_certificate
 from shvit.errors import CheckFailed, InputError, first_line
-from shvit.files import is_file, is_folder, is_there, open_file
+from shvit.files import check_output_folder, check_replaceable, is_file, is_folder, is_there, open_file
 
 from .spec import Spec
 
@@ -209,6 +210,22 @@ def check_apart(output: Path | None, **read: object) -> None:
             raise InputError(f"--output {output}: is what {name} reads; choose another name")
         if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
             raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")
+
+
+def check_files(output: Path, files: Sequence[Path]) -> None:
+    """Raise InputError where an artifact's files or its certificate cannot be written, before any work is done."""
+    check_output_folder(output.parent)
+    certificate = certificate_path(output)
+    for path in (*files, certificate):
+        check_replaceable(path)
+        if path.suffix == ".mlpackage" and is_file(path):
+            raise InputError(f"{path}: is a file; choose another name for --output")
+    if is_file(certificate):
+        try:
+            read_certificate(output)
+        except InputError as error:
+            raise InputError(f"{certificate}: is there already and is not a certificate; choose another name for "
+                             "--output") from error  # fmt: skip
 
 
 def check_own(folder: Path | None, record: str, marker: bytes, others: Sequence[str] = ()) -> None:
