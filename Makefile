@@ -1,8 +1,9 @@
-# `make demo` and `make test` are all that a fresh machine with Python needs. VENV= and PYTHON= can be given.
+# `make demo` and `make test` are all that a fresh machine with Python needs. VENV= and PYTHON= can be given, SITE= too.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
+SITE ?= site
 
 # What runs an exported file, as on another processor: PyTorch and its oneDNN, OpenVINO's oneDNN and NumPy read these.
 # ONNX Runtime has no such switch and always uses what the processor has.
@@ -14,13 +15,16 @@ EXPORT_TESTS := tests/export/test_export.py tests/export/test_pipeline.py tests/
                 tests/shvit/test_deployment.py tests/shvit/test_parity.py tests/shvit/test_reference.py
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo test test-avx2 test-sse4 check clean
+.PHONY: demo test docs test-avx2 test-sse4 check clean
 
 demo: $(INSTALLED)  ## train, export, verify and time on real images; writes demo/report.html
 	$(BIN)/shvit demo --output demo
 
 test: $(INSTALLED)  ## the tests, within 10 minutes on 2 cores
 	$(BIN)/python $(PYTEST)
+
+docs: $(INSTALLED)  ## the documentation site, strictly: site/index.html, which opens without a server or a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir $(SITE)
 
 test-avx2: $(INSTALLED)  ## the tests of exported files as on a processor without AVX-512, AMX and bf16
 	$(AVX2) $(BIN)/python $(PYTEST) $(EXPORT_TESTS)
@@ -37,7 +41,7 @@ check: $(INSTALLED)  ## lint, format, and types of the wheel as a user gets it
 	cd "$$tmp/empty" && MYPYPATH="$$tmp/site" $(BIN)/mypy --config-file "$(CURDIR)/pyproject.toml" -p shvit
 
 clean:  ## remove what these targets made
-	rm -rf $(VENV) demo runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

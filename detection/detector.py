@@ -1,4 +1,4 @@
-"""A trained detector: built from a config, its weights loaded safely, and what it finds on images."""
+"""A trained detector: created from a config, its weights loaded safely, and run on images."""
 
 import copy
 import pickle
@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import print_log
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from shvit.checkpoint import load_strictly, read_state_dict, rename_reference_keys
+from shvit.checkpoint import load_strictly, read_state_dict
 from shvit.errors import InputError, first_line
-from shvit.weights.resolve import find_weights as weights_file
+from shvit.shvit import rename_reference_keys
 
-from .config import innermost, quiet
+from .parsing.config import innermost, quiet
+
+if TYPE_CHECKING:
+    from mmdet.models.detectors import BaseDetector
+    from mmdet.structures import DetDataSample
 
 PADDING = (124, 116, 104)
 """RGB of the border around an image at a fixed size: ImageNet's mean, about 0 after normalization."""
@@ -28,13 +31,13 @@ STEP = 32
 
 MAX_IMG_SIZE = 4096
 MAX_NUMBERS = 1 << 29
-"""Of a detector's parameters and buffers: 2 GB. The largest of MMDetection's that are built here has a third."""
+"""Limit of a detector's parameters and buffers: 2 GB, three times the largest of MMDetection's that are built here."""
 CREATING = {torch.empty, torch.zeros, torch.ones, torch.full}
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found on one image, best first, in its own pixels."""
+    """Detections on one image, best first, in the image's pixels."""
 
     boxes: torch.Tensor
     """float32 (n, 4): left, top, right, bottom."""
@@ -43,29 +46,35 @@ class Detections:
     labels: torch.Tensor
     """int64 (n,): class indices."""
     masks: torch.Tensor | None
-    """bool (n, H, W); None of a detector of boxes alone."""
+    """bool (n, H, W); None for a detector without masks."""
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def above(self, score: float) -> "Detections":
-        """Those with at least this score."""
+        """Return the detections with at least this score."""
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks)
 
 
-ImageFile = dict[str, Any]
-"""What `prepare` makes: `inputs`, uint8 (3, H, W) in BGR, and `data_samples`, its sizes."""
+class PreparedImage(TypedDict):
+    """An image as a detector takes it, which `preparation` makes of a file."""
 
-Detect = Callable[[ImageFile], Detections]
+    inputs: torch.Tensor
+    """uint8 (3, H, W) in BGR."""
+    data_samples: "DetDataSample"
+    """The image's sizes, before and after it was resized."""
+
+
+Detect = Callable[[PreparedImage], Detections]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def build_detector(config: Config) -> nn.Module:
-    """The config's detector in eval mode, with random weights.
+def create_detector(config: Config) -> "BaseDetector":
+    """Return a config's detector in eval mode, with random weights.
 
     Raises:
         InputError: its parts do not fit together.
@@ -88,14 +97,14 @@ def build_detector(config: Config) -> nn.Module:
 
 
 class _BoundedSizes(TorchFunctionMode):
-    """A block in which tensors are created up to a sum of `MAX_NUMBERS`: their memory is not yet filled then."""
+    """A limit of `MAX_NUMBERS` on the tensors created in a block, which holds before their memory is filled."""
 
     def __init__(self, name: str | None):
         super().__init__()
         self.name = name
         self.numbers = 0
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in CREATING:
             self.numbers += result.numel()
@@ -105,8 +114,8 @@ class _BoundedSizes(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _check_neck(model: Any, config: Config) -> None:
-    """Raises where the neck expects other feature maps than the backbone gives."""
+def _check_neck(model: "BaseDetector", config: Config) -> None:
+    """Raise InputError where the neck expects other feature maps than the backbone returns."""
     expected = list(getattr(getattr(model, "neck", None), "in_channels", []))
     with suppress(RuntimeError, AssertionError):  # of a backbone that takes no image as small as this
         given = [each.shape[1] for each in model.backbone(torch.zeros(1, 3, 64, 64))]
@@ -118,28 +127,28 @@ def _check_neck(model: Any, config: Config) -> None:
 
 
 def forget_initial_weights(config: Config) -> None:
-    """Takes out what the backbone would begin with: all of its parameters come from elsewhere."""
+    """Remove the backbone's initial weights from a config: all of its parameters come from elsewhere."""
     config.model.backbone.init_cfg = None
     if config.model.backbone.get("pretrained"):
         config.model.backbone.pretrained = False
 
 
-def open_detector(config: Config, checkpoint: Path) -> nn.Module:
-    """The config's detector in eval mode, with a checkpoint's weights.
+def load_detector(config: Config, checkpoint: Path) -> "BaseDetector":
+    """Return a config's detector in eval mode, with a checkpoint's weights.
 
     Args:
         checkpoint: of this detector, by MMDetection 2 or 3, with the reference's names of SHViT's parameters or ours.
 
     Raises:
-        InputError: as `build_detector` and `read_state_dict`; or the parameters differ, which are named.
+        InputError: as `create_detector` and `read_state_dict`; or the parameters differ, which are named.
     """
-    model = build_detector(config)
-    load_detector(model, checkpoint)
+    model = create_detector(config)
+    load_detector_weights(model, checkpoint)
     return model
 
 
-def load_detector(model: nn.Module, checkpoint: Path) -> None:
-    """Loads a detector's weights, strictly; raises as `open_detector`."""
+def load_detector_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a detector's weights, strictly; raises as `load_detector`."""
     with torch.serialization.safe_globals(log_types()):
         state_dict = read_state_dict(checkpoint)
     if all(name.startswith("module.") for name in state_dict):
@@ -151,17 +160,8 @@ def load_detector(model: nn.Module, checkpoint: Path) -> None:
     load_strictly(model, {**renamed, **others}, checkpoint, heads=())
 
 
-def find_weights(checkpoint: str | Path) -> Path:
-    """A file, or that of a name of `shvit weights list`: from the cache, or downloaded, checked and kept there.
-
-    Raises:
-        InputError: neither, or it cannot be downloaded.
-    """
-    return weights_file(checkpoint, lambda line: print_log(line, "current"))[0]
-
-
 def log_types() -> list[Any]:
-    """What besides tensors mmengine writes into a checkpoint: histories of what was logged, as NumPy arrays."""
+    """Return the types besides tensors that MMEngine writes into a checkpoint: logged histories, as NumPy arrays."""
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
 
@@ -171,8 +171,8 @@ def log_types() -> list[Any]:
     return [HistoryBuffer, (_statistic, "builtins.getattr"), *arrays]
 
 
-def _statistic(owner: Any, name: str) -> Any:
-    """Python's getattr as far as a history needs it, to name its own methods."""
+def _statistic(owner: type, name: str) -> Callable[..., float]:
+    """Return a method of HistoryBuffer: all that a logged history needs of Python's getattr."""
     from mmengine.logging.history_buffer import HistoryBuffer
 
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
@@ -180,21 +180,11 @@ def _statistic(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def class_names(config: Config) -> tuple[str, ...]:
-    """What the detector tells apart, in the order of its labels."""
-    from mmdet.registry import DATASETS
-
-    dataset = innermost(config.test_dataloader.dataset)
-    said = dataset.get("metainfo") or {}
-    classes = said.get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
-    return (classes,) if isinstance(classes, str) else tuple(classes)
-
-
 # --- images ------------------------------------------------------------------------------------------------------
 
 
 def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Transforms to one size: as large as fits with its aspect kept, at the top left, and a border to fill it.
+    """Return transforms to one size: the image as large as fits with its aspect kept, at the top left, and a border.
 
     Args:
         img_size: height and width in pixels.
@@ -213,33 +203,31 @@ _PACK = {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape
 
 
 def own_pipeline(config: Config) -> list[Any]:
-    """The config's own transforms for testing, without the annotations."""
+    """Return the config's own transforms for testing, without those that load annotations."""
     pipeline = innermost(config.test_dataloader.dataset).pipeline
     steps = [step for step in pipeline if step["type"].rpartition(".")[2] != "LoadAnnotations"]
     return [{**step, "type": "LoadImage"} if step["type"] == "LoadImageFromFile" else step for step in steps]
 
 
-def preparation(pipeline: Sequence[Any]) -> Callable[[Path], ImageFile]:
-    """Return a function from a file to what a detector takes; it raises InputError where an image cannot be used."""
-    from mmcv.transforms import Compose
+def preparation(pipeline: Sequence[Any]) -> Callable[[Path], PreparedImage]:
+    """Return a function that prepares an image file for a detector, and raises InputError for an unusable one."""
     from mmdet.registry import TRANSFORMS
 
-    from .transforms import not_prepared
+    from .plugin.transforms import NamedImages
 
-    compose = Compose([TRANSFORMS.build(step) for step in pipeline])
+    transforms = NamedImages([TRANSFORMS.build(step) for step in pipeline])
 
-    def prepare(path: Path) -> ImageFile:
-        data = {"img_path": str(path), "img_id": 0}
-        try:
-            return compose(dict(data))
-        except Exception as error:  # whatever OpenCV, Pillow or a transform raises
-            raise not_prepared(data, error) from error
+    def prepare(path: Path) -> PreparedImage:
+        image = transforms({"img_path": str(path), "img_id": 0})
+        if image is None:
+            raise InputError(f"{path}: the pipeline drops it; take out the transform that filters images")
+        return cast(PreparedImage, image)
 
     return prepare
 
 
 def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
-    """(height, width) of one or two numbers.
+    """Return (height, width), given one or two numbers.
 
     Raises:
         InputError: not one or two, out of range, or no multiples of `STEP`.
@@ -256,22 +244,22 @@ def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
 # --- detection --------------------------------------------------------------------------------------------------------
 
 
-def torch_detect(model: Any) -> Detect:
-    """Detection by MMDetection's own code."""
+def torch_detect(model: "BaseDetector") -> Detect:
+    """Return a function that detects with MMDetection's own code."""
 
-    def detect(image: ImageFile) -> Detections:
+    def detect(image: PreparedImage) -> Detections:
         batch = {"inputs": [image["inputs"]], "data_samples": [image["data_samples"].clone()]}
         with torch.inference_mode():
-            found = model.test_step(batch)[0].pred_instances.cpu()
-        order = found.scores.argsort(descending=True, stable=True)
-        masks = found.masks[order].bool() if "masks" in found else None
-        return Detections(found.bboxes[order].float(), found.scores[order], found.labels[order], masks)
+            result = model.test_step(batch)[0].pred_instances.cpu()
+        order = result.scores.argsort(descending=True, stable=True)
+        masks = result.masks[order].bool() if "masks" in result else None
+        return Detections(result.bboxes[order].float(), result.scores[order], result.labels[order], masks)
 
     return detect
 
 
 def paste(masks: torch.Tensor, boxes: torch.Tensor, shape: tuple[int, int], threshold: float) -> torch.Tensor:
-    """Masks (n, h, w) of probabilities inside their boxes → bool (n, height, width) of an image of that shape."""
+    """Return masks (n, h, w) of probabilities inside their boxes as bool (n, height, width) of the whole image."""
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
     pasted = torch.zeros(len(boxes), *shape, dtype=torch.bool)

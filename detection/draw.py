@@ -1,4 +1,4 @@
-"""What a detector finds, drawn on the image by MMDetection's own visualizer."""
+"""Detections drawn on their image by MMDetection's visualizer."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from .detector import Detections
 
 
 def draw(path: Path, detections: Detections, classes: tuple[str, ...], output: Path) -> None:
-    """Writes the image with boxes, names, scores and masks as a .png.
+    """Write an image with boxes, names, scores and masks as a .png.
 
     Raises:
         InputError: `output` cannot be written.

@@ -1,22 +1,31 @@
-"""COCO average precision of anything that detects, and how long it takes."""
+"""COCO average precision and latency of detectors."""
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config
 
 from shvit.errors import InputError
 
-from .config import innermost, metrics_of, quiet
 from .detector import Detect, Detections
-from .transforms import named_images
+from .parsing.config import innermost, metrics_of, quiet
+from .plugin.transforms import name_images
 from .verify import Match, Matching
 
+if TYPE_CHECKING:
+    from mmdet.datasets import CocoDataset
+    from mmdet.evaluation import CocoMetric
+    from mmdet.structures import DetDataSample
+
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-"""COCO's, of boxes and of masks; s, m and l are the objects' sizes."""
+"""COCO's figures, for boxes and for masks; s, m and l are the objects' sizes."""
+
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""A function that wraps an iterable and shows a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,9 @@ class DetectionResult:
     """Accuracy and latency of one detector on a config's test images."""
 
     ap: dict[str, float]
-    """COCO's figures in percent: bbox_mAP, bbox_mAP_50, … and of masks segm_mAP, …; -1 where a size does not occur."""
+    """COCO's figures in percent: bbox_mAP, bbox_mAP_50, … and for masks segm_mAP, …; -1 where a size does not occur."""
     latency_ms_p50: float
-    """From the prepared image to boxes and masks in its own pixels."""
+    """Median time from the prepared image to boxes and masks in the image's pixels."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,15 @@ class Evaluation:
     n: int
     results: dict[str, DetectionResult]
     match: Match | None
-    """Of the second detector with the first, where there are two and the first finds anything."""
+    """How the second detector matches the first, where there are two and the first detects anything."""
     latency_ratio: float | None
-    """Median over the images of the second's time by the first's, measured in turns."""
+    """Median over the images of the second detector's time divided by the first's, measured in alternation."""
 
 
-def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence[Any], progress: Any) -> Evaluation:
-    """Runs every test image of the config through every detector, in turns, and scores them with mmdet's metric.
+def evaluate(
+    config: Config, detectors: Mapping[str, Detect], pipeline: Sequence[Any], progress: Progress
+) -> Evaluation:
+    """Run every test image of a config through every detector, in alternation, and score them with mmdet's metric.
 
     Args:
         detectors: one or two, by name.
@@ -56,6 +67,7 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
 
     dataset_config = innermost(config.test_dataloader.dataset).copy()
     dataset_config.update(pipeline=list(pipeline), test_mode=True)
+    name_images(dataset_config)
     with quiet():
         dataset = DATASETS.build(dataset_config)
     if not len(dataset):
@@ -65,8 +77,7 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     matching = Matching() if len(detectors) == 2 else None
     for index in progress(range(len(dataset))):
-        with named_images():
-            image = dataset[index]
+        image = dataset[index]
         turn = list(detectors)[:: 1 if index % 2 else -1]
         by_name = {}
         for name in turn:
@@ -90,7 +101,7 @@ def evaluate(config: Config, detectors: Mapping[str, Detect], pipeline: Sequence
     return Evaluation(len(dataset), results, matching.figures() if matching.of_model else None, ratio)
 
 
-def _metric(config: Config, dataset: Any) -> Any:
+def _metric(config: Config, dataset: "CocoDataset") -> "CocoMetric":
     from mmdet.registry import METRICS
 
     metrics = metrics_of(config.test_evaluator)
@@ -101,13 +112,13 @@ def _metric(config: Config, dataset: Any) -> Any:
     return metric
 
 
-def _nothing(metric: Any) -> dict[str, float]:
-    """The figures where not one object was found, which mmdet leaves out."""
+def _nothing(metric: "CocoMetric") -> dict[str, float]:
+    """Return the figures of a detector without detections, which mmdet leaves out."""
     return {f"{kind}_{name}": 0.0 for kind in metric.metrics for name in FIGURES}
 
 
-def _sample(detections: Detections, sample: Any) -> dict[str, Any]:
-    """As MMDetection's metrics take what was found."""
+def _sample(detections: Detections, sample: "DetDataSample") -> dict[str, Any]:
+    """Return detections in the form that MMDetection's metrics take."""
     instances = {"bboxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}
     if detections.masks is not None:
         instances["masks"] = detections.masks
@@ -115,5 +126,5 @@ def _sample(detections: Detections, sample: Any) -> dict[str, Any]:
 
 
 def percent(value: float) -> float:
-    """Of COCO's figures, which have three digits; -1 of what does not occur stays."""
+    """Return a COCO figure, which has three digits, in percent; -1 (does not occur) stays."""
     return round(100 * value, 1) if value >= 0 else -1.0

@@ -1,4 +1,4 @@
-"""Training by mmengine's Runner: goes on where a run stopped, says how far it is, never unpickles code."""
+"""Training by MMEngine's Runner, which resumes a run, shows its progress, and never unpickles code."""
 
 import copy
 import io
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
-from unittest.mock import patch
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, checkpoint
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import load_from_local
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed, nn
@@ -24,11 +24,12 @@ from shvit import terminal
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, check_file, check_output_folder, is_file, is_there, open_file, read_text
 
-from .annotations import check_datasets
-from .detector import build_detector, log_types
+from .coco.annotations import check_datasets
+from .coco.report import show
+from .detector import create_detector, log_types
 from .evaluate import percent
-from .report import show
-from .transforms import named_images
+from .parsing.config import innermost
+from .plugin.transforms import name_images
 
 LONGEST = 16  # lines of one message that are worth a reader's time; a dump of the config has hundreds
 MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint
@@ -42,7 +43,7 @@ WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str, Any]:
-    """Trains the config's detector, or goes on with the run that `output` holds.
+    """Train a config's detector, or resume the run that `output` holds.
 
     Under torchrun, every process calls this; the first one writes.
 
@@ -60,15 +61,18 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     last = output / "last_checkpoint"
     check_output_folder(output)
     if not is_file(last) and (others := sorted(each.name for each in output.glob("*.pth") if WEIGHTS.match(each.name))):
-        raise InputError(f"{output}: holds {others[0]}, and no run to go on with; choose another folder for --output")
+        raise InputError(f"{output}: holds {others[0]}, and no run to resume; choose another folder for --output")
     if auto_scale_lr and not config.get("auto_scale_lr"):
         raise InputError(f"{config.filename}: has no auto_scale_lr.base_batch_size; leave out --auto-scale-lr")
     rank = int(os.environ.get("RANK", "0"))
     reports = check_datasets(config, ("train", "val"))
     show(reports, terminal.console(quiet=rank != 0))
-    model = build_detector(config)  # which says what does not fit; the Runner builds its own
-    written = copy.deepcopy(config)
+    model = create_detector(config)  # which says what does not fit; the Runner builds its own
+    given = config
     config = copy.deepcopy(config)
+    for split in ("train", "val"):
+        if (loader := config.get(f"{split}_dataloader")) is not None:
+            name_images(innermost(loader.dataset))
     config.work_dir = str(output)
     if config.get("visualizer"):
         config.visualizer.name = str(output)  # mmengine gives a second run in one process the first one's otherwise
@@ -81,35 +85,39 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
     if config.launcher == "pytorch" and not torch.cuda.is_available():
         _join_without_gpus(config)
-    journal = Journal()
-    with (
-        plainly(),
-        weights_only(),
-        named_images(),
-        redirect_stdout(_Brief(sys.stdout)),
-        patch.object(Runner, "dump_config", lambda runner: write_config(written, output) if rank == 0 else None),
-    ):
-        runner = Runner.from_cfg(config)
-        runner.register_hook(journal, priority="VERY_LOW")
+    progress = ProgressHook()
+    with plainly(), weights_only(), redirect_stdout(_ShortMessages(sys.stdout)):
+        runner = _Runner.from_cfg(config)
+        if rank == 0:
+            write_config(given, output)
+        runner.register_hook(progress, priority="VERY_LOW")
         try:
             runner.train()
         finally:
-            journal.stop()
+            progress.stop()
     return {
         "output": str(output),
         "data": [report.summary() for report in reports],
         "checkpoint": read_text(last, MAX_NAME).strip() if is_file(last) else None,
         "resumed": config.resume,
         "iterations": runner.iter,
-        "ap": journal.ap,
+        "ap": progress.ap,
     }
+
+
+class _Runner(Runner):
+    """MMEngine's Runner, which leaves the run folder's config to `write_config`."""
+
+    def dump_config(self) -> None:
+        """Write nothing.
+
+        MMEngine's own dump also holds what a run sets, such as the folder's absolute path, which is not taken from a
+        file, and it overwrites any file of that name.
+        """
 
 
 def write_config(config: Config, output: Path) -> Path:
     """Write a config into its run folder, as it was given to the run and can be given to the next command.
-
-    mmengine's own dump also holds what a run sets, such as the folder's whole path, which is not taken from a file; and
-    it writes over any file of that name.
 
     Returns:
         The file: of the config's name, or of another where a file that no run wrote has it.
@@ -133,13 +141,13 @@ def write_config(config: Config, output: Path) -> Path:
 
 
 def _is_written(path: Path) -> bool:
-    """Whether a run has written a config."""
+    """Return whether a run has written a config."""
     with open_file(path) as file:
         return file.read(len(WRITTEN)) == WRITTEN.encode()
 
 
 def check_resumable(last: Path, model: nn.Module) -> None:
-    """Hold the checkpoint that a run goes on from against its detector.
+    """Compare the checkpoint from which a run resumes with its detector.
 
     Args:
         last: the file in the run folder that names it.
@@ -182,19 +190,19 @@ def check_resumable(last: Path, model: nn.Module) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a checkpoint can be mapped into memory: it is a zip archive, as PyTorch writes since 1.6."""
+    """Return whether a checkpoint can be mapped into memory: it is a zip archive, as PyTorch writes since 1.6."""
     with open_file(path) as file:
         return file.read(2) == b"PK"
 
 
 def _join_without_gpus(config: Config) -> None:
-    """Joins the processes that torchrun started over Gloo: mmengine itself would have each take a GPU."""
+    """Join torchrun's processes over Gloo; MMEngine itself would have each take a GPU."""
     distributed.init_process_group("gloo")
     config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
 
 
-class Journal(Hook):
-    """A bar on a terminal, the last evaluation's figures, and an end where the loss is no number."""
+class ProgressHook(Hook):
+    """A progress bar on a terminal, which also keeps the last evaluation's figures and stops a run that diverges."""
 
     def __init__(self) -> None:
         self.ap: dict[str, float] | None = None
@@ -207,7 +215,9 @@ class Journal(Hook):
             self.task = self.bar.add_task("iterations", total=runner.max_iters, completed=runner.iter)
             self.bar.start()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, torch.Tensor] | None = None
+    ) -> None:
         loss = (outputs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.as_tensor(loss)):
             raise InputError(
@@ -224,8 +234,8 @@ class Journal(Hook):
             self.bar.stop()
 
 
-class _Brief(io.TextIOBase):
-    """A stream without its longest messages, which the run's log file holds."""
+class _ShortMessages(io.TextIOBase):
+    """A stream that drops the longest messages, which the run's log file holds."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -241,18 +251,35 @@ class _Brief(io.TextIOBase):
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """A block in which no checkpoint's pickled code runs.
+    """Keep pickled code in checkpoints from running in a block.
 
-    mmengine would run it where there is more than tensors, and allows Python's own `getattr`, which is enough to run
-    anything; a run's history needs less.
+    MMEngine would run it where there is more than tensors, and its own loader of local files allows Python's `getattr`,
+    which is enough to run anything; a run's history needs less. The loader is replaced in MMEngine's registry of them.
     """
-    with patch.dict(os.environ, {WEIGHTS_ONLY: "1"}), patch.object(checkpoint, "get_torch_safe_globals", log_types):
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+    try:
         yield
+    finally:
+        CheckpointLoader.register_scheme("", load_from_local, force=True)
+        del os.environ[WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def load_from_local_file(filename: str, map_location: str | None = None) -> dict[str, Any]:
+    """Load a checkpoint as MMEngine's `load_from_local` does, with nothing but tensors and a run's history in it."""
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{filename} can not be found.")
+    with torch.serialization.safe_globals(log_types()):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """A block in which what mmengine and mmdet raise for unusable input is one line.
+    """Turn what MMEngine and mmdet raise for unusable input in a block into one line.
 
     Raises:
         InputError: in place of theirs. Anything else than a mistake in the input goes through.
@@ -281,11 +308,11 @@ PLACES = {
     "mmengine.model.base_model.base_model": "the detector cannot be run as the config says",
     "mmengine.evaluator.metric": "the metric cannot be computed as the config says",
 }
-"""What failed, by mmengine's function or module in which it did."""
+"""Descriptions of failures, by MMEngine's function or module in which they occur."""
 
 
 def _place(error: BaseException) -> str | None:
-    """Return what failed, if the input can be to blame for it."""
+    """Return what failed, if the input can be the reason."""
     trace = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
@@ -297,6 +324,6 @@ def _place(error: BaseException) -> str | None:
 
 
 def _innermost(message: str) -> str:
-    """The message itself, where a loader's worker has put its own traceback around it."""
+    """Return the message itself, where a loader's worker has put its own traceback around it."""
     marked = [line for line in message.splitlines() if "InputError: " in line]
     return marked[-1].partition("InputError: ")[2] if marked else (message.strip().splitlines() or [""])[-1]

@@ -1,39 +1,39 @@
-"""Does an exported detector find what its model finds? Matched one by one, written down as a certificate."""
+"""Comparison of an exported detector with its model, detection by detection, and its certificate."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from shvit.certificate import Envelope
+from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256
 
-from .detector import Detect, Detections, ImageFile
+from .detector import Detect, Detections, PreparedImage
 from .onnx import DetectorSpec, OnnxDetector
 
 COUNTED = 0.1
-"""Detections of at least this score are counted; near score_thr (0.05) rounding decides what is found at all."""
+"""Detections of at least this score are counted; near score_thr (0.05) rounding decides which are kept at all."""
 
 SAME = 0.5
-"""Boxes of one class that overlap by this IoU can be the same object."""
+"""IoU from which two boxes of one class can be the same object."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """How far the detections of two detectors are from each other, over some images."""
+    """The difference between a model's and its artifact's detections, over some images."""
 
     images: int
     detections: int
-    """Of the model, with a score of at least `COUNTED`."""
+    """Number of the model's detections with a score of at least `COUNTED`."""
     matched_percent: float
-    """Of these, and of the artifact's, that have a counterpart of the same class in the other's."""
+    """Percentage of these, and of the artifact's, that have a counterpart of the same class in the other's."""
     box_iou_mean: float
     box_iou_lowest: float
     mask_iou_mean: float | None
-    """None of a detector without masks."""
+    """None for a detector without masks."""
     mask_iou_lowest: float | None
     score_error: float
     """Largest difference of a matched pair's scores."""
@@ -41,7 +41,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an artifact must keep to. Rounding may turn one of many decisions of NMS, which moves a box by pixels."""
+    """Tolerance of an artifact. Rounding may change one of many decisions of NMS, which moves a box by pixels."""
 
     matched_percent: float = 99.0
     box_iou_mean: float = 0.995
@@ -49,45 +49,35 @@ class Bounds:
     score_error: float = 0.01
 
 
-@dataclass(frozen=True)
-class DetectionCertificate:
+@dataclass(frozen=True, kw_only=True)
+class DetectionCertificate(Envelope):
     """How far an exported detector is from its model, and what it is."""
 
-    artifact: str
-    artifact_sha256: str
-    artifact_bytes: int
-    operators: dict[str, int]
-    """Of the artifact, most frequent first."""
-    checkpoint_sha256: str
     spec: DetectorSpec
-    runtime: str
-    image_source: str
     match: Match
     bounds: Bounds
-    passed: bool
-    versions: dict[str, str]
 
 
-def pair(reference: Detections, found: Detections) -> list[tuple[int, int, float]]:
-    """(index in `reference`, index in `found`, IoU of the boxes) of what is the same object, each used once.
+def pair(reference: Detections, other: Detections) -> list[tuple[int, int, float]]:
+    """Return (index in `reference`, index in `other`, IoU of the boxes) of each object that both have, each used once.
 
     The pairs of one class are those with the largest sum of overlaps.
     """
     from scipy.optimize import linear_sum_assignment
     from torchvision.ops import box_iou
 
-    if not len(reference) or not len(found):
+    if not len(reference) or not len(other):
         return []
-    overlap = box_iou(reference.boxes, found.boxes)  # not a number of two boxes without area
-    alike = ((reference.boxes[:, None] - found.boxes).abs().amax(dim=-1) < 0.5).float()
-    overlap = torch.where(overlap.isfinite(), overlap, alike) * (reference.labels[:, None] == found.labels)
+    overlap = box_iou(reference.boxes, other.boxes)  # not a number of two boxes without area
+    alike = ((reference.boxes[:, None] - other.boxes).abs().amax(dim=-1) < 0.5).float()
+    overlap = torch.where(overlap.isfinite(), overlap, alike) * (reference.labels[:, None] == other.labels)
     rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)
     pairs = zip(rows.tolist(), columns.tolist(), overlap[rows, columns].tolist(), strict=True)
     return [each for each in pairs if each[2] >= SAME]
 
 
 class Matching:
-    """The figures of two detectors, image by image: what was found on one is not kept."""
+    """The figures of two detectors, collected image by image, without keeping their detections."""
 
     def __init__(self) -> None:
         self.images = self.of_model = self.counted = self.matched = 0
@@ -95,26 +85,26 @@ class Matching:
         self.mask_ious: list[float] = []
         self.errors: list[float] = []
 
-    def add(self, reference: Detections, found: Detections) -> None:
-        """One image's detections, the model's and the artifact's."""
-        pairs = pair(reference, found)
+    def add(self, reference: Detections, other: Detections) -> None:
+        """Add one image's detections, the model's and the artifact's."""
+        pairs = pair(reference, other)
         self.images += 1
         self.of_model += int((reference.scores >= COUNTED).sum())
-        sides = ((reference.scores, {i for i, _, _ in pairs}), (found.scores, {j for _, j, _ in pairs}))
+        sides = ((reference.scores, {i for i, _, _ in pairs}), (other.scores, {j for _, j, _ in pairs}))
         for scores, indices in sides:
             sure = (scores >= COUNTED).nonzero()[:, 0].tolist()
             self.counted += len(sure)
             self.matched += len(indices.intersection(sure))
         for i, j, iou in pairs:
-            if max(reference.scores[i], found.scores[j]) < COUNTED:
+            if max(reference.scores[i], other.scores[j]) < COUNTED:
                 continue
             self.box_ious.append(iou)
-            self.errors.append((reference.scores[i] - found.scores[j]).abs().item())
-            if reference.masks is not None and found.masks is not None:
-                self.mask_ious.append(_mask_iou(reference.masks[i], found.masks[j]))
+            self.errors.append((reference.scores[i] - other.scores[j]).abs().item())
+            if reference.masks is not None and other.masks is not None:
+                self.mask_ious.append(_mask_iou(reference.masks[i], other.masks[j]))
 
     def figures(self) -> Match:
-        """Of all images so far.
+        """Return the figures over all images so far.
 
         Raises:
             InputError: the model finds nothing, so that there is nothing to compare.
@@ -137,13 +127,13 @@ class Matching:
 
 
 def _mask_iou(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Of two masks (H, W); 1 of two that are empty, such as those of boxes without area."""
+    """Return the IoU of two masks (H, W); 1 of two that are empty, such as those of boxes without area."""
     union = (first | second).sum().item()
     return (first & second).sum().item() / union if union else 1.0
 
 
 def holds(match: Match, bounds: Bounds) -> bool:
-    """Whether the figures keep to the bounds."""
+    """Return whether the figures keep to the bounds."""
     return (
         match.matched_percent >= bounds.matched_percent
         and match.box_iou_mean >= bounds.box_iou_mean
@@ -155,12 +145,12 @@ def holds(match: Match, bounds: Bounds) -> bool:
 def certify(
     artifact: OnnxDetector,
     model: Detect,
-    images: Iterable[ImageFile],
+    images: Iterable[PreparedImage],
     source: str,
     checkpoint: Path,
     name: str,
 ) -> DetectionCertificate:
-    """Runs prepared images through model and artifact and states how far apart they are.
+    """Run prepared images through model and artifact, and return the certificate with their differences.
 
     Args:
         images: prepared at the artifact's size.
@@ -178,28 +168,30 @@ def certify(
         artifact_sha256=sha256(artifact.path),
         artifact_bytes=artifact.path.stat().st_size,
         operators=artifact.operators,
+        model=artifact.spec.config,
+        checkpoint=str(checkpoint),
         checkpoint_sha256=sha256(checkpoint),
         spec=artifact.spec,
         runtime="onnxruntime",
+        images=match.images,
         image_source=source,
         match=match,
         bounds=bounds,
         passed=holds(match, bounds),
-        versions={name: version(name) for name in ("shvit", "torch", "torchvision", "onnx", "onnxruntime")},
+        reasons=() if holds(match, bounds) else (_reason(match),),
+        versions=versions("shvit", "torch", "torchvision", "onnx", "onnxruntime"),
+    )
+
+
+def _reason(match: Match) -> str:
+    return (
+        f"{match.matched_percent:.1f} % of the detections match its model's, boxes by an IoU of {match.box_iou_mean:.4f}, "
+        f"scores within {match.score_error:.1e}"
     )
 
 
 def require(certificate: DetectionCertificate) -> None:
-    """Raises CheckFailed if the artifact's detections are too far from its model's."""
-    if certificate.passed:
-        return
-    match = certificate.match
-    raise CheckFailed(
-        f"{certificate.artifact} drifts from its model: {match.matched_percent:.1f} % of the detections match, boxes "
-        f"by an IoU of {match.box_iou_mean:.4f}, scores within {match.score_error:.1e}; it was not written",
-        asdict(certificate),
-    )
-
-
-def to_json(certificate: DetectionCertificate) -> str:
-    return json.dumps(asdict(certificate), indent=2) + "\n"
+    """Raise CheckFailed if the artifact's detections are too far from its model's."""
+    if not certificate.passed:
+        message = f"{certificate.artifact} exceeds its tolerance: {_reason(certificate.match)}; it was not written"
+        raise CheckFailed(message, asdict(certificate))

@@ -10,9 +10,9 @@ import torch
 from shvit import terminal
 from shvit.errors import InputError
 from shvit.files import is_folder
-from shvit.train.folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
-from shvit.train.images import open_image
-from shvit.train.splits import find_parts
+from shvit.train.data.image_folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
+from shvit.train.data.images import open_image
+from shvit.train.data.splits import find_parts
 
 from .labels import match_classes, refuse_unknown
 from .spec import Spec
@@ -93,3 +93,15 @@ def read_pixels(images: Sequence[ImageFile], spec: Spec) -> torch.Tensor:
     """uint8 (n, C, H, W), cut as the model wants them."""
     transform = spec.transform(normalize=False)
     return torch.stack([transform(open_image(image.path)) for image in images])
+
+
+def gray_level_difference(other: Spec, spec: Spec, images: Sequence[ImageFile]) -> float:
+    """Return the largest difference, in gray levels of 255, between two specs' preprocessing of images."""
+    to_model, to_pixels = spec.transform(), other.transform(normalize=False)
+    std = torch.tensor(spec.std)[:, None, None]
+    largest = 0.0
+    for file in images:
+        image = open_image(file.path)
+        difference = other.normalize(to_pixels(image)[None]) - to_model(image)
+        largest = max(largest, (difference.abs() * std * 255).max().nan_to_num(255.0).item())
+    return largest

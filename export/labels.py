@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from shvit.errors import InputError, some
 from shvit.files import read_bytes
 from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
+from shvit.weights.resolve import Log, Weights
+
+from .spec import Spec
 
 MAX_BYTES = 10 << 20
 
@@ -44,6 +49,17 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
     return labels
 
 
+def known_classes(weights: Weights | nn.Module, spec: Spec, log: Log = lambda line: None) -> tuple[str, ...]:
+    """Return the names of the classes, where they are known; log it if their number is not the model's."""
+    if not isinstance(weights, Weights):
+        return ()
+    if len(weights.classes) not in (0, spec.num_classes):
+        log(f"{weights.name}: names {len(weights.classes)} classes, and the model has {spec.num_classes}; the names "
+            "are not used")  # fmt: skip
+        return ()
+    return weights.classes
+
+
 def _read_lines(path: Path) -> list[str]:
     """Lines without blanks around them, and without the empty ones at the end."""
     content = read_bytes(path, MAX_BYTES)
@@ -72,6 +88,17 @@ def _first(found: Sequence[str], known: Sequence[str]) -> str:
     pairs = enumerate(zip(known, found, strict=False))
     differences = (f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
     return next(differences, f"{len(found)} labels for {len(known)} classes")
+
+
+def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """Return what is wrong with a file's labels, which must be the model's in order; nothing where either has none."""
+    if not found or not expected or contradiction(found, expected) is None:
+        return []
+    if sorted(found) == sorted(expected):
+        index = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+        return [f"labels in another order: class {index} is called {found[index]!r} and is {expected[index]!r}"]
+    others = sorted(set(found) - set(expected))
+    return [f"labels that are not the model's classes: {', '.join(map(repr, others[:4]))}"]
 
 
 # --- folders of classes -----------------------------------------------------------------------------------------------

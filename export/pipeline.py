@@ -1,10 +1,11 @@
-"""From a model to a verified file of any format: deploy → write → certify, with layers kept out of int8 if need be."""
+"""From a model to a verified file of any format: deploy, write, certify; layers are excluded from int8 if need be."""
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -13,57 +14,43 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shvit.certificate import certificate_path
+from shvit.certificate import Envelope, certificate_path, read_certificate, read_origin, write_certificate
 from shvit.deployment import deploy
-from shvit.documents import to_json
-from shvit.errors import InputError
-from shvit.files import atomic_write, scratch_folder
-from shvit.weights.resolve import Log, Weights
+from shvit.errors import CheckFailed, InputError, refuse
+from shvit.files import atomic_write, check_output_folder, check_replaceable, is_file, scratch_folder, sha256
+from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
-from .backends.artifact import artifact_files, open_artifact
-from .backends.tuning import TUNING
-from .images import ImageFile, read_pixels, spread
-from .quantization.qdq import LayerRanges
+from .backends.backend import Backend, O
+from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed
+from .guards import images_that_fit
+from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, ImageFile, read_pixels, sample_images, spread
+from .labels import find_labels, known_classes
+from .quantization.exclusion import layer_noise, smallest_passing
+from .quantization.qdq import LayerRanges, activation_ranges, unfold_identities
 from .quantization.ranges import Range
 from .spec import Precision, Spec, open_weights
 from .verdict import lack_of_evidence
 from .verify import Certificate, Reference, certify, require
-from .wrappers import Probabilities, feature_maps, layers, without_softmax
+from .wrappers import Probabilities, feature_maps, without_softmax
 
-Format = Literal["onnx", "openvino", "coreml"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "coreml": ".mlpackage"}
 RANKED_IMAGES = 8  # images on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
 MIN_CALIBRATION = 8
 
 
 @dataclass(frozen=True)
-class Options:
-    """What an artifact can be besides its model, size and precision."""
-
-    features: bool = False
-    """Feature maps in place of logits."""
-    softmax: bool = False
-    """Probabilities in place of logits."""
-    dynamic_batch: bool = False
-    """Of ONNX and OpenVINO: leave the batch size open."""
-    classifier: bool = False
-    """Of Core ML: labels with probabilities."""
-
-
-@dataclass(frozen=True)
 class Source:
-    """What artifacts are made from, and what they are held against.
+    """A model from which artifacts are made, and the images to calibrate and verify them with.
 
-    Images are decoded and ranges learned once for all artifacts of a source and those that `replace` makes of it.
+    Images are decoded and ranges learned once for all artifacts of a source and its copies by `replace`.
     """
 
     reference: Reference
-    """The model, before deployment, which gives what the artifact is to give; and the images to verify with."""
+    """The model, before deployment, whose outputs the artifact must match; and the images to verify with."""
     spec: Spec
-    """Of the artifact."""
+    """The artifact's spec."""
     calibration: Sequence[ImageFile]
-    """To learn int8's ranges from."""
+    """Images from which int8's ranges are learned."""
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -76,39 +63,34 @@ class Source:
 
     @cached_property
     def size(self) -> int | None:
-        """That the model is deployed for; None for any."""
+        """Height and width that the model is deployed for; None for any."""
         return None if self.spec.other_sizes else self.spec.img_size
 
     def deployed(self) -> nn.Module:
-        """The model in its inference form."""
+        """Return the model in its inference form."""
         return self._once(("deployed", self.size), lambda: deploy(self.model, self.size))
 
     def unfolded(self) -> nn.Module:
-        """The form that ONNX and OpenVINO have in int8."""
-        from .quantization.qdq import unfold_identities
-
+        """Return the deployed model with identities unfolded, from which QDQ files in int8 are made."""
         return self._once(("unfolded", self.size), lambda: unfold_identities(self.deployed()))
 
     def calibration_pixels(self) -> torch.Tensor:
-        """uint8 (n, C, H, W)."""
+        """Return the calibration images as uint8 (n, C, H, W)."""
         return self._once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
 
     def ranges(self) -> dict[str, LayerRanges]:
-        """Those of ONNX and OpenVINO in int8."""
-        from .quantization.qdq import activation_ranges
-
+        """Return the ranges of QDQ files in int8."""
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
         return self._once(
             ("ranges", self.spec.img_size), lambda: activation_ranges(without_softmax(self.unfolded()), batches)
         )
 
     def coreml_ranges(self) -> dict[str, Range]:
-        """Those of Core ML's w8a8, by the tensor's first layer; filled by the first file that is written."""
+        """Return the ranges of Core ML's w8a8, by the tensor's first layer, which the first file fills."""
         return self._once(("Core ML", self.spec.uint8_input), dict)
 
     def noise(self, unfolded: bool) -> dict[str, float]:
-        """The layers by the noise that int8 makes of them, worst first."""
-        from .quantization.qdq import layer_noise
+        """Return the noise that int8 adds to each layer, the noisiest first."""
 
         def measure() -> dict[str, float]:
             model = without_softmax(self.unfolded() if unfolded else self.deployed())
@@ -123,108 +105,244 @@ class Source:
         return self._shared[key]
 
 
-def open_source_model(
-    weights: Weights, img_size: int | None, outputs: str, log: Log = lambda line: None
-) -> tuple[nn.Module, Spec]:
-    """The model with the outputs wanted (logits, probabilities or features), and its spec.
+Outputs = Literal["logits", "probabilities", "features"]
+
+
+def create_source(
+    weights: Weights | nn.Module,
+    outputs: Outputs = "logits",
+    img_size: int | None = None,
+    images: Path | None = None,
+    calibration: Path | None = None,
+    labels: Path | None = None,
+    log: Log = lambda line: None,
+) -> Source:
+    """Return what artifacts are made from.
+
+    Args:
+        weights: of `resolve_weights`, or a model in memory with the weights that it has.
+        img_size: height and width in pixels; where None, those that the model was trained for.
+        images: a folder of images to verify with; scikit-image's where None.
+        calibration: a folder of images to learn 8-bit ranges from; scikit-image's where None.
+        labels: a text file with the name of a class on each line.
 
     Raises:
-        InputError: as `open_weights`, or it has no feature maps.
+        InputError: as `load_weights`, `find_labels` and `sample_images`, or the model has no feature maps.
     """
-    model, spec = open_weights(weights, img_size, outputs != "features", log)
+    model, spec = _create_model(weights, outputs, img_size, log)
+    names: list[str] = []
+    if outputs != "features":
+        names = find_labels(labels, spec.num_classes, known_classes(weights, spec, log))
+    if outputs != "features" and not names and isinstance(weights, Weights) and weights.checkpoint is not None:
+        log(f"{weights.name}: nothing tells the names of its {spec.num_classes} classes, so none are written; give "
+            "--labels")  # fmt: skip
+    limit = images_that_fit(MAX_CALIBRATION, spec)
+    reference = _reference(weights, model, spec, names, images, images_that_fit(MAX_IMAGES, spec))
+    return Source(reference, spec, sample_images(calibration, limit=limit, part="train"))
+
+
+def _create_model(
+    weights: Weights | nn.Module, outputs: Outputs, img_size: int | None, log: Log
+) -> tuple[nn.Module, Spec]:
+    """Return the model with the given outputs, and its spec."""
+    if isinstance(weights, Weights):
+        name = weights.model
+        model, spec = open_weights(weights, img_size, outputs != "features", log)
+    else:
+        name = getattr(weights, "pretrained_cfg", {}).get("architecture") or type(weights).__name__
+        model = copy.deepcopy(weights).eval()
+        spec = Spec.of(name, model, img_size)
     if outputs == "features":
-        model, names = feature_maps(weights.model, model)
+        model, names = feature_maps(name, model)
         return model, replace(spec, outputs=names)
     if outputs == "probabilities":
         return Probabilities(model).eval(), replace(spec, outputs=("probabilities",))
     return model, spec
 
 
-def export(kind: Format, output: Path, source: Source, options: Options) -> Certificate:
-    """Writes `output` and its certificate, both or neither.
+def _reference(
+    weights: Weights | nn.Module,
+    model: nn.Module,
+    spec: Spec,
+    labels: Sequence[str],
+    images: Path | None,
+    limit: int,
+    classes: Sequence[str] = (),
+) -> Reference:
+    """Return the model on images of a folder.
 
-    In int8 the layers that add the most noise are kept in higher precision, as few as are needed, if all of them in
-    int8 would not hold the bounds.
+    Args:
+        classes: names of the classes that folders of images may have, where they are not the labels.
+    """
+    files = sample_images(images, spec.num_classes, limit=limit, classes=labels or classes)
+    source = str(images or BUNDLED)
+    if not isinstance(weights, Weights):
+        return Reference(model, spec, files, source, labels, in_memory=True)
+    data = weights.info.data if weights.info else None
+    return Reference(model, spec, files, source, labels, weights.checkpoint, weights.name, weights.ema, data)
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    format: str,  # noqa: A002  (the word of this field)
+    model: str | nn.Module | None,
+    output: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    ema: bool = False,
+    precision: Precision = "fp32",
+    img_size: int | None = None,
+    outputs: Outputs = "logits",
+    images: str | Path | None = None,
+    calibration: str | Path | None = None,
+    labels: str | Path | None = None,
+    log: Log = lambda line: None,
+    **options: Any,
+) -> Certificate:
+    """Export a model into a verified file, as `shvit export` does, and write its certificate beside it.
+
+    Args:
+        format: onnx, openvino or coreml.
+        model: a name that timm knows, None for the checkpoint's own model; or a timm model with the weights that it
+            has.
+        output: the file to write.
+        checkpoint: weights in any layout, or a name of `shvit weights list`; random ones where None.
+        pretrained: take the model's published weights in place of a checkpoint.
+        ema: take the checkpoint's EMA weights.
+        precision: weight and compute precision.
+        img_size: input height and width in pixels; those that the checkpoint was trained for where None.
+        outputs: logits; probabilities; or features, the maps at strides 16, 32 and 64 of a SHViT.
+        images: a folder of images to verify with; scikit-image's bundled ones where None.
+        calibration: a folder of training images from which 8-bit ranges are learned.
+        labels: a text file with the name of a class on each line; those that are known of the weights where None.
+        log: called with each line about what is not as would be expected.
+        options: the format's own, such as `dynamic_batch=True` or `classifier=True`; see `shvit export FORMAT --help`.
 
     Raises:
-        CheckFailed: the artifact drifts from its model.
+        CheckFailed: the artifact exceeds its tolerance; nothing is written.
+        InputError: the model cannot be exported like this.
+    """
+    if format not in BACKENDS:
+        raise InputError(f"unknown format {format!r}; choose from {', '.join(BACKENDS)}")
+    backend, output = BACKENDS[format], Path(output)
+    if precision not in backend.precisions:
+        raise InputError(f"{backend.title} has no precision {precision!r}; choose from {', '.join(backend.precisions)}")
+    chosen = backend.options(**options)
+    if outputs == "features":
+        refuse("--features gives no classes", classifier=chosen.classifies, labels=labels)
+    softmax, outputs = outputs == "probabilities", "probabilities" if chosen.classifies else outputs
+    check_output(backend, output)
+    if isinstance(model, nn.Module):
+        weights: Weights | nn.Module = model
+    else:
+        weights = resolve_weights(model, _path(checkpoint), ema, pretrained, log)
+    source = create_source(weights, outputs, img_size, _path(images), _path(calibration), _path(labels), log)
+    if source.spec.num_classes == 1:
+        refuse("the model has one output, of which there are no probabilities", softmax=softmax,
+               classifier=chosen.classifies)  # fmt: skip
+    if chosen.classifies and not source.labels:
+        raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
+    source = replace(source, spec=chosen.complete(replace(source.spec, precision=precision)))
+    return export(backend, output, source, chosen)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def check_output(backend: Backend[Any], output: Path) -> None:
+    """Raise InputError where an artifact or its certificate cannot be written, before any work is done."""
+    if output.suffix != backend.suffix:
+        raise InputError(f"--output {output} must end in {backend.suffix}")
+    check_output_folder(output.parent)
+    for path in (*artifact_files(output), certificate_path(output)):
+        check_replaceable(path)
+        if path.suffix == ".mlpackage" and is_file(path):
+            raise InputError(f"{path}: is a file; choose another name for --output")
+    if is_file(certificate := certificate_path(output)):
+        try:
+            read_certificate(output)
+        except InputError as error:
+            raise InputError(f"{certificate}: is there already and is not a certificate; choose another name for "
+                             "--output") from error  # fmt: skip
+
+
+def export(backend: Backend[O], output: Path, source: Source, options: O) -> Certificate:
+    """Write a verified file and its certificate, both or neither.
+
+    In int8, if not all layers can be quantized within tolerance, the noisiest are excluded, as few as are needed.
+
+    Raises:
+        CheckFailed: the artifact exceeds its tolerance.
         InputError: it cannot be written, or int8 has nothing to learn from.
     """
     spec = source.spec
-    check_calibration(kind, source)
-    always_kept = float_layers(kind, source.deployed()) if spec.precision == "int8" else ()
+    check_calibration(backend, source)
+    always_excluded = backend.float_layers(source.deployed()) if spec.precision == "int8" else ()
     with ExitStack() as stack:
         record = stack.enter_context(atomic_write(certificate_path(output)))
         partials = [stack.enter_context(atomic_write(file)) for file in artifact_files(output)]
         folder = stack.enter_context(scratch_folder(output))
-        write = _writer(kind, source, options)
+        write = backend.create_writer(source, options)
 
-        def attempt(kept: Sequence[str] = ()) -> tuple[Certificate, Path]:
+        def attempt(excluded: Sequence[str] = ()) -> Attempt:
             path = Path(tempfile.mkdtemp(dir=folder)) / output.name
-            write(path, replace(spec, excluded_layers=tuple(dict.fromkeys((*always_kept, *kept)))))
-            return certify(open_artifact(path, rounded=True), source.reference, output.name), path
+            write(path, replace(spec, excluded_layers=tuple(dict.fromkeys((*always_excluded, *excluded)))))
+            return certify(load_artifact(path, rounded=True), source.reference, output.name), path
 
         certificate, path = attempt()
         quantized = spec.precision in ("int8", "w8a8")
         if quantized and not certificate.faults and not holds_without_chance(certificate):
-            noise = {name: each for name, each in source.noise(kind != "coreml").items() if name not in always_kept}
+            noise = source.noise(backend.unfolds_identities)
+            noise = {name: each for name, each in noise.items() if name not in always_excluded}
             if noise:
-                certificate, path = _keep_fewest(attempt, (certificate, path), noise)
+                certificate, path = _exclude_fewest(attempt, (certificate, path), noise)
         require(certificate)
         for partial, file in zip(partials, artifact_files(path), strict=True):
             shutil.move(file, partial)
-        record.write_text(to_json(asdict(certificate), indent=2) + "\n")
+        write_certificate(certificate, record)
     return certificate
 
 
-def float_layers(kind: Format, model: nn.Module) -> tuple[str, ...]:
-    """The layers of a deployed model that are quicker in float32 than in int8 in the format's runtime."""
-    name, _ = next(layers(model))
-    return (name,) if kind == "onnx" and TUNING["onnxruntime"].float_stem else ()
-
-
-LEARNING: dict[Format, Precision] = {"onnx": "int8", "openvino": "int8", "coreml": "w8a8"}
-"""The precision whose ranges are learned from images."""
-
-
-def check_calibration(kind: Format, source: Source) -> None:
-    """Raises InputError where ranges are to be learned, and there is nothing to learn them from."""
+def check_calibration(backend: Backend[Any], source: Source) -> None:
+    """Raise InputError where ranges are to be learned, and there is nothing to learn them from."""
     precision = source.spec.precision
-    if precision != LEARNING[kind]:
+    if precision != backend.calibrated:
         return
-    if source.reference.checkpoint is None:
+    if not source.reference.trained:
         raise InputError(f"{precision}, whose ranges are learned, needs trained weights; give --checkpoint")
     if len(source.calibration) < MIN_CALIBRATION:
-        raise InputError(f"{len(source.calibration)} images are too few to learn the ranges of {precision} from; "
-                         f"give --calibration a folder of {MIN_CALIBRATION} or more, best some hundred")  # fmt: skip
+        raise InputError(f"{len(source.calibration)} images are too few to learn the ranges of {precision} from; give "
+                         f"--calibration a folder of {MIN_CALIBRATION} or more, ideally several hundred")  # fmt: skip
 
 
 Attempt = tuple[Certificate, Path]
 
 
 def holds_without_chance(certificate: Certificate) -> bool:
-    """Whether a file passes with nothing granted to chance, or is undecided for images that can tell nothing."""
+    """Return whether a file passes with nothing granted to chance, or its images are no evidence either way."""
     lacking = lack_of_evidence(certificate.evidence, certificate.images)
     sure = certificate.passed is True and certificate.snr_db >= certificate.tolerance.snr_db
     return sure or (certificate.passed is None and bool(lacking))
 
 
-def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, noise: Mapping[str, float]) -> Attempt:
-    """The file with the fewest of the noisiest layers in higher precision that passes, and is there already.
+def _exclude_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, noise: Mapping[str, float]) -> Attempt:
+    """Return the file with the fewest of the noisiest layers excluded from quantization that passes.
 
     Args:
         whole: the file with none of them; it is taken if no other passes more clearly and it is not refused.
-        noise: each layer's own, the worst first. Noise adds up, so that its sums tell where to look.
+        noise: each layer's own, the noisiest first. Noise adds up, so that its sums tell where to begin.
     """
-    from .quantization.qdq import smallest_passing
-
     names, tried = list(noise), dict[int, Attempt]()
 
     def holds(count: int) -> bool:
         tried[count] = attempt(names[:count])
         passing = holds_without_chance(tried[count][0])
         for number, (_, path) in list(tried.items()):
-            if number > count if passing else number < count:  # is not wanted any more
+            if number > count if passing else number < count:  # is not needed any more
                 shutil.rmtree(path.parent, ignore_errors=True)
         return passing
 
@@ -235,73 +353,103 @@ def _keep_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt, no
     guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
     limit = max(1, len(names) // 2)
     count = smallest_passing(holds, limit, max(1, min(guess, limit)))
-    found, _ = tried[count]
-    return whole if certificate.passed is not False and not holds_without_chance(found) else tried[count]
+    best = tried[count][0]
+    return whole if certificate.passed is not False and not holds_without_chance(best) else tried[count]
 
 
-def _writer(kind: Format, source: Source, options: Options) -> Callable[[Path, Spec], None]:
-    """A function that writes the artifact, given which layers are kept; what all attempts share is done once."""
-    if kind == "coreml":
-        return _coreml_writer(source, options)
-    if source.spec.precision == "int8":
-        write = int8_onnx_writer(source.unfolded(), source.spec, source.ranges(), options.dynamic_batch, source.labels)
-    else:
-        write = _onnx_writer(source, options)
-    return write if kind == "onnx" else _openvino_writer(write, source)
+# --- verification -----------------------------------------------------------------------------------------------------
 
 
-def _onnx_writer(source: Source, options: Options) -> Callable[[Path, Spec], None]:
-    from .backends.onnx import write_onnx
-
-    return lambda path, spec: write_onnx(source.deployed(), path, spec, options.dynamic_batch, source.labels)
-
-
-def int8_onnx_writer(
-    unfolded: nn.Module,
-    spec: Spec,
-    ranges: Mapping[str, LayerRanges],
-    dynamic_batch: bool,
-    labels: Sequence[str] = (),
-) -> Callable[[Path, Spec], None]:
-    """A function that writes an int8 ONNX file, given its spec, whose kept layers stay in float32.
+def verify_artifact(
+    artifact: str | Path,
+    *,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    ema: bool = False,
+    images: str | Path | None = None,
+    native: bool = False,
+    log: Log = lambda line: None,
+) -> Certificate:
+    """Compare an exported file with its model, as `shvit verify` does, and return a new certificate.
 
     Args:
-        unfolded: deployed and with its identities unfolded, in eval mode.
-        ranges: of `activation_ranges`.
+        artifact: a file of `shvit export`. The certificate beside it names its model and weights.
+        model, checkpoint, pretrained, ema: as in `export_model`; they must not contradict the certificate.
+        images: a folder of images; scikit-image's bundled ones where None.
+        native: run a Core ML package in Core ML, on a Mac; in our own evaluator otherwise.
+
+    Raises:
+        InputError: the file cannot be read, or nothing tells its weights.
+        CheckFailed: the file has changed since it was certified, or was made from another model or other weights. One
+            that exceeds its tolerance is returned, with `passed` False.
     """
-    from .backends.onnx import read_onnx, write_onnx
-    from .quantization.qdq import quantize_onnx
-
-    with scratch_folder() as folder:
-        path = folder / "float.onnx"
-        write_onnx(unfolded, path, spec, dynamic_batch)
-        proto = read_onnx(path)
-    return lambda path, spec: quantize_onnx(proto, path, spec, labels, ranges)
-
-
-def _openvino_writer(write_onnx: Callable[[Path, Spec], None], source: Source) -> Callable[[Path, Spec], None]:
-    from .backends.openvino import write_openvino
-
-    def write(path: Path, spec: Spec) -> None:
-        with scratch_folder() as folder:
-            between = folder / "model.onnx"
-            write_onnx(between, replace(spec, precision="int8" if spec.precision == "int8" else "fp32"))
-            write_openvino(between, path, spec, source.labels)
-
-    return write
+    path = Path(artifact)
+    refuse_changed(path)
+    loaded = load_artifact(path, native=native, rounded=True)
+    spec = loaded.spec
+    weights = _origin_weights(path, spec, model, _path(checkpoint), pretrained, ema, log)
+    outputs: Any = spec.output_kind
+    wrapped, own_spec = _create_model(weights, outputs, spec.img_size, log)
+    classes = known_classes(weights, own_spec, log) if outputs != "features" else ()
+    limit = images_that_fit(MAX_IMAGES, own_spec, spec)
+    reference = _reference(weights, wrapped, own_spec, classes, _path(images), limit, loaded.labels)
+    return certify(loaded, reference)
 
 
-def _coreml_writer(source: Source, options: Options) -> Callable[[Path, Spec], None]:
-    from .backends.coreml import write_coreml
+def _origin_weights(
+    artifact: Path,
+    spec: Spec,
+    model: str | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    ema: bool,
+    log: Log,
+) -> Weights:
+    """Return the weights that an artifact was made from: the certificate's, which options must not contradict.
 
-    learns = source.spec.precision == "w8a8"
-    return lambda path, spec: write_coreml(
-        source.deployed(),
-        path,
-        spec,
-        labels=source.labels,
-        classifier=options.classifier,
-        calibration=list(source.calibration_pixels()) if learns else [],
-        keep=spec.excluded_layers,
-        ranges=source.coreml_ranges(),
-    )
+    Raises:
+        InputError: nothing tells the weights, or they are not there.
+        CheckFailed: it was made from another model or other weights.
+    """
+
+    def other(what: str, **certified: Any) -> CheckFailed:
+        return CheckFailed(f"{artifact} was made from {what}", {"artifact": str(artifact), **certified})
+
+    origin = read_origin(artifact)
+    made_from = origin.model if origin and origin.model else spec.model
+    if model is not None and model.partition(".")[0] != made_from.partition(".")[0]:
+        raise other(f"another model: {made_from}, not {model}", model=made_from)
+    if origin is None:
+        if checkpoint is None and model is None and not pretrained:
+            raise InputError(f"{artifact}: no certificate beside it names its weights; give --checkpoint")
+        return resolve_weights(model or made_from, checkpoint, ema, pretrained, log)
+    if ema and not origin.ema and origin.checkpoint is not None:
+        raise other("the weights themselves, not the EMA weights", ema=False)
+    if checkpoint is None and not pretrained and origin.checkpoint_sha256 is not None:
+        checkpoint = _certified_checkpoint(artifact, origin, log)
+    ema = ema or (origin.ema and checkpoint is not None)
+    weights = resolve_weights(model or made_from, checkpoint, ema, pretrained, log)
+    digest = sha256(weights.checkpoint) if weights.checkpoint else None
+    if digest != origin.checkpoint_sha256:
+        expected, given = (f"SHA-256 {each[:12]}…" if each else "random ones"
+                           for each in (origin.checkpoint_sha256, digest))  # fmt: skip
+        named = f" ({origin.checkpoint})" if origin.checkpoint else ""
+        what = f"another checkpoint: its weights are {expected}{named}, and {weights.name or 'no file'} is {given}"
+        raise other(what, checkpoint_sha256=origin.checkpoint_sha256, found=digest)
+    return weights
+
+
+def _certified_checkpoint(artifact: Path, origin: Envelope, log: Log) -> Path:
+    """Return the checkpoint that a certificate names, as it is named or beside the artifact: the one of its hash."""
+    if origin.checkpoint is None:
+        raise InputError(f"{artifact}: its certificate does not name its weights; give --checkpoint")
+    named, folder = Path(origin.checkpoint), artifact.parent
+    candidates = [path for path in (named, folder / named, folder / named.name) if is_file(path)]
+    if candidates:  # one of another hash is reported by the caller
+        return next((path for path in candidates if sha256(path) == origin.checkpoint_sha256), candidates[0])
+    try:
+        return find_weights(origin.checkpoint, log)[0]
+    except InputError as error:
+        raise InputError(f"{artifact}: its certificate names {named}, which is not there; give --checkpoint"
+                         ) from error  # fmt: skip

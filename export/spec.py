@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shvit.checkpoint import create_model
+from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
 from shvit.run_info import RunInfo

@@ -52,7 +52,7 @@ class Tolerance:
     """Percent of images that may be off by more than `max_rel_error`, up to twice it; a binomial interval here too."""
 
 
-# The bounds lie between what sound files and files with one deliberate defect have: see the picture in README.md.
+# The bounds lie between what sound files and files with one deliberate defect have: docs/explanation/certificates.md.
 INT8 = Tolerance(snr_db=26.0, max_rel_error=0.4, top1_agreement=98.5, far_images=0.1)
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(snr_db=60.0, max_rel_error=1e-2, top1_agreement=100.0),

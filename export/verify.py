@@ -1,5 +1,6 @@
-"""Does an artifact give its model's outputs? Compared on images, written down as a certificate."""
+"""Compares an artifact's outputs with its model's on images, and states the result as a certificate."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from shvit.certificate import Envelope
 from shvit.deployment import deploy
+from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
-from shvit.train.data import open_image
 
-from .backends.artifact import Artifact, artifact_files, artifact_sha256
-from .backends.parameters import LayerParameters, compare_parameters, holds_shvit
-from .images import ImageFile, read_pixels, spread
-from .labels import contradiction
+from .backends.backend import Artifact
+from .backends.parameters import LayerParameters, compare_parameters, convolve, holds_shvit, rounding_output
+from .backends.registry import artifact_files, artifact_sha256, resolve_backend
+from .images import ImageFile, gray_level_difference, read_pixels, spread
+from .labels import label_faults
 from .quantization.qdq import unfold_identities
 from .spec import Spec
 from .verdict import (
@@ -30,9 +33,9 @@ from .verdict import (
     worst_figures,
     worst_verdict,
 )
-from .wrappers import layers
+from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
-BATCH = 16  # images at a time through model and artifact
+PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools")  # of the certificate
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
 MAX_GRAY_LEVELS = 1.0
@@ -41,28 +44,16 @@ MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float bef
 PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, kw_only=True)
+class Certificate(Envelope):
     """How far an artifact's outputs are from its model's, and what the artifact is.
 
     Errors are those of `verdict.compare`, the worst of all outputs and sizes.
     """
 
-    artifact: str
-    artifact_sha256: str
-    artifact_bytes: int
-    operators: dict[str, int]
-    """Of the artifact, most frequent first."""
-    model: str
-    checkpoint_sha256: str | None
-    """None where the model has random weights."""
     random_weights: bool
     spec: Spec
-    """Input, preprocessing and precision; for int8 also the layers that are in higher precision."""
-    runtime: str
-    """What ran the artifact; mil is this project's evaluator of Core ML packages."""
-    images: int
-    image_source: str
+    """Input, preprocessing and precision; for int8 also the layers that are excluded from quantization."""
     max_abs_error: float
     """Largest difference of two logits (or values of a feature map)."""
     median_rel_error: float
@@ -111,21 +102,10 @@ class Certificate:
     gray_levels: float
     """Largest difference, in gray levels of 255, of the artifact's preprocessing from timm's; at most 1 is allowed."""
     tolerance: Tolerance
-    passed: bool | None
-    """None where the images can't tell: undecided."""
     faults: tuple[str, ...]
-    """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels."""
-    reasons: tuple[str, ...]
-    """Why it was refused, or is undecided, these among them; empty for a pass."""
+    """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels. They are among the reasons."""
     notes: tuple[str, ...]
-    """What whoever runs the file should know."""
-    versions: dict[str, str]
-    checkpoint: str | None = None
-    """What the weights were called: a path, or a published name; None of random ones."""
-    ema: bool = False
-    """Whether the checkpoint's EMA weights were taken."""
-    data: Mapping[str, Any] | None = None
-    """The identity of the images that the weights were trained on, where their run told it."""
+    """What users of the file should know."""
 
     @property
     def verdict(self) -> Verdict:
@@ -142,8 +122,9 @@ class Reference:
         image_source: what certificates say of where the images are from.
         labels: names of the classes in the order of the model's outputs; empty where they have none.
         checkpoint: the file with the model's weights, for its hash; None for random weights.
-        checkpoint_name: what the weights were called, `ema`, whether their average was taken, and `data`, the identity
-            of the images that they were trained on, for the certificate.
+        checkpoint_name, ema, data: the weights' name, whether they are EMA weights, and the identity of the images that
+            they were trained on, for the certificate.
+        in_memory: the model was given with its weights, of which there is no file.
     """
 
     model: nn.Module
@@ -155,12 +136,18 @@ class Reference:
     checkpoint_name: str | None = None
     ema: bool = False
     data: Mapping[str, Any] | None = None
+    in_memory: bool = False
     _pixels: dict[Spec, torch.Tensor] = field(default_factory=dict)
     _outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _gray_levels: dict[Spec, float] = field(default_factory=dict)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are not random: they are a file's, or were given with the model."""
+        return self.in_memory or self.checkpoint is not None
+
     def pixels(self, spec: Spec) -> torch.Tensor:
-        """uint8 (n, C, H, W), resized and cut as `spec` says."""
+        """Return the images as uint8 (n, C, H, W), resized and cut as `spec` says."""
         key = _input_of(spec)
         if key not in self._pixels:
             self._pixels[key] = read_pixels(self.images, spec)
@@ -172,7 +159,7 @@ class Reference:
             return 255.0
         key = replace(_input_of(told), mean=told.mean, std=told.std)
         if key not in self._gray_levels:
-            self._gray_levels[key] = _gray_levels(told, self.spec, spread(self.images, PREPROCESSED_IMAGES))
+            self._gray_levels[key] = gray_level_difference(told, self.spec, spread(self.images, PREPROCESSED_IMAGES))
         return self._gray_levels[key]
 
     def outputs(self, px: int) -> list[torch.Tensor]:
@@ -221,17 +208,6 @@ def _input_of(spec: Spec) -> Spec:
     return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **kept)
 
 
-def _gray_levels(told: Spec, spec: Spec, images: Sequence[ImageFile]) -> float:
-    to_model, to_pixels = spec.transform(), told.transform(normalize=False)
-    std = torch.tensor(spec.std)[:, None, None]
-    largest = 0.0
-    for file in images:
-        image = open_image(file.path)
-        difference = told.normalize(to_pixels(image)[None]) - to_model(image)
-        largest = max(largest, (difference.abs() * std * 255).max().nan_to_num(255.0).item())
-    return largest
-
-
 def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certificate:
     """Runs the reference's images through an artifact and states how far it is from the model.
 
@@ -261,7 +237,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
         operators=artifact.operators,
         model=spec.model,
         checkpoint_sha256=sha256(reference.checkpoint) if reference.checkpoint else None,
-        random_weights=reference.checkpoint is None,
+        random_weights=not reference.trained,
         spec=artifact.spec,
         runtime=artifact.runtime,
         images=len(reference.images),
@@ -282,7 +258,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
         faults=tuple(faults),
         reasons=(*faults, *outputs.reasons),
         notes=tuple(_saturation(artifact, reference)),
-        versions=versions(),
+        versions={**versions(*PACKAGES), "machine": platform.machine()},
         checkpoint=reference.checkpoint_name,
         ema=reference.ema,
         data=reference.data,
@@ -326,42 +302,25 @@ def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
 
 
 SATURATION_IMAGES = 32
-SETTINGS = {
-    "onnxruntime": "set the session's option session.x64quantprecision to 1",
-    "openvino": "compile with LP_TRANSFORMS_MODE=NO, which computes in float32, or take another precision",
-}
 
 
 def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
     """What a runtime's own settings make of 8-bit sums on a processor whose instructions let them overflow."""
-    if artifact.run_as_usual is None:
+    if artifact.run_with_defaults is None:
         return []
     pixels = reference.pixels(replace(artifact.spec, img_size=reference.spec.img_size))[:SATURATION_IMAGES]
     expected = [output[:SATURATION_IMAGES] for output in reference.outputs(reference.spec.img_size)]
     right, usual = (run_batches(lambda batch: run(artifact.spec.feed(batch)), pixels)  # noqa: B023
-                    for run in (artifact.run, artifact.run_as_usual))  # fmt: skip
+                    for run in (artifact.run, artifact.run_with_defaults))  # fmt: skip
     differ = min(snr_db(a, b) for a, b in zip(right, usual, strict=True))
     found = min(snr_db(a, b) for a, b in zip(expected, usual, strict=True))
     if differ > SATURATED_DB:
         return []
     return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
-            f"which leaves {found:.1f} dB: {SETTINGS[artifact.runtime]}"]  # fmt: skip
+            f"which leaves {found:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
 
 
 SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
-
-
-def run_batches(predict: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs for uint8 images, a few at a time, each output as one tensor."""
-    parts = [predict(batch) for batch in pixels.split(BATCH)]
-    return [torch.cat([part.float() for part in each]) for each in zip(*parts, strict=True)]
-
-
-def run_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A model's output, or outputs, as a tuple."""
-    with torch.inference_mode():
-        outputs = model(batch)
-    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
 def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
@@ -405,26 +364,15 @@ def preprocessing_faults(
 def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
     """By how much the first layer's colors may seem to be off: where its input is in 8 bits, these round them too."""
     spec = artifact.spec
-    if spec.precision not in ("int8", "w8a8") or reference.stem in spec.excluded_layers:
-        return MAX_GRAY_LEVELS
-    weights_alone = spec.precision == "int8" and artifact.path.suffix == ".mlpackage"
-    return MAX_GRAY_LEVELS if weights_alone else MAX_8_BIT_GRAY_LEVELS
-
-
-def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
-    """What is wrong with a file's labels, which must be the model's in its order; nothing where either has none."""
-    if not found or not expected or contradiction(found, expected) is None:
-        return []
-    if sorted(found) == sorted(expected):
-        index = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-        return [f"labels in another order: class {index} is called {found[index]!r} and is {expected[index]!r}"]
-    others = sorted(set(found) - set(expected))
-    return [f"labels that are not the model's classes: {', '.join(map(repr, others[:4]))}"]
+    in_8_bits = (
+        spec.precision == resolve_backend(artifact.path).calibrated and reference.stem not in spec.excluded_layers
+    )
+    return MAX_8_BIT_GRAY_LEVELS if in_8_bits else MAX_GRAY_LEVELS
 
 
 def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
     """The deployed model in the form that the artifact was written from."""
-    unfolded = artifact.spec.precision == "int8" and artifact.path.suffix != ".mlpackage"
+    unfolded = artifact.spec.precision == "int8" and resolve_backend(artifact.path).unfolds_identities
     return unfold_identities(reference.deployed) if unfolded else reference.deployed
 
 
@@ -448,23 +396,6 @@ def worst_layer(found: Mapping[str, torch.Tensor], reference: Reference) -> tupl
     return min(noise.items(), key=lambda item: item[1]) if noise else (None, None)
 
 
-def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
-    """The convolution that is given the batch as it is, by its dotted name."""
-    names: list[str] = []
-
-    def look(name: str) -> Any:
-        return lambda module, inputs: names.append(name) if torch.equal(inputs[0], batch) else None
-
-    convolutions = [(name, layer) for name, layer in layers(model) if isinstance(layer, nn.Conv2d)]
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in convolutions]
-    try:
-        run_model(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return names[0] if names else None
-
-
 def stem_gray_levels(
     found: Mapping[str, torch.Tensor], reference: Reference, stem: LayerParameters | None = None
 ) -> float:
@@ -478,64 +409,26 @@ def stem_gray_levels(
     if name is None or name not in found or found[name].shape != reference.layers[name].shape:
         return 0.0
     expected = reference.layers[name]
-    layer = dict(layers(reference.deployed))[name]
+    layer: Any = dict(layers(reference.deployed))[name]
     output, expected = found[name].double(), expected.double()
     if not holds_shvit(reference.deployed):  # a converter may have put a scale that follows into the weights
         output = output * ((output * expected).sum((0, 2, 3)) / output.square().sum((0, 2, 3)))[:, None, None]
     elif stem is not None and stem.weight.value.shape == layer.weight.shape:
-        expected = expected + _of_rounding(layer, stem, spec.normalize(reference.pixels(spec)[:LAYER_IMAGES]).double())
+        batch = spec.normalize(reference.pixels(spec)[:LAYER_IMAGES]).double()
+        expected = expected + rounding_output(layer, stem, batch)
     pixels = reference.pixels(spec)[:LAYER_IMAGES].double() / 255
     moves = []
     for channel in range(spec.in_chans):
         for part in (1 - pixels[:, channel], pixels[:, channel]):  # at black, at white
             level = torch.zeros_like(pixels)
             level[:, channel] = part / (255 * spec.std[channel])
-            moves.append(_without_bias(layer, level).flatten())
+            moves.append(convolve(layer, level).flatten())
     basis, error = torch.stack(moves, 1), (output - expected).flatten()
     normal = basis.T @ basis
     normal += 1e-4 * normal.diagonal().max() * torch.eye(len(normal), dtype=torch.float64)
     if not torch.isfinite(error).all():
         return 255.0
     return torch.linalg.solve(normal, basis.T @ error).abs().max().item()
-
-
-def _of_rounding(layer: Any, stored: LayerParameters, x: torch.Tensor) -> torch.Tensor:
-    """What a convolution gives more because a file holds other weights and another bias."""
-    more = _without_bias(layer, x, stored.weight.value.double() - layer.weight.detach().double())
-    if stored.bias is None or layer.bias is None:
-        return more
-    return more + (stored.bias.value.double() - layer.bias.detach().double())[:, None, None]
-
-
-def _without_bias(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    weight = layer.weight.detach().double() if weight is None else weight
-    return nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-
-def layer_outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each convolution and linear layer gives, by its dotted name; of one called twice, the last."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def record(name: str) -> Any:
-        return lambda module, inputs, output: outputs.__setitem__(name, output.clone())  # what follows may be in place
-
-    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers(model)]
-    try:
-        run_model(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
-def share_of_macs(model: nn.Module, spec: Spec, names: Sequence[str]) -> float:
-    """Percent of all layers' multiplications that are in the named ones."""
-    if not names:
-        return 0.0
-    sizes = {name: output[0].numel() for name, output in layer_outputs(model, spec.blank()).items()}
-    macs = {name: sizes.get(name, 0) * layer.weight[0].numel() for name, layer in layers(model)}  # type: ignore[index]
-    kept = {name.removesuffix(".conv") if name not in macs else name for name in names}  # as `unfold_identities` names
-    return 100 * sum(macs.get(name, 0) for name in kept) / max(sum(macs.values()), 1)
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -548,17 +441,7 @@ def require(certificate: Certificate) -> None:
     worst = f"; worst layer {certificate.worst_layer}" if certificate.worst_layer else ""
     more = len(certificate.reasons) - MAX_REASONS
     reasons = "; ".join(certificate.reasons[:MAX_REASONS]) + (f" and {more} more" if more > 0 else "")
-    raise CheckFailed(f"{certificate.artifact} drifts from its model: {reasons}{worst}", asdict(certificate))
+    raise CheckFailed(f"{certificate.artifact} exceeds its tolerance: {reasons}{worst}", asdict(certificate))
 
 
 MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part, for the record."""
-    import platform
-    from importlib.metadata import distributions
-
-    parts = {"shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools"}
-    installed = {found.name: found.version for found in distributions() if found.name in parts}
-    return {"python": platform.python_version(), "machine": platform.machine(), **installed}

@@ -1,7 +1,7 @@
-"""What a deployed model is wrapped in for its artifact: what goes in, what comes out, in which arithmetic."""
+"""Wrappers around a deployed model that set an artifact's input, output and arithmetic; and a model's layers."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -61,12 +61,12 @@ class Probabilities(Wrapper):
 
 
 def without_softmax(model: nn.Module) -> nn.Module:
-    """The logits of `Probabilities`, which hardly have a gradient where they are certain; others as they are."""
+    """Return the model inside of `Probabilities`, whose gradients vanish where it is certain; others as they are."""
     return model.model if isinstance(model, Probabilities) else model
 
 
 def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model up to its feature maps, of which it gives a list, and their names: stride_16 and so on.
+    """Return the model up to its feature maps, which it returns as a list, and their names: stride_16 and so on.
 
     Raises:
         InputError: it has none.
@@ -80,15 +80,83 @@ def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...
     return features, tuple(f"stride_{stride}" for stride in features.feature_info.reduction())
 
 
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+MIL_LAYERS = ("conv", "linear")
+"""Core ML's operations for `layers`."""
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that hold nearly all arithmetic, by their dotted names, without the prefixes of forms around them."""
+    """Yield the layers that hold nearly all arithmetic, by their dotted names, without prefixes of wrappers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             yield layer_name(name), module
 
 
 def layer_name(path: str) -> str:
-    """A module's dotted name in its model, given that in a form around the model."""
+    """Return a module's dotted name in its model, given its name in a wrapper around the model."""
     while path.startswith("model."):
         path = path.removeprefix("model.")
     return path
+
+
+BATCH = 16  # images at a time through model and artifact
+
+
+def run_batches(predict: Callable[[torch.Tensor], Sequence[torch.Tensor]], pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the outputs for uint8 images, a few at a time, each output as one tensor."""
+    parts = []
+    for batch in pixels.split(BATCH):
+        parts.append(predict(batch))  # noqa: PERF401  (one frame less)
+    return [torch.cat([part.float() for part in each]) for each in zip(*parts, strict=True)]
+
+
+def run_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return a model's output, or outputs, as a tuple."""
+    with torch.inference_mode():
+        outputs = model(batch)
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
+    """Return the dotted name of the convolution whose input is the batch itself; None where there is none."""
+    names: list[str] = []
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, inputs: names.append(name) if torch.equal(inputs[0], batch) else None
+
+    convolutions = [(name, layer) for name, layer in layers(model) if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in convolutions]
+    try:
+        run_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return names[0] if names else None
+
+
+def layer_outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the output of each convolution and linear layer, by its dotted name; the last one of several calls."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: outputs.__setitem__(name, output.clone())  # what follows may be in place
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers(model)]
+    try:
+        run_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def share_of_macs(model: nn.Module, spec: Spec, names: Sequence[str]) -> float:
+    """Return the percentage of all layers' multiplications that are in the named ones."""
+    if not names:
+        return 0.0
+    sizes = {name: output[0].numel() for name, output in layer_outputs(model, spec.blank()).items()}
+    macs = {name: sizes.get(name, 0) * layer.weight[0].numel() for name, layer in layers(model)}  # type: ignore[index]
+    named = {name.removesuffix(".conv") if name not in macs else name for name in names}  # as `unfold_identities` names
+    return 100 * sum(macs.get(name, 0) for name in named) / max(sum(macs.values()), 1)

@@ -6,15 +6,13 @@ them flat, or below `model`, `model_ema`, `state_dict` or `state_dict_ema`, with
 """
 
 import argparse
-import importlib
 import logging
 import math
 import os
 import pickle
-import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +22,13 @@ from torch import nn
 
 from .errors import InputError, first_line, some
 from .files import atomic_write, check_file, is_folder, open_file
+from .shvit import rename_reference_keys
 
 __all__ = [
     "Checkpoint",
-    "create_model",
     "load_checkpoint",
     "read_checkpoint",
     "read_metadata",
-    "to_reference",
     "write_checkpoint",
 ]
 
@@ -43,44 +40,6 @@ MAX_BYTES = 4 << 30  # S4 with optimizer and EMA is 0.3 GB
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 STEM = "patch_embed.0."  # every layout's first parameter begins with it
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-Rename = tuple[str, str | Callable[[re.Match[str]], str]]
-
-FROM_REFERENCE: tuple[Rename, ...] = (  # stages 2 and 3 begin with the three parts of their downsample
-    (r"^blocks1\.(\d+)\.", r"stages.0.blocks.\1."),
-    (r"^blocks([23])\.0\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}."),
-    (r"^blocks([23])\.1\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.2."),
-    (r"^blocks([23])\.2\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{int(m[2]) + 3}."),
-    (r"^blocks([23])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 3}."),
-)
-TO_REFERENCE: tuple[Rename, ...] = (
-    (r"^stages\.0\.blocks\.(\d+)\.", r"blocks1.\1."),
-    (r"^stages\.([12])\.downsample\.([01])\.", lambda m: f"blocks{int(m[1]) + 1}.0.{m[2]}."),
-    (r"^stages\.([12])\.downsample\.2\.", lambda m: f"blocks{int(m[1]) + 1}.1."),
-    (r"^stages\.([12])\.downsample\.([34])\.", lambda m: f"blocks{int(m[1]) + 1}.2.{int(m[2]) - 3}."),
-    (r"^stages\.([12])\.blocks\.(\d+)\.", lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + 3}."),
-)
-
-
-def _rename(key: str, renames: tuple[Rename, ...]) -> str:
-    for pattern, replacement in renames:
-        key, found = re.subn(pattern, replacement, key)
-        if found:
-            break
-    return key
-
-
-def rename_reference_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors with the reference's names turned into ours; other names stay."""
-    return {_rename(key, FROM_REFERENCE): value for key, value in state_dict.items()}
-
-
-def to_reference(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors with our names turned into the reference's: the inverse of `rename_reference_keys`."""
-    return {_rename(key, TO_REFERENCE): value for key, value in state_dict.items()}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -143,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = rename_reference_keys(own)
     if len(renamed) < len(own):
-        twice = [name for key in own if (name := _rename(key, FROM_REFERENCE)) != key and name in own]
+        twice = [name for key in own for name in rename_reference_keys({key: None}) if name != key and name in own]
         raise InputError(f"{path}: holds {some(twice)} twice, under the reference's name and ours")
     dropped = tuple(key for key in state_dict if not key.startswith(prefix))
     if dropped and not prefix.endswith("backbone."):
@@ -337,7 +296,8 @@ def load_checkpoint(
 
     Args:
         model: a SHViT; deployed, if the checkpoint is.
-        path, ema: as in `read_checkpoint`.
+        path: a file of any layout, `.safetensors`, `.pth` or `.pt`.
+        ema: load the EMA weights that the file holds beside the others.
         reset_head: leave the model's head(s) as they are: for other classes, or for a backbone without a head.
 
     Returns:
@@ -418,88 +378,6 @@ def load_strictly(
     if kept:
         _logger.warning(f"{path}: the head is not loaded; {some(kept)} stay as they were initialized")
     return kept
-
-
-SCHEMES = {"detector": "shvit.detection.pyramid:create_pyramid"}
-"""Prefixes of names, as in `detector:CONFIG`, and the functions of other folders that make such a model: imported only
-when one is asked for."""
-
-
-def create_model(
-    name: str,
-    checkpoint: str | os.PathLike | None = None,
-    num_classes: int | None = None,
-    ema: bool = False,
-    reset_head: bool | None = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """`timm.create_model` that takes from the checkpoint what it tells: channels, classes, heads, deployment.
-
-    Args:
-        name: any name that timm knows, or `detector:CONFIG` for the backbone and neck of a config of shvit.detection.
-        checkpoint: a file of any layout that `read_checkpoint` takes; of timm's layout for models other than SHViT.
-        num_classes: classes of the model; the checkpoint's where None.
-        ema, reset_head: as in `load_checkpoint`; with None the head begins anew where the file's classes differ.
-        kwargs: passed to `timm.create_model`.
-
-    Returns:
-        The model in eval mode, deployed if the checkpoint is.
-
-    Raises:
-        InputError: an unknown model, or as `load_checkpoint`.
-    """
-    import timm
-    from timm.utils import reparameterize_model
-
-    from . import shvit  # noqa: F401  (registers the models)
-    from .names import check_model_name
-
-    scheme, colon, rest = name.partition(":")
-    if colon and scheme in SCHEMES:
-        if ema or num_classes is not None or kwargs:
-            raise InputError(
-                f"{name} takes a checkpoint alone; leave out averaged weights, classes and other arguments"
-            )
-        module, _, function = SCHEMES[scheme].partition(":")
-        return getattr(importlib.import_module(module), function)(
-            rest, None if checkpoint is None else Path(checkpoint)
-        )
-    check_model_name(name)
-    if checkpoint is None:
-        return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
-    if name.split(".")[0] not in timm.list_models(module="shvit"):
-        return _create_peer(name, Path(checkpoint), num_classes, ema, reset_head, **kwargs)
-    source = read_checkpoint(checkpoint, ema)
-    classes = source.num_classes if num_classes is None else num_classes
-    told = {"distilled": source.distilled, "in_chans": source.in_chans}
-    model = timm.create_model(name, num_classes=classes, **{**told, **kwargs}).eval()
-    if source.deployed:
-        reparameterize_model(model, inplace=True)  # not `deploy`, which makes two heads one
-    if reset_head is None:
-        reset_head = source.num_classes != classes
-    load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
-    return model
-
-
-def _create_peer(
-    name: str, path: Path, num_classes: int | None, ema: bool, reset_head: bool | None, **kwargs: Any
-) -> nn.Module:
-    """A timm model that is no SHViT, from a checkpoint under timm's own names."""
-    import timm
-    from timm.models import clean_state_dict
-
-    state_dict = clean_state_dict(read_state_dict(path, ema))
-    cfg = timm.get_pretrained_cfg(name)
-    classifier = cfg.classifier if cfg else None
-    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier or ()))
-    weight = state_dict.get(f"{heads[0]}weight") if heads else None
-    if num_classes is None and weight is not None and weight.ndim:
-        num_classes = weight.shape[0]
-    if reset_head is None:
-        reset_head = weight is not None and weight.shape[:1] != (num_classes,)
-    model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
-    load_strictly(model, state_dict, path, reset_head, heads)
-    return model
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

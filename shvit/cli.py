@@ -19,11 +19,12 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import __version__
 from .documents import to_json
-from .errors import CheckFailed, InputError, first_line, printable
+from .errors import CheckFailed, InputError, RunInstead, first_line, printable
 from .extras import advise
 
 
@@ -36,58 +37,100 @@ class Entry:
 
 
 COMMANDS = {
-    "list": Entry("shvit.weights.main:List", "the models: parameters, GMACs, input size, published top-1, weights"),
+    "list": Entry("shvit.weights.main:List", "List models: parameters, GMACs, input size, published top-1, weights."),
     "info": Entry(
-        "shvit.export.main:Info",
-        "what one model costs, per stage and layer: MACs, parameters, bytes moved; its design explained",
+        "shvit.export.analysis.main:Info",
+        "Show what a model costs, per stage and layer: MACs, parameters, bytes moved.",
     ),
-    "train": Entry("shvit.train.main:parse", "train by a recipe, on your folder of class folders"),
-    "eval": Entry("shvit.export.main:Eval", "accuracy of a checkpoint or an artifact on images"),
-    "export": Entry("shvit.export.main:EXPORT", "a checkpoint into a verified ONNX, OpenVINO or Core ML file"),
-    "verify": Entry("shvit.export.main:Verify", "compare an artifact with its model on images"),
-    "bench": Entry("shvit.export.bench.main:Bench", "latency of models in runtimes, interleaved"),
-    "bench phone": Entry("shvit.export.browser.main:BenchPhone", "latency and outputs in a phone's browser"),
-    "bench import": Entry("shvit.export.browser.main:BenchImport", "a report of records that the page saved"),
-    "site": Entry("shvit.export.browser.main:Site", "the page that measures in browsers as a static site"),
-    "doctor": Entry("shvit.export.analysis.doctor:Doctor", "this machine: hardware, versions, extras and runtimes"),
-    "detect": Entry("shvit.detection.main:DETECT", "Mask R-CNN and RetinaNet: train, evaluate, export, draw"),
-    "weights": Entry("shvit.weights.main:WEIGHTS", "list, pull, check and convert checkpoints"),
-    "demo": Entry("shvit.export.main:Demo", "train, export, verify, evaluate and time on real images"),
+    "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on a folder with a folder for each class."),
+    "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
+    "export": Entry("shvit.export.main:EXPORT", "Export a checkpoint as a verified ONNX, OpenVINO or Core ML file."),
+    "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
+    "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),
+    "bench phone": Entry("shvit.export.browser.main:BenchPhone", "Measure latency and outputs in a phone's browser."),
+    "bench import": Entry("shvit.export.browser.main:BenchImport", "Make a report of records that the page saved."),
+    "site": Entry(
+        "shvit.export.browser.main:Site", "Write the page that measures latency in a browser as a static site."
+    ),
+    "doctor": Entry("shvit.export.analysis.doctor:Doctor", "Check this machine: versions, extras, and each runtime."),
+    "detect": Entry(
+        "shvit.detection.main:DETECT", "Train, evaluate and export Mask R-CNN and RetinaNet; draw detections."
+    ),
+    "weights": Entry("shvit.weights.main:WEIGHTS", "List, download, check and convert checkpoints."),
+    "demo": Entry(
+        "shvit.export.demo.main:Demo", "Train, export, verify, evaluate and benchmark a model on real images."
+    ),
 }
+"""Each command, of one or two words."""
+SCHEMES = {"detector": "shvit.detection.pyramid:create_pyramid"}
+"""Prefixes of model names, as in `detector:CONFIG`, and what creates such a model."""
+WITH_SCHEMES = {"info", "eval", "export", "verify"}
+"""The commands that take such names."""
 
 HELP = "\n".join(
     [
-        "usage: shvit COMMAND [OPTIONS]      shvit COMMAND --help tells the options",
+        "usage: shvit COMMAND [OPTIONS]      `shvit COMMAND --help` lists the options of a command.",
         "",
-        *(f"  {name:<13}{entry.help}" for name, entry in COMMANDS.items()),
+        *(f"  {name.ljust(max(map(len, COMMANDS)))}  {entry.help}" for name, entry in COMMANDS.items()),
         "",
-        "  --version    --debug (anywhere): show the traceback of an input error",
+        "  --version    Show the version.",
+        "  --debug      With any command: show the traceback of an error.",
         "",
-        "exit status: 0 done, 1 a check did not hold, 2 unusable input, 70 our fault; the last line on stdout is JSON",
+        "The last line on stdout is JSON. Exit status: 0 done, 1 a check failed, 2 unusable input, 70 a bug in shvit.",
     ]
 )
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Runs one command and returns its result.
+    """Run one command and return its result.
 
     Raises:
         InputError, CheckFailed: as the command does; InputError also for options that do not parse.
     """
-    if not argv or argv[0] not in COMMANDS:
-        raise InputError(_unknown(argv[0]) if argv else "which command? `shvit --help` lists them")
-    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    if not argv:
+        raise InputError("which command? `shvit --help` lists them")
+    name, options = _split(argv)
     try:
-        return _parse(" ".join(argv[:words]), argv[words:]).run()
+        command = _parse(name, options)
+        if name in WITH_SCHEMES:
+            _register_schemes()
+        return command.run()
+    except RunInstead as instead:
+        return run(instead.argv)
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise
         raise InputError(advise(error.name, argv)) from error
 
 
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """Return the name of a command, of two words where the table has one of these, and its options."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    raise InputError(_unknown(argv[0]))
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _register_schemes() -> None:
+    """Let names with a prefix be models; what creates them is imported only when one is asked for."""
+    from .create import register_scheme
+
+    for scheme, target in SCHEMES.items():
+        register_scheme(scheme, partial(_call, target))
+
+
+def _call(target: str, *arguments: Any) -> Any:
+    return _load(target)(*arguments)
+
+
 def _parse(name: str, options: list[str]) -> Any:
-    module, _, attribute = COMMANDS[name].target.partition(":")
-    target = getattr(importlib.import_module(module), attribute)
+    target = _load(COMMANDS[name].target)
 
     import tyro
 

@@ -53,6 +53,14 @@ class CheckFailed(Exception):
         self.result = result
 
 
+class RunInstead(Exception):
+    """Another command line, which `shvit.cli.run` runs in a command's place: of one that it must not import."""
+
+    def __init__(self, *argv: str):
+        super().__init__(*argv)
+        self.argv = [*argv]
+
+
 def refuse(reason: str, **given: object) -> None:
     """Raises InputError for options that were given and do not apply; what is None, False or empty was not given.
 

@@ -8,97 +8,33 @@ Module names, and so state dicts, are those of timm's port: weights go both ways
 Shapes in comments: B batch, C channels, H×W the token grid, N = H·W tokens, D = qk_dim, P = partial_dim.
 """
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    GroupNorm1,
-    SelectAdaptivePool2d,
-    SEModule,
-    calculate_drop_path_rates,
-    trunc_normal_,
-)
+from timm.layers import GroupNorm1, SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoint import rename_reference_keys
+from .fold import ConvNorm, NormLinear, Residual, SqueezeExcite, fold_attention
 
-__all__ = ["VARIANTS", "SHViT", "Variant"]
+__all__ = ["VARIANTS", "SHViT", "Variant", "rename_reference_keys", "to_reference"]
 
-
-class Fusible:
-    """A layer with a cheaper inference form, found by `timm.utils.reparameterize_model` through `fuse`."""
-
-    def fuse(self) -> nn.Module:
-        """The layer's inference form as a new module, or the layer itself where it has none."""
-        from .deployment import fuse_layer  # deploy.py knows the layers, not the other way round
-
-        return fuse_layer(self)  # type: ignore[arg-type]
-
-
-class ConvNorm(nn.Sequential, Fusible):
-    """Bias-free convolution with 'same' padding, then BatchNorm whose weight starts at `norm_init`."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        norm_init: float = 1.0,
-        **dd: Any,
-    ):
-        super().__init__()
-        self.norm_init = norm_init
-        padding = kernel_size // 2
-        self.c = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding, groups=groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_dim, **dd)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        nn.init.constant_(self.bn.weight, self.norm_init)
-
-
-class NormLinear(nn.Sequential, Fusible):
-    """BatchNorm, then the classifier: (B, C) → (B, num_classes)."""
-
-    def __init__(self, in_dim: int, out_dim: int, **dd: Any):
-        super().__init__()
-        self.bn = nn.BatchNorm1d(in_dim, **dd)
-        self.l = nn.Linear(in_dim, out_dim, **dd)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        trunc_normal_(self.l.weight, std=0.02)
-        nn.init.zeros_(self.l.bias)
-
-
-class Residual(nn.Module, Fusible):
-    """x + m(x), with stochastic depth of rate `drop_path` on m."""
-
-    def __init__(self, m: nn.Module, drop_path: float = 0.0):
-        super().__init__()
-        self.m = m
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path(self.m(x))
+Layer = Callable[..., nn.Module]
 
 
 class FFN(nn.Module):
     """Two 1×1 convolutions through `hidden_dim` channels; the branch starts at zero."""
 
-    def __init__(self, dim: int, hidden_dim: int, act_layer: Callable[[], nn.Module] = nn.ReLU, **dd: Any):
+    def __init__(self, dim: int, hidden_dim: int, act_layer: Layer = nn.ReLU, **dd: Any):
         super().__init__()
         self.pw1 = ConvNorm(dim, hidden_dim, **dd)
         self.act = act_layer()
@@ -108,7 +44,7 @@ class FFN(nn.Module):
         return self.pw2(self.act(self.pw1(x)))
 
 
-class SHSA(nn.Module, Fusible):
+class SHSA(nn.Module):
     """Single-head self-attention on the first `partial_dim` channels; the others pass beside it.
 
     The norm is a GroupNorm of one group: its statistics run over channels and positions together.
@@ -119,8 +55,8 @@ class SHSA(nn.Module, Fusible):
         dim: int,
         qk_dim: int,
         partial_dim: int,
-        norm_layer: Callable[..., nn.Module] = GroupNorm1,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        norm_layer: Layer = GroupNorm1,
+        act_layer: Layer = nn.ReLU,
         **dd: Any,
     ):
         super().__init__()
@@ -140,6 +76,11 @@ class SHSA(nn.Module, Fusible):
         x1 = (v @ attn.transpose(1, 2)).reshape(B, -1, H, W)  # (B, P, H, W)
         return self.proj(torch.cat([x1, x2], dim=1))
 
+    def fuse(self) -> nn.Module:
+        if not isinstance(self.pre_norm, GroupNorm1):
+            return self  # another norm_layer: its parts are fused one by one
+        return fold_attention(self.pre_norm, self.qkv, self.proj, self.qkv_dims[0], self.scale)
+
 
 class BasicBlock(nn.Module):
     """Depthwise convolution, attention (where `use_attn`) and FFN, each residual."""
@@ -151,8 +92,8 @@ class BasicBlock(nn.Module):
         partial_dim: int,
         use_attn: bool,
         drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = GroupNorm1,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        norm_layer: Layer = GroupNorm1,
+        act_layer: Layer = nn.ReLU,
         **dd: Any,
     ):
         super().__init__()
@@ -166,14 +107,10 @@ class BasicBlock(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-class SqueezeExcite(SEModule, Fusible):
-    """timm's squeeze-excite: channels gated by a sigmoid of their means."""
-
-
 class PatchMerging(nn.Module):
     """Inverted bottleneck that halves the grid, rounding up: (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉)."""
 
-    def __init__(self, dim: int, out_dim: int, act_layer: Callable[[], nn.Module] = nn.ReLU, **dd: Any):
+    def __init__(self, dim: int, out_dim: int, act_layer: Layer = nn.ReLU, **dd: Any):
         super().__init__()
         hidden_dim = 4 * dim
         self.conv1 = ConvNorm(dim, hidden_dim, **dd)
@@ -189,8 +126,8 @@ class PatchMerging(nn.Module):
         return self.conv3(self.se(x))
 
 
-def _refine(dim: int, act_layer: Callable[[], nn.Module], **dd: Any) -> list[nn.Module]:
-    """What stands on either side of a patch merging: a residual depthwise convolution and a residual FFN."""
+def _refine(dim: int, act_layer: Layer, **dd: Any) -> list[nn.Module]:
+    """Return the residual depthwise convolution and residual FFN on either side of a patch merging."""
     return [Residual(ConvNorm(dim, dim, 3, groups=dim, **dd)), Residual(FFN(dim, 2 * dim, act_layer, **dd))]
 
 
@@ -198,17 +135,9 @@ class Stage(nn.Module):
     """A downsample to half the grid (all stages but the first) and the blocks."""
 
     def __init__(
-        self,
-        in_dim: int | None,
-        dim: int,
-        depth: int,
-        drop_path: list[float],
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
-        dd: dict[str, Any] | None = None,
-        **block: Any,
+        self, in_dim: int | None, dim: int, drop_path: list[float], act_layer: Layer, dd: dict[str, Any], **block: Any
     ):
         super().__init__()
-        dd = dd or {}
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
         if in_dim is not None:
@@ -217,9 +146,8 @@ class Stage(nn.Module):
                 PatchMerging(in_dim, dim, act_layer, **dd),
                 *_refine(dim, act_layer, **dd),
             )
-        self.blocks = nn.Sequential(
-            *[BasicBlock(dim, drop_path=drop_path[i], act_layer=act_layer, **block, **dd) for i in range(depth)]
-        )
+        blocks = [BasicBlock(dim, drop_path=rate, act_layer=act_layer, **block, **dd) for rate in drop_path]
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
@@ -235,20 +163,13 @@ class SHViT(nn.Module):
     (`shvit.deploy`) is this class too, with cheaper layers.
 
     Args:
-        in_chans: channels of the input image.
         num_classes: classes of each head; 0 leaves the pooled features.
         global_pool: timm's pooling name, '' for none (then `num_classes` must be 0).
-        embed_dim: channels of each stage; `embed_dim[0]` must be a multiple of 8 (the stem's first width is an eighth).
-        depth: blocks of each stage.
-        partial_dim: channels that attention sees, for each stage.
-        qk_dim: channels of a query and of a key, for each stage.
-        use_attn: whether a stage's blocks have attention.
-        drop_rate: dropout before the classifier.
+        embed_dim: channels of each stage; the first must be a multiple of 8 (the stem's first width is an eighth).
+        depth, use_attn: blocks of each stage, and whether they have attention.
+        partial_dim, qk_dim: channels that attention sees, and those of a query and of a key, for each stage.
         drop_path_rate: stochastic depth of the last block's branches; earlier blocks rise to it linearly.
-            The reference uses none.
-        distilled: two heads as in DeiT without a token: a training forward returns both logits as a tuple,
-            inference their mean.
-        norm_layer, act_layer: the attention's norm and every activation.
+        distilled: two heads as in DeiT without a token: a training forward returns both logits, inference their mean.
         device, dtype: where parameters are made; on the meta device call `to_empty` and `init_weights` afterwards.
     """
 
@@ -265,8 +186,8 @@ class SHViT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         distilled: bool = False,
-        norm_layer: Callable[..., nn.Module] = GroupNorm1,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        norm_layer: Layer = GroupNorm1,
+        act_layer: Layer = nn.ReLU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -277,38 +198,29 @@ class SHViT(nn.Module):
         self.distilled = self.distilled_training = distilled
 
         stem = [in_chans] + [embed_dim[0] // divisor for divisor in (8, 4, 2, 1)]
-        layers: list[nn.Module] = []
-        for in_dim, out_dim in pairwise(stem):
-            layers += [ConvNorm(in_dim, out_dim, 3, stride=2, **dd), act_layer()]
+        convs = [ConvNorm(in_dim, out_dim, 3, stride=2, **dd) for in_dim, out_dim in pairwise(stem)]
+        layers: list[nn.Module] = [layer for conv in convs for layer in (conv, act_layer())]
         self.patch_embed = nn.Sequential(*layers[:-1])  # no activation after the last
 
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depth), stagewise=True)
-        self.stages = nn.Sequential(
-            *[
-                Stage(
-                    in_dim=embed_dim[i - 1] if i else None,
-                    dim=embed_dim[i],
-                    depth=depth[i],
-                    drop_path=drop_path[i],
-                    qk_dim=qk_dim[i],
-                    partial_dim=partial_dim[i],
-                    use_attn=use_attn[i],
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    dd=dd,
-                )
-                for i in range(len(embed_dim))
-            ]
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 2 ** (i + 4), "module": f"stages.{i}"} for i, dim in enumerate(embed_dim)
-        ]
+        stages, feature_info = [], []
+        for i, dim in enumerate(embed_dim):
+            block = {
+                "qk_dim": qk_dim[i],
+                "partial_dim": partial_dim[i],
+                "use_attn": use_attn[i],
+                "norm_layer": norm_layer,
+            }
+            stages.append(Stage(embed_dim[i - 1] if i else None, dim, drop_path[i], act_layer, dd, **block))
+            feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 4), "module": f"stages.{i}"})
+        self.feature_info = feature_info
+        self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self._make_head(num_classes, global_pool, dd)
         self.register_load_state_dict_pre_hook(_rename_on_load)
 
     def _make_head(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
-        """Pooling and the classifier(s), in the deployed form where the model is deployed, and in the model's mode."""
+        """Make pooling and classifier(s), in the deployed form where the model is deployed, and in the model's mode."""
         if num_classes and not global_pool:
             raise ValueError(f"global_pool='' leaves a feature map, which {num_classes} classes cannot be read from; "
                              "pass num_classes=0 with it, or a pooling such as 'avg'")  # fmt: skip
@@ -330,21 +242,16 @@ class SHViT(nn.Module):
 
     @property
     def deployed(self) -> bool:
-        """Whether the layers are in their inference form (see shvit.deploy)."""
+        """Whether the layers are in their inference form."""
         return isinstance(self.patch_embed[0], nn.Conv2d)
 
-    @torch.jit.ignore
     def fuse(self) -> "SHViT":
-        """Fuses every layer in place, as timm's port does, and returns the model; `shvit.deploy` gives a copy.
-
-        A distilled model keeps its two heads.
-        """
+        """Fuse every layer in place, as timm's port does; two heads stay two. `shvit.deploy` returns a copy."""
         reparameterize_model(self, inplace=True)
         return self
 
-    @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draws every parameter anew, as the constructor does; needed after `to_empty` on a meta-device model."""
+        """Draw every parameter anew, as the constructor does; needed after `to_empty` on a meta-device model."""
         for module in self.modules():
             if reset := getattr(module, "reset_parameters", None):
                 reset()
@@ -352,37 +259,34 @@ class SHViT(nn.Module):
             if isinstance(module, ConvNorm | NormLinear):
                 module.init_weights()
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay besides norms and biases: none."""
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of parameter groups: the stem and the blocks, or the stages if `coarse`."""
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations twice in training, to keep fewer of them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
-    @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Whether a training forward returns both heads' logits (the default when `distilled`) or their mean."""
+        """Set whether a training forward returns both heads' logits (the default when `distilled`) or their mean."""
         self.distilled_training = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The linear layer (a pair of them when `distilled`), deployed or not; Identity without classes."""
+        """Return the linear layer (a pair when `distilled`), deployed or not; Identity without classes."""
         heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
         linears = tuple(head.l if isinstance(head, NormLinear) else head for head in heads)
         return linears if self.distilled else linears[0]
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads, and another pooling unless `global_pool` is None."""
+        """Make new heads, and another pooling unless `global_pool` is None."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         weight = next(self.patch_embed.parameters())
@@ -397,18 +301,11 @@ class SHViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The stages' outputs, with the final features unless `intermediates_only`.
+        """Return (final features, the stages' outputs (B, C, ⌈H/16⌉, ⌈W/16⌉), …), or the outputs alone.
 
         Args:
-            x: (B, in_chans, H, W).
             indices: the last n stages if an int, these stages if a list, all if None.
-            norm: accepted for timm; SHViT has no final norm.
             stop_early: leave out the stages after the last one asked for.
-            output_fmt: 'NCHW' alone.
-            intermediates_only: return the list alone.
-
-        Returns:
-            A list of (B, C, ⌈H/16⌉, ⌈W/16⌉), …, or (final features, that list).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not supported; SHViT's features are 'NCHW'")
@@ -424,7 +321,7 @@ class SHViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages behind the last of `indices`; the head too, if it lost its stage or `prune_head`."""
+        """Drop the stages after the last of `indices`; the head too, if it lost its stage or `prune_head`."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index + 1 < len(self.stages)
         if pruned:
@@ -453,14 +350,8 @@ class SHViT(nn.Module):
         return (logits + logits_dist) / 2
 
     def forward(self, x: torch.Tensor):
+        """Return logits for (B, in_chans, H, W): (B, num_classes), or a pair of them in distilled training."""
         return self.forward_head(self.forward_features(x))
-
-
-def _rename_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets `load_state_dict` take the reference's parameter names."""
-    own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    renamed = rename_reference_keys({key[len(prefix) :]: value for key, value in own.items()})
-    state_dict.update({prefix + key: value for key, value in renamed.items()})
 
 
 @dataclass(frozen=True)
@@ -472,11 +363,11 @@ class Variant:
     partial_dim: tuple[int, int, int]
 
 
-VARIANTS = {  # reference: model/build.py of ysj9909/SHViT
-    "shvit_s1": Variant(embed_dim=(128, 224, 320), depth=(2, 4, 5), partial_dim=(32, 48, 68)),
-    "shvit_s2": Variant(embed_dim=(128, 308, 448), depth=(2, 4, 5), partial_dim=(32, 66, 96)),
-    "shvit_s3": Variant(embed_dim=(192, 352, 448), depth=(3, 5, 5), partial_dim=(48, 75, 96)),
-    "shvit_s4": Variant(embed_dim=(224, 336, 448), depth=(4, 7, 6), partial_dim=(48, 72, 96)),
+VARIANTS = {  # reference: model/build.py of ysj9909/SHViT; millions of parameters, GMACs at the default size
+    "shvit_s1": Variant(embed_dim=(128, 224, 320), depth=(2, 4, 5), partial_dim=(32, 48, 68)),  # 6.3 M, 0.24
+    "shvit_s2": Variant(embed_dim=(128, 308, 448), depth=(2, 4, 5), partial_dim=(32, 66, 96)),  # 11.5 M, 0.37
+    "shvit_s3": Variant(embed_dim=(192, 352, 448), depth=(3, 5, 5), partial_dim=(48, 75, 96)),  # 14.2 M, 0.60
+    "shvit_s4": Variant(embed_dim=(224, 336, 448), depth=(4, 7, 6), partial_dim=(48, 72, 96)),  # 16.6 M, 0.99
 }
 
 
@@ -510,45 +401,61 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_shvit(name: str, pretrained: bool = False, **kwargs: Any) -> SHViT:
-    if kwargs.get("distilled"):
-        overlay = {"classifier": ("head.l", "head_dist.l"), **(kwargs.get("pretrained_cfg_overlay") or {})}
-        kwargs["pretrained_cfg_overlay"] = overlay
-    return build_model_with_cfg(
-        SHViT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
-        **{**asdict(VARIANTS[name]), **kwargs},
-    )
+def _register(name: str) -> Callable[..., SHViT]:
+    """Register a function that creates a variant with timm, in place of timm's port of the same name."""
 
+    def create(pretrained: bool = False, **kwargs: Any) -> SHViT:
+        if kwargs.get("distilled"):
+            overlay = {"classifier": ("head.l", "head_dist.l"), **(kwargs.get("pretrained_cfg_overlay") or {})}
+            kwargs["pretrained_cfg_overlay"] = overlay
+        features = {"out_indices": (0, 1, 2), "flatten_sequential": True}
+        options = {**asdict(VARIANTS[name]), **kwargs}
+        return build_model_with_cfg(SHViT, name, pretrained, feature_cfg=features, **options)
 
-def _register(entrypoint: Callable[..., SHViT]) -> Callable[..., SHViT]:
-    """timm's `register_model`, without its warning that the name was taken: replacing timm's port is the purpose."""
+    create.__name__ = create.__qualname__ = name
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Overwriting {entrypoint.__name__} in registry")
-        return register_model(entrypoint)
+        warnings.filterwarnings("ignore", message=f"Overwriting {name} in registry")
+        return register_model(create)
 
 
-@_register
-def shvit_s1(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """6.3 M parameters, 0.24 GMACs at 224 px."""
-    return _create_shvit("shvit_s1", pretrained, **kwargs)
+shvit_s1, shvit_s2, shvit_s3, shvit_s4 = map(_register, VARIANTS)
 
 
-@_register
-def shvit_s2(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """11.5 M parameters, 0.37 GMACs at 224 px."""
-    return _create_shvit("shvit_s2", pretrained, **kwargs)
+Value = TypeVar("Value")
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+FROM_REFERENCE: tuple[Rename, ...] = (  # stages 2 and 3 begin with the three parts of their downsample
+    (r"^blocks1\.(\d+)\.", r"stages.0.blocks.\1."),
+    (r"^blocks([23])\.0\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}."),
+    (r"^blocks([23])\.1\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.2."),
+    (r"^blocks([23])\.2\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{int(m[2]) + 3}."),
+    (r"^blocks([23])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 3}."),
+)
+TO_REFERENCE: tuple[Rename, ...] = (
+    (r"^stages\.0\.blocks\.(\d+)\.", r"blocks1.\1."),
+    (r"^stages\.([12])\.downsample\.([01])\.", lambda m: f"blocks{int(m[1]) + 1}.0.{m[2]}."),
+    (r"^stages\.([12])\.downsample\.2\.", lambda m: f"blocks{int(m[1]) + 1}.1."),
+    (r"^stages\.([12])\.downsample\.([34])\.", lambda m: f"blocks{int(m[1]) + 1}.2.{int(m[2]) - 3}."),
+    (r"^stages\.([12])\.blocks\.(\d+)\.", lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + 3}."),
+)
 
 
-@_register
-def shvit_s3(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """14.2 M parameters, 0.60 GMACs at 224 px."""
-    return _create_shvit("shvit_s3", pretrained, **kwargs)
+def _rename(key: str, renames: tuple[Rename, ...]) -> str:
+    matching = (each for each in renames if re.match(each[0], key))
+    return next((re.sub(pattern, replacement, key) for pattern, replacement in matching), key)
 
 
-@_register
-def shvit_s4(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """16.6 M parameters, 0.99 GMACs at 256 px."""
-    return _create_shvit("shvit_s4", pretrained, **kwargs)
+def rename_reference_keys(state_dict: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the same tensors with the reference's names turned into ours; other names stay."""
+    return {_rename(key, FROM_REFERENCE): value for key, value in state_dict.items()}
+
+
+def to_reference(state_dict: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the same tensors with our names turned into the reference's: the inverse of `rename_reference_keys`."""
+    return {_rename(key, TO_REFERENCE): value for key, value in state_dict.items()}
+
+
+def _rename_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let `load_state_dict` take the reference's names."""
+    own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    renamed = rename_reference_keys({key[len(prefix) :]: value for key, value in own.items()})
+    state_dict.update({prefix + key: value for key, value in renamed.items()})

@@ -1,6 +1,11 @@
 """What commands print to, and what is taken out of text from files before it is printed."""
 
+import contextlib
+import io
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -43,3 +48,16 @@ def is_terminal() -> bool:
 def report(message: str) -> None:
     """Print a line on stderr: a warning, or what became of a file."""
     print(printable(message), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries' progress and deprecation warnings, which a user can do nothing about, off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -19,7 +19,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import shvit  # noqa: F401  (registers the models)
 from shvit import cli
-from shvit.train import data
+from shvit.train.data import datasets
 from shvit.train.recipe import Augment, Data, Optim, Recipe
 from shvit.train.recipes import RECIPES
 
@@ -43,7 +43,7 @@ def kept_files() -> set[str]:
 
 SLOW = (
     "detection/test_detection.py",
-    "detection/test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
+    "detection/coco/test_annotations.py",  # trains too: in a process that has not loaded every runtime yet
     "export/test_pipeline.py",
     "train/test_train.py",
     "train/test_distributed.py",
@@ -215,13 +215,13 @@ def quick_machine(monkeypatch):
 @pytest.fixture
 def tiny_demo(monkeypatch, quick_machine):
     """The demo's recipe on a model that is trained and exported in seconds, and every sixth of its cells."""
-    cells = data.elpv
+    cells = datasets.elpv
 
     def few(split):
         whole = cells(split)
-        return data.Images(whole.source, whole.classes, whole.indices[::6])
+        return datasets.Images(whole.source, whole.classes, whole.indices[::6])
 
-    monkeypatch.setattr(data, "elpv", few)
+    monkeypatch.setattr(datasets, "elpv", few)
     monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], model=SMALL))
 
 

@@ -1,21 +1,48 @@
-"""The pages on training and export: their commands parse, and their Python runs."""
+"""The README and the pages of the documentation: their commands parse, and their Python runs."""
 
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 from shvit.cli import COMMANDS, _parse
 from shvit.train import recipes
 from shvit.train.main import Plot, Train, parse
 from shvit.train.recipe import Recipe
+from tests.conftest import LABELS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "train").glob("*.md")]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+FOLDER_PAGES = [str(path.relative_to(ROOT)) for path in ROOT.glob("*/README.md")]
+OTHERS = ("model", "tools")
+"""Folders of the reference implementation and of MMDetection."""
+FEWEST_TRAIN = {
+    "README.md": 1,
+    "docs/start/train.md": 2,
+    "docs/how-to/train.md": 5,
+    "docs/how-to/finetune.md": 1,
+    "docs/how-to/gpus.md": 2,
+    "docs/how-to/cluster.md": 3,
+}
+FEWEST = {
+    "README.md": 5,
+    "docs/start/export.md": 3,
+    "docs/start/app.md": 3,
+    "docs/how-to/export.md": 8,
+    "docs/how-to/devices.md": 6,
+    "docs/how-to/weights.md": 6,
+    "docs/how-to/detection.md": 8,
+    "docs/explanation/measurements.md": 4,
+}
+"""Commands that are found on a page at least, so that what finds them cannot go blind."""
 
 
 def train_commands(page: Path) -> list[list[str]]:
@@ -26,31 +53,31 @@ def train_commands(page: Path) -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_parse(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", NAMES)
+def test_train_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
-    commands = train_commands(page)
-    assert commands
+    commands = train_commands(ROOT / page)
+    assert len(commands) >= FEWEST_TRAIN.get(page, 0)
     for words in commands:
         if "--help" not in words:
             assert isinstance(parse(words, "shvit train"), Train | Plot), words
 
 
-@pytest.mark.parametrize(
-    ("page", "commands"),
-    [("export/README.md", 8), ("export/SPEED.md", 4), ("export/DEVICES.md", 6), ("README.md", 5)],
-)
-def test_commands_of_export_parse(page, commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", NAMES)
+def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    lines = [line.partition(" #")[0] for line in "".join(blocks).splitlines() if line.startswith("shvit ")]
-    assert len(lines) >= commands
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    joined = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix("$ ").partition(" #")[0] for line in joined if re.match(r"(\$ )?shvit ", line)]
+    assert len(lines) >= FEWEST.get(page, 0)
     for line in lines:
         program, name, *words = shlex.split(line)
         assert program == "shvit"
         assert name in COMMANDS
-        assert callable(_parse(name, words).run)
+        if "--help" not in words:
+            assert callable(_parse(name, words).run)
 
 
 def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):
@@ -62,7 +89,7 @@ def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):
         path = tmp_path / "images" / ("red", "green")[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "train" / "FINETUNE.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "finetune.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 11
     quick = replace(recipes.FINETUNE, pretrained=False, model="test_resnet", img_size=32, batch_size=8)
     monkeypatch.setattr(recipes, "FINETUNE", quick)
@@ -71,3 +98,69 @@ def test_ten_lines_of_python_fine_tune(tmp_path, monkeypatch):
     exec(code, said)
     assert isinstance(said["recipe"], Recipe)
     assert Path(said["result"]["checkpoint"]).is_file()
+
+
+FILE = r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|toml|md|js|txt))`"
+
+
+@pytest.mark.parametrize("page", [*NAMES, *(path.name for path in ROOT.glob("*.md")), *FOLDER_PAGES])
+def test_files_that_a_page_names_are_there(page):
+    path = ROOT / page
+    missing = [name for name in re.findall(FILE, path.read_text()) if not _is_there(name, path)]
+    assert missing == []
+
+
+def _is_there(name: str, page: Path) -> bool:
+    return (ROOT / name).is_file() or (page.parent / name).is_file() or Path(name).parts[0] in OTHERS
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch):
+    """A folder with `photo.jpg`, in which the page's code runs; weights that it would download are random ones."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.jpg")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create("shvit_s1", **kwargs))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "blocks"), [(ROOT / "README.md", 1), (DOCS / "start" / "classify.md", 3)], ids=str)
+def test_one_image_is_classified(page, blocks, photo, capsys):
+    found = python_blocks(page)
+    assert len(found) == blocks
+    values: dict = {}
+    for code in found:
+        exec(code.replace("(1, 448)", "").replace("img_size=256", "img_size=224"), values)
+    assert len(capsys.readouterr().out.splitlines()) == (1 if blocks == 1 else 5)
+
+
+def test_exported_file_runs_without_this_package(photo, mine, capsys):
+    shutil.copyfile(mine, "pixels.onnx")
+    (code,) = (code for code in python_blocks(DOCS / "start" / "app.md") if "onnxruntime" in code)
+    assert "shvit." not in re.sub(r'"shvit\.\w+"', "", code)
+    values: dict = {}
+    exec(code, values)
+    assert capsys.readouterr().out.startswith(LABELS)
+    assert values["image"].size == (64, 64)
+
+
+def test_model_is_exported_verified_and_opened_in_python(photo, mine):
+    """Of a small model, whose random weights leave the verdict open."""
+    weights = Path("runs", "mine", "best_ema.safetensors")
+    weights.parent.mkdir(parents=True)
+    shutil.copyfile(mine.with_suffix(".safetensors"), weights)
+    (code,) = python_blocks(DOCS / "start" / "export.md")
+    values: dict = {}
+    exec(code.replace('"shvit_s1"', '"tiny_vit"'), values)
+    assert Path("mine.onnx").is_file()
+    (code,) = (code for code in python_blocks(DOCS / "start" / "app.md") if "load_artifact" in code)
+    exec(code, values)
+    assert values["logits"].shape == (1, len(LABELS))

@@ -1,4 +1,4 @@
-"""The READMEs' generated parts are up to date, and the commands do what they say.
+"""The pages' generated parts are up to date, and the commands do what they say.
 
 SHVIT_REFRESH_README=1 writes the generated parts anew.
 """
@@ -35,21 +35,72 @@ def model_table() -> str:
 
 
 def file_tree() -> str:
-    """Every module with the first line of its docstring."""
+    """Every folder with the first line of its docstring."""
     lines = []
     for folder in FOLDERS:
-        lines.append(f"{folder + '/':<20}{_first_line(ROOT / folder / '__init__.py')}")
-        for room in (ROOT / folder, *sorted(path.parent for path in (ROOT / folder).glob("*/__init__.py"))):
-            indent = "  " * len(room.relative_to(ROOT).parts)
-            if room != ROOT / folder:
-                lines.append(f"{indent[2:]}{room.name + '/':<18}{_first_line(room / '__init__.py')}")
-            modules = sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
-            lines += [f"{indent}{path.name:<18}{_first_line(path)}" for path in modules]
-    return "```\n" + "\n".join(lines) + "\n```"
+        rooms = sorted(path.parent for path in (ROOT / folder).glob("*/__init__.py"))
+        lines += [f"{folder + '/':<16}{_first_line(ROOT / folder / '__init__.py')}"]
+        lines += [f"  {room.name + '/':<14}{_first_line(room / '__init__.py')}" for room in rooms]
+    return "```\n" + "\n".join([*lines, *OTHER_FOLDERS]) + "\n```"
+
+
+OTHER_FOLDERS = (
+    f"{'docs/':<16}The pages of the documentation site, and what generates the others.",
+    f"{'tests/':<16}`test_<file>.py` for each file, in folders that mirror the code.",
+)
+
+
+def file_table(folder: str) -> str:
+    """Every module below a folder with the first line of its docstring."""
+    paths = sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name))
+    paths = [path for path in paths if "configs" not in path.parts and path != ROOT / folder / "__init__.py"]
+    names = [str(path.relative_to(ROOT / folder)).replace("__init__.py", "") for path in paths]
+    rows = [f"| `{name}` | {_first_line(path)} |" for name, path in zip(names, paths, strict=True)]
+    return "\n".join(["| file | what it holds |", "| --- | --- |", *rows])
+
+
+def room_table() -> str:
+    """The folders and modules of export in layers from the top down, and what each imports of the others."""
+    arrows: dict[str, set[str]] = {}
+    for path in (ROOT / "export").rglob("*.py"):
+        parts = path.relative_to(ROOT / "export").with_suffix("").parts
+        arrows.setdefault(parts[0], set()).update(_rooms_imported(path, len(parts)) - {parts[0]})
+    del arrows["__init__"]
+    layers, rows = [], []
+    while arrows:
+        top = sorted(arrows.keys() - set().union(*arrows.values())) or sorted(arrows)  # all of them: a circle
+        layers.append("   ".join(top))
+        rows += [f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(arrows.pop(name)))} |" for name in top]
+    width = max(map(len, layers))
+    arrow = f"\n{'↓':>{width // 2}}\n"
+    picture = arrow.join(f"{layer:^{width}}".rstrip() for layer in layers)
+    return "\n".join(["```", picture, "```", "", "| in `export/` | imports |", "| --- | --- |", *rows])
+
+
+def _rooms_imported(path: Path, depth: int) -> set[str]:
+    """What a module of export imports of export, at the first level."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (name := _below_export(node, depth)) is not None:
+            found |= {name.split(".")[0]} if name else {alias.name for alias in node.names}
+    return {name for name in found if list((ROOT / "export").glob(f"{name}*"))}
+
+
+def _below_export(node: ast.ImportFrom, depth: int) -> str | None:
+    """The module that an import names, below export; None where it is another one's."""
+    module = node.module or ""
+    if node.level == depth:
+        return module
+    if node.level == 0 and f"{module}.".startswith("shvit.export."):
+        return module.removeprefix("shvit.export").removeprefix(".")
+    return None
 
 
 def _first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+    """A module's docstring's, without where it is installed."""
+    line = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+    line = re.sub(r" ?Installed as `[\w.]+`[.:] ?", "", line)
+    return line[0].upper() + line[1:]
 
 
 @functools.cache
@@ -83,17 +134,19 @@ def memory_argument() -> str:
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences)])
 
 
-EXPORT_README = ROOT / "export" / "README.md"
-GENERATED = {
-    "models": (README, model_table),
-    "tree": (README, file_tree),
-    "memory": (EXPORT_README, memory_argument),
-}
+DESIGN = ROOT / "docs" / "explanation" / "design.md"
+GENERATED = [
+    ("models", README, model_table),
+    ("tree", README, file_tree),
+    ("memory", DESIGN, memory_argument),
+    ("rooms", ROOT / "docs" / "contributing" / "architecture.md", room_table),
+    *(("files", ROOT / folder / "README.md", functools.partial(file_table, folder)) for folder in FOLDERS),
+]
+IDS = [f"{part}-{page.parent.name}" for part, page, _ in GENERATED]
 
 
-@pytest.mark.parametrize("part", GENERATED)
-def test_generated_part_is_up_to_date(part):
-    page, write = GENERATED[part]
+@pytest.mark.parametrize(("part", "page", "write"), GENERATED, ids=IDS)
+def test_generated_part_is_up_to_date(part, page, write):
     text = page.read_text()
     pattern = rf"(<!-- {part}: generated -->\n)(.*?)(<!-- end -->)"
     found = re.search(pattern, text, re.DOTALL)
@@ -105,9 +158,9 @@ def test_generated_part_is_up_to_date(part):
         assert found[2] == expected, "SHVIT_REFRESH_README=1 pytest tests/test_readme.py writes it anew"
 
 
-def test_info_in_the_readme_is_what_it_prints():
+def test_info_on_the_page_of_the_design_is_what_it_prints():
     """But for what is left out and the JSON."""
-    (block,) = re.findall(r"\$ shvit info shvit_s4\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = re.findall(r"\$ shvit info shvit_s4\n(.*?)```", DESIGN.read_text(), re.DOTALL)
     console = Console(width=160, highlight=False, markup=False)
     with console.capture() as capture:
         for shown in tables(s4()):

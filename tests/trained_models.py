@@ -11,7 +11,7 @@ from torch import nn
 
 from shvit.export.images import ImageFile
 from shvit.export.spec import Spec
-from shvit.train.data import open_image
+from shvit.train.data.images import open_image
 from tests.conftest import settle
 
 PX = 64

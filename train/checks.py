@@ -1,16 +1,16 @@
-"""Which values a recipe's fields can have, and which of them another one makes useless."""
+"""Checks of a recipe's fields: their ranges, and those that another field makes useless."""
 
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
+from shvit.create import check_model_name
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
-from shvit.names import check_model_name
 from shvit.weights.manifest import read_manifest
 
-from .data import max_workers
+from .data.eval_loader import max_workers
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
@@ -56,10 +56,10 @@ PAIRS = (  # a field of two ends, the lowest and the highest value
 
 
 def check_fields(recipe: Recipe) -> None:
-    """Check what can be checked without a device, images and weights.
+    """Check all that needs no device, images or weights.
 
     Raises:
-        InputError: a name is not known, a field is out of range, or one is given that would be ignored.
+        InputError: a name is not known, a field is out of range, or a given one would be ignored.
     """
     check_model_name(recipe.model)
     if recipe.distill.teacher is not None:
@@ -79,13 +79,13 @@ def check_fields(recipe: Recipe) -> None:
         raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
     _refuse_ignored(recipe)
     _refuse_published(
-        recipe.checkpoint, "--checkpoint", f", or begin with timm's: --model {recipe.model} --pretrained True"
+        recipe.checkpoint, "--checkpoint", f", or start from timm's: --model {recipe.model} --pretrained True"
     )
     _refuse_published(recipe.distill.checkpoint, "--distill.checkpoint")
 
 
 def _refuse_ignored(recipe: Recipe) -> None:
-    """Refuse fields that another one, which is not given, has looked at."""
+    """Refuse fields that have no effect without another one, which is not given."""
     data, distill = Data(), Distill()
     if not recipe.distill.teacher:
         others = [each.name for each in fields(distill) if each.name != "teacher"]
@@ -94,11 +94,11 @@ def _refuse_ignored(recipe: Recipe) -> None:
         named = ["train_split", "val_split", "num_classes"]
         refuse("there is no --data.name", **_changed(recipe.data, data, "data", named))
     else:
-        refuse("a dataset with a name has splits of its own", **_changed(recipe.data, data, "data", ["group"]))
+        refuse("a named dataset has its own splits", **_changed(recipe.data, data, "data", ["group"]))
 
 
 def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:
-    """Those of the fields whose values are not the defaults, as text."""
+    """Return the fields whose values are not the defaults, as text."""
     values = {f"{prefix}.{name}": (getattr(part, name), getattr(default, name)) for name in names}
     return {name: repr(value) for name, (value, standard) in values.items() if value != standard}
 
@@ -108,4 +108,4 @@ def _refuse_published(checkpoint: Path | None, option: str, other: str = "") -> 
     if checkpoint is None or is_there(checkpoint) or str(checkpoint) not in {each.name for each in read_manifest()}:
         return
     raise InputError(f"{option} {checkpoint}: no such file, but a name of published weights; `shvit weights pull "
-                     f"{checkpoint}` fetches their file and tells where it is{other}")  # fmt: skip
+                     f"{checkpoint}` downloads the file and prints its path{other}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Accuracy of anything that maps images to logits."""
+"""Top-1 and top-5 accuracy of any function from images to logits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -32,19 +32,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an evaluation counts; counts of disjoint sets add up."""
+    """Confusion matrix and totals of an evaluation; those of disjoint sets add up."""
 
     confusion: torch.Tensor
-    """(classes, classes) int64: images by their class and by the one they were taken for."""
+    """(classes, classes) int64: images by true class and by predicted class."""
     totals: torch.Tensor
     """(3,) float64: images whose class is among the 5 highest, summed cross-entropy, images without finite logits."""
 
     def summed(self, total: Callable[[torch.Tensor], torch.Tensor]) -> "Counts":
-        """Over several processes, by a function that sums a tensor over them."""
+        """Return the counts summed over several processes, by a function that sums a tensor over them."""
         return Counts(total(self.confusion), total(self.totals))
 
     def evaluation(self) -> Evaluation:
-        """The accuracy.
+        """Return the accuracy.
 
         Raises:
             InputError: nothing was counted, or logits are not finite, so that no class is the highest.
@@ -72,7 +72,7 @@ def count(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> Counts:
-    """Runs every batch through `predict`.
+    """Run every batch through `predict` and count its predictions.
 
     Args:
         batches: (images, int64 class indices); an image with a negative index does not count.
@@ -100,12 +100,12 @@ def count(
 
 
 def evaluate(predict: Predict, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_classes: int) -> Evaluation:
-    """The accuracy of `predict`; see `count`."""
+    """Return the accuracy of `predict`; see `count`."""
     return count(predict, batches, num_classes).evaluation()
 
 
 def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: str) -> None:
-    """Which class is taken for which, as shares of each row, with numbers where they can be read; PNG."""
+    """Draw the confusion matrix as a PNG, each row in percent, with numbers if there are at most 40 classes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,8 +129,8 @@ def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: st
             share = shares[row, column]
             axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if share > 50 else "#1c2733")  # fmt: skip
-    axis.set_xlabel("taken for, % of the row")
-    axis.set_ylabel("class (images)")
+    axis.set_xlabel("predicted class, % of the row")
+    axis.set_ylabel("true class (images)")
     axis.set_title(title, fontsize=10)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""The loop: from a recipe to a run folder, whatever happens on the way."""
+"""The training loop: from a recipe to a run folder, through signals, damaged images and crashes."""
 
 import math
 import time
@@ -18,50 +18,52 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.run_info import RunInfo, read_recipe_file
 
-from .data import Splits, check_class_of, is_stream, open_splits
+from .data.datasets import Splits, check_class_of, open_splits
+from .data.splits import check_outside
+from .data.streams import is_stream
 from .distributed import World, join
 from .evaluate import Evaluation, count
-from .feed import Batch, Feed, Problem
-from .folder import RunFolder
-from .interrupt import Interrupt, Stopped
-from .journal import Journal
-from .plots import plot_curves
 from .recipe import Recipe
-from .setup import check_recipe, open_held_out, open_training, set_up
-from .splits import check_outside
-from .summary import print_splits
+from .run.logger import TrainLogger
+from .run.plots import plot_curves
+from .run.run_folder import RunFolder
+from .run.summary import print_splits
+from .signals import SignalHandler, Stopped
+from .step.batch import Batch, Problem
+from .step.loader import TrainLoader
+from .step.setup import check_recipe, open_training, open_validation, set_up
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Trains by `recipe` into the run folder `output`; goes on where it stopped if that holds this run.
+    """Train by `recipe` into the run folder `output`; resume if that holds this run.
 
     The folder then has recipe.yaml, metrics.jsonl (a line for each evaluation), tensorboard/, curves.png, last.pt (to
-    go on from), best.safetensors and best_ema.safetensors (weights of the epoch with the highest accuracy).
+    resume from), best.safetensors and best_ema.safetensors (weights of the epoch with the highest accuracy).
     With torchrun or SLURM every process calls this, and the first one writes.
 
     Returns:
-        Accuracies, the better one's checkpoint, and what it was trained on.
+        Accuracies, the checkpoint of the better one, and the classes.
 
     Raises:
-        InputError: unusable images or fields, or `output` holds a run of another recipe.
-        CheckFailed: the loss is not finite any more.
+        InputError: unusable images or fields, or a run of another recipe in `output`.
+        CheckFailed: the loss is no longer finite.
         SystemExit: a signal asked to stop; the state is saved (status 143 for SIGTERM, 130 for SIGINT).
     """
     if recipe.data.name in ("", "torch/image_folder", "torch/folder"):
         check_outside(output, recipe.data.root)
-    interrupt = Interrupt()
+    signals = SignalHandler()
     try:
-        with join(recipe.compute.device) as world, interrupt.handled():
-            turns = check_recipe(recipe, world)
+        with join(recipe.compute.device) as world, signals.installed():
+            accum_steps = check_recipe(recipe, world)
             splits = None if is_stream(recipe.data) else open_splits(recipe.data)
-            classes, feed = open_training(recipe, world, turns, splits)
-            return Training(recipe, output, world, classes, feed, turns, interrupt, splits).run_all()
+            classes, loader = open_training(recipe, world, accum_steps, splits)
+            return Training(recipe, output, world, classes, loader, accum_steps, signals, splits).run_all()
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from stop
 
 
 class Training:
-    """A run under way in one process."""
+    """A training run in one process."""
 
     def __init__(
         self,
@@ -69,21 +71,21 @@ class Training:
         output: Path,
         world: World,
         classes: list[str],
-        feed: Feed,
-        turns: int,
-        interrupt: Interrupt,
+        loader: TrainLoader,
+        accum_steps: int,
+        signals: SignalHandler,
         splits: Splits | None,
     ):
         self.recipe = recipe
         self.world = world
         self.classes = classes
-        self.feed = feed
+        self.loader = loader
         self.splits = splits
-        self.interrupt = interrupt
+        self.signals = signals
         self.folder = RunFolder(output, recipe.save.keep)
         self.console = terminal.console(quiet=not world.primary)
-        self.total_steps = recipe.epochs * feed.steps_per_epoch
-        self.run = set_up(recipe, world, classes, feed.steps_per_epoch, turns)
+        self.total_steps = recipe.epochs * loader.steps_per_epoch
+        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps)
         config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
         self.info = RunInfo(
             model=recipe.model,
@@ -95,32 +97,33 @@ class Training:
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
-        self.held_out, self.held_out_count = open_held_out(recipe, world, config, splits)
+        self.validation, self.validation_count = open_validation(recipe, world, config, splits)
         self.corrupt: dict[str, int] = {}
 
     def run_all(self) -> dict[str, Any]:
+        """Train all steps that are left, and return the run's result."""
         with self.folder.locked() if self.world.primary else nullcontext():
             return self._run_all()
 
     def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
-            images = self.splits.identity() if self.splits else {"train": {"count": self.feed.length}}
+            images = self.splits.identity() if self.splits else {"train": {"count": self.loader.length}}
             self.folder.claim(self.recipe, self.classes, images)
             claimed = read_recipe_file(self.folder.path / "recipe.yaml")
             self.info = replace(self.info, data=claimed.data if claimed else None)
         self._resume()
         self.begin = start - self.run.seconds
-        self.journal = Journal(self.folder.path, self.recipe, self.run, self.feed.steps_per_epoch, self.console)
+        self.logger = TrainLogger(self.folder.path, self.recipe, self.run, self.loader.steps_per_epoch, self.console)
         self.last_save = time.perf_counter()
-        self.interrupt.when_late = self._write_state
+        self.signals.when_late = self._write_state
         try:
-            with self.journal:
+            with self.logger:
                 self._all_steps()
         except (Stopped, RuntimeError):
-            if not self.interrupt.expected():
+            if not self.signals.expected():
                 raise
-            with self.interrupt.shielded():  # at its end Stopped goes on
+            with self.signals.defer_signals():  # Stopped is raised again at its end
                 self._save_stopped()
         if self.world.primary and self.run.log:
             plot_curves(self.run.log, self.folder.path / "curves.png")
@@ -128,57 +131,60 @@ class Training:
 
     def _resume(self) -> None:
         state = self.folder.load_state(self.warn) if self.world.primary else None
-        state = self.world.share(state)
+        state = self.world.broadcast(state)
         recipe, run = self.recipe, self.run
         if state is not None:
             run.load_state_dict(state)
-            self.console.print(f"{self.folder.path}: {run.step} of {self.total_steps} steps are done, going on")
+            self.console.print(f"{self.folder.path}: {run.step} of {self.total_steps} steps are done, resuming")
             return
         if self.splits is not None and self.world.primary:
             print_splits(self.splits, self.console)
-        held_out = f", {self.held_out_count} held out" if self.held_out_count is not None else ""
+        validation = f", {self.validation_count} for validation" if self.validation_count is not None else ""
         self.console.print(
-            f"{recipe.model} at {recipe.img_size} px, {self.feed.length} images of {len(self.classes)} classes"
-            f"{held_out}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
+            f"{recipe.model} at {recipe.img_size} px, {self.loader.length} images of {len(self.classes)} classes"
+            f"{validation}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
-        if self.world.size > 1 or run.turns > 1:
-            most, least = self.feed.sizes[0], self.feed.sizes[-1]
-            each = f"{most}" if most == least else f"{least} or {most}"
-            self.console.print(f"batch {recipe.batch_size} = {self.world.size} processes × {run.turns} turns × {each}")
+        if self.world.size > 1 or run.accum_steps > 1:
+            largest, smallest = self.loader.sizes[0], self.loader.sizes[-1]
+            each = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
+            self.console.print(
+                f"batch {recipe.batch_size} = {self.world.size} processes × {run.accum_steps} "
+                f"gradient accumulation steps × {each}"
+            )
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _all_steps(self) -> None:
-        """Every step that is left, an evaluation behind each epoch that is due one, and states in between."""
-        run, per_epoch = self.run, self.feed.steps_per_epoch
+        """Train every step that is left, with evaluations at the ends of epochs and saves in between."""
+        run, per_epoch = self.run, self.loader.steps_per_epoch
         batches: Iterator[Batch] | None = None
         while True:
             self._evaluate_if_due()
             if run.step >= self.total_steps:
                 return
             if batches is None:
-                batches = self.feed.batches(run.step, self.total_steps)
+                batches = self.loader.batches(run.step, self.total_steps)
             run.train_mode()
             boundary = (run.step // per_epoch + 1) * per_epoch
             while run.step < boundary:
                 self._step(batches)
                 if run.step % self.recipe.save.log_steps == 0 or run.step == boundary:
-                    self._look()
+                    self._flush_log()
                 if time.perf_counter() - self.last_save > 60 * self.recipe.save.every_minutes:
                     self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
         run = self.run
-        with self.journal.waiting():
-            mine = list(islice(batches, run.turns))
-        self._report_corrupt(problem for batch in mine for problem in batch.problems)
-        loss = run.forward_backward(mine)
-        with self.interrupt.shielded():
+        with self.logger.waiting():
+            micro_batches = list(islice(batches, run.accum_steps))
+        self._report_corrupt(problem for batch in micro_batches for problem in batch.problems)
+        loss = run.forward_backward(micro_batches)
+        with self.signals.defer_signals():
             run.update(loss)
-        self.journal.stepped(loss, self.recipe.batch_size)
+        self.logger.log_step(loss, self.recipe.batch_size)
 
     def warn(self, message: str) -> None:
-        """To stderr, from whichever process."""
+        """Print a warning on stderr, in any process."""
         terminal.report(message)
 
     def _report_corrupt(self, problems: Iterable[Problem]) -> None:
@@ -186,22 +192,22 @@ class Training:
         for problem, index, images in problems:
             if problem not in self.corrupt:
                 self.corrupt[problem] = images
-                self.warn(f"passed over: {problem}")
-                check_class_of(self.feed.dataset, index)
-        limit = min(self.recipe.data.max_corrupt, self.feed.length - 1)
+                self.warn(f"skipped: {problem}")
+                check_class_of(self.loader.dataset, index)
+        limit = min(self.recipe.data.max_corrupt, self.loader.length - 1)
         if (count := sum(self.corrupt.values())) > limit:
-            raise InputError(f"{count} damaged images, and {limit} are allowed; mend or remove them, "
+            raise InputError(f"{count} damaged images, and {limit} are allowed; fix or remove them, "
                              f"or give --data.max-corrupt; one of them: {problem}")  # fmt: skip
 
-    def _look(self) -> None:
-        """Writes scalars, and stops a run whose loss is not finite."""
-        loss, norm = self.journal.look()
+    def _flush_log(self) -> None:
+        """Write scalars, and stop a run whose loss is not finite."""
+        loss, norm = self.logger.flush()
         if not math.isfinite(loss):
             raise self._diverged(loss, norm)
 
     def _diverged(self, loss: float, norm: float) -> CheckFailed:
         run, steps = self.run, self.recipe.save.log_steps
-        epoch = (run.step - 1) // self.feed.steps_per_epoch + 1
+        epoch = (run.step - 1) // self.loader.steps_per_epoch + 1
         state = next(iter(self.folder.states), None)
         kept = f"{state} holds the last good state" if state else "no state was saved yet"
         return CheckFailed(
@@ -214,13 +220,13 @@ class Training:
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
-        run, per_epoch = self.run, self.feed.steps_per_epoch
+        run, per_epoch = self.run, self.loader.steps_per_epoch
         epoch, within = divmod(run.step, per_epoch)
         done = run.log[-1]["epoch"] if run.log else 0
         due = epoch % self.recipe.save.eval_epochs == 0 or epoch == self.recipe.epochs
         if within or epoch <= done or not due:
             return
-        plain, averaged = self._accuracy(run.model), self._accuracy(run.ema)
+        plain, ema = self._accuracy(run.model), self._accuracy(run.ema)
         sums = run.sums.tolist()
         entry = {
             "epoch": epoch,
@@ -228,17 +234,17 @@ class Training:
             "lr": run.lr,
             "train_loss": sums[0] / sums[2],
             "grad_norm": sums[1] / sums[2],
-            **self.journal.speed(),
+            **self.logger.throughput(),
             "val_loss": plain.loss,
             "top1": plain.top1,
             "top5": plain.top5,
-            "ema_loss": averaged.loss,
-            "ema_top1": averaged.top1,
-            "ema_top5": averaged.top5,
+            "ema_loss": ema.loss,
+            "ema_top1": ema.top1,
+            "ema_top5": ema.top5,
             "n_val": plain.n,
         }
-        self.journal.evaluated(entry)
-        with self.interrupt.shielded():
+        self.logger.log_evaluation(entry)
+        with self.signals.defer_signals():
             if self.world.primary:
                 self._keep_best(entry)
             run.log.append(entry)
@@ -248,7 +254,7 @@ class Training:
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
-        """On all held-out images, each in one process, in float32; BatchNorm's statistics are the primary's."""
+        """Evaluate on all validation images, each in one process, in float32; with the primary's BatchNorm."""
         model.eval()
         if self.world.size > 1:
             distribute_bn(model, self.world.size)
@@ -258,7 +264,7 @@ class Training:
             return model(images.to(memory_format=memory_format))
 
         with torch.inference_mode():
-            counts = count(predict, self.held_out, len(self.classes), self.world.device)
+            counts = count(predict, self.validation, len(self.classes), self.world.device)
         try:
             return counts.summed(self.world.sum).evaluation()
         except InputError as error:
@@ -275,29 +281,29 @@ class Training:
     # --- states -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        with self.interrupt.shielded():
+        with self.signals.defer_signals():
             self._write_state()
 
     def _write_state(self) -> None:
-        """The primary's, unless its loss is not finite."""
+        """Write the state, in the primary process and if its loss is finite."""
         if not (self.world.primary and self.run.finite):
             return
         self.run.seconds = time.perf_counter() - self.begin
-        with self.journal.saving():
+        with self.logger.saving():
             self.folder.save_state({**self.run.state_dict(), **self.info.metadata})
         self.last_save = time.perf_counter()
 
     def _save_stopped(self) -> None:
-        """What the last finished step left, when a signal asked to stop."""
+        """Save the state of the last finished step, after a signal asked to stop."""
         self._save()
-        self.console.print(f"stopped at step {self.run.step}; the same command goes on from there")
+        self.console.print(f"stopped at step {self.run.step}; the same command resumes from there")
 
     def _result(self) -> dict[str, Any]:
         run, path = self.run, self.folder.path
         top1, ema_top1 = run.best("top1"), run.best("ema_top1")
         checkpoint = path / ("best_ema.safetensors" if ema_top1 >= top1 else "best.safetensors")
         self.console.print(
-            f"best held-out accuracy {top1:.2f} %, of the averaged weights {ema_top1:.2f} %; see {checkpoint}"
+            f"best validation accuracy {top1:.2f} %, of the EMA weights {ema_top1:.2f} %; see {checkpoint}"
         )
         return {
             "output": str(path),

@@ -1,4 +1,4 @@
-"""The command train; see shvit/cli.py for how it is called."""
+"""The command `shvit train`; see shvit/cli.py for how it is called."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from .recipes import DESCRIPTIONS, RECIPES
 HELP = "\n".join(
     [
         "usage: shvit train RECIPE [--data.root DIR] [--output DIR] [any field of the recipe]",
-        "       shvit train --recipe FILE.yaml [the same]     a recipe of your own, or a run folder's recipe.yaml",
-        "       shvit train RECIPE --benchmark N              speed of N steps, of the loader, and of both",
-        "       shvit train --plot DIR                        draw a run folder's curves.png anew",
+        "       shvit train --recipe FILE.yaml [options]      train by your own recipe, or a run folder's recipe.yaml",
+        "       shvit train RECIPE --benchmark N              measure the speed of N steps, the loader, and both",
+        "       shvit train --plot DIR                        draw a run folder's curves.png again",
         "",
         *(f"  {name:<14}{DESCRIPTIONS[name]}" for name in RECIPES),
         "",
-        "`shvit train RECIPE --help` lists every field with the recipe's value. A run that --output holds goes on.",
+        "`shvit train RECIPE --help` lists every field with the recipe's value. If --output holds a run, it resumes.",
         "On several GPUs or machines: torchrun --nproc-per-node=8 -m shvit.train RECIPE …",
     ]
 )
@@ -28,13 +28,14 @@ HELP = "\n".join(
 
 @dataclass(frozen=True)
 class Train:
-    """A recipe, any of whose fields can be overridden, and where its run goes."""
+    """Train by a recipe, any of whose fields can be overridden."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     output: Path
-    """The run folder; a run that it already holds goes on."""
+    """Run folder; if it already holds a run, that run resumes."""
     benchmark: int | None = None
-    """Train nothing: measure this many steps, loader and both, and print images per second and peak memory."""
+    """Instead of training, measure this many steps, the data loader and both, and print images per second and peak
+    memory."""
 
     def run(self) -> dict[str, Any]:
         if self.benchmark is not None:
@@ -49,14 +50,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Plot:
-    """Draws a run folder's curves.png from its metrics.jsonl."""
+    """Draw a run folder's curves.png from its metrics.jsonl."""
 
     plot: Path
     """The run folder."""
 
     def run(self) -> dict[str, Any]:
-        from .log import read_log
-        from .plots import plot_curves
+        from .run.metrics import read_log
+        from .run.plots import plot_curves
 
         path = self.plot / "curves.png"
         plot_curves(read_log(self.plot), path)
@@ -64,11 +65,11 @@ class Plot:
 
 
 def parse(options: list[str], prog: str) -> Train | Plot:
-    """The command that the words after `shvit train` say.
+    """Parse the arguments after `shvit train` into a command.
 
     Raises:
         InputError: an unknown recipe, or a recipe file that cannot be read.
-        SystemExit: as tyro ends, with its message on stderr.
+        SystemExit: from tyro, with its message on stderr.
     """
     first = options[0] if options else ""
     if first in ("-h", "--help"):
@@ -85,13 +86,13 @@ def parse(options: list[str], prog: str) -> Train | Plot:
 
 
 def _choose(options: list[str]) -> tuple[str, Recipe, list[str]]:
-    """(a run folder's name, the recipe, the words that are left)."""
+    """Return the run folder's name, the recipe, and the remaining arguments."""
     first, *rest = options or [""]
     if first == "--recipe" or first.startswith("--recipe="):
         _, joined, value = first.partition("=")
         words = [value, *rest] if joined else rest
         if not words or not words[0]:
-            raise InputError("--recipe wants a YAML file; `shvit train --help` tells more")
+            raise InputError("--recipe wants a YAML file; see `shvit train --help`")
         path = at_home(Path(words[0]))
         name = path.parent.name if path.name == "recipe.yaml" and path.parent.name else path.stem
         return name, read_recipe(path), words[1:]

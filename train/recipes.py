@@ -29,7 +29,7 @@ FINETUNE_384 = replace(FINETUNE_512, img_size=384, compute=replace(S4.compute, d
 REGNET = Distill(teacher="regnety_160.deit_in1k")
 DISTILL_S1, DISTILL_S2, DISTILL_S3, DISTILL_S4 = (replace(recipe, distill=REGNET) for recipe in (S1, S2, S3, S4))
 
-# Published weights to a folder of your own, on one GPU or patiently on a CPU.
+# Published weights fine-tuned on your own folder, on one GPU or patiently on a CPU.
 FINETUNE = Recipe(
     pretrained=True,
     epochs=20,
@@ -40,11 +40,11 @@ FINETUNE = Recipe(
     compute=Compute(device_batch_size=64),
 )
 
-# A few thousand images from nothing: images grow from 96 to 128 px, so that the same minutes hold more epochs.
+# A few thousand images from scratch: images grow from 96 to 128 px, so that the same minutes hold more epochs.
 # Rate and augmentation were chosen at 96 px on a sixth of the training images of clothing10: there a peak rate of
 # 3.75e-3 was better than 1.5e-3 and 6.3e-3, AdamW as good as Muon and quicker, and little mixing better than much.
 # Trained on all of its 3,068 images and held against 341 others after the last epoch: 80.5 % (standard deviation
-# 0.7, three seeds), averaged weights 79.8 %; plain AdamW, cosine, RandAugment at 128 px for as long: 74.8 % (0.3) and
+# 0.7, three seeds), EMA weights 79.8 %; plain AdamW, cosine, RandAugment at 128 px for as long: 74.8 % (0.3) and
 # 75.1 %.
 SCRATCH = Recipe(
     img_size=128,
@@ -73,7 +73,7 @@ DEMO = Recipe(
     optim=Optim(lr=8e-3, warmup_epochs=1),
 )  # fmt: skip
 
-# A few hundred images in half a minute, checkpoints often: does everything fit together?
+# Several hundred images in half a minute, checkpoints often: a smoke test.
 DEBUG = replace(DEMO, img_size=64, epochs=3, batch_size=32, save=Save(every_minutes=0.05))
 
 RECIPES = {
@@ -93,12 +93,12 @@ RECIPES = {
     "debug": DEBUG,
 }
 DESCRIPTIONS = {
-    **{f"s{i}": f"the paper's S{i} on ImageNet-1k: 300 epochs, batch 2048" for i in (1, 2, 3, 4)},
-    "finetune_384": "S4's weights (--checkpoint) to 384 px: 30 epochs",
-    "finetune_512": "S4's weights (--checkpoint) to 512 px: 30 epochs",
-    **{f"distill_s{i}": f"S{i} with a second head that learns from RegNetY-16GF" for i in (1, 2, 3, 4)},
-    "finetune": "S1's published weights to your own images: 20 epochs",
-    "scratch": "S1 at 128 px on a few thousand images of your own, without other weights: 66 epochs",
-    "demo": "S1 from scratch at 96 px on real images of solar cells, or on yours, in a minute or two",
-    "debug": "S1 at 64 px for three epochs: does everything fit together?",
+    **{f"s{i}": f"Train the paper's S{i} on ImageNet-1k: 300 epochs, batch 2048." for i in (1, 2, 3, 4)},
+    "finetune_384": "Fine-tune S4's weights (--checkpoint) at 384 px: 30 epochs.",
+    "finetune_512": "Fine-tune S4's weights (--checkpoint) at 512 px: 30 epochs.",
+    **{f"distill_s{i}": f"Train S{i} with a second head that learns from RegNetY-16GF." for i in (1, 2, 3, 4)},
+    "finetune": "Fine-tune S1's published weights on your own images: 20 epochs.",
+    "scratch": "Train S1 from scratch at 128 px on a few thousand images of your own: 66 epochs.",
+    "demo": "Train S1 from scratch at 96 px on images of solar cells, or on yours, in a minute or two.",
+    "debug": "Smoke test: S1 at 64 px for three epochs.",
 }

@@ -1,6 +1,6 @@
-"""How fast a recipe trains here: the step, the loader, both together, and what the run itself costs.
+"""Training speed of a recipe on this machine: the step, the loader, both together, and the loop's overhead.
 
-Cases take turns round by round, in reversed order every other round, so that ratios hold on a busy machine.
+Cases are interleaved round by round, in reversed order every other round, so that ratios hold on a busy machine.
 """
 
 import sys
@@ -21,14 +21,17 @@ from torch import nn
 from shvit import terminal
 from shvit.errors import InputError
 
-from .data import is_stream, open_splits
+from .data.datasets import open_splits
+from .data.streams import is_stream
 from .distributed import World, join
-from .feed import Batch, Feed
-from .interrupt import Interrupt
-from .journal import Journal
 from .loop import Training
 from .recipe import Compute, Recipe
-from .setup import PRECISIONS, Run, check_recipe, open_training, set_up
+from .run.logger import TrainLogger
+from .signals import SignalHandler
+from .step.batch import Batch
+from .step.loader import TrainLoader
+from .step.setup import check_recipe, open_training, set_up
+from .step.state import PRECISIONS, Run
 
 ROUNDS = 5
 
@@ -42,30 +45,30 @@ class Speed:
     batch_size: int
     steps: int
     step_images_per_s: float
-    """The optimizer step alone, on a batch that is there already."""
+    """The optimizer step alone, on a batch in memory."""
     plain_images_per_s: float
     """The same in float32, eager, contiguous."""
     speedup: float
-    """Of the recipe's settings over the plain ones."""
+    """Speed of the recipe's settings over the plain ones."""
     loader_images_per_s: float
     """The loader alone, with the recipe's workers, after their start."""
     one_worker_images_per_s: float
     """The loader alone, with one worker."""
     loader_scaling: float
-    """The loader's speed over that of as many times one worker."""
+    """Speed of the loader over that of one worker times the number of workers."""
     both_images_per_s: float
-    """Steps fed by the loader."""
+    """Steps on batches from the loader."""
     overhead_percent: float
-    """What the loop adds to mixing, forward, backward, clipping, optimizer and averaging: checks, scalars, schedule."""
+    """Time that the loop adds to mixing, forward, backward, clipping, optimizer and EMA: checks, scalars, schedule."""
     peak_memory_mb: float | None
-    """Of this process and its largest worker; of the GPU where there is one. None where the system does not tell."""
+    """Peak memory of this process and its largest worker, or of the GPU; None where the system does not report it."""
     device: str
     threads: int
     workers: int
 
 
 def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
-    """Measures `steps` steps of each kind and prints them.
+    """Measure `steps` steps of each kind and print a table.
 
     Raises:
         InputError: as `train`, or `steps` is below 1.
@@ -86,7 +89,7 @@ def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
         table.add_row(name, f"{value:.1f}")
     console = terminal.console()
     console.print(table)
-    memory = "not told by the system" if speed.peak_memory_mb is None else f"{speed.peak_memory_mb:.0f} MB"
+    memory = "not reported by the system" if speed.peak_memory_mb is None else f"{speed.peak_memory_mb:.0f} MB"
     console.print(
         f"settings {speed.speedup:.2f}× plain, the loop adds {speed.overhead_percent:.1f} %, peak memory {memory}; "
         f"{speed.device}, {speed.threads} threads"
@@ -95,27 +98,27 @@ def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
-    turns = check_recipe(recipe, world)
+    accum_steps = check_recipe(recipe, world)
     splits = None if is_stream(recipe.data) else open_splits(recipe.data)
-    classes, feed = open_training(recipe, world, turns, splits)
+    classes, train_loader = open_training(recipe, world, accum_steps, splits)
     plain_recipe = replace(recipe, compute=Compute(
         device=recipe.compute.device, device_batch_size=recipe.compute.device_batch_size, channels_last=False,
     ))  # fmt: skip
-    training = Training(recipe, folder, world, classes, feed, turns, Interrupt(), splits)
-    run, plain = training.run, set_up(plain_recipe, world, classes, feed.steps_per_epoch, turns)
-    training.journal = Journal(folder, recipe, run, feed.steps_per_epoch, terminal.console(quiet=True))
-    batches = list(islice(feed.batches(0, 1), turns))
+    training = Training(recipe, folder, world, classes, train_loader, accum_steps, SignalHandler(), splits)
+    run, plain = training.run, set_up(plain_recipe, world, classes, train_loader.steps_per_epoch, accum_steps)
+    training.logger = TrainLogger(folder, recipe, run, train_loader.steps_per_epoch, terminal.console(quiet=True))
+    batches = list(islice(train_loader.batches(0, 1), accum_steps))
     endless = repeat(batches[0])
     per_round = max(1, -(-steps // ROUNDS))
 
     def looped() -> None:
         training._step(endless)
         if run.step % recipe.save.log_steps == 0:
-            training._look()
+            training._flush_log()
 
     cases = {"step": _bare_step(run, batches), "plain": _bare_step(plain, batches), "loop": looped}
-    seconds = _take_turns(cases, per_round, world)
-    loader, one, both = _loaders(recipe, feed, run, steps, world, turns)
+    seconds = _interleave(cases, per_round, world)
+    loader, one, both = _loaders(recipe, train_loader, run, steps, world, accum_steps)
     size, workers = recipe.batch_size, recipe.data.workers
     memory = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == "cuda" else _peak_memory_mb()
     ratio = {name: median(a / b for a, b in zip(seconds[name], seconds["step"], strict=True)) for name in seconds}
@@ -140,7 +143,7 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
 
 
 def _peak_memory_mb() -> float | None:
-    """Of this process and its largest child so far; None on Windows, which has no getrusage."""
+    """Return the peak memory of this process and its largest child; None on Windows, which has no getrusage."""
     try:
         import resource
     except ImportError:
@@ -150,7 +153,7 @@ def _peak_memory_mb() -> float | None:
 
 
 def _bare_step(run: Run, batches: list[Batch]) -> Callable[[], None]:
-    """What a step cannot do without: the recipe's mixing on the device, and what changes the weights."""
+    """Return the least that a step must do: the recipe's mixing on the device, and the update of the weights."""
     optim = run.recipe.optim
     dtype = PRECISIONS[run.recipe.compute.precision]
 
@@ -173,14 +176,14 @@ def _bare_step(run: Run, batches: list[Batch]) -> Callable[[], None]:
     return step
 
 
-def _take_turns(cases: dict[str, Callable[[], None]], count: int, world: World) -> dict[str, list[float]]:
-    """Seconds a call of each case in each round, after two calls to warm up."""
+def _interleave(cases: dict[str, Callable[[], None]], count: int, world: World) -> dict[str, list[float]]:
+    """Measure seconds per call of each case in each round, after two calls to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for call in cases.values():
         call()
         call()
-    for turn in range(ROUNDS):
-        for name in list(cases)[:: 1 if turn % 2 == 0 else -1]:
+    for round_number in range(ROUNDS):
+        for name in list(cases)[:: 1 if round_number % 2 == 0 else -1]:
             _wait(world)
             start = time.perf_counter()
             for _ in range(count):
@@ -195,18 +198,20 @@ def _wait(world: World) -> None:
         torch.cuda.synchronize()
 
 
-def _loaders(recipe: Recipe, feed: Feed, run: Run, steps: int, world: World, turns: int) -> tuple[float, float, float]:
-    """Images per second of the loader, of the loader with one worker, and of steps that it feeds."""
+def _loaders(
+    recipe: Recipe, train_loader: TrainLoader, run: Run, steps: int, world: World, accum_steps: int
+) -> tuple[float, float, float]:
+    """Measure images per second of the loader, of the loader with one worker, and of steps on its batches."""
     images, workers = recipe.batch_size * steps, recipe.data.workers
 
-    def consume(feed: Feed, use: Callable[[list[Batch]], None]) -> float:
-        ahead = 1 + 4 * max(workers, 1)  # steps that workers have ready before they are asked
-        batches: Iterator[Batch] = feed.batches(0, steps + ahead)
+    def consume(loader: TrainLoader, use: Callable[[list[Batch]], None]) -> float:
+        ahead = 1 + 4 * max(workers, 1)  # steps that workers prefetch
+        batches: Iterator[Batch] = loader.batches(0, steps + ahead)
         for _ in range(ahead):
-            use(list(islice(batches, turns)))
+            use(list(islice(batches, accum_steps)))
         start = time.perf_counter()
         for _ in range(steps):
-            use(list(islice(batches, turns)))
+            use(list(islice(batches, accum_steps)))
         _wait(world)
         return images / (time.perf_counter() - start)
 
@@ -217,6 +222,6 @@ def _loaders(recipe: Recipe, feed: Feed, run: Run, steps: int, world: World, tur
         pass
 
     single = replace(recipe, data=replace(recipe.data, workers=1))
-    one = consume(open_training(single, world, turns)[1], drop)
-    loader = consume(feed, drop) if workers != 1 else one
-    return loader, one, consume(feed, step)
+    one = consume(open_training(single, world, accum_steps)[1], drop)
+    loader = consume(train_loader, drop) if workers != 1 else one
+    return loader, one, consume(train_loader, step)

@@ -1,7 +1,7 @@
-"""YAML as a person reads it: each value by the type of the field that it is for.
+"""YAML read by type: each value by the type of its field.
 
-PyYAML goes by YAML 1.1 and looks at the value alone: `1e-3` is text to it, `010` is 8, `1:30` is 90, `no` is false and
-`2024-01-01` is a date, whatever they were meant for.
+PyYAML follows YAML 1.1 and considers only the value: `1e-3` is text, `010` is 8, `1:30` is 90, `no` is false and
+`2024-01-01` is a date, whatever the field.
 """
 
 import re
@@ -23,25 +23,24 @@ AMBIGUOUS = (
 )
 
 
-class Unclear(ValueError):
-    """A file that can be parsed, and of which a value can be read in two ways or would not be read."""
+class AmbiguousYAML(ValueError):
+    """A value of a YAML file is ambiguous, or would not be read."""
 
 
 def load_typed(text: bytes, kind: type, name: str, below: str = "") -> Any:
-    """The content of a YAML file, with values of the fields of the dataclass `kind` read by their types.
+    """Parse a YAML file, reading the values of the fields of the dataclass `kind` by their types.
 
-    Values that do not fit their type, and fields that `kind` does not have, come as they are found; it is not this
-    function that refuses them.
+    Values that do not fit their type, and fields that `kind` does not have, are returned as they are.
 
     Args:
-        name: what messages call the file.
-        below: where the file has a field of that name, what stands below it is for `kind`, in place of the whole;
-            fields of `kind` beside it, which would not be read, are refused.
+        name: name of the file in messages.
+        below: if the file has a field of that name, `kind` describes the content below it instead of the whole file;
+            fields of `kind` beside it would not be read, and are refused.
 
     Raises:
-        InputError: as `compose_yaml`.
+        InputError: see `compose_yaml`.
         yaml.YAMLError: tags that are not safe.
-        Unclear: the message says which field.
+        AmbiguousYAML: the message says which field.
     """
     node = compose_yaml(text, name)
     loader = yaml.SafeLoader("")
@@ -69,7 +68,7 @@ def _read(loader: yaml.SafeLoader, node: yaml.Node | None, kind: Any, name: str)
 
 
 def _check_beside(node: yaml.MappingNode, kind: type, below: str) -> None:
-    """Refuse fields of `kind` beside the one that it stands below; what else has the name of a field may be there."""
+    """Refuse fields of `kind` beside the field `below`, where they would not be read; others are allowed."""
     kinds = get_type_hints(kind)
     for key, value in node.value:
         part = kinds.get(key.value)
@@ -79,7 +78,7 @@ def _check_beside(node: yaml.MappingNode, kind: type, below: str) -> None:
         else:
             is_field = part is not None
         if is_field and key.value != below:
-            raise Unclear(f"{key.value} stands beside {below} and would not be read; move it below {below}")
+            raise AmbiguousYAML(f"{key.value} stands beside {below} and would not be read; move it below {below}")
 
 
 def _read_fields(loader: yaml.SafeLoader, node: yaml.MappingNode, kind: Any, name: str) -> dict[str, Any]:
@@ -103,13 +102,13 @@ def _read_scalar(text: str, kind: Any, name: str) -> Any:
         return text
     for pattern, reason in AMBIGUOUS:
         if re.fullmatch(pattern, text):
-            raise Unclear(f"{name} is {text}, which {reason}")
+            raise AmbiguousYAML(f"{name} is {text}, which {reason}")
     number = _number(text)
     return int(number) if int in kinds and isinstance(number, float) and number.is_integer() else number
 
 
 def _number(text: str) -> int | float | str:
-    """A number of YAML 1.2 or of Python; the text where it is none, or a number of more digits than any has."""
+    """Parse a number of YAML 1.2 or Python; return the text if it is not one, or has too many digits."""
     if len(text) > MAX_DIGITS:
         return text
     if re.fullmatch(r"[-+]?\.(inf|nan)", text, re.IGNORECASE):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shvit.checkpoint import Layout, StateDict, create_model, read_checkpoint, to_reference
+from shvit.checkpoint import Layout, StateDict, read_checkpoint
+from shvit.create import create_model
 from shvit.deployment import deploy
 from shvit.errors import InputError
-from shvit.shvit import VARIANTS
+from shvit.shvit import VARIANTS, to_reference
 
 __all__ = ["Identity", "convert", "identify", "variant_of"]
 

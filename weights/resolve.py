@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shvit.checkpoint import SCHEMES, read_checkpoint, write_checkpoint
+from shvit.checkpoint import read_checkpoint, write_checkpoint
+from shvit.create import check_model_name, has_scheme
 from shvit.errors import InputError, first_line, refuse
 from shvit.files import is_file, is_there, sha256
-from shvit.names import check_model_name
 from shvit.run_info import RunInfo, read_run_info
 
 from .cache import cache_folder, expected_hash, obtain
@@ -64,7 +64,7 @@ def resolve_weights(
         InputError: options that exclude each other, no such file or name, weights that cannot be fetched, or nothing
             tells the model.
     """
-    if model is not None and model.partition(":")[0] not in SCHEMES:
+    if model is not None and not has_scheme(model):
         check_model_name(model)
     if pretrained:
         refuse("--pretrained takes the model's published weights", checkpoint=checkpoint, ema=ema)
@@ -77,7 +77,7 @@ def resolve_weights(
             raise InputError("which model? give --checkpoint FILE (or a name of `shvit weights list`), or --model NAME")
         return Weights(model, None, None, ema, None)
     path, entry = find_weights(checkpoint, log)
-    if model is not None and model.partition(":")[0] in SCHEMES:
+    if model is not None and has_scheme(model):
         return Weights(model, path, str(checkpoint), ema, None)
     info = read_run_info(path)
     if info is None:
@@ -156,7 +156,7 @@ def _published_info(entry: Published) -> RunInfo | None:
 
 def _pretrained(model: str, log: Log) -> Weights:
     """A SHViT's entry in the manifest, or what timm publishes for any other model."""
-    if model.partition(":")[0] in SCHEMES:
+    if has_scheme(model):
         raise InputError(f"{model}: has no published weights of its own; give --checkpoint")
     entries = [entry for entry in read_manifest() if entry.task == "classification"]
     entry = next((e for e in entries if model == (e.name if "." in model else e.model)), None)

@@ -1,31 +1,86 @@
-"""A deployed model as a Core ML package (ML Program) in floating point, with int8 weights, or in 8 bits throughout."""
+"""Core ML: how a package (ML Program) is written from a deployed model, and how it is loaded and run."""
 
 import copy
-import re
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.utils import natural_key
 from torch import nn
 
-from shvit.deployment import DeployedSHSA
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
+from shvit.terminal import quiet
 
+from ..guards import check_ports
+from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
-from ..spec import Spec
-from ..wrappers import Normalized, Wrapper, layer_name
-from .onnx import INPUT, describe, quiet
+from ..spec import MAX_IMG_SIZE, Spec
+from ..wrappers import MIL_LAYERS, Normalized, Wrapper, layer_name
+from .backend import Artifact, Backend, FormatOptions, ImageInput, Outputs, Source, Writer
+from .parameters import LayerParameters, Stored, quantized, range_faults, stored
+
+if TYPE_CHECKING:
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Function, Var
+    from coremltools.proto.Model_pb2 import Model
+
+    from ..mil.program import Package
 
 LABEL = "classLabel"
-"""What a classifier calls the most probable label; Core ML's customary name."""
+"""Name of a classifier's output with the most probable label, as is customary in Core ML."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoremlOptions(FormatOptions):
+    """Options of Core ML packages."""
+
+    tensor_input: bool = False
+    """Take a normalized float32 (1, C, H, W); an RGB image by default."""
+    other_sizes: tuple[int, ...] = ()
+    """Further heights and widths in pixels that the same package takes."""
+    classifier: bool = False
+    """Write a classifier with labels and their probabilities, as Vision and Xcode's preview expect."""
+
+    @property
+    def classifies(self) -> bool:
+        return self.classifier
+
+    def complete(self, spec: Spec) -> Spec:
+        if self.other_sizes and spec.precision == "w8a8":
+            raise InputError("--precision w8a8 takes one size; leave out --other-sizes")
+        for px in self.other_sizes:
+            if not 1 <= px <= MAX_IMG_SIZE:
+                raise InputError(f"--other-sizes {px} is out of range; choose 1 to {MAX_IMG_SIZE}")
+        if spec.img_size in self.other_sizes or len(set(self.other_sizes)) < len(self.other_sizes):
+            raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
+        return replace(spec, uint8_input=not self.tensor_input, other_sizes=tuple(self.other_sizes))
+
+
+def create_writer(source: Source, options: CoremlOptions) -> Writer:
+    """Return a function that writes packages of a model."""
+    calibration = list(source.calibration_pixels()) if source.spec.precision == "w8a8" else []
+    return lambda path, spec: write_coreml(
+        source.deployed(),
+        path,
+        spec,
+        labels=source.labels,
+        classifier=options.classifier,
+        calibration=calibration,
+        keep=spec.excluded_layers,
+        ranges=source.coreml_ranges(),
+    )
 
 
 class Tupled(Wrapper):
-    """A model of several outputs, which a trace can have as a tuple but not as a list."""
+    """A model of several outputs, which a trace can return as a tuple but not as a list."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.model(x))
@@ -47,7 +102,7 @@ class FlexibleSHSA(DeployedSHSA):
 
 
 def flexible(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose attentions are `FlexibleSHSA`."""
+    """Return a copy of `model` whose attentions are `FlexibleSHSA`."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -67,7 +122,7 @@ def write_coreml(
     keep: Collection[str] = (),
     ranges: dict[str, Range] | None = None,
 ) -> None:
-    """Exports `model`, already deployed, with an input `image` and float32 outputs named by `spec.outputs`.
+    """Export a deployed model with an input `image` and float32 outputs named by `spec.outputs`.
 
     The input is an RGB image (gray for a model of one channel) where `spec.uint8_input`, with mean and standard
     deviation inside the graph; a normalized float32 tensor (1, C, H, W) otherwise. int8 is that of the weights, one
@@ -93,25 +148,23 @@ def write_coreml(
     _check(spec, labels, classifier, calibration)
     with quiet():
         import coremltools as ct
-        from coremltools.converters.mil.mil import Program
 
         from ..quantization.coreml_passes import pipeline
 
         traced = _trace(model, spec)
         ranges = {} if ranges is None else ranges
-        # Its checks after each of a hundred passes are a third of the time; the result is checked once.
-        with patch.object(Program, "validate", lambda *_, **__: None):
-            package = ct.convert(
-                traced,
-                inputs=[_input(spec)],
-                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in spec.outputs],
-                classifier_config=ct.ClassifierConfig(list(labels), LABEL) if classifier else None,
-                minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
-                compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
-                convert_to="mlprogram",
-                pass_pipeline=pipeline(spec, _traced_names(model, spec), _inputs(spec, calibration), keep, ranges),
-            )
-        package._mil_program.validate()
+        package = ct.convert(
+            traced,
+            inputs=[_input(spec)],
+            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in spec.outputs],
+            classifier_config=ct.ClassifierConfig(list(labels), LABEL) if classifier else None,
+            minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
+            compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
+            convert_to="mlprogram",
+            pass_pipeline=pipeline(
+                spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
+            ),
+        )
         for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value
         package.short_description = f"{spec.model}, {spec.img_size} px, {spec.num_classes} classes"
@@ -145,7 +198,7 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
                          "take them from spec.transform(normalize=False)")  # fmt: skip
 
 
-def _trace(model: nn.Module, spec: Spec) -> Any:
+def _trace(model: nn.Module, spec: Spec) -> torch.jit.ScriptModule:
     if spec.other_sizes:
         model = flexible(model)
     if len(spec.outputs) > 1:
@@ -157,13 +210,13 @@ def _trace(model: nn.Module, spec: Spec) -> Any:
 
 
 def _traced_names(model: nn.Module, spec: Spec) -> dict[str, str]:
-    """Layers' names in `model` by those in what `_trace` makes of it."""
+    """Return the layers' names in `model` by their names in its trace."""
     wrappers = (len(spec.outputs) > 1) + spec.uint8_input
     return {"model." * wrappers + name: layer_name(name) for name in layer_names(model)}
 
 
-def _input(spec: Spec) -> Any:
-    """What coremltools is told of the input."""
+def _input(spec: Spec) -> "ct.TensorType | ct.ImageType":
+    """Return coremltools' description of the input."""
     import coremltools as ct
 
     shapes = [(1, spec.in_chans, size, size) for size in spec.sizes]
@@ -175,12 +228,21 @@ def _input(spec: Spec) -> Any:
 
 
 def _inputs(spec: Spec, calibration: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The images as the traced graph takes them: (1, C, H, W), normalized or in 0–1."""
+    """Return the images as the traced graph takes them: (1, C, H, W), normalized or in 0–1."""
     return [pixels[None].float() / 255 if spec.uint8_input else spec.normalize(pixels[None]) for pixels in calibration]
 
 
+def _evaluator(function: "Function") -> Callable[[torch.Tensor], Mapping["Var", torch.Tensor]]:
+    """Return a function that computes every variable of a traced function with one input."""
+    from ..mil.program import Program
+
+    (name,) = function.inputs
+    program = Program(function, "the traced model")
+    return lambda x: program.values({name: x})
+
+
 def layer_names(model: nn.Module) -> list[str]:
-    """Names of the modules that one convolution or linear operation gives the output of.
+    """Return the names of the modules whose output is that of one convolution or linear operation.
 
     A norm is one: coremltools folds it into the convolution before it. Subclasses of norms may add an activation.
     """
@@ -192,14 +254,10 @@ def layer_names(model: nn.Module) -> list[str]:
     ]
 
 
-def written(name: str) -> str:
-    """How coremltools writes an operation's name."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return f"op_{plain}" if plain[0].isdigit() else plain
+def _restore_names(proto: "Model", names: Iterable[str]) -> None:
+    """Give operations their modules' names again, where the written name can be one module's alone."""
+    from ..quantization.coreml_passes import written
 
-
-def _restore_names(proto: Any, names: Iterable[str]) -> None:
-    """Gives operations their modules' names again, where what was written can be one module's alone."""
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(written(name), []).append(name)
@@ -209,3 +267,165 @@ def _restore_names(proto: Any, names: Iterable[str]) -> None:
         candidates = modules.get(values[0], ())
         if op.type in ("conv", "linear") and len(candidates) == 1:
             values[0] = candidates[0]
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, threads: int | None) -> Artifact:
+    """Load a package of `shvit export` in our evaluator, which runs everywhere, with PyTorch's threads."""
+    from ..mil.program import Package
+
+    package = Package(path)
+    spec, labels = spec_from(package.metadata, path), labels_from(package.metadata, path)
+    check_ports(path, spec, *package.ports, INPUT)
+    package.check_sizes(spec)
+    package.half = spec.precision != "fp32"
+    if package.labels not in ((), labels):
+        raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
+
+    def scale_faults() -> list[str]:
+        return [
+            *coreml_scale_faults(package),
+            *range_faults(ranges_from(package.metadata, path), coreml_steps(package)),
+        ]
+
+    return Artifact(
+        path=path,
+        spec=spec,
+        runtime="mil",
+        operators=package.operators,
+        run=partial(_run, package, spec, labels),
+        run_layers=partial(_run_layers, package, spec),
+        parameters=partial(coreml_parameters, package),
+        scale_faults=scale_faults,
+        labels=labels,
+    )
+
+
+def load_native(artifact: Artifact) -> Artifact:
+    """Return the same package in Core ML itself, on all of the machine's compute units; layers stay our evaluator's."""
+    if sys.platform != "darwin":
+        raise InputError("--runtime coreml needs macOS, of which Core ML is a part; leave it out for our own evaluator")
+    import coremltools as ct
+
+    model, spec = ct.models.MLModel(str(artifact.path)), artifact.spec
+
+    def run(batch: torch.Tensor) -> Outputs:
+        inputs = (image if isinstance(image, Image.Image) else image.numpy() for image in _images(spec, batch))
+        return _by_name([model.predict({INPUT: image}) for image in inputs], spec, artifact.labels)
+
+    return replace(artifact, runtime="coreml", run=run)
+
+
+def _run(package: "Package", spec: Spec, labels: Sequence[str], batch: torch.Tensor) -> Outputs:
+    return _by_name([package(**{INPUT: image}) for image in _images(spec, batch)], spec, labels)
+
+
+def _run_layers(package: "Package", spec: Spec, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    results = [package.layers(**{INPUT: image}) for image in _images(spec, batch)]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def _images(spec: Spec, batch: torch.Tensor) -> list[Image.Image | torch.Tensor]:
+    """Return a package's input for each item of a batch: a PIL image, or a tensor (1, C, H, W)."""
+    return [Image.fromarray(item.squeeze(2).numpy()) if spec.uint8_input else item[None] for item in batch]
+
+
+def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec, labels: Sequence[str] = ()) -> Outputs:
+    """Return the outputs that the spec names, of several images as a batch."""
+    return tuple(torch.cat([_tensor(result[name], labels) for result in results]) for name in spec.outputs)
+
+
+def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
+    """Return an output as a batch of one; a classifier's come by label and, from Core ML, in no order.
+
+    Raises:
+        InputError: there are others than `labels`. Without any the order is that in which people count.
+    """
+    if not isinstance(output, dict):
+        return torch.as_tensor(output)
+    chances = {str(label): chance for label, chance in output.items()}
+    labels = labels or sorted(chances, key=natural_key)
+    if chances.keys() != set(labels):
+        unlike = sorted(chances.keys() ^ set(labels))
+        raise InputError(f"the classifier's labels are not those that its package tells: {', '.join(unlike[:4])} "
+                         f"{'…' if len(unlike) > 4 else 'differ'}; export the model again")  # fmt: skip
+    return torch.tensor([[chances[label] for label in labels]])
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def coreml_parameters(package: "Package") -> dict[str, LayerParameters]:
+    """Return the weights of a Core ML package, by its layers' names."""
+    found = {}
+    for op in package.program.function.operations:
+        if op.op_type in MIL_LAYERS and (weight := _mil_constant(op.inputs.get("weight"))) is not None:
+            found[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
+    return found
+
+
+def _mil_constant(var: "Var | None") -> Stored | None:
+    if var is None or var.op is None:
+        return None
+    op = var.op
+    if op.op_type == "const":
+        return stored(np.asarray(var.val))
+    if op.op_type == "constexpr_affine_dequantize":
+        values = {name: np.asarray(op.inputs[name].val) for name in ("quantized_data", "scale", "zero_point", "axis")}
+        return quantized(values["quantized_data"], values["scale"], values["zero_point"], int(values["axis"]))
+    return None
+
+
+def coreml_scale_faults(package: "Package") -> list[str]:
+    """Return the tensors of a package that are written and read with different scales or zero points."""
+    faults = []
+    for op in package.program.function.operations:
+        source = op.inputs["input"].op if op.op_type == "dequantize" else None
+        if source is not None and source.op_type == "quantize":
+            pairs = [(source.inputs.get(name), op.inputs.get(name)) for name in ("scale", "zero_point")]
+            if any(a is not None and b is not None and not np.array_equal(a.val, b.val) for a, b in pairs):
+                faults.append(f"{source.inputs['x' if 'x' in source.inputs else 'input'].name} is rounded with another "
+                              "scale or zero point than it is read with")  # fmt: skip
+    return faults
+
+
+def coreml_steps(package: "Package") -> dict[str, tuple[float, float]]:
+    """Return the scale and zero point that each layer's input is read with, by the layer's name."""
+    found = {}
+    for op in package.program.function.operations:
+        source = op.inputs["x"].op if op.op_type in MIL_LAYERS else None
+        if source is not None and source.op_type == "dequantize":
+            zero_point = source.inputs.get("zero_point")
+            found[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
+    return found
+
+
+def inspect(path: Path) -> ImageInput:
+    """Return the image input of a package of `shvit export`."""
+    spec = load(path, None).spec
+    return ImageInput(spec.img_size, None, spec.precision)
+
+
+COREML = Backend(
+    name="coreml",
+    title="Core ML",
+    suffix=".mlpackage",
+    help="A verified Core ML package (ML Program, iOS 16; iOS 17 for w8a8), run here by our own evaluator.",
+    runtime="coreml",
+    packages=("coremltools",),
+    extra="coreml",
+    precisions=("fp32", "fp16", "int8", "w8a8"),
+    precision_help="Weight and compute precision. int8 rounds weights alone, to half of fp16's size; w8a8 rounds "
+    "activations too.",
+    compared=("fp16", "int8", "w8a8"),
+    calibrated="w8a8",
+    options=CoremlOptions,
+    all_options=CoremlOptions(),
+    create_writer=create_writer,
+    load=load,
+    load_native=load_native,
+    inspect=inspect,
+    unfolds_identities=False,
+)

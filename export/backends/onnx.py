@@ -1,39 +1,84 @@
-"""A deployed model as an ONNX file."""
+"""ONNX: how a file is written from a deployed model, and how ONNX Runtime loads and runs it."""
 
 import ast
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from shvit import __version__
-from shvit.documents import parse_json, parse_model, to_json
-from shvit.errors import InputError
-from shvit.files import check_file, is_file
-from shvit.run_info import is_name
+from shvit.errors import InputError, first_line
+from shvit.files import check_file, scratch_folder
+from shvit.sessions import create_session
+from shvit.terminal import quiet
 
-from ..guards import check_elements, check_operators
-from ..quantization.ranges import Range
+from ..guards import Port, check_ports
+from ..metadata import INPUT, SPEC_KEY, Ranges, describe, labels_from, ranges_from, spec_from
+from ..quantization.qdq import LAYERS, LayerRanges, quantize_onnx
 from ..spec import Spec
 from ..wrappers import ChannelsLast, Half, Normalized, layer_name
+from .backend import HUGE_PAGES, Artifact, Backend, GraphOptions, ImageInput, Outputs, Source, Writer, image_input, join
+from .onnx_graph import (
+    RoundedOnnx,
+    check_graph,
+    load_onnx,
+    metadata,
+    onnx_parameters,
+    onnx_scale_faults,
+    onnx_steps,
+    operators,
+    precision_of,
+)
+from .parameters import range_faults
 
-INPUT = "image"
-SPEC_KEY, LABELS_KEY, RANGES_KEY = "shvit.spec", "shvit.labels", "shvit.ranges"
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession, NodeArg
+
 OPSET = 20  # the newest that ONNX Runtime, OpenVINO and onnxruntime-web of the last two years all read
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes from which module a node came
+
+
+def create_writer(source: Source, options: GraphOptions) -> Writer:
+    """Return a function that writes ONNX files of a model; what all of them share is computed once."""
+    if source.spec.precision == "int8":
+        return create_int8_writer(source.unfolded(), source.spec, source.ranges(), options.dynamic_batch, source.labels)
+    return lambda path, spec: write_onnx(source.deployed(), path, spec, options.dynamic_batch, source.labels)
+
+
+def create_int8_writer(
+    unfolded: nn.Module,
+    spec: Spec,
+    ranges: Mapping[str, LayerRanges],
+    dynamic_batch: bool = False,
+    labels: Sequence[str] = (),
+) -> Writer:
+    """Return a function that writes int8 ONNX files, whose excluded layers stay in float32.
+
+    Args:
+        unfolded: deployed and with its identities unfolded, in eval mode.
+        ranges: of `activation_ranges`.
+    """
+    with scratch_folder() as folder:
+        path = folder / "float.onnx"
+        write_onnx(unfolded, path, spec, dynamic_batch)
+        proto = load_onnx(path)
+
+    def write(path: Path, spec: Spec) -> None:
+        quantized = quantize_onnx(proto, spec, ranges)
+        save_onnx(quantized.proto, path, spec, labels, quantized.ranges)
+
+    return write
 
 
 def write_onnx(
     model: nn.Module, path: Path, spec: Spec, dynamic_batch: bool = False, labels: Sequence[str] = ()
 ) -> None:
-    """Exports `model`, already deployed, with input `image` and the outputs that `spec` names, float32.
+    """Export a deployed model with input `image` and the outputs that `spec` names, float32.
 
     The input is (B, C, H, W) float32, normalized; or (B, H, W, C) uint8 where `spec.uint8_input`. With
     `spec.precision` fp16 weights and arithmetic are float16; with any other they are float32. Convolutions and linear
@@ -72,9 +117,9 @@ def write_onnx(
 
 
 def save_onnx(
-    proto: Any, path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None
+    proto: "ModelProto", path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Ranges | None = None
 ) -> None:
-    """Writes an ONNX file that says what it is, after onnx.checker with full shape inference.
+    """Write an ONNX file with its metadata, after onnx.checker with full shape inference.
 
     Args:
         ranges: of an int8 file's tensors, by name.
@@ -88,25 +133,8 @@ def save_onnx(
     onnx.save(proto, path)
 
 
-def describe(spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None) -> dict[str, str]:
-    """What every artifact says of itself: its spec, labels, learned ranges, license and the versions that made it."""
-    import timm
-
-    named = {LABELS_KEY: to_json(list(labels))} if labels else {}
-    learned = {RANGES_KEY: to_json(ranges)} if ranges else {}
-    return {
-        SPEC_KEY: spec.to_json(),
-        **named,
-        **learned,
-        "shvit.version": __version__,
-        "torch.version": torch.__version__,
-        "timm.version": timm.__version__,
-        "license": "mit" if spec.model.startswith("shvit") else "see the model's card in timm",
-    }
-
-
-def _name_layers(proto: Any) -> None:
-    """Names each node after the module that it came from, as far as the exporter noted it."""
+def _name_layers(proto: "ModelProto") -> None:
+    """Name each node after the module that it came from, as far as the exporter noted it."""
     seen: Counter[str] = Counter()
     for node in proto.graph.node:
         scopes = {prop.key: prop.value for prop in node.metadata_props}.get(SCOPES)
@@ -117,12 +145,8 @@ def _name_layers(proto: Any) -> None:
         seen[path] += 1
 
 
-LAYERS = ("Conv", "Gemm")
-"""Operators that are a whole module, bias included."""
-
-
-def _strip(proto: Any) -> None:
-    """Removes the exporter's notes on each node, among them source paths of the machine that exported."""
+def _strip(proto: "ModelProto") -> None:
+    """Remove the exporter's notes on each node, among them source paths of the machine that exported."""
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -130,145 +154,125 @@ def _strip(proto: Any) -> None:
         del value.metadata_props[:]
 
 
-def read_onnx(path: Path) -> Any:
-    """An ONNX file's protobuf.
-
-    Raises:
-        InputError: no such file, or not ONNX.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    check_file(path)
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB of one ONNX file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a readable ONNX file") from error
-    _check_external(proto, path)
-    return proto
+# --- run --------------------------------------------------------------------------------------------------------------
 
 
-MAX_BYTES = (2 << 30) - 1
-"""The most that protobuf, in which ONNX is written, can hold."""
+def load(path: Path, threads: int | None) -> Artifact:
+    """Load an ONNX file of `shvit export` in ONNX Runtime."""
+    proto = load_onnx(path)
+    spec = spec_from(metadata(proto), path)
+    check_graph(proto, path)
+    session = onnx_session(path, threads)
+    check_ports(path, spec, _ports(session.get_inputs()), _ports(session.get_outputs()), INPUT)
 
+    def run_with_defaults(batch: torch.Tensor) -> Outputs:
+        return _run(onnx_session(path, threads, exact=False), batch)
 
-def _graphs(proto: Any) -> Iterator[Any]:
-    """The graph, the graphs in its nodes' attributes at any depth, and the bodies of functions."""
-    import onnx
-
-    left = [proto.graph, *proto.functions]
-    while left:
-        graph = left.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    left.append(attribute.g)
-                elif attribute.type == onnx.AttributeProto.GRAPHS:
-                    left.extend(attribute.graphs)
-
-
-def external_files(proto: Any) -> list[str]:
-    """What a model calls the files that hold weights of it, in order; empty where it is one file."""
-    import onnx
-
-    names: dict[str, None] = {}
-    for graph in _graphs(proto):
-        tensors = list(getattr(graph, "initializer", ()))
-        for sparse in getattr(graph, "sparse_initializer", ()):
-            tensors += [sparse.values, sparse.indices]
-        for node in graph.node:
-            for attribute in node.attribute:
-                tensors += [attribute.t, *attribute.tensors]
-                tensors += [attribute.sparse_tensor.values, attribute.sparse_tensor.indices]
-        for tensor in tensors:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                names[next((each.value for each in tensor.external_data if each.key == "location"), "")] = None
-    return list(names)
-
-
-def _check_external(proto: Any, path: Path) -> None:
-    """Raise InputError where weights are to be read from elsewhere than from files in the model's own folder."""
-    folder = path.resolve().parent
-    for name in external_files(proto):
-        where = folder / name
-        if not name or Path(name).is_absolute() or "\\" in name or not where.resolve().is_relative_to(folder):
-            raise InputError(f"{path}: has weights in {name!r}, outside of its own folder; save the model as one file")
-        if not is_file(where):
-            raise InputError(f"{path}: has weights in {name}, which is not beside it")
-
-
-def check_graph(proto: Any, path: Path) -> None:
-    """Raise InputError for what no file of `shvit export` has, and what could take this machine with it.
-
-    That is weights in other files (no hash of the artifact covers them), loops, and tensors that are too large, as far
-    as shapes can be told without running the model.
-    """
-    import onnx
-
-    if names := external_files(proto):
-        raise InputError(f"{path}: keeps weights in another file, {names[0]}; an artifact is one file, export it again")
-    operators = {node.op_type for graph in _graphs(proto) for node in graph.node}
-    check_operators(path, operators)
-    light = onnx.ModelProto()  # shapes do not depend on what is in large tensors
-    light.CopyFrom(proto)
-    for tensor in light.graph.initializer:
-        if len(tensor.raw_data) > MAX_SHAPE_BYTES:
-            tensor.ClearField("raw_data")
-    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    values = [(each.name, each.type.tensor_type.shape) for each in (*graph.value_info, *graph.output)]
-    check_elements(path, [(name, [dim.dim_value or None for dim in shape.dim]) for name, shape in values])
-    check_elements(path, [(tensor.name, list(tensor.dims)) for tensor in graph.initializer])
-
-
-MAX_SHAPE_BYTES = 4096  # of a tensor whose values may be a shape
-
-
-def metadata(proto: Any) -> dict[str, str]:
-    """What an ONNX file says of itself."""
-    return {prop.key: prop.value for prop in proto.metadata_props}
-
-
-def spec_from(metadata: dict[str, str], path: Path) -> Spec:
-    """The `Spec` among what a file says of itself; InputError without one."""
-    if SPEC_KEY not in metadata:
-        raise InputError(f"{path}: was not written by `shvit export`, so its preprocessing is not known; "
-                         "export the model again with it")  # fmt: skip
-    return Spec.from_json(metadata[SPEC_KEY], str(path))
-
-
-def labels_from(metadata: dict[str, str], path: Path) -> tuple[str, ...]:
-    """Return the names of the classes among what a file says of itself; InputError where they are no list of names."""
-    where = f"{path}: its labels"
-    labels = parse_model(list[str], parse_json(metadata.get(LABELS_KEY, "[]"), where), where, "export the model again")
-    if wrong := next((each for each in labels if not is_name(each)), None):
-        raise InputError(f"{where}: {wrong[:80]!r} cannot be a name; export the model again")
-    return tuple(labels)
-
-
-def ranges_from(metadata: dict[str, str], path: Path) -> dict[str, Range]:
-    """Return the ranges learned for 8-bit tensors among what a file says of itself; InputError where they are none."""
-    where = f"{path}: its ranges"
-    return parse_model(
-        dict[str, Range], parse_json(metadata.get(RANGES_KEY, "{}"), where), where, "export the model again"
+    return Artifact(
+        path=path,
+        spec=spec,
+        runtime=ONNX.runtime,
+        operators=operators(proto),
+        run=partial(_run, session),
+        run_layers=partial(_run_layers, path, threads),
+        parameters=partial(onnx_parameters, proto),
+        scale_faults=lambda: [
+            *onnx_scale_faults(proto),
+            *range_faults(ranges_from(metadata(proto), path), onnx_steps(proto)),
+        ],
+        labels=labels_from(metadata(proto), path),
+        run_with_defaults=run_with_defaults if spec.precision == "int8" else None,
     )
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps exporters' progress and deprecation warnings, which a user can do nothing about, off the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
+    """Return a half-precision artifact that rounds after each operation."""
+    return replace(artifact, **RoundedOnnx(load_onnx(artifact.path), threads).changes(artifact))
+
+
+def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool = True) -> "InferenceSession":
+    """Return an ONNX Runtime session on the CPU, by default with exact 8-bit sums; see `create_session`.
+
+    Raises:
+        InputError: the file is not there or ONNX Runtime refuses it.
+    """
+    name = source if isinstance(source, Path) else "the ONNX file"
+    if isinstance(source, Path):
+        check_file(source)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+        return create_session(source, threads, exact=exact)
+    except Exception as error:  # onnxruntime's own exception types are not public
+        raise InputError(f"{name}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
-def operators(proto: Any) -> dict[str, int]:
-    """How many of each operator an ONNX file holds, most frequent first."""
-    return dict(Counter(node.op_type for node in proto.graph.node).most_common())
+ONNX_TYPES = {"float": "float32", "double": "float64"}
+"""Types for which ONNX Runtime has other names than PyTorch."""
+
+
+def _ports(arguments: Sequence["NodeArg"]) -> list[Port]:
+    """Return a session's inputs or outputs as ports."""
+    ports = []
+    for each in arguments:
+        inner = each.type.removeprefix("tensor(").removesuffix(")") if each.type.startswith("tensor(") else each.type
+        lengths = tuple(length if isinstance(length, int) else None for length in each.shape)
+        ports.append(Port(each.name, ONNX_TYPES.get(inner, inner), lengths or None))
+    return ports
+
+
+def _run(session: "InferenceSession", batch: torch.Tensor) -> Outputs:
+    """Return all outputs; a file with a fixed batch of 1 is fed one image after the other."""
+    chunks = batch.split(1) if session.get_inputs()[0].shape[0] == 1 else (batch,)
+    outputs = []
+    for chunk in chunks:
+        outputs.append(session.run(None, {INPUT: chunk.numpy()}))  # noqa: PERF401  (one frame less)
+    return join(outputs)
+
+
+def _run_layers(path: Path, threads: int | None, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    import onnx
+
+    proto = load_onnx(path)
+    names = {node.output[0]: node.name for node in proto.graph.node if node.op_type in LAYERS}
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    outputs = _run(onnx_session(proto.SerializeToString(), threads), batch)
+    return {name: output.float() for name, output in zip(names.values(), outputs, strict=True)}
+
+
+INPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
+"""Those of which a benchmark makes inputs."""
+
+
+def inspect(path: Path) -> ImageInput:
+    """Return the image input of any ONNX file."""
+    proto = load_onnx(path)
+    notes = metadata(proto)
+    inputs = onnx_session(path, 1).get_inputs()
+    precision = spec_from(notes, path).precision if SPEC_KEY in notes else precision_of(proto)
+    found = image_input(path, [each.shape for each in inputs], precision)
+    if inputs[0].type not in INPUT_TYPES:
+        raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(INPUT_TYPES)} are timed here")
+    return found
+
+
+ONNX = Backend(
+    name="onnx",
+    title="ONNX",
+    suffix=".onnx",
+    help="A verified ONNX file.",
+    runtime="onnxruntime",
+    packages=("onnx", "onnxruntime", "onnxscript"),
+    precisions=("fp32", "fp16", "int8"),
+    precision_help="Weight and compute precision.",
+    compared=("fp32", "fp16", "int8"),
+    calibrated="int8",
+    options=GraphOptions,
+    all_options=GraphOptions(dynamic_batch=True),
+    create_writer=create_writer,
+    load=load,
+    load_rounded=load_rounded,
+    inspect=inspect,
+    float_stem=True,
+    environment=HUGE_PAGES,
+    overflow_advice="set the session's option session.x64quantprecision to 1",
+)

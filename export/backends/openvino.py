@@ -1,39 +1,69 @@
-"""A deployed model as an OpenVINO IR: F.xml, the graph, and F.bin beside it, the weights."""
+"""OpenVINO: how an IR (F.xml, the graph, and F.bin beside it, the weights) is written, loaded and run."""
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shvit.errors import InputError
-from shvit.files import is_file
+import torch
 
-from ..guards import check_elements, check_operators, one_line
+from shvit.files import scratch_folder
+from shvit.terminal import quiet
+
+from ..guards import Port, check_ports
+from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
 from ..spec import Spec
-from .onnx import describe, metadata, quiet, ranges_from, read_onnx
+from . import onnx
+from .backend import (
+    HALVES,
+    HUGE_PAGES,
+    Artifact,
+    Backend,
+    GraphOptions,
+    ImageInput,
+    Outputs,
+    Source,
+    Writer,
+    image_input,
+    join,
+)
+from .onnx_graph import load_onnx, metadata
+from .openvino_graph import (
+    SECTION,
+    RoundedOpenvino,
+    check_model,
+    core,
+    load_openvino,
+    openvino_parameters,
+    openvino_scale_faults,
+    openvino_steps,
+    operators,
+)
+from .parameters import range_faults
 
-SECTION = "shvit"  # of the IR's runtime information
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Model, Output
 
 
-@cache
-def core() -> Any:
-    """OpenVINO itself, one for the whole process and never given up.
+def create_writer(source: Source, options: GraphOptions) -> Writer:
+    """Return a function that writes IRs of a model, each from an ONNX file."""
+    write_onnx = onnx.create_writer(source, options)
 
-    Its CPU plugin gives the thread that loads it a stack for signal handlers, and frees that when it is unloaded. Where
-    another thread lets go of the last reference, the first thread is left with freed memory, and the next signal that
-    Python handles (Ctrl-C, a loader's worker that ends) is a segmentation fault. Seen with OpenVINO 2026.4.
-    """
-    import openvino as ov
+    def write(path: Path, spec: Spec) -> None:
+        with scratch_folder() as folder:
+            between = folder / "model.onnx"
+            write_onnx(between, replace(spec, precision="int8" if spec.precision == "int8" else "fp32"))
+            write_openvino(between, path, spec, source.labels)
 
-    return ov.Core()
+    return write
 
 
 def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
-    """Converts an ONNX file of ours, which for int8 is quantized already.
+    """Convert an ONNX file of ours, which for int8 is quantized already.
 
-    With fp16 and bf16 the weights are stored in float16; bf16 is then a wish that `shvit` and whoever reads the file's
-    spec passes on to the runtime, since an IR cannot hold it. Names of layers are those of the ONNX file.
+    With fp16 and bf16 the weights are stored in float16. An IR cannot ask for bf16 arithmetic: `shvit`, and others who
+    read the file's spec, ask the runtime for it. Names of layers are those of the ONNX file.
 
     Args:
         source: the ONNX file.
@@ -43,54 +73,23 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     with quiet():
         model = ov.convert_model(source)
-        ranges = ranges_from(metadata(read_onnx(source)), source)
+        ranges = ranges_from(metadata(load_onnx(source)), source)
         for key, value in describe(spec, labels, ranges).items():
             model.set_rt_info(value, [SECTION, key])
         ov.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "bf16"))
 
 
-def read_openvino(path: Path) -> tuple[Any, dict[str, str]]:
-    """An IR and what it says of itself.
-
-    Raises:
-        InputError: one of its two files is not there or damaged.
-    """
-    for file in (path, path.with_suffix(".bin")):
-        if not is_file(file):
-            raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
-    if (size := path.stat().st_size) > MAX_XML_BYTES:
-        raise InputError(f"{path}: {size / 1e6:.0f} MB is more than the {MAX_XML_BYTES / 1e6:.0f} MB of a graph")
-    with one_line(path, "not a readable OpenVINO IR"):
-        model = core().read_model(path)
-        if not model.has_rt_info([SECTION]):
-            return model, {}
-        return model, {key: model.get_rt_info([SECTION, key]).astype(str) for key in model.get_rt_info([SECTION]).value}
-
-
-MAX_XML_BYTES = 64 << 20  # S4's is 0.4 MB; weights are in the other file
-
-
-def check_model(model: Any, path: Path) -> None:
-    """Raise InputError for loops, and for tensors that are too large, as far as shapes can be told."""
-    check_operators(path, operators(model))
-    for op in model.get_ops():
-        shapes = [each.partial_shape for each in map(op.output, range(op.get_output_size()))]
-        lengths = [[dim.get_length() if dim.is_static else None for dim in shape]
-                   for shape in shapes if shape.rank.is_static]  # fmt: skip
-        check_elements(path, [(op.get_friendly_name(), each) for each in lengths])
-
-
 def compile_openvino(
-    model: Any, precision: str, threads: int | None = None, whole: bool = True, exact: bool = True
-) -> Any:
-    """The IR for the CPU of this machine: arithmetic in bfloat16 where `precision` says so, in float32 otherwise.
+    model: "Model", precision: str, threads: int | None = None, whole: bool = True, exact: bool = True
+) -> "CompiledModel":
+    """Compile an IR for this machine's CPU: arithmetic in bfloat16 where `precision` says so, in float32 otherwise.
 
     A CPU without bfloat16 instructions computes it slowly, or falls back to float32. On one whose 8-bit sums saturate
     int8 is computed in float32 (see `saturates`), unless `exact` is False.
 
     Args:
-        whole: let the plugin move 8-bit scales from layer to layer, which is what makes int8 fast; what a layer
-            between gives is then out of scale.
+        whole: let the plugin move 8-bit scales from layer to layer, which is what makes int8 fast; outputs of layers
+            between are then out of scale.
         exact: compute int8 in float32 where the processor's 8-bit kernels are wrong.
     """
     import openvino as ov
@@ -107,9 +106,10 @@ def compile_openvino(
 
 @cache
 def saturates() -> bool:
-    """Whether OpenVINO's 8-bit kernels lose what is above 32767 in a sum of two products, as without VNNI or AMX.
+    """Return whether OpenVINO's 8-bit kernels lose what is above 32767 in a sum of two products, without VNNI or AMX.
 
-    Found out by a convolution with the largest values: x86's older instructions add up pairs of products in 16 bits.
+    It is measured by a convolution of the largest values: older instructions of x86 add up pairs of products in 16
+    bits.
     Source: OpenVINO's and oneDNN's notes on 8-bit inference, "saturation (overflow) issue".
     """
     import numpy as np
@@ -131,7 +131,110 @@ def saturates() -> bool:
     return bool(np.abs(found / (top * chans) - 1).max() > 0.05)
 
 
-def operators(model: Any) -> dict[str, int]:
-    """How many of each operation, most frequent first; constants, inputs and outputs are not counted."""
-    plumbing = {"Constant", "Parameter", "Result"}
-    return dict(Counter(t for op in model.get_ops() if (t := op.get_type_name()) not in plumbing).most_common())
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, threads: int | None) -> Artifact:
+    """Load an IR of `shvit export` in OpenVINO."""
+    model, notes = load_openvino(path)
+    spec = spec_from(notes, path)
+    check_model(model, path)
+    check_ports(path, spec, _ports(model.inputs), _ports(model.outputs), INPUT)
+
+    def scale_faults() -> list[str]:
+        whole, _ = load_openvino(path)
+        return [*openvino_scale_faults(whole), *range_faults(ranges_from(notes, path), openvino_steps(whole))]
+
+    def run_with_defaults(batch: torch.Tensor) -> Outputs:
+        return _run(compile_openvino(model, spec.precision, threads, exact=False), batch)
+
+    return Artifact(
+        path=path,
+        spec=spec,
+        runtime=OPENVINO.runtime,
+        operators=operators(model),
+        run=partial(_run, compile_openvino(model, spec.precision, threads)),
+        run_layers=partial(_run_layers, path, spec, threads),
+        parameters=lambda: openvino_parameters(load_openvino(path)[0]),
+        scale_faults=scale_faults,
+        labels=labels_from(notes, path),
+        run_with_defaults=run_with_defaults if spec.precision == "int8" and saturates() else None,
+    )
+
+
+def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
+    """Return a half-precision artifact that rounds after each operation."""
+    dtype = HALVES[artifact.spec.precision]
+    return replace(artifact, **RoundedOpenvino(load_openvino(artifact.path)[0], dtype, threads).changes(artifact))
+
+
+TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}
+"""OpenVINO's names for types."""
+
+
+def _shape(port: "Output") -> list[int | None] | None:
+    """Return a port's lengths, None for an open one; None where not even the rank is declared."""
+    shape = port.partial_shape
+    return [dim.get_length() if dim.is_static else None for dim in shape] if shape.rank.is_static else None
+
+
+def _ports(outputs: Sequence["Output"]) -> list[Port]:
+    """Return a model's inputs or outputs as ports."""
+    ports = []
+    for each in outputs:
+        dtype, shape = each.element_type.get_type_name(), _shape(each)
+        name = each.any_name if each.names else each.node.get_friendly_name()
+        ports.append(Port(name, TYPES.get(dtype, dtype), None if shape is None else tuple(shape)))
+    return ports
+
+
+def _run(compiled: "CompiledModel", batch: torch.Tensor) -> Outputs:
+    """Return all outputs; a file with a fixed batch of 1 is fed one image after the other."""
+    rows = compiled.input(0).partial_shape[0]
+    chunks = batch.split(1) if rows.is_static and rows.get_length() == 1 else (batch,)
+    numbers = range(len(compiled.outputs))
+    results = (compiled(chunk.numpy()) for chunk in chunks)
+    return join([[result[number].copy() for number in numbers] for result in results])
+
+
+def _run_layers(path: Path, spec: Spec, threads: int | None, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the layers' outputs, bias included: the last operation that a layer became bears its name."""
+    model, _ = load_openvino(path)
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in ("Add", "Convolution", "GroupConvolution"):
+            model.add_outputs(op.output(0))
+    names = [output.get_node().input_value(0).get_node().get_friendly_name() for output in model.outputs]
+    outputs = _run(compile_openvino(model, spec.precision, threads, whole=False), batch)
+    return dict(zip(names, outputs, strict=True))
+
+
+def inspect(path: Path) -> ImageInput:
+    """Return the image input of any IR."""
+    model, notes = load_openvino(path)
+    precision = spec_from(notes, path).precision if SPEC_KEY in notes else "fp32"
+    return image_input(path, [_shape(port) or () for port in model.inputs], precision)
+
+
+OPENVINO = Backend(
+    name="openvino",
+    title="OpenVINO",
+    suffix=".xml",
+    companions=(".bin",),
+    help="A verified OpenVINO IR, F.xml and F.bin.",
+    runtime="openvino",
+    packages=("openvino",),
+    extra="openvino",
+    precisions=("fp32", "fp16", "bf16", "int8"),
+    precision_help="Weight and compute precision. fp16 halves the file, and a CPU still computes in float32; bf16 also "
+    "asks for bfloat16 arithmetic.",
+    compared=("fp32", "bf16", "int8"),
+    calibrated="int8",
+    options=GraphOptions,
+    all_options=GraphOptions(dynamic_batch=True),
+    create_writer=create_writer,
+    load=load,
+    load_rounded=load_rounded,
+    inspect=inspect,
+    environment=HUGE_PAGES,
+    overflow_advice="compile with LP_TRANSFORMS_MODE=NO, which computes in float32, or take another precision",
+)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,16 +13,19 @@ from torch import nn
 from shvit.deployment import deploy
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
+from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from ..backends.artifact import refuse_changed
-from ..backends.tuning import TUNING
+from ..backends.backend import Backend
+from ..backends.onnx import create_int8_writer
+from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
 from ..images import sample_images
-from ..pipeline import MIN_CALIBRATION, Format, Source, float_layers, int8_onnx_writer
+from ..metadata import INPUT
+from ..pipeline import MIN_CALIBRATION, Source
 from ..spec import Spec, open_weights
 from ..verify import Reference
-from .runtimes import FILE_RUNTIMES, RUNTIMES, Job, check_runtimes, file_job
+from .runtimes import RUNTIMES, Job, check_runtimes, file_job
 
 VARIANTS = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 
@@ -78,15 +82,15 @@ class BenchModel:
 
     @cached_property
     def onnx_int8(self) -> Path:
-        return self._int8("onnx")
+        return self._int8(BACKENDS["onnx"])
 
     @cached_property
     def openvino_int8(self) -> Path:
-        return self._int8("openvino")
+        return self._int8(BACKENDS["openvino"])
 
-    def _int8(self, kind: Format) -> Path:
-        path = self._path(f"-{kind}-int8.onnx")
-        excluded = float_layers(kind, deploy(self.opened[0]))
+    def _int8(self, backend: Backend[Any]) -> Path:
+        path = self._path(f"-{backend.name}-int8.onnx")
+        excluded = backend.float_layers(deploy(self.opened[0]))
         self._write_int8(path, replace(self.spec, precision="int8", excluded_layers=excluded))
         return path
 
@@ -94,7 +98,7 @@ class BenchModel:
     def _write_int8(self) -> Callable[[Path, Spec], None]:
         calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
         source = Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
-        return int8_onnx_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
+        return create_int8_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
 
     @cached_property
     def coreml(self) -> Path:
@@ -108,8 +112,6 @@ class BenchModel:
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""
         from timm.utils import reparameterize_model
-
-        from ..backends.onnx import INPUT, quiet
 
         path = self._path(f"-reference-{batch_size}.onnx")
         model = reparameterize_model(create_timm_model(self.name, self.opened[0])).eval()
@@ -190,7 +192,7 @@ def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[i
     """Return the case of a model in the runtime of that name."""
     runtime = RUNTIMES[name]
     job = {**runtime.job(model, batch_size), "threads": model.settings.threads, "cores": list(cores)}
-    environment = dict(TUNING[runtime.tuning].environment) if runtime.tuning else {}
+    environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend and runtime.tuned else {}
     return BenchCase(
         model.name, name, runtime.precision, model.spec.img_size, batch_size, model.macs, job, environment
     )  # fmt: skip
@@ -205,21 +207,19 @@ def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Seq
     Raises:
         InputError: an unknown format, no such file, or no input that could be an image.
     """
-    if path.suffix not in FILE_RUNTIMES:
-        raise InputError(f"{path}: unknown artifact {path.suffix!r}; choose from {', '.join(FILE_RUNTIMES)}")
+    backend = resolve_backend(path)
     if not is_there(path):
         raise InputError(f"{path}: no such file")
     refuse_changed(path)
-    runtime = FILE_RUNTIMES[path.suffix]
-    check_runtimes([runtime])
+    check_runtimes([backend.runtime])
     with one_line(path, "cannot be opened"):
-        img_size, batch, precision = INSPECTORS[path.suffix](path)
+        img_size, batch, precision = backend.inspect(path)
     if batch not in (None, batch_size):
         raise InputError(f"{path} takes batches of {batch}, not of {batch_size}; choose --batch-sizes {batch}")
     job = file_job(path.resolve(), batch_size, precision, settings.compute_units)
     job |= {"threads": settings.threads, "cores": list(cores)}
-    environment = TUNING[runtime].environment if tuned and runtime in TUNING else {}
-    return BenchCase(path.name, runtime, precision, img_size, batch_size, None, job, dict(environment))
+    environment = backend.environment if tuned else {}
+    return BenchCase(path.name, backend.runtime, precision, img_size, batch_size, None, job, dict(environment))
 
 
 def choose_cores(threads: int) -> list[int]:
@@ -234,68 +234,3 @@ def choose_cores(threads: int) -> list[int]:
     if threads > len(allowed):
         raise InputError(f"--threads {threads} is more than the {len(allowed)} cores that this process may use")
     return allowed[-threads:]
-
-
-# --- third-party files ------------------------------------------------------------------------------------------------
-
-Inspection = tuple[int, int | None, str]
-"""Height in pixels, the fixed batch size if any, and the precision of a file."""
-ONNX_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
-"""Types of inputs that the worker can make."""
-
-
-def _inspect_onnx(path: Path) -> Inspection:
-    from ..backends.artifact import onnx_session
-    from ..backends.onnx import SPEC_KEY, metadata, read_onnx, spec_from
-
-    notes = metadata(read_onnx(path))
-    inputs = onnx_session(path, 1).get_inputs()
-    size, batch = _image_input(path, [each.shape for each in inputs])
-    if inputs[0].type not in ONNX_INPUTS:
-        raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(ONNX_INPUTS)} are timed here")
-    precision = spec_from(notes, path).precision if SPEC_KEY in notes else _onnx_precision(path)
-    return size, batch, precision
-
-
-def _inspect_openvino(path: Path) -> Inspection:
-    from ..backends.onnx import SPEC_KEY, spec_from
-    from ..backends.openvino import read_openvino
-
-    model, notes = read_openvino(path)
-    shapes = [[dim.get_length() if dim.is_static else None for dim in port.partial_shape] for port in model.inputs]
-    size, batch = _image_input(path, shapes)
-    return size, batch, spec_from(notes, path).precision if SPEC_KEY in notes else "fp32"
-
-
-def _inspect_coreml(path: Path) -> Inspection:
-    from ..backends.artifact import open_artifact
-
-    spec = open_artifact(path).spec
-    return spec.img_size, None, spec.precision
-
-
-def _image_input(path: Path, shapes: Sequence[Sequence[int | str | None]]) -> tuple[int, int | None]:
-    """Return the height in pixels and the fixed batch size, if any, of a file's one input."""
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise InputError(f"{path}: has no single input of four dimensions; only image models are timed here")
-    batch, *sides = shapes[0]
-    sizes = [side for side in sides if isinstance(side, int) and side > 4]
-    if len(sizes) < 2:
-        raise InputError(f"{path}: leaves the image's height and width open; export it for one size")
-    return sizes[0], batch if isinstance(batch, int) else None
-
-
-def _onnx_precision(path: Path) -> str:
-    """Return the precision of a third-party file, by its operators and the types of its weights."""
-    import onnx
-
-    from ..backends.onnx import operators, read_onnx
-
-    proto = read_onnx(path)
-    if {"QuantizeLinear", "QLinearConv", "DynamicQuantizeLinear"} & set(operators(proto)):
-        return "int8"
-    halves = sum(each.data_type == onnx.TensorProto.FLOAT16 for each in proto.graph.initializer)
-    return "fp16" if 2 * halves > len(proto.graph.initializer) else "fp32"
-
-
-INSPECTORS = {".onnx": _inspect_onnx, ".xml": _inspect_openvino, ".mlpackage": _inspect_coreml}

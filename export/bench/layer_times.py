@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 from shvit.files import scratch_folder
+from shvit.sessions import create_session
 
 from .cases import BenchModel
 from .records import LayerTime
@@ -77,15 +78,8 @@ def convolution_kind(weight: Sequence[int]) -> str:
 
 def profile_onnx(model: BenchModel, job: Job, batch_size: int) -> Events:
     """Return kind and median seconds of each node, from ONNX Runtime's profile."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = model.settings.threads
-    options.enable_profiling = True
     with scratch_folder() as folder:
-        options.profile_file_prefix = str(folder / "profile")
-        session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
+        session = create_session(job["path"], model.settings.threads, profile=folder / "profile")
         batch = {session.get_inputs()[0].name: torch.rand(batch_size, *model.spec.shape).numpy()}
         for _ in range(RUNS):
             session.run(None, batch)
@@ -110,9 +104,9 @@ PROFILE_ENDING = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")
 
 def _weight_shapes(path: Path) -> dict[str, list[int]]:
     """Return each convolution's weight shape by node name; the profile has none where the runtime packed it."""
-    from ..backends.onnx import read_onnx
+    from ..backends.onnx_graph import load_onnx
 
-    graph = read_onnx(path).graph
+    graph = load_onnx(path).graph
     shapes = {each.name: list(each.dims) for each in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in shapes:
@@ -125,7 +119,7 @@ def profile_openvino(model: BenchModel, job: Job, batch_size: int) -> Events:
     import openvino as ov
     from openvino import properties
 
-    from ..backends.openvino import core
+    from ..backends.openvino_graph import core
 
     network = core().read_model(job["path"])
     network.reshape([batch_size, *model.spec.shape])

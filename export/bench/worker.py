@@ -26,18 +26,10 @@ Prepare = Callable[[int], Call]
 
 def run_onnx(job: dict[str, Any]) -> Prepare:
     """Open a file in ONNX Runtime; `provider` is cpu, cuda or tensorrt."""
-    import onnxruntime
+    import runpy
 
-    if job["provider"] != "cpu":
-        onnxruntime.preload_dlls()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = job["threads"]
-    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-    wanted = names[job["provider"]]
-    session = onnxruntime.InferenceSession(job["path"], options, providers=[wanted])
-    if wanted not in session.get_providers():
-        raise RuntimeError(f"ONNX Runtime here has no {wanted}; install onnxruntime-gpu")
+    create_session = runpy.run_path(job["sessions"])["create_session"]  # of shvit/sessions.py, without PyTorch
+    session = create_session(job["path"], job["threads"], provider=job["provider"])
 
     def prepare(batch: int) -> Call:
         types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}

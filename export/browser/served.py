@@ -15,12 +15,14 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, sha256
 from shvit.weights.published import published_top1
 
-from ..backends.artifact import open_artifact
-from ..backends.onnx import INPUT
+from ..backends.backend import GraphOptions
+from ..backends.onnx import ONNX, create_int8_writer
+from ..backends.registry import load_artifact
 from ..bench.cases import BenchModel, Settings
 from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels
-from ..pipeline import MIN_CALIBRATION, Options, Source, export, float_layers, int8_onnx_writer
+from ..metadata import INPUT
+from ..pipeline import MIN_CALIBRATION, Source, export
 from ..spec import Precision, Spec
 from ..verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures
 from ..verify import Reference
@@ -113,7 +115,7 @@ def load_served(path: Path) -> ServedModel:
         InputError: it has no certificate, does not classify, or is not for browsers.
         CheckFailed: it has changed since it was certified.
     """
-    artifact = open_artifact(path, threads=1)
+    artifact = load_artifact(path, threads=1)
     if artifact.spec.output_kind == "features":
         raise InputError(f"{path}: gives feature maps; export it with logits to compare outputs")
     if artifact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
@@ -149,14 +151,14 @@ def _export(bench_model: BenchModel, precision: Precision, images: Path | None) 
         reference = Reference(
             model, spec, samples, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
         )
-        spec = export("onnx", path, Source(reference, spec, calibration), Options()).spec
+        spec = export(ONNX, path, Source(reference, spec, calibration), GraphOptions()).spec
     else:  # speed does not depend on the int8 accuracy of random weights
-        spec = replace(spec, excluded_layers=float_layers("onnx", deploy(model)))
+        spec = replace(spec, excluded_layers=ONNX.float_layers(deploy(model)))
         certificate_path(path).unlink(missing_ok=True)  # of an earlier file
         with atomic_write(path) as partial:
             reference = Reference(model, spec, [], "", labels)
             source = Source(reference, spec, calibration)
-            int8_onnx_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
+            create_int8_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
     return ServedModel(
         name=bench_model.name,
         path=path,
@@ -273,7 +275,7 @@ def expected_outputs(model: ServedModel, pixels: torch.Tensor) -> torch.Tensor:
     Args:
         pixels: uint8 (n, C, H, W).
     """
-    return open_artifact(model.path)(pixels).float()
+    return load_artifact(model.path)(pixels).float()
 
 
 def _binary(tensor: torch.Tensor) -> Content:

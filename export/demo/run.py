@@ -14,10 +14,11 @@ from shvit import terminal
 from shvit.cli import run
 from shvit.errors import CheckFailed
 from shvit.files import check_output_folder, check_replaceable
-from shvit.train.data import eval_loader, open_dataset
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_loader import eval_loader
 from shvit.train.evaluate import Evaluation, evaluate
 
-from ..backends.artifact import Predict, open_artifact, torch_predict
+from ..backends.registry import Predict, load_artifact, torch_predict
 from ..bench.records import describe_preemption, parse_measurements
 from . import report
 
@@ -94,7 +95,7 @@ def _cells() -> Path:
 
 
 def _model(trained: dict[str, Any]) -> torch.nn.Module:
-    from shvit.checkpoint import create_model
+    from shvit.create import create_model
 
     return create_model(trained["model"], trained["checkpoint"])
 
@@ -105,7 +106,7 @@ def _evaluate(artifact: Path, model: Predict, data: Path | None) -> Accuracy:
     Raises:
         CheckFailed: they differ by more than `MAX_DIFFERENCE`.
     """
-    exported = open_artifact(artifact)
+    exported = load_artifact(artifact)
     dataset, spec = open_dataset(data, "val"), exported.spec
     accuracy = Accuracy(
         evaluate(model, eval_loader(dataset, spec.transform(), batch_size=32), spec.num_classes),
@@ -122,7 +123,7 @@ def _evaluate(artifact: Path, model: Predict, data: Path | None) -> Accuracy:
 
 def _predictions(artifact: Path, data: Path | None) -> list[report.Prediction]:
     """Return predictions for validation images: up to `MAX_SHOWN_WRONG` mistakes among correct ones."""
-    predict = open_artifact(artifact)
+    predict = load_artifact(artifact)
     dataset, transform = open_dataset(data, "val"), predict.spec.transform(normalize=False)
     targets = [target for _, target in dataset.samples]
     outputs = [predict(transform(dataset[index][0])[None]).softmax(dim=1)[0] for index in range(len(dataset))]

@@ -1,15 +1,16 @@
-"""Runs a Core ML package on any machine: reads the saved file and computes each of its operations with PyTorch.
+"""An evaluator of Core ML packages for any machine: it reads a saved file and computes each operation with PyTorch.
 
-Meant for verification, not for speed. Float32 throughout; or rounded to float16 after each operation whose result the
-program declares as such, which stands in for hardware that computes in half precision, such as the Neural Engine.
+It is meant for verification, not for speed. Everything is float32; or rounded to float16 after each operation whose
+result the program declares as such, which stands in for hardware that computes in half precision, such as the Neural
+Engine.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,29 +19,30 @@ from PIL import Image
 from shvit.documents import load_json
 from shvit.errors import InputError, first_line
 from shvit.files import files_below, is_file, is_folder
+from shvit.terminal import quiet
 
-from ..backends.onnx import quiet
 from ..guards import Port, check_elements, one_line
 from ..spec import Spec
+from ..wrappers import MIL_LAYERS as LAYERS
 from .operations import OPERATIONS
 
-MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
-"""How PIL calls the colors that Core ML can be given."""
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Function, Operation, Var
+    from coremltools.proto.Model_pb2 import FeatureDescription, Model
 
-
+PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
+"""PIL's names of Core ML's color spaces."""
 MAIN = "main"
 """The function that is run, of those that a program may have."""
-LAYERS = ("conv", "linear")
-"""Operations that have a module's weights."""
 
 
 @dataclass(frozen=True)
-class Feed:
-    """What the package asks to be given under one name."""
+class ModelInput:
+    """An input of a package, as the package describes it."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
-    """Those allowed, (B, C, H, W); the first is the usual one."""
+    """The shapes allowed, (B, C, H, W); the first is the default."""
     colors: str | None
     """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
 
@@ -50,15 +52,15 @@ class Program:
 
     Args:
         function: coremltools' object.
-        name: what errors call it.
+        name: the program's name in errors.
     """
 
-    def __init__(self, function: Any, name: str):
+    def __init__(self, function: "Function", name: str):
         self.function = function
         self.name = name
 
-    def values(self, given: Mapping[str, torch.Tensor], half: bool = False) -> dict[Any, Any]:
-        """Every variable's value, by coremltools' object for it; with gradients where PyTorch keeps them.
+    def values(self, given: Mapping[str, torch.Tensor], half: bool = False) -> dict["Var", Any]:
+        """Return every variable's value, by coremltools' object for it; with gradients where PyTorch records them.
 
         Args:
             given: the inputs by name.
@@ -68,16 +70,16 @@ class Program:
             InputError: an operation cannot be computed.
         """
         inputs = self.function.inputs
-        values: dict[Any, Any] = {inputs[name]: _rounded(value, inputs[name], half) for name, value in given.items()}
+        values: dict[Var, Any] = {inputs[name]: _rounded(value, inputs[name], half) for name, value in given.items()}
         for op in self.function.operations:
             self._compute(op, values, half)
         return values
 
-    def _compute(self, op: Any, values: dict[Any, Any], half: bool) -> None:
-        if op.op_type.startswith("const"):  # const and constexpr_…: among the constants
+    def _compute(self, op: "Operation", values: dict["Var", Any], half: bool) -> None:
+        if op.op_type.startswith("const"):  # const and constexpr_… are among the constants
             return
-        left_out = dict.fromkeys(op.input_spec.input_types)
-        arguments = left_out | {name: self._argument(var, values) for name, var in op.inputs.items()}
+        optional = dict.fromkeys(op.input_spec.input_types)
+        arguments = optional | {name: self._argument(var, values) for name, var in op.inputs.items()}
         try:
             results = OPERATIONS[op.op_type](**arguments)
         except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
@@ -88,7 +90,7 @@ class Program:
         for var, result in zip(op.outputs, results, strict=False):
             values[var] = _rounded(result, var, half)
 
-    def _argument(self, var: Any, values: Mapping[Any, Any]) -> Any:
+    def _argument(self, var: "Var | Sequence[Var] | None", values: Mapping["Var", Any]) -> Any:
         if isinstance(var, tuple | list):
             return [self._argument(each, values) for each in var]
         if var is None:
@@ -96,9 +98,9 @@ class Program:
         return values[var] if var in values else self._constants.get(var, None)
 
     @cached_property
-    def _constants(self) -> dict[Any, Any]:
-        """Weights as float32 tensors, numbers and strings as Python's; compressed weights as what they stand for."""
-        found: dict[Any, Any] = {}
+    def _constants(self) -> dict["Var", Any]:
+        """Weights as float32 tensors, compressed ones decompressed; numbers and strings as Python's."""
+        found: dict[Var, Any] = {}
         for op in self.function.operations:
             if op.op_type == "const":
                 found[op.outputs[0]] = _constant(op.outputs[0].val)
@@ -108,13 +110,13 @@ class Program:
 
 
 class Package:
-    """A .mlpackage, opened.
+    """An opened .mlpackage.
 
     Args:
         half: round to float16 wherever the program says float16.
 
     Raises:
-        InputError: it is not there, cannot be read, is no ML Program, or holds an operation that is not known.
+        InputError: the package is missing, unreadable, no ML Program, or holds an operation that is not known.
     """
 
     def __init__(self, path: Path, half: bool = False):
@@ -138,7 +140,7 @@ class Package:
                 found = ", ".join(sorted(program.functions)) or "none"
                 raise InputError(f"{path}: has no function {MAIN} (it has {found}); export the model again")
             self.program = Program(program.functions[MAIN], str(path))
-            self.feeds = tuple(_feed(description) for description in self.proto.description.input)
+            self.inputs = tuple(_model_input(description) for description in self.proto.description.input)
         check_elements(path, self._shapes())
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
         if unknown:
@@ -146,95 +148,98 @@ class Package:
 
     @property
     def operators(self) -> dict[str, int]:
-        """How many of each operation, most frequent first; constants are not counted."""
+        """The number of operations of each type, most frequent first; constants are not counted."""
         counts = Counter(op.op_type for op in self.program.function.operations if op.op_type != "const")
         return dict(counts.most_common())
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what it gives."""
+        """Names of the outputs."""
         return [var.name for var in self.program.function.outputs]
 
     @property
     def ports(self) -> tuple[list[Port], list[Port]]:
-        """What it takes and gives, as it declares them."""
-        feeds = [Port(feed.name, "image" if feed.colors else "float32", feed.shapes[0]) for feed in self.feeds]
-        return feeds, [_port(var) for var in self.program.function.outputs]
+        """Inputs and outputs as the package declares them."""
+        inputs = [Port(each.name, "image" if each.colors else "float32", each.shapes[0]) for each in self.inputs]
+        return inputs, [_port(var) for var in self.program.function.outputs]
 
     def check_sizes(self, spec: Spec) -> None:
-        """Raise InputError where it does not take one of the sizes that its spec names."""
+        """Raise InputError where the package does not take one of the sizes that its spec names."""
         for px in spec.sizes:
             shape = (1, spec.in_chans, px, px)
-            if shape not in self.feeds[0].shapes:
+            if shape not in self.inputs[0].shapes:
                 raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
 
     def _shapes(self) -> Iterator[tuple[str, list[int | None]]]:
-        """Of everything that is computed, constants included; lengths that depend on the input are open."""
+        """Yield name and shape of every variable, constants included; lengths that depend on the input are None."""
         for op in self.program.function.operations:
             for var in op.outputs:
                 yield var.name, _lengths(var)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its maker wrote into it."""
+        """The user-defined metadata of the package."""
         return dict(self.proto.description.metadata.userDefined)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A classifier's labels in its classes' order; none of any other model."""
+        """A classifier's labels in the order of its classes; empty for any other model."""
         for op in self.program.function.operations:
             if op.op_type == "classify":
                 return tuple(map(str, op.inputs["classes"].val))
         return ()
 
     def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
-        """All outputs by name.
+        """Return all outputs by name.
 
         Args:
-            given: for each feed an image, or a tensor of one of its shapes: float32, for images the pixels' values,
-                0–255, channels in the feed's order.
+            given: for each input an image, or a tensor of one of its shapes: float32, for images the pixels' values,
+                0–255, channels in the input's order.
 
         Raises:
-            InputError: a feed is missing, or has another shape, or an operation cannot be computed.
+            InputError: an input is missing, or has another shape, or an operation cannot be computed.
         """
         values = self._values(given)
         return {var.name: values[var] for var in self.program.function.outputs}
 
     def layers(self, **given: torch.Tensor | Image.Image) -> dict[str, torch.Tensor]:
-        """The output of each convolution and linear layer by the operation's name; arguments and errors as above."""
+        """Return the output of each convolution and linear layer, by the operation's name.
+
+        Arguments and errors are those of a call.
+        """
         values = self._values(given)
         return {op.name: values[op.outputs[0]] for op in self.program.function.operations if op.op_type in LAYERS}
 
-    def _values(self, given: Mapping[str, torch.Tensor | Image.Image]) -> dict[Any, Any]:
-        for feed in self.feeds:
-            if feed.name not in given:
-                raise InputError(f"{self.path}: wants an input {feed.name!r}")
-        tensors = {feed.name: _tensor(feed, given[feed.name], self.path) for feed in self.feeds}
+    def _values(self, given: Mapping[str, torch.Tensor | Image.Image]) -> dict["Var", Any]:
+        for each in self.inputs:
+            if each.name not in given:
+                raise InputError(f"{self.path}: wants an input {each.name!r}")
+        tensors = {each.name: _tensor(each, given[each.name], self.path) for each in self.inputs}
         with torch.inference_mode():
             return self.program.values(tensors, self.half)
 
 
-def _rounded(value: Any, var: Any, half: bool) -> Any:
+def _rounded(value: Any, var: "Var", half: bool) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.half().float() if half and _is_half(var) else value.float()
 
 
-def _is_half(var: Any) -> bool:
+def _is_half(var: "Var") -> bool:
     from coremltools.converters.mil.mil import types
 
     return types.builtin_to_string(var.dtype) == "fp16"
 
 
-def _lengths(var: Any) -> list[int | None]:
-    """A variable's shape; empty where it is no tensor."""
+def _lengths(var: "Var") -> list[int | None]:
+    """Return a variable's shape, a length that depends on the input as None; empty where it is no tensor."""
     from coremltools.converters.mil.mil import types
 
     shape = var.shape if types.is_tensor(var.sym_type) else ()
     return [int(each) if isinstance(each, int | np.integer) else None for each in shape]
 
 
-def _port(var: Any) -> Port:
+def _port(var: "Var") -> Port:
     from coremltools.converters.mil.mil import types
 
     if types.is_dict(var.sym_type):  # a classifier's probabilities by label
@@ -243,13 +248,15 @@ def _port(var: Any) -> Port:
     return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
 
 
-MAX_FILES = 1000  # of a package; those that are written here have three
+MAX_FILES = 1000
+"""Files of a package; `shvit export` writes three."""
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 def _check_files(path: Path) -> None:
-    """Raise InputError unless a package holds files and folders alone, all of which its hash covers.
+    """Raise InputError unless a package holds nothing but files and folders that its hash covers.
 
-    A FIFO would be waited for, and names that begin with a dot, which file managers use, are left out of the hash.
+    Opening a FIFO would never return, and the hash leaves out names that begin with a dot, which file managers use.
     """
     if len(files_below(path)) > MAX_FILES:
         raise InputError(f"{path}: has more than {MAX_FILES} files; export the model again")
@@ -263,15 +270,12 @@ def _check_files(path: Path) -> None:
                              "model again")  # fmt: skip
 
 
-MAX_MANIFEST_BYTES = 1 << 20
-
-
-MADE = ("fill", "tile", "range_1d", "one_hot")
+EXPANDING = ("fill", "tile", "range_1d", "one_hot")
 """Operations whose result has as many numbers as their constants say; coremltools computes it when it loads them."""
 
 
-def _check_program(path: Path, proto: Any) -> None:
-    """For a program that was not loaded yet.
+def _check_program(path: Path, proto: "Model") -> None:
+    """Check a program before it is loaded.
 
     Raises:
         InputError: it has weights in a file that the package's hash leaves out, or tensors that are too large.
@@ -287,7 +291,7 @@ def _check_program(path: Path, proto: Any) -> None:
             if op.type == "const" and op.outputs:
                 value = op.attributes["val"].immediateValue.tensor
                 numbers[op.outputs[0].name] = [*value.ints.values, *value.longInts.values]
-            if op.type in MADE:
+            if op.type in EXPANDING:
                 names = (each.name for argument in op.inputs.values() for each in argument.arguments)
                 check_elements(path, [(op.outputs[0].name, [abs(n) for name in names for n in numbers.get(name, ())])])
             bound = (each.value for argument in op.inputs.values() for each in argument.arguments)
@@ -298,28 +302,28 @@ def _check_program(path: Path, proto: Any) -> None:
                                      "model again")  # fmt: skip
 
 
-def _feed(description: Any) -> Feed:
+def _model_input(description: "FeatureDescription") -> ModelInput:
     kind = description.type.WhichOneof("Type")
     if kind == "imageType":
         image = description.type.imageType
         colors = type(image).ColorSpace.Name(image.colorSpace)
         sizes = [(image.height, image.width), *((s.height, s.width) for s in image.enumeratedSizes.sizes)]
         chans = 1 if colors == "GRAYSCALE" else 3
-        return Feed(description.name, tuple(dict.fromkeys((1, chans, *size) for size in sizes)), colors)
+        return ModelInput(description.name, tuple(dict.fromkeys((1, chans, *size) for size in sizes)), colors)
     array = description.type.multiArrayType
     shapes = [tuple(array.shape), *(tuple(each.shape) for each in array.enumeratedShapes.shapes)]
-    return Feed(description.name, tuple(dict.fromkeys(shapes)), None)
+    return ModelInput(description.name, tuple(dict.fromkeys(shapes)), None)
 
 
-def _tensor(feed: Feed, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
+def _tensor(wanted: ModelInput, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
     if isinstance(value, Image.Image):
-        if feed.colors is None:
-            raise InputError(f"{path}: its input {feed.name!r} is a tensor, and an image was given")
-        pixels = np.asarray(value.convert(MODES[feed.colors]), dtype=np.float32)
+        if wanted.colors is None:
+            raise InputError(f"{path}: its input {wanted.name!r} is a tensor, and an image was given")
+        pixels = np.asarray(value.convert(PIL_MODES[wanted.colors]), dtype=np.float32)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if feed.colors == "BGR" else pixels))[None]
-    if tuple(value.shape) not in feed.shapes:
-        allowed = " or ".join("×".join(map(str, shape)) for shape in feed.shapes)
+        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if wanted.colors == "BGR" else pixels))[None]
+    if tuple(value.shape) not in wanted.shapes:
+        allowed = " or ".join("×".join(map(str, shape)) for shape in wanted.shapes)
         raise InputError(f"{path}: takes {allowed}, not {'×'.join(map(str, value.shape))}")
     return value.float()
 

@@ -1,16 +1,17 @@
-"""coremltools' graph passes of ours: names for layers, and 8-bit activations.
+"""Graph passes for coremltools: names for layers, 8-bit activations and 8-bit weights.
 
-Importing this registers them, so it is imported only to convert.
+Importing this module registers them, so it is imported only to convert.
 """
 
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import ClassVar
 
 import coremltools as ct
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder, types
+from coremltools.converters.mil.mil import Block, Builder, Function, Operation, Program, Var, types
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass, PassOption
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY, register_pass
@@ -19,104 +20,117 @@ from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationCon
 
 from shvit.errors import InputError
 
-from ..backends.coreml import written
-from ..mil.program import LAYERS, Program
 from ..spec import Spec
-from .ranges import LEVELS, Range, best_range, histogram
+from ..wrappers import MIL_LAYERS
+from .ranges import LEVELS, Range, learn_ranges
 
-MIN_SCALE = 2.0**-14  # float16's smallest normal number
+MIN_SCALE = 2.0**-14
+"""float16's smallest normal number."""
+Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Tensor]]]
+"""Makes of a function with one input what gives the values of all its variables for an input, with gradients."""
 
 
 def pipeline(
     spec: Spec,
     names: Mapping[str, str],
     calibration: Sequence[torch.Tensor],
-    keep: Collection[str],
+    evaluator: Evaluator,
+    excluded: Collection[str],
     ranges: dict[str, Range],
-) -> Any:
-    """coremltools' own passes, then ours, then its quantizer of weights, as `spec.precision` needs them.
+) -> ct.PassPipeline:
+    """Return coremltools' own passes followed by ours, as `spec.precision` needs them.
 
     Args:
-        names: of the modules that are layers, by their names in what was traced.
+        names: of the modules that are layers, by their names in the traced graph.
         calibration: inputs of the traced graph, (1, C, H, W).
-        keep: names of layers that are not quantized.
-        ranges: of layers' inputs, by the layer's name; those that are missing are learned and put in.
+        evaluator: runs the traced graph on them.
+        excluded: names of layers that are not quantized.
+        ranges: of layers' inputs, by the layer's name; those that are missing are learned and added.
     """
+    excluded = frozenset(excluded)
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass("shvit::name_layers")
-    passes.set_options("shvit::name_layers", {"names": names, "keep": frozenset(keep)})
+    passes.set_options("shvit::name_layers", {"names": names, "excluded": excluded})
     if spec.precision == "w8a8":
         passes.append_pass("shvit::quantize_activations")
-        options = {"calibration": calibration, "keep": frozenset(keep), "ranges": ranges}
+        options = {"calibration": calibration, "evaluator": evaluator, "excluded": excluded, "ranges": ranges}
         passes.set_options("shvit::quantize_activations", options)
     if spec.precision in ("int8", "w8a8"):
         passes.append_pass("shvit::quantize_weights")
-        passes.set_options("shvit::quantize_weights", {"keep": frozenset(keep)})
+        passes.set_options("shvit::quantize_weights", {"excluded": excluded})
     return passes
 
 
-def layers_of(prog: Any) -> list[Any]:
-    """The program's convolutions and linear operations."""
-    return [op for op in prog.functions["main"].operations if op.op_type in LAYERS]
+def layers_of(prog: Program) -> list[Operation]:
+    """Return the program's convolutions and linear operations."""
+    return [op for op in prog.functions["main"].operations if op.op_type in MIL_LAYERS]
 
 
 @register_pass(namespace="shvit")
 class name_layers(AbstractGraphPass):  # noqa: N801  (coremltools calls passes as functions)
-    """Names each convolution and linear operation after the module whose output it gives, where that is one alone."""
+    """Name each convolution and linear operation after the module whose output it gives, where that is one alone."""
 
     names: ClassVar[Mapping[str, str]] = {}
-    keep: ClassVar[frozenset[str]] = frozenset()
+    excluded: ClassVar[frozenset[str]] = frozenset()
 
-    def apply(self, prog: Any) -> None:
+    def apply(self, prog: Program) -> None:
         layers = layers_of(prog)
         modules = [_traced_module(op) for op in layers]
         times = Counter(modules)
         for op, module in zip(layers, modules, strict=True):
             alone = module in self.names and times[module] == 1
             op.name = self.names[module] if alone else written(op.name)
-        unknown = sorted(self.keep - {op.name for op in layers})
+        unknown = sorted(self.excluded - {op.name for op in layers})
         if unknown:
             some = ", ".join(op.name for op in layers[:3])
             raise InputError(f"no convolution or linear layer is called {unknown[0]!r}; choose from the model's, "
                              f"such as {some}")  # fmt: skip
 
 
-def _traced_module(op: Any) -> str:
-    """The dotted name of the module whose trace the operation comes from; its scope ends in the node's own name."""
+def _traced_module(op: Operation) -> str:
+    """Return the dotted name of the module that the operation was traced in; its scope ends in the node's own name."""
     return ".".join(op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_NAME, [""])[:-1])
+
+
+def written(name: str) -> str:
+    """Return an operation's name as coremltools writes it."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"op_{plain}" if plain[0].isdigit() else plain
 
 
 @register_pass(namespace="shvit")
 class quantize_activations(AbstractGraphPass):  # noqa: N801
-    """Puts `quantize` and `dequantize` (uint8) before each convolution and linear layer.
+    """Insert `quantize` and `dequantize` (uint8) before each convolution and linear layer.
 
-    A linear layer of a single vector keeps its float input: it is bound by its weights, and gains nothing.
+    A linear layer of a single vector keeps its float input: its time is that of reading its weights.
     """
 
     calibration: ClassVar[Sequence[torch.Tensor]] = ()
-    keep: ClassVar[frozenset[str]] = frozenset()
+    evaluator: ClassVar[Evaluator | None] = None
+    excluded: ClassVar[frozenset[str]] = frozenset()
     ranges: ClassVar[dict[str, Range]] = {}
 
-    def apply(self, prog: Any) -> None:
+    def apply(self, prog: Program) -> None:
         function = prog.functions["main"]
-        layers = [op for op in layers_of(prog) if self._is_wanted(op)]
+        layers = [op for op in layers_of(prog) if self._is_quantized(op)]
         if missing := [op for op in layers if op.name not in self.ranges]:
+            assert self.evaluator is not None
             tensors = list(dict.fromkeys(op.inputs["x"] for op in missing))
-            learned = calibrate(Program(function, "the traced model"), tensors, self.calibration)
+            learned = calibrate(function, self.evaluator, tensors, self.calibration)
             self.ranges.update({op.name: learned[op.inputs["x"]] for op in missing})
         if layers:
             _insert(function, layers, [self.ranges[op.name] for op in layers])
 
-    def _is_wanted(self, op: Any) -> bool:
-        if op.name in self.keep or op.inputs["x"].val is not None:
+    def _is_quantized(self, op: Operation) -> bool:
+        if op.name in self.excluded or op.inputs["x"].val is not None:
             return False
         return op.op_type != "linear" or op.inputs["x"].rank > 2
 
 
 @block_context_manager
-def _insert(block: Any, layers: Sequence[Any], ranges: Sequence[tuple[float, float]]) -> None:
-    """Rebuilds each layer on its rounded input; layers of the same input share it."""
-    rounded: dict[Any, Any] = {}
+def _insert(block: Block, layers: Sequence[Operation], ranges: Sequence[Range]) -> None:
+    """Rebuild each layer on its rounded input; layers of the same input share it."""
+    rounded: dict[Var, Var] = {}
     for op, ends in zip(layers, ranges, strict=True):
         source = op.inputs["x"]  # by now a rebuilt layer's, where the input is one's output
         if source not in rounded:
@@ -128,8 +142,8 @@ def _insert(block: Any, layers: Sequence[Any], ranges: Sequence[tuple[float, flo
         block.remove_ops([op])
 
 
-def _round_trip(source: Any, low: float, high: float, before: Any) -> Any:
-    """The tensor through 8 bits and back."""
+def _round_trip(source: Var, low: float, high: float, before: Operation) -> Var:
+    """Return the tensor rounded to 8 bits and back."""
     dtype = np.float16 if source.dtype == types.fp16 else np.float32
     scale = dtype(max((high - low) / LEVELS, MIN_SCALE))
     zero_point = np.uint8(min(round(-low / float(scale)), LEVELS))
@@ -139,18 +153,18 @@ def _round_trip(source: Any, low: float, high: float, before: Any) -> Any:
 
 @register_pass(namespace="shvit")
 class quantize_weights(AbstractGraphPass):  # noqa: N801
-    """Applies coremltools' quantizer, int8 with a scale for each output channel, to the weights of layers.
+    """Apply coremltools' quantizer, int8 with a scale for each output channel, to the weights of layers.
 
-    They are named to it one by one: by kind of operation it refuses programs in which a norm and a convolution share a
-    constant, as they do wherever two are equal.
+    It is given their names one by one: by type of operation it refuses programs in which a norm and a convolution
+    share a constant, as they do wherever two are equal.
     """
 
-    keep: ClassVar[frozenset[str]] = frozenset()
+    excluded: ClassVar[frozenset[str]] = frozenset()
 
-    def apply(self, prog: Any) -> None:
+    def apply(self, prog: Program) -> None:
         weights: dict[bool, set[str]] = {True: set(), False: set()}
         for op in layers_of(prog):
-            weights[op.name in self.keep].add(op.inputs["weight"].op.name)
+            weights[op.name in self.excluded].add(op.inputs["weight"].op.name)
         int8 = OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=0)
         config = OptimizationConfig(op_name_configs=dict.fromkeys(weights[False] - weights[True], int8))
         quantizer = PASS_REGISTRY["compression::linear_quantize_weights"]
@@ -159,28 +173,20 @@ class quantize_weights(AbstractGraphPass):  # noqa: N801
 
 
 def calibrate(
-    program: Program, tensors: Sequence[Any], inputs: Sequence[torch.Tensor]
-) -> dict[Any, tuple[float, float]]:
-    """The range that each of the program's tensors is best cut to (see `ranges`).
+    function: Function, evaluator: Evaluator, tensors: Sequence[Var], inputs: Sequence[torch.Tensor]
+) -> dict[Var, Range]:
+    """Return the range that each of the function's tensors is best cut to (see `learn_ranges`)."""
+    values_of = evaluator(function)
 
-    Errors are weighed by the squared gradient of the outputs, with random signs: its mean is the squared error that
-    they cause there, to first order.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found: dict[Any, torch.Tensor] = {}
-    (name,) = program.function.inputs
-    for x in inputs:
-        values = program.values({name: x.clone().requires_grad_()})
-        outputs = [values[_before_softmax(var)] for var in program.function.outputs]
-        signs = [torch.randint(0, 2, out.shape, generator=generator) * 2.0 - 1 for out in outputs]
-        total = torch.stack([(out * sign).sum() for out, sign in zip(outputs, signs, strict=True)]).sum()
-        for var, gradient in zip(tensors, torch.autograd.grad(total, [values[var] for var in tensors]), strict=True):
-            found[var] = found.get(var, 0) + histogram(values[var].detach(), gradient.double().square())
-    return {var: best_range(counts) for var, counts in found.items()}
+    def evaluate(x: torch.Tensor) -> tuple[list[torch.Tensor], dict[Var, torch.Tensor]]:
+        values = values_of(x)
+        return [values[_before_softmax(var)] for var in function.outputs], {var: values[var] for var in tensors}
+
+    return learn_ranges(evaluate, inputs)
 
 
-def _before_softmax(var: Any) -> Any:
-    """Logits, where the output is their softmax, which hardly has a gradient where it is certain."""
+def _before_softmax(var: Var) -> Var:
+    """Return the logits of an output that is their softmax, whose gradient vanishes where it is certain."""
     source = var
     while source.op is not None and source.op.op_type in ("cast", "softmax"):
         source = source.op.inputs["x"]

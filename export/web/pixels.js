@@ -31,7 +31,7 @@ const choose = (what, table, name) => {
 /**
  * The pixels of a file (Blob) or of a video's present frame, at full resolution.
  *
- * As open_image in train/images.py, it turns an image upright as its Exif data says, composites what is transparent
+ * As open_image in train/data/images.py, it turns an image upright as its Exif data says, composites what is transparent
  * on white, divides 16 bits by 256, takes the first frame, and applies no color profile.
  *
  * @returns {Promise<ImageData>}

@@ -1,6 +1,6 @@
-"""Draws export/verdicts.png: how far sound files and files with one deliberate defect are from their models.
+"""Draws docs/explanation/verdicts.png: how far sound files and files with one deliberate defect are from their models.
 
-$ python tests/judge_picture.py export/verdicts.png onnx openvino coreml
+$ python -m tests.export.judge_picture docs/explanation/verdicts.png onnx openvino coreml
 """
 
 import sys
@@ -14,8 +14,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.parameters import compare_parameters
+from shvit.export.backends.registry import load_artifact
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify
 from tests.export.judged import Workshop
@@ -48,7 +48,7 @@ def measure(kinds: list[str]) -> tuple[Points, int, int]:
 
 
 def _point(artifact, reference) -> tuple[tuple[float, float], str]:
-    opened = open_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
+    opened = load_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
     weights = compare_parameters(opened.parameters(), _quantizable(opened, reference)).worst
     try:
         certificate = certify(opened, reference)

@@ -14,18 +14,22 @@ import torch
 from coremltools.proto import Model_pb2
 from torch import nn
 
-from shvit.deployment import DeployedSHSA, deploy
+from shvit.deployment import deploy
 from shvit.errors import CheckFailed
-from shvit.export.backends.artifact import Artifact, open_artifact
+from shvit.export.backends.backend import Artifact
 from shvit.export.backends.coreml import write_coreml
-from shvit.export.backends.onnx import SPEC_KEY, metadata, save_onnx, spec_from, write_onnx
+from shvit.export.backends.onnx import save_onnx, write_onnx
+from shvit.export.backends.onnx_graph import metadata
 from shvit.export.backends.openvino import write_openvino
+from shvit.export.backends.registry import BACKENDS, load_artifact
 from shvit.export.images import ImageFile
-from shvit.export.pipeline import Format, Source, float_layers
+from shvit.export.metadata import SPEC_KEY, spec_from
+from shvit.export.pipeline import Source
 from shvit.export.quantization.qdq import LayerRanges, Unfolded, activation_ranges, quantize_onnx
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
 from shvit.export.wrappers import Probabilities, layers
+from shvit.fold import DeployedSHSA
 from tests.trained_models import PX, draw_images, trained
 
 
@@ -372,7 +376,7 @@ class Workshop:
     def kept(self) -> tuple[str, ...]:
         """Layers that stay in float, so that noise is well within its bound on any machine; none that is tried."""
         noisy = [name for name in self.source.noise(True) if not name.startswith(LAYER.removesuffix("pw1"))]
-        return tuple(dict.fromkeys((*float_layers("onnx", self.source.deployed()), *noisy[:KEPT])))
+        return tuple(dict.fromkeys((*BACKENDS["onnx"].float_layers(self.source.deployed()), *noisy[:KEPT])))
 
     def path(self, suffix: str) -> Path:
         self.count += 1
@@ -419,7 +423,8 @@ class Workshop:
         path, spec = self.path(".onnx"), replace(spec or self.spec, precision=precision)
         if precision == "int8":
             spec = replace(spec, excluded_layers=self.kept())
-            quantize_onnx(proto, path, spec, labels, self.source.ranges() if ranges is None else ranges)
+            quantized = quantize_onnx(proto, spec, self.source.ranges() if ranges is None else ranges)
+            save_onnx(quantized.proto, path, spec, labels, quantized.ranges)
         else:
             save_onnx(proto, path, spec, labels)
         proto = onnx.load(path)
@@ -430,7 +435,7 @@ class Workshop:
     def openvino(self, precision: Precision, onnx_file: Path, labels: Sequence[str] | None = None) -> Path:
         """An IR made of an ONNX file."""
         path = self.path(".xml")
-        spec = replace(open_artifact(onnx_file, 1).spec, precision=precision)
+        spec = replace(load_artifact(onnx_file, 1).spec, precision=precision)
         write_openvino(onnx_file, path, spec, self.source.labels if labels is None else labels)
         return path
 
@@ -462,11 +467,11 @@ class Workshop:
         weights = lambda _: deploy(model, PX)  # noqa: E731
         return self.onnx(precision, smaller, weights=weights, labels=labels, spec=spec), reference
 
-    def defective(self, kind: Format, precision: Precision, defect: str) -> tuple[Artifact | Path, Reference]:
+    def defective(self, kind: str, precision: Precision, defect: str) -> tuple[Artifact | Path, Reference]:
         """A file with one deliberate defect, and what it is held against."""
         reference, labels = self.reference, [*self.source.labels[1:], self.source.labels[0]]
         if defect.startswith("said: "):
-            sound = open_artifact(self.sound(kind, precision), 1, rounded=True)
+            sound = load_artifact(self.sound(kind, precision), 1, rounded=True)
             return replace(sound, spec=spec_defects(sound.spec)[defect]), reference
         if defect == "labels permuted":
             if kind == "coreml":
@@ -486,13 +491,13 @@ class Workshop:
         path = self._onnx_defect(onnx_precision(kind, precision), defect)
         return (path if kind == "onnx" else self.openvino(precision, path)), reference
 
-    def sound(self, kind: Format, precision: Precision) -> Path:
+    def sound(self, kind: str, precision: Precision) -> Path:
         """A file without a defect, written by the same steps."""
         if (kind, precision) not in self.made:
             self.made[kind, precision] = self._sound(kind, precision)
         return self.made[kind, precision]
 
-    def _sound(self, kind: Format, precision: Precision) -> Path:
+    def _sound(self, kind: str, precision: Precision) -> Path:
         if kind == "coreml":
             return self.coreml(precision)
         path = self.onnx(onnx_precision(kind, precision))
@@ -526,7 +531,7 @@ class Workshop:
     def _coreml_defect(self, precision: Precision, defect: str) -> Path | Artifact:
         if defect.startswith("inside: "):
             path = self.coreml(precision, spec=inner_spec_defects(self.spec)[defect])
-            opened = open_artifact(path, 1)
+            opened = load_artifact(path, 1)
             said = replace(self.spec, precision=precision)
             return replace(opened, spec=said)
         if defect in {**WEIGHT_DEFECTS, **GRAPH_DEFECTS}:
@@ -536,7 +541,7 @@ class Workshop:
         COREML_SCALE_DEFECTS[defect](path)
         return path
 
-    def _softmax_twice(self, kind: Format, precision: Precision) -> tuple[Path, Reference]:
+    def _softmax_twice(self, kind: str, precision: Precision) -> tuple[Path, Reference]:
         reference = replace(self.reference, model=Probabilities(self.model).eval(), _outputs={})
         spec = replace(self.spec, precision=precision, outputs=("probabilities",))
         if kind == "coreml":
@@ -555,7 +560,7 @@ class Workshop:
         return (path if kind == "onnx" else self.openvino(precision, path)), reference
 
 
-def onnx_precision(kind: Format, precision: Precision) -> Precision:
+def onnx_precision(kind: str, precision: Precision) -> Precision:
     """Of the ONNX file that a file of this format is made from."""
     return precision if kind == "onnx" or precision == "int8" else "fp32"
 
@@ -575,7 +580,7 @@ def unfold_like(deployed: nn.Module, unfolded: nn.Module) -> nn.Module:
 def judged(artifact: Artifact | Path, reference: Reference) -> tuple[str, str]:
     """passed, refused or undecided, and what it was refused by."""
     try:
-        opened = open_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
+        opened = load_artifact(artifact, 1, rounded=True) if isinstance(artifact, Path) else artifact
         certificate = certify(opened, reference)
     except CheckFailed as error:
         return "refused", str(error)

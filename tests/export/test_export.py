@@ -19,8 +19,8 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artifact
-from shvit.export.backends.onnx import operators, read_onnx
+from shvit.export.backends.onnx_graph import load_onnx, operators
+from shvit.export.backends.registry import load_artifact
 from shvit.export.images import read_pixels, sample_images
 from shvit.export.spec import Spec, open_model, randomize_norms
 from tests.conftest import settle
@@ -56,9 +56,9 @@ def test_onnx_file_is_valid_and_says_what_it_wants(made):
     used = {name for node in proto.graph.node for name in node.input}
     assert {tensor.name for tensor in proto.graph.initializer} <= used
     assert not any(
-        "Identity" in name or "BatchNormalization" in name for name in operators(read_onnx(folder / "s1.onnx"))
+        "Identity" in name or "BatchNormalization" in name for name in operators(load_onnx(folder / "s1.onnx"))
     )
-    spec = open_artifact(folder / "s1.onnx").spec
+    spec = load_artifact(folder / "s1.onnx").spec
     assert spec == Spec.of("tiny_vit", model, 64)
     assert spec.num_classes == CLASSES
     assert spec.mean == IMAGENET_DEFAULT_MEAN
@@ -123,7 +123,7 @@ def test_half_precision_halves_the_weights_and_keeps_the_answers(made, kind):
     assert 34 < half["snr_db"] < 70 < whole["snr_db"]
     assert whole["artifact_bytes"] - half["artifact_bytes"] > 1.7 * sum(p.numel() for p in model.parameters())
     suffix = ".onnx" if kind == "onnx" else ".mlpackage"
-    assert open_artifact(folder / f"half{suffix}").spec.precision == "fp16"
+    assert load_artifact(folder / f"half{suffix}").spec.precision == "fp16"
 
 
 def test_half_precision_onnx_computes_in_half_and_runs_at_any_batch(made):
@@ -183,7 +183,7 @@ def test_coreml_package_that_was_damaged_is_found_out(made, tmp_path, damage):
     options = ["verify", str(package), "--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors"]
     assert run(options)["passed"]
     damage(package) if damage is one_weight else edit(package, damage)
-    with pytest.raises(CheckFailed, match="drifts"):
+    with pytest.raises(CheckFailed, match="exceeds its tolerance"):
         run(options)
 
 
@@ -193,7 +193,7 @@ def test_file_that_says_another_normalization_is_found_out(made, tmp_path):
     (said,) = [prop for prop in proto.metadata_props if prop.key == "shvit.spec"]
     said.value = json.dumps({**json.loads(said.value), "mean": [0.5, 0.5, 0.5]})
     onnx.save(proto, tmp_path / "s1.onnx")
-    with pytest.raises(CheckFailed, match="drifts"):
+    with pytest.raises(CheckFailed, match="exceeds its tolerance"):
         run(["verify", f"{tmp_path}/s1.onnx", "--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors"])
 
 
@@ -205,7 +205,7 @@ def test_file_that_says_other_outputs_than_it_has_is_refused(made, tmp_path):
         said.value = json.dumps({**json.loads(said.value), "outputs": outputs})
         onnx.save(proto, tmp_path / "s1.onnx")
         with pytest.raises(InputError, match=r"says that it gives|its description of its input") as error:
-            open_artifact(tmp_path / "s1.onnx")
+            load_artifact(tmp_path / "s1.onnx")
         assert "\n" not in str(error.value)
 
 
@@ -222,7 +222,9 @@ def test_changed_byte_is_noticed_by_the_certificate(made, tmp_path, name):
     file.write_bytes(content)
     with pytest.raises(CheckFailed, match="has changed since it was certified"):
         run(options)
-    (tmp_path / f"{name}.certificate.json").write_text(json.dumps({"artifact": "b", "artifact_sha256": "0"}))
+    (tmp_path / f"{name}.certificate.json").write_text(
+        json.dumps({"format_version": 1, "artifact": "b", "artifact_sha256": "0"})
+    )
     with pytest.raises(InputError, match="is the certificate of another file, b"):
         run(options)
     (tmp_path / f"{name}.certificate.json").write_text("{")
@@ -257,7 +259,7 @@ def test_verify_accepts_the_right_weights_and_refuses_others(made, tmp_path):
     with pytest.raises(CheckFailed, match="was made from another checkpoint"):
         run([*options, *other])
     shutil.copy(folder / "s1.onnx", tmp_path)  # without its certificate the outputs are what tells
-    with pytest.raises(CheckFailed, match="drifts") as failure:
+    with pytest.raises(CheckFailed, match="exceeds its tolerance") as failure:
         run(["verify", f"{tmp_path}/s1.onnx", *other, "--model", "tiny_vit"])
     assert failure.value.result["passed"] is False
 
@@ -276,7 +278,7 @@ def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monke
     monkeypatch.setattr(exporter, "write_onnx", broken)
     (tmp_path / "out").mkdir()
     options = ["export", "onnx", "--model", "tiny_vit", "--checkpoint", f"{folder}/s1.safetensors"]
-    with pytest.raises(CheckFailed, match="drifts"):
+    with pytest.raises(CheckFailed, match="exceeds its tolerance"):
         run([*options, "--img-size", "64", "--output", f"{tmp_path}/out/s1.onnx"])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -284,7 +286,7 @@ def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monke
 @pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
 @pytest.mark.parametrize("blocked", ["the artifact", "its certificate"])
 def test_output_of_the_wrong_kind_is_refused_before_any_work(tmp_path, monkeypatch, kind, suffix, blocked):
-    monkeypatch.setattr("shvit.export.main.open_model", None)
+    monkeypatch.setattr("shvit.export.pipeline.open_weights", None)
     output = tmp_path / f"s1{suffix}"
     target = output if blocked == "the artifact" else output.with_name(f"s1{suffix}.certificate.json")
     target.write_text("") if target.suffix == ".mlpackage" else target.mkdir()
@@ -315,7 +317,7 @@ def test_peers_of_timm_go_through_the_same_code(tmp_path):
     source = ["--model", "mobilenetv4_conv_small", "--img-size", "64"]
     result = run(["export", "onnx", *source, "--output", f"{tmp_path}/m.onnx"])
     assert result["certificate"]["passed"]
-    assert "BatchNormalization" not in operators(read_onnx(tmp_path / "m.onnx"))
+    assert "BatchNormalization" not in operators(load_onnx(tmp_path / "m.onnx"))
 
 
 def test_model_of_one_channel_sees_gray_levels(tmp_path):
@@ -333,7 +335,7 @@ def test_model_of_one_channel_sees_gray_levels(tmp_path):
     color_space = package.get_spec().description.input[0].type.imageType.colorSpace
     assert color_space == ct.proto.FeatureTypes_pb2.ImageFeatureType.GRAYSCALE
 
-    spec = open_artifact(tmp_path / "gray.onnx").spec
+    spec = load_artifact(tmp_path / "gray.onnx").spec
     assert spec.shape == (1, 64, 64)
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))

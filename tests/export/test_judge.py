@@ -7,21 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.parameters import LayerParameters, Stored, compare_parameters, range_faults
-from shvit.export.pipeline import SUFFIXES, Options, export
+from shvit.export.backends.registry import BACKENDS, load_artifact
+from shvit.export.labels import label_faults
+from shvit.export.pipeline import export
 from shvit.export.spec import Spec
 from shvit.export.verdict import MAX_DB, TOLERANCES, compare, judge, snr_db
 from shvit.export.verify import (
     LAYER_IMAGES,
     Reference,
-    label_faults,
-    layer_outputs,
     preprocessing_faults,
-    run_batches,
     stem_gray_levels,
 )
-from shvit.export.wrappers import layers
+from shvit.export.wrappers import layer_outputs, layers, run_batches
 from tests.conftest import create_tiny
 from tests.export.judged import (
     COREML_SCALE_DEFECTS,
@@ -132,10 +130,10 @@ def test_sound_files_are_accepted_for_any_number_of_classes_and_images(tmp_path,
         sources[count] = replace(workshop.source, reference=drawn)
     for kind, precision in FILES:
         source = sources[EXPORTED[kind]]
-        path = tmp_path / f"sound{SUFFIXES[kind]}"
-        settings = Options(dynamic_batch=kind != "coreml")
-        export(kind, path, replace(source, spec=replace(source.spec, precision=precision)), settings)
-        artifact = open_artifact(path, 1, rounded=True)
+        path = tmp_path / f"sound{BACKENDS[kind].suffix}"
+        backend = BACKENDS[kind]
+        export(backend, path, replace(source, spec=replace(source.spec, precision=precision)), backend.all_options)
+        artifact = load_artifact(path, 1, rounded=True)
         most = max(COUNTS[kind])
         (got,) = run_batches(
             lambda pixels, artifact=artifact: artifact.run(artifact.spec.feed(pixels)),

@@ -17,8 +17,9 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.errors import CheckFailed, InputError
 from shvit.export import pipeline as formats
-from shvit.export import table, verdict
-from shvit.export.backends.openvino import core
+from shvit.export import tables, verdict
+from shvit.export.backends.openvino_graph import core
+from shvit.export.backends.registry import BACKENDS
 from shvit.export.labels import find_labels
 from shvit.export.spec import Spec, randomize_norms
 from shvit.weights.imagenet import imagenet_names
@@ -219,7 +220,7 @@ def test_as_few_layers_as_needed_are_kept_out_of_int8(source, tmp_path, monkeypa
 
     monkeypatch.setitem(verdict.TOLERANCES, "int8", verdict.Tolerance(150, 10, 0))
     monkeypatch.setattr(formats.Source, "noise", lambda *_: dict.fromkeys(kept[:2], 1.0))
-    with pytest.raises(CheckFailed, match="drifts"):
+    with pytest.raises(CheckFailed, match="exceeds its tolerance"):
         run(["export", "onnx", *options, *extra, f"{tmp_path}/out/never.onnx"])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -259,7 +260,9 @@ def test_worst_layer_is_the_one_that_was_damaged(source, tmp_path):
 
 def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_file(source, tmp_path, monkeypatch):
     options, *_ = source
-    monkeypatch.setattr(table, "ROWS", (("onnx", "fp32"), ("openvino", "bf16"), ("coreml", "fp16")))
+    monkeypatch.setattr(
+        tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "bf16"), (BACKENDS["coreml"], "fp16"))
+    )
     monkeypatch.setitem(verdict.TOLERANCES, "bf16", verdict.Tolerance(199, 1e-9, 100))
     result = run(["export", "all", *options, "--output", str(tmp_path)])
     assert result["passed"] == {"tiny_vit-fp32.onnx": True, "tiny_vit-bf16.xml": False, "tiny_vit-fp16.mlpackage": True}
@@ -277,11 +280,11 @@ def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_fi
 
 
 def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypatch):
-    monkeypatch.setattr(table, "ROWS", (("onnx", "fp32"), ("onnx", "fp16")))
+    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["onnx"], "fp16")))
     figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "excluded_macs": 0.0}
     undecided = {**figures, "passed": None, "artifact_bytes": 1e6, "spec": {"excluded_layers": []}}
     overflowed = {"passed": False, "overflow": "head", "largest_values": {}}
-    lines = table.markdown({"a": overflowed, "b": undecided}).splitlines()[2:]
+    lines = tables.markdown({"a": overflowed, "b": undecided}).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["", "no", "undecided"]
     assert "50.00" in lines[0]
 
@@ -334,7 +337,7 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
     """Core ML is part of macOS; elsewhere our evaluator predicts in its place."""
     import coremltools
 
-    from shvit.export.backends.artifact import open_artifact
+    from shvit.export.backends.registry import load_artifact
     from shvit.export.mil.program import Package
 
     class Native:
@@ -352,10 +355,10 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         coremltools.models, "MLModel", lambda path, **rest: read(path, **rest) if rest else Native(path)
     )
-    artifact = open_artifact(output, native=True)
+    artifact = load_artifact(output, native=True)
     pixels = pixels_of(images, model)[:2]
     assert artifact.runtime == "coreml"
-    torch.testing.assert_close(artifact(pixels), open_artifact(output)(pixels))
+    torch.testing.assert_close(artifact(pixels), load_artifact(output)(pixels))
 
 
 @pytest.mark.parametrize(

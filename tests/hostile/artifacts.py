@@ -65,7 +65,7 @@ def write_onnx(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     text = spec if isinstance(spec, str) else json.dumps(spec)
-    for key, value in {"shvit.spec": text, **(metadata or {})}.items():
+    for key, value in {"shvit.format": "1", "shvit.spec": text, **(metadata or {})}.items():
         model.metadata_props.add(key=key, value=value)
     path.write_bytes(model.SerializeToString())
     return path

@@ -12,7 +12,7 @@ from PIL import Image
 def no_programs(monkeypatch, tmp_path):
     """Fail where a program is started, and have files of relative names in a folder of their own."""
 
-    monkeypatch.setattr("shvit.train.folder.git_revision", lambda _: "unknown")
+    monkeypatch.setattr("shvit.train.run.run_folder.git_revision", lambda _: "unknown")
 
     def started(*argv: object, **options: object) -> None:
         raise AssertionError(f"started {argv}")

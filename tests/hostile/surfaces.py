@@ -54,7 +54,7 @@ def _images() -> list[bytes]:
 
 def attack_image(data: bytes) -> None:
     """As training, evaluation and calibration open an image."""
-    from shvit.train.images import open_image
+    from shvit.train.data.images import open_image
 
     open_image(_written(data, "x.jpg")).convert("RGB").load()
 
@@ -65,7 +65,7 @@ def attack_image(data: bytes) -> None:
 def _onnx() -> list[bytes]:
     from onnx import TensorProto, helper, numpy_helper
 
-    from shvit.export.backends.onnx import INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
+    from shvit.export.metadata import FORMAT_KEY, FORMAT_VERSION, INPUT, LABELS_KEY, RANGES_KEY, SPEC_KEY
 
     def model(raw: bool) -> bytes:
         import numpy as np
@@ -85,7 +85,8 @@ def _onnx() -> list[bytes]:
             helper.make_graph(nodes, "g", inputs, outputs, [weight]), opset_imports=[helper.make_opsetid("", 17)]
         )
         made.ir_version = 8
-        helper.set_model_props(made, {SPEC_KEY: spec, LABELS_KEY: '["a", "b"]', RANGES_KEY: '{"b": [0.0, 1.0]}'})
+        notes = {SPEC_KEY: spec, LABELS_KEY: '["a", "b"]', RANGES_KEY: '{"b": [0.0, 1.0]}'}
+        helper.set_model_props(made, {FORMAT_KEY: str(FORMAT_VERSION), **notes})
         return made.SerializeToString()
 
     return [model(False), model(True)]
@@ -104,9 +105,9 @@ def attack_onnx(data: bytes) -> None:
     """As `shvit eval --artifact` and `shvit verify` open and run a file."""
     import torch
 
-    from shvit.export.backends.artifact import open_artifact
+    from shvit.export.backends.registry import load_artifact
 
-    artifact = open_artifact(_written(data, "x.onnx"), threads=1)
+    artifact = load_artifact(_written(data, "x.onnx"), threads=1)
     artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
 
 
@@ -162,7 +163,7 @@ def _json() -> list[bytes]:
               "peak_memory_mb": 100, "gmacs": 0.24, "percent_of_peak": 20, "top1": 72.8,
               "device": "phone"}  # fmt: skip
     lock = {"shvit_s1": {"sha256": "0" * 64, "size_bytes": 1, "url": "https://example.org/x", "date": "2026-01-01"}}
-    certificate = {"artifact": "x.onnx", "artifact_sha256": "0" * 64, "checkpoint": "shvit_s1",
+    certificate = {"format_version": 1, "artifact": "x.onnx", "artifact_sha256": "0" * 64, "checkpoint": "shvit_s1",
                    "checkpoint_sha256": None, "model": "shvit_s1", "ema": False, "passed": True}  # fmt: skip
     measured = {"machine": None, "results": [result], "devices": [{**said, "runtime": "r"}]}
     documents = (measured, record, lock, certificate, json.loads(_spec()))
@@ -213,7 +214,7 @@ def _yaml() -> list[bytes]:
 
 def attack_yaml(data: bytes) -> None:
     """As `shvit train --recipe` and a run folder's recipe are read."""
-    from shvit.train.data import read_trained_on
+    from shvit.train.data.eval_dataset import read_trained_on
     from shvit.train.recipe import read_recipe
 
     path = _written(data, "recipe.yaml")
@@ -246,7 +247,7 @@ def attack_coco(data: bytes) -> None:
     """As `shvit detect train` checks annotations."""
     from PIL import Image
 
-    from shvit.detection.annotations import check_annotations
+    from shvit.detection.coco.annotations import check_annotations
 
     path = _written(data, "annotations.json")
     if not path.with_name("a.png").exists():
@@ -255,21 +256,22 @@ def attack_coco(data: bytes) -> None:
 
 
 def _configs() -> list[bytes]:
-    from shvit.detection.config import CONFIGS, bundled, open_config
+    from shvit.detection.parsing.config import list_configs, load_config
+    from shvit.detection.parsing.reader import CONFIGS
 
     ours = [path.read_text() for path in sorted(CONFIGS.glob("*-s1_*.py"))]
-    flat = [open_config(name).pretty_text for name in bundled() if "-s1_" in name]
+    flat = [load_config(name).pretty_text for name in list_configs() if "-s1_" in name]
     return [text.replace("./_base_", "{{$SHVIT_CONFIGS:}}/_base_").encode() for text in (*ours, *flat)]
 
 
 def attack_config(data: bytes) -> None:
     """As the detection commands read a config without --trust-config; it must run nothing, and so write nothing."""
-    from shvit.detection.config import open_config
+    from shvit.detection.parsing.config import load_config
 
     path = _written(data, "config.py")
     before = set(path.parent.iterdir())
     try:
-        open_config(str(path))
+        load_config(str(path))
     finally:
         if set(path.parent.iterdir()) != before:
             raise AssertionError("a config wrote a file")

@@ -17,8 +17,8 @@ from shvit import cli
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.export import guards
-from shvit.export.backends.artifact import open_artifact
 from shvit.export.backends.openvino import write_openvino
+from shvit.export.backends.registry import load_artifact
 from shvit.export.bench.cases import Settings, create_file_case
 from shvit.export.spec import Spec
 from tests.conftest import create_tiny
@@ -29,7 +29,7 @@ PIXELS = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 
 
 def run(path: Path) -> torch.Tensor:
-    return open_artifact(path, 1)(PIXELS)
+    return load_artifact(path, 1)(PIXELS)
 
 
 def refused(path: Path) -> str:
@@ -106,7 +106,7 @@ def test_a_spec_that_is_none_is_refused(tmp_path, text):
 def test_labels_and_ranges_that_are_none_are_refused(tmp_path, key, text):
     path = write_onnx(tmp_path / "m.onnx", metadata={key: text})
     with pytest.raises(InputError):
-        open_artifact(path).scale_faults()
+        load_artifact(path).scale_faults()
 
 
 def test_sizes_are_bounded_before_memory_is_taken():

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from shvit.detection.coco import MAX_OUTLINE, is_drawable, is_within_reach, load_content, run_lengths
-from shvit.detection.objects import Use
+from shvit.detection.coco.content import MAX_OUTLINE, is_drawable, is_within_reach, load_content, run_lengths
+from shvit.detection.coco.objects import Use
 from shvit.errors import InputError
 from tests.detection.detection_data import LEARN, every, first, report_of, write_coco
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mmdet
 import pytest
-from mmengine.config import Config
 
-from shvit.detection.arguments import SECTIONS
-from shvit.detection.config import CONFIGS, only_known, open_config
-from shvit.detection.vocabulary import CHECKS, DICTS, PARTS, PRIORITIES, TYPES, registered
+from shvit.detection.parsing.arguments import SECTIONS
+from shvit.detection.parsing.config import load_config, only_known
+from shvit.detection.parsing.reader import CONFIGS, DataConfig
+from shvit.detection.parsing.vocabulary import CHECKS, DICTS, PARTS, PRIORITIES, TYPES, registered
 from shvit.errors import InputError
 
 MIM = Path(mmdet.__file__).parent / ".mim" / "configs"
@@ -24,24 +24,24 @@ CASCADE = '_base_ = "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"\n
 @pytest.fixture(autouse=True, scope="module")
 def known_bases():
     """Bases of ours and of MMDetection are read once: each is a file that mmengine writes beside three times."""
-    read, known = Config._file2dict, {}
+    read, known = DataConfig._content, {}
 
-    def remembered(filename, *arguments, **options):
+    def remembered(filename, files):
         if not Path(filename).resolve().is_relative_to(CONFIGS) and not Path(filename).resolve().is_relative_to(MIM):
-            return read(filename, *arguments, **options)
+            return read(filename, files)
         key = str(Path(filename).resolve())
-        known[key] = known.get(key) or read(filename, *arguments, **options)
+        known[key] = known.get(key) or read(filename, files)
         return copy.deepcopy(known[key])
 
-    open_config("mask-rcnn_shvit-s1_fpn_1x_coco")  # imports what there is
+    load_config("mask-rcnn_shvit-s1_fpn_1x_coco")  # imports what there is
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, "_file2dict", staticmethod(remembered))
+        patch.setattr(DataConfig, "_content", staticmethod(remembered))
         yield
 
 
 def opened(tmp_path: Path, text: str, options: tuple[str, ...] = ()):
     (tmp_path / "c.py").write_text(text)
-    return open_config(str(tmp_path / "c.py"), options)
+    return load_config(str(tmp_path / "c.py"), options)
 
 
 # --- what people write ------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_options_that_cannot_be_are_one_line(tmp_path, option):
 
 def test_table_names_what_there_is():
     """Every type is registered, or looked up by name in mmcv; every kind is defined."""
-    open_config("retinanet_shvit-s1_fpn_1x_coco")
+    load_config("retinanet_shvit-s1_fpn_1x_coco")
     assert TYPES - registered() <= {"RoIAlign", "RoIPool", "nms", "soft_nms"}
     assert SECTIONS.count("\n[") == len(PARTS) + 1
     entries = [*DICTS.values(), *(arguments for types in PARTS.values() for arguments in types.values())]

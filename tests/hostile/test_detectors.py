@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from shvit.cli import run
-from shvit.detection.config import open_config
-from shvit.detection.detector import build_detector, fixed_pipeline, own_pipeline, preparation
-from shvit.detection.onnx import KEY, DetectorSpec, open_onnx
+from shvit.detection.detector import create_detector, fixed_pipeline, own_pipeline, preparation
+from shvit.detection.onnx import KEY, DetectorSpec, load_onnx
+from shvit.detection.parsing.config import load_config
 from shvit.detection.training import check_resumable
 from shvit.errors import InputError
 from tests.conftest import create_tiny
@@ -59,7 +59,7 @@ def constant(path: Path, boxes=BOX, scores=SCORE, labels=LABEL, **options) -> Pa
 def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "a.png"
     Image.new("RGB", (80, 50)).save(path)
-    open_config("retinanet_shvit-s1_fpn_1x_coco")
+    load_config("retinanet_shvit-s1_fpn_1x_coco")
     return preparation(fixed_pipeline((64, 64)))(path)
 
 
@@ -67,9 +67,9 @@ def image(tmp_path_factory):
 
 
 def test_a_sound_artifact_is_run(tmp_path, image):
-    found = open_onnx(constant(tmp_path / "a.onnx")).detect(image)
+    found = load_onnx(constant(tmp_path / "a.onnx")).detect(image)
     assert len(found) == 1
-    zero = open_onnx(constant(tmp_path / "a.onnx", np.zeros((0, 4), F32), np.zeros(0, F32), np.zeros(0, np.int64)))
+    zero = load_onnx(constant(tmp_path / "a.onnx", np.zeros((0, 4), F32), np.zeros(0, F32), np.zeros(0, np.int64)))
     assert len(zero.detect(image)) == 0
 
 
@@ -94,7 +94,7 @@ def test_a_sound_artifact_is_run(tmp_path, image):
 def test_wrong_outputs_are_one_line(tmp_path, image, outputs, message):
     path = constant(tmp_path / "a.onnx", **outputs)
     with pytest.raises(InputError, match=rf"a\.onnx: .*{message}") as caught:
-        open_onnx(path).detect(image)
+        load_onnx(path).detect(image)
     assert "\n" not in str(caught.value)
 
 
@@ -103,12 +103,12 @@ def test_what_onnx_runtime_raises_is_one_line(tmp_path, image):
     fails = [helper.make_node("Cast", ["size"], ["f"], to=TensorProto.FLOAT),
              helper.make_node("Reshape", ["f", "size"], ["boxes"]), *same("scores", "labels")]  # fmt: skip
     with pytest.raises(InputError, match=r"a\.onnx: ONNX Runtime cannot run it"):
-        open_onnx(write(tmp_path / "a.onnx", fails, constants)).detect(image)
+        load_onnx(write(tmp_path / "a.onnx", fails, constants)).detect(image)
     huge = [helper.make_node("Mul", ["size", "m"], ["z"]), helper.make_node("ConstantOfShape", ["z"], ["boxes"]),
             *same("scores", "labels")]  # fmt: skip
     many = constants | {"m": np.array([10**9, 10**9])}
     with pytest.raises(InputError, match=r"a\.onnx: ONNX Runtime cannot run it"):
-        open_onnx(write(tmp_path / "a.onnx", huge, many)).detect(image)
+        load_onnx(write(tmp_path / "a.onnx", huge, many)).detect(image)
 
 
 def test_masks_are_bounded_before_they_are_drawn(tmp_path, image):
@@ -119,14 +119,14 @@ def test_masks_are_bounded_before_they_are_drawn(tmp_path, image):
     types = {name: TensorProto.INT64 if name == "labels" else TensorProto.FLOAT for name in spec["outputs"]}
     outputs = [value_info(name, kind, None) for name, kind in types.items()]
     nodes = same("boxes", "scores", "labels", "masks")
-    detector = open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs))
+    detector = load_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs))
     large = copy.deepcopy(image)
     large["data_samples"].set_metainfo({"ori_shape": (8000, 8000)})
     with pytest.raises(InputError, match="finds 9,000 objects, whose masks take 576,000,000,000 bytes"):
         detector.detect(large)
     constants["m"] = np.full((number, 1, 1), np.nan, F32)
     with pytest.raises(InputError, match="masks that cannot be"):
-        open_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs)).detect(image)
+        load_onnx(write(tmp_path / "a.onnx", nodes, constants, spec, outputs)).detect(image)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_masks_are_bounded_before_they_are_drawn(tmp_path, image):
 )  # fmt: skip
 def test_descriptions_that_cannot_be_are_one_line(tmp_path, spec):
     with pytest.raises(InputError, match=r"a\.onnx: the file's description of its detector") as caught:
-        open_onnx(constant(tmp_path / "a.onnx", spec=spec))
+        load_onnx(constant(tmp_path / "a.onnx", spec=spec))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
 
@@ -165,9 +165,9 @@ def test_other_interfaces_and_files_are_one_line(tmp_path):
     nodes = [helper.make_node("SequenceConstruct", ["b", "b"], ["boxes"]), *same("scores", "labels")]
     constants = {"b": BOX, "s": SCORE, "l": LABEL}
     with pytest.raises(InputError, match="does not give boxes"):
-        open_onnx(write(tmp_path / "a.onnx", nodes, constants, outputs=sequence))
+        load_onnx(write(tmp_path / "a.onnx", nodes, constants, outputs=sequence))
     with pytest.raises(InputError, match="does not take pixels"):
-        open_onnx(constant(tmp_path / "a.onnx", spec=SPEC | {"img_size": [4096, 4096]}))
+        load_onnx(constant(tmp_path / "a.onnx", spec=SPEC | {"img_size": [4096, 4096]}))
     model = onnx.load(str(constant(tmp_path / "a.onnx")))
     weights = model.graph.initializer[0]
     weights.ClearField("raw_data")
@@ -175,14 +175,14 @@ def test_other_interfaces_and_files_are_one_line(tmp_path):
     weights.external_data.add(key="location", value="../secret.bin")
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match="has weights in another file"):
-        open_onnx(tmp_path / "a.onnx")
+        load_onnx(tmp_path / "a.onnx")
     (tmp_path / "a.onnx").write_bytes(b"\x08\x08" * 9)
     with pytest.raises(InputError):
-        open_onnx(tmp_path / "a.onnx")
+        load_onnx(tmp_path / "a.onnx")
     (tmp_path / "a.onnx").unlink()
     os.mkfifo(tmp_path / "a.onnx")
     with pytest.raises(InputError, match="is a FIFO"):
-        open_onnx(tmp_path / "a.onnx")
+        load_onnx(tmp_path / "a.onnx")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_damaged_and_thin_images_are_skipped_and_counted(tmp_path, capsys):
 
 def test_mmdetections_own_reader_is_ours_in_prediction(tmp_path):
     (tmp_path / "c.py").write_text('_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n')
-    prepare = preparation(own_pipeline(open_config(str(tmp_path / "c.py"))))
+    prepare = preparation(own_pipeline(load_config(str(tmp_path / "c.py"))))
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(InputError, match="is a FIFO"):
         prepare(tmp_path / "a.png")
@@ -240,7 +240,7 @@ def test_an_image_that_fails_in_training_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return build_detector(open_config(str(write_config(folder / "c.py", "retinanet", write_coco(folder, images=1)))))
+    return create_detector(load_config(str(write_config(folder / "c.py", "retinanet", write_coco(folder, images=1)))))
 
 
 def checkpoint(model, **fields):

@@ -7,14 +7,14 @@ import pytest
 
 from shvit.documents import load_yaml
 from shvit.errors import InputError
-from shvit.export.backends.artifact import refuse_changed
+from shvit.export.backends.registry import refuse_changed
 from shvit.files import atomic_write
-from shvit.train.data import Data
-from shvit.train.folder import _check_expansion
-from shvit.train.folders import list_images
-from shvit.train.log import check_log
-from shvit.train.shards import Shards, class_index
-from shvit.train.streams import check_named
+from shvit.train.data.image_folders import list_images
+from shvit.train.data.shards import Shards, class_index
+from shvit.train.data.streams import check_named
+from shvit.train.recipe import Data
+from shvit.train.run.metrics import check_log
+from shvit.train.run.run_folder import _check_expansion
 
 from .conftest import png
 
@@ -84,8 +84,8 @@ def test_folder_that_several_classes_link_to_is_read(tmp_path):
 
 
 def test_other_files_of_a_sample_are_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("shvit.train.shards.MAX_MEMBER", 100)
-    monkeypatch.setattr("shvit.train.tars.MAX_MEMBER", 100)
+    monkeypatch.setattr("shvit.train.data.shards.MAX_MEMBER", 100)
+    monkeypatch.setattr("shvit.train.data.tars.MAX_MEMBER", 100)
     write_tar(tmp_path / "a.tar", ["s.npy", "s.jpg", "s.cls", "s.mp4"], b"1" * 50)
     assert [each.name for each in Shards(tmp_path, "a.tar") if hasattr(each, "name")] == []  # a class of 50 digits
     write_tar(tmp_path / "b.tar", ["s.jpg", "s.png", "s.cls"], b"1" * 50)
@@ -108,7 +108,7 @@ def test_builder_of_datasets_is_no_dataset(name):
 
 
 def test_folder_that_is_no_artifact_is_not_hashed(tmp_path, monkeypatch):
-    monkeypatch.setattr("shvit.export.backends.artifact.sha256", None)
+    monkeypatch.setattr("shvit.export.backends.registry.sha256", None)
     with pytest.raises(InputError, match="unknown artifact"):
         refuse_changed(tmp_path)
 

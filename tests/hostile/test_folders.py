@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from shvit.errors import InputError
-from shvit.train.data import eval_loader, open_dataset, open_eval_dataset
-from shvit.train.folder import RunFolder
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
+from shvit.train.data.splits import check_outside
 from shvit.train.recipe import read_recipe
 from shvit.train.recipes import DEMO
-from shvit.train.splits import check_outside
+from shvit.train.run.run_folder import RunFolder
 
 from .conftest import png
 
@@ -73,7 +75,7 @@ def test_data_that_cannot_be_are_one_line(path):
 
 
 def test_expression_that_never_ends_is_stopped(folders, monkeypatch):
-    monkeypatch.setattr("shvit.train.splits.MATCHING_S", 0.2)
+    monkeypatch.setattr("shvit.train.data.groups.MATCHING_S", 0.2)
     (folders / "a" / ("a" * 60 + "!.jpg")).write_bytes(png(3))
     with pytest.raises(InputError, match="takes too long"):
         open_dataset(folders, "train", r"^((a+)+)+\.jpg")

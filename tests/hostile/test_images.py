@@ -13,10 +13,12 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from shvit.errors import InputError
-from shvit.train import images
-from shvit.train.data import eval_loader, open_dataset, open_eval_dataset
-from shvit.train.feed import Augmented
-from shvit.train.images import open_image, to_rgb
+from shvit.train.data import images
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
+from shvit.train.data.images import open_image, to_rgb
+from shvit.train.step.loader import Augmented
 
 pytestmark = pytest.mark.usefixtures("no_programs")
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 40\n%%EndComments\nshowpage\n%%EOF\n"

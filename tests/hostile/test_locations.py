@@ -12,14 +12,17 @@ import torch
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train.data import Data, eval_loader, open_dataset, open_eval_dataset, open_named, open_stream
+from shvit.train.data.datasets import open_dataset, open_named
+from shvit.train.data.eval_dataset import open_eval_dataset
+from shvit.train.data.eval_loader import eval_loader
+from shvit.train.data.locations import expand_braces
+from shvit.train.data.shards import Shards
+from shvit.train.data.streams import open_stream
 from shvit.train.evaluate import evaluate
-from shvit.train.feed import Feed
-from shvit.train.locations import expand_braces
 from shvit.train.loop import train
-from shvit.train.recipe import Augment
-from shvit.train.setup import check_recipe
-from shvit.train.shards import Shards
+from shvit.train.recipe import Augment, Data
+from shvit.train.step.loader import TrainLoader
+from shvit.train.step.setup import check_recipe
 
 from .conftest import png
 
@@ -120,7 +123,7 @@ def test_dataset_that_is_no_name_is_refused(name):
 
 @pytest.mark.parametrize("split", ["../../etc", "https://x", "train;x", "x" * 300])
 def test_split_of_a_name_is_a_word(split):
-    with pytest.raises(InputError, match="is no name of a split"):
+    with pytest.raises(InputError, match="is not the name of a split"):
         open_named(Data(name="hfds/x", train_split=split), "train")
 
 
@@ -248,7 +251,7 @@ def test_damaged_sample_is_counted_and_the_others_are_read(files, shards):
 
 
 def test_members_that_are_no_files_or_claim_any_size_are_not_read(shards, monkeypatch):
-    monkeypatch.setattr("shvit.train.tars.MAX_MEMBER", 10_000)
+    monkeypatch.setattr("shvit.train.data.tars.MAX_MEMBER", 10_000)
     with tarfile.open(shards / "v-1.tar", "w") as archive:
         for name, kind in (("l.jpg", tarfile.SYMTYPE), ("f.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(name)
@@ -273,8 +276,8 @@ def test_header_that_claims_any_size_is_not_read(tmp_path):
 def test_training_counts_the_images_of_a_missing_shard(shards, recipe):
     spoil(shards, "missing")
     streamed = replace(recipe, model="shvit_s1", batch_size=4, data=wds(shards))
-    feed = Feed(replace(streamed, augment=Augment(repeats=1)), None, one_process(), 1)
-    problems = {problem for batch in feed.batches(0, 2) for problem in batch.problems}
+    loader = TrainLoader(replace(streamed, augment=Augment(repeats=1)), None, one_process(), 1)
+    problems = {problem for batch in loader.batches(0, 2) for problem in batch.problems}
     assert [(lost, "v-1.tar: no such file" in text) for text, _, lost in problems] == [(4, True)]
     with pytest.raises(InputError, match=r"4 damaged images, and 3 are allowed.*v-1\.tar: no such file"):
         train(replace(streamed, model="test_resnet", data=wds(shards, max_corrupt=3)), Path("run"))

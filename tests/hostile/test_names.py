@@ -7,8 +7,8 @@ import pytest
 import timm
 
 from shvit.cli import run
+from shvit.create import check_model_name
 from shvit.errors import InputError
-from shvit.names import check_model_name
 from shvit.weights.connection import TIMEOUT_S, bounded_waits
 from shvit.weights.resolve import resolve_weights
 

@@ -24,7 +24,7 @@ from tests.export.browser.serving import CASE, RECORD
 from .artifacts import class_folders, write_onnx
 
 DEEP = "[" * 40_000
-CERTIFICATE = {"artifact": "m.onnx", "artifact_sha256": "0" * 64, "model": "shvit_s1", "more": [1]}
+CERTIFICATE = {"format_version": 1, "artifact": "m.onnx", "artifact_sha256": "0" * 64, "model": "shvit_s1", "more": [1]}
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from shvit.errors import CheckFailed, InputError
-from shvit.train.data import Data, check_loader
+from shvit.train.data.eval_loader import check_loader
 from shvit.train.evaluate import Counts, evaluate, plot_confusion
-from shvit.train.feed import create_train_transform
-from shvit.train.folder import RunFolder, check_state
-from shvit.train.log import read_log
 from shvit.train.loop import train
-from shvit.train.recipe import Augment, Optim, Recipe, read_recipe
+from shvit.train.recipe import Augment, Data, Optim, Recipe, read_recipe
 from shvit.train.recipes import DEMO
-from shvit.train.setup import check_recipe, set_up
+from shvit.train.run.metrics import read_log
+from shvit.train.run.run_folder import RunFolder, check_state
+from shvit.train.step.augment import create_train_transform
+from shvit.train.step.setup import check_recipe, set_up
 
 pytestmark = pytest.mark.usefixtures("no_programs")
 

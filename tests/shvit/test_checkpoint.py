@@ -17,15 +17,15 @@ from torch import nn
 
 from shvit import SHViT, deploy, load_checkpoint
 from shvit.checkpoint import (
-    create_model,
     load_strictly,
     read_checkpoint,
     read_metadata,
     read_state_dict,
-    to_reference,
     write_checkpoint,
 )
+from shvit.create import create_model
 from shvit.errors import InputError
+from shvit.shvit import to_reference
 from tests import forks
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
 

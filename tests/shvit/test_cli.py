@@ -308,3 +308,72 @@ def test_every_command_has_help():
         with pytest.raises(SystemExit) as stop:
             cli.run([name, "--help"])
         assert stop.value.code in (0, None), name
+
+
+@dataclass(frozen=True)
+class Two:
+    size: int = 1
+
+    def run(self) -> dict:
+        return {"command": "of two words", "size": self.size}
+
+
+def parse_one(options: list[str], prog: str):
+    return Answer({"command": "of one word", "options": options, "prog": prog})
+
+
+@dataclass(frozen=True)
+class Answer:
+    result: dict
+
+    def run(self) -> dict:
+        return self.result
+
+
+@pytest.fixture
+def two_words(monkeypatch):
+    """A table where `bench phone` is a command beside `bench`."""
+    monkeypatch.setitem(cli.COMMANDS, "bench", cli.Entry(f"{__name__}:parse_one", ""))
+    monkeypatch.setitem(cli.COMMANDS, "bench phone", cli.Entry(f"{__name__}:Two", ""))
+
+
+def test_command_of_two_words_goes_before_that_of_one(two_words):
+    assert cli.run(["bench", "phone", "--size", "3"]) == {"command": "of two words", "size": 3}
+    assert cli.run(["bench", "import", "f"]) == {"command": "of one word", "options": ["import", "f"],
+                                                 "prog": "shvit bench"}  # fmt: skip
+    assert cli.run(["bench"])["options"] == []
+    with pytest.raises(InputError, match="unrecognized.*--siz"):
+        cli.run(["bench", "phone", "--siz", "3"])
+    with pytest.raises(InputError, match="unknown command 'phone'"):
+        cli.run(["phone"])
+
+
+def test_names_with_a_prefix_are_models_of_whoever_registered_it(monkeypatch):
+    from torch import nn
+
+    from shvit import create
+
+    monkeypatch.setattr(create, "_schemes", {})
+    with pytest.raises(InputError, match="names with a source are not taken"):
+        create.create_model("tiny:8")
+    create.register_scheme("tiny", lambda rest, checkpoint: nn.Linear(int(rest), 1))
+    assert create.create_model("tiny:8").in_features == 8
+    with pytest.raises(InputError, match="tiny:8 takes a checkpoint alone"):
+        create.create_model("tiny:8", num_classes=3)
+    assert not create.has_scheme("tiny")
+
+
+def test_scheme_of_a_package_that_is_not_installed_names_its_extra(monkeypatch):
+    from shvit import create
+
+    def absent(name: str):
+        raise ModuleNotFoundError("No module named 'mmengine'", name="mmengine")
+
+    monkeypatch.setattr(create, "_schemes", {})
+    monkeypatch.setitem(cli.SCHEMES, "detector", f"{__name__}:no_detector")
+    with pytest.raises(InputError, match=r"needs the package mmengine; .*'shvit\[detection\]'"):
+        cli.run(["export", "onnx", "--model", "detector:x.py", "--features", "--output", "x.onnx"])
+
+
+def no_detector(config: str, checkpoint: Path | None):
+    raise ModuleNotFoundError("No module named 'mmengine'", name="mmengine")

@@ -13,21 +13,25 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
-from shvit.checkpoint import create_model, read_checkpoint, write_checkpoint
-from shvit.deployment import (
+from shvit.checkpoint import read_checkpoint, write_checkpoint
+from shvit.create import create_model
+from shvit.deployment import deploy
+from shvit.fold import (
+    ConvNorm,
     DeployedSHSA,
     DeployedSqueezeExcite,
+    NormLinear,
+    Residual,
+    SqueezeExcite,
     average_linears,
-    deploy,
     drop_key_bias,
     fold_affine_into_conv,
     fold_identity_into_depthwise,
     fold_norm_into_conv,
     fold_norm_into_linear,
     fold_scale_into_queries,
-    fuse_layer,
 )
-from shvit.shvit import FFN, SHSA, BasicBlock, ConvNorm, NormLinear, Residual, SqueezeExcite
+from shvit.shvit import FFN, SHSA, BasicBlock
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
 
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
@@ -131,7 +135,7 @@ def test_attention_layer_is_that_of_torchs_operators(precision, grid):
     x1 = F.scaled_dot_product_attention(*(part.flatten(2).mT for part in (q, k, v))).mT.reshape(x1.shape)
     expected = proj.bn(proj.c(F.relu(torch.cat([x1, x2], 1))))
     assert_close(layer(x), expected, tolerance)
-    deployed = fuse_layer(layer)
+    deployed = layer.fuse()
     assert isinstance(deployed, DeployedSHSA)
     deployed.grid = grid
     assert_close(deployed(x), expected, tolerance)
@@ -145,7 +149,7 @@ def test_squeeze_excite_is_that_of_torchs_operators(precision):
     hidden = F.relu(F.conv2d(x.mean((2, 3), keepdim=True), layer.fc1.weight, layer.fc1.bias))
     expected = x * torch.sigmoid(F.conv2d(hidden, layer.fc2.weight, layer.fc2.bias))
     assert_close(layer(x), expected, tolerance)
-    deployed = fuse_layer(layer)
+    deployed = layer.fuse()
     assert isinstance(deployed, DeployedSqueezeExcite)
     assert_close(deployed(x), expected, tolerance)
 
@@ -177,9 +181,12 @@ def test_layers_fuse_without_touching_their_argument(precision, layer, shape):
             assert torch.equal(tensor, before[name])
 
 
-def test_layer_of_no_inference_form_is_named():
-    with pytest.raises(TypeError, match="BasicBlock has no inference form"):
-        fuse_layer(BasicBlock(16, 16, 8, use_attn=True))
+def test_layer_of_no_inference_form_stays_and_its_parts_are_fused():
+    block = made(BasicBlock(16, 16, 8, use_attn=True), torch.float32)
+    assert not hasattr(block, "fuse")
+    fused = reparameterize_model(nn.Sequential(block))[0]
+    assert isinstance(fused, BasicBlock)
+    assert [type(part) for part in (fused.conv, fused.mixer.m, fused.ffn.m.pw1)] == [nn.Conv2d, DeployedSHSA, nn.Conv2d]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import torch
 from timm.data import create_transform
 
 from shvit.errors import InputError, first_line
-from shvit.train.data import Prepared, ignore_interrupt, open_dataset
+from shvit.train.data.datasets import open_dataset
+from shvit.train.data.eval_loader import Prepared, ignore_interrupt
 from shvit.train.distributed import World
-from shvit.train.feed import Augmented, Feed, collate
 from shvit.train.recipe import Data, Recipe
+from shvit.train.step.batch import collate
+from shvit.train.step.loader import Augmented, TrainLoader
 from tests import forks
 from tests.conftest import ROOT
 
@@ -53,7 +55,7 @@ def test_nobody_takes_the_first_line_by_hand():
 def test_a_library_that_says_nothing_is_one_line(monkeypatch, tmp_path):
     import onnxruntime
 
-    from shvit.export.backends.artifact import onnx_session
+    from shvit.export.backends.onnx import onnx_session
 
     def refuse(*arguments, **options):
         raise RuntimeError
@@ -110,7 +112,7 @@ def test_a_folder_is_locked_without_fcntl_too(tmp_path):
     code = """
 from pathlib import Path
 from shvit.errors import InputError
-from shvit.train.folder import RunFolder
+from shvit.train.run.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 with folder.locked():
     try:
@@ -150,8 +152,8 @@ def test_what_loaders_are_given_can_be_sent_to_workers(image_folder):
     """Windows and macOS start workers from nothing and send them what they need."""
     recipe = Recipe(img_size=32, batch_size=8, data=Data(root=image_folder, workers=0))
     dataset = open_dataset(image_folder, "train")
-    feed = Feed(recipe, dataset, World(0, 1, torch.device("cpu")), 1)
-    augmented = Augmented(dataset, feed._transform_at, 0, tries=3)
+    loader = TrainLoader(recipe, dataset, World(0, 1, torch.device("cpu")), 1)
+    augmented = Augmented(dataset, loader._transform_at, 0, tries=3)
     prepared = Prepared(dataset, create_transform((3, 32, 32)))
     again = pickle.loads(pickle.dumps(augmented))
     assert (again[0, 0][0] == augmented[0, 0][0]).all()

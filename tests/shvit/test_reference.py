@@ -13,8 +13,8 @@ import timm
 import torch
 
 from shvit import deploy
-from shvit.checkpoint import create_model, rename_reference_keys, to_reference
-from shvit.shvit import VARIANTS
+from shvit.create import create_model
+from shvit.shvit import VARIANTS, rename_reference_keys, to_reference
 
 GOLDENS = Path(__file__).parent / "goldens"
 CHECKPOINTS = [(name, distilled) for name in VARIANTS for distilled in (False, True)]

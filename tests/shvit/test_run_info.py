@@ -23,11 +23,11 @@ from shvit.export.labels import contradiction, find_labels, match_classes
 from shvit.export.spec import open_model
 from shvit.files import sha256
 from shvit.run_info import RUN_KEY, RunInfo, read_run_info
-from shvit.train.data import open_splits
+from shvit.train.data.datasets import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Distill
-from shvit.train.setup import set_up
+from shvit.train.step.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
 from tests.conftest import SMALL, create_tiny, randomize

@@ -11,8 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from shvit import deploy
-from shvit.checkpoint import to_reference
-from shvit.shvit import VARIANTS
+from shvit.shvit import VARIANTS, to_reference
 from tests import forks
 from tests.conftest import TINY, assert_close, create_tiny, images, randomize
 

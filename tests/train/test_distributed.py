@@ -121,7 +121,7 @@ def test_two_processes_train_as_one(small, tmp_path):
     recipe = replace(small, epochs=5, freeze_bn=True, augment=PLAIN, optim=Optim(lr=1e-2), save=Save(log_steps=1))
     train(recipe, tmp_path / "one")
     out = finish(command(recipe, tmp_path / "two", *torchrun("--standalone", "--nproc-per-node=2")))
-    assert "batch 8 = 2 processes × 1 turns × 4" in out
+    assert "batch 8 = 2 processes × 1 gradient accumulation steps × 4" in out
     result = json.loads(out.splitlines()[-1])
     assert result["n_val"] == 12  # each once
     losses = []

@@ -8,10 +8,10 @@ import timm
 import yaml
 
 from shvit.errors import InputError
-from shvit.train.folder import RunFolder
 from shvit.train.main import Train, parse
 from shvit.train.recipe import Recipe, differences, read_recipe
 from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
+from shvit.train.run.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("recipe: {epochs: 3}\nseed: 4", "seed stands beside recipe and would not be read; move it below recipe"),
         ("optim: {lr: 1}\nrecipe: {epochs: 3}", "optim stands beside recipe and would not be read"),
         ("recipe: {epochs: 3}\ndata: {root: x}", "data stands beside recipe and would not be read"),
-        ("optim.lr: 1e-3", "'optim.lr' is no field of its own; write lr below optim, as optim: {lr: …}"),
+        ("optim.lr: 1e-3", "'optim.lr' is not a top-level field; write lr below optim, as optim: {lr: …}"),
         ("!!python/object/apply:os.system ['true']", "not a readable recipe"),
     ],
 )

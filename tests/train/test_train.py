@@ -100,7 +100,7 @@ def test_model_that_takes_one_size_is_made_for_it(recipe, tmp_path):
 
 def interrupt_after(steps: int, monkeypatch, number: int = signal.SIGTERM) -> None:
     """Sends this process a signal in the forward pass behind that many finished steps."""
-    from shvit.train.setup import Run
+    from shvit.train.step.state import Run
 
     forward_backward = Run.forward_backward
 

@@ -11,11 +11,12 @@ from timm.models.shvit import SHViT as TimmSHViT
 from timm.utils import reparameterize_model
 
 from shvit import SHViT, deploy
-from shvit.checkpoint import create_model, read_checkpoint, read_state_dict, to_reference, write_checkpoint
+from shvit.checkpoint import read_checkpoint, read_state_dict, write_checkpoint
 from shvit.cli import run
+from shvit.create import create_model
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256
-from shvit.shvit import VARIANTS
+from shvit.shvit import VARIANTS, to_reference
 from shvit.weights import main as commands
 from shvit.weights.layouts import variant_of
 from shvit.weights.manifest import MANIFEST, find, read_manifest

@@ -1,7 +1,7 @@
 # The schedule of 12 epochs that the paper's detectors were trained with, and what every run writes.
 _base_ = ["mmdet::_base_/schedules/schedule_1x.py", "mmdet::_base_/default_runtime.py"]
 
-custom_imports = dict(imports=["shvit.detection", "shvit.detection.reading"])
+custom_imports = dict(imports=["shvit.detection", "shvit.detection.plugin.reading"])
 
 # lr is for a batch of 16: 8 GPUs with 2 images each; --auto-scale-lr fits it to another batch.
 optim_wrapper = dict(

@@ -74,7 +74,7 @@ def test_every_size_gives_the_models_answers(tmp_path, precision, uint8_input):
     spec = spec_of(model, precision=precision, uint8_input=uint8_input, other_sizes=(96, 128))
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
     package = Package(tmp_path / "m.mlpackage")
-    assert [shape[-2:] for shape in package.feeds[0].shapes] == [(size, size) for size in spec.sizes]
+    assert [shape[-2:] for shape in package.inputs[0].shapes] == [(size, size) for size in spec.sizes]
     for size in spec.sizes:
         image = pixels(size=size)
         with torch.no_grad():

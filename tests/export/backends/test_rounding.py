@@ -14,12 +14,14 @@ from torch import nn
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
-from shvit.export.backends.onnx import read_onnx, write_onnx
-from shvit.export.backends.openvino import read_openvino, write_openvino
-from shvit.export.backends.rounding import ROWS, RoundedOnnx, RoundedOpenvino
+from shvit.export.backends.backend import ROWS
+from shvit.export.backends.onnx import write_onnx
+from shvit.export.backends.onnx_graph import RoundedOnnx, load_onnx
+from shvit.export.backends.openvino import write_openvino
+from shvit.export.backends.openvino_graph import RoundedOpenvino, load_openvino
 from shvit.export.spec import Spec
-from shvit.export.verify import layer_outputs, snr_db
-from shvit.export.wrappers import ChannelsLast, Half, Normalized
+from shvit.export.verdict import snr_db
+from shvit.export.wrappers import ChannelsLast, Half, Normalized, layer_outputs
 from tests.conftest import Apply, create_tiny, images, randomize
 
 PX = 32
@@ -33,7 +35,7 @@ def spec_for(precision: str = "fp16", **changes) -> Spec:
 
 def in_onnx(model: nn.Module, folder, dynamic_batch: bool = True, **changes) -> RoundedOnnx:
     write_onnx(model.eval(), folder / "m.onnx", spec_for(**changes), dynamic_batch)
-    return RoundedOnnx(read_onnx(folder / "m.onnx"), threads=1)
+    return RoundedOnnx(load_onnx(folder / "m.onnx"), threads=1)
 
 
 def write_openvino_file(model: nn.Module, folder, dynamic_batch: bool = True, **changes) -> None:
@@ -43,7 +45,7 @@ def write_openvino_file(model: nn.Module, folder, dynamic_batch: bool = True, **
 
 def in_openvino(model: nn.Module, folder, **changes) -> RoundedOpenvino:
     write_openvino_file(model, folder, **changes)
-    return RoundedOpenvino(read_openvino(folder / "m.xml")[0], threads=1)
+    return RoundedOpenvino(load_openvino(folder / "m.xml")[0], threads=1)
 
 
 def in_torch(model: nn.Module, batch: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -73,7 +75,7 @@ def tiny_openvino(tiny, tmp_path_factory):
     """Its graph, as it was read."""
     folder = tmp_path_factory.mktemp("openvino")
     write_openvino_file(tiny, folder)
-    return read_openvino(folder / "m.xml")[0]
+    return load_openvino(folder / "m.xml")[0]
 
 
 def test_onnx_is_rounded_as_pytorch_rounds_bit_for_bit(tmp_path):
@@ -89,7 +91,7 @@ def test_openvino_is_rounded_as_pytorch_rounds_bit_for_bit(tmp_path):
     write_openvino_file(CHAIN, tmp_path)
     x = images(2, 3, PX, PX)
     for dtype, overflow in ((torch.float16, "logits"), (torch.bfloat16, None)):
-        rounded = RoundedOpenvino(read_openvino(tmp_path / "m.xml")[0], dtype, threads=1)
+        rounded = RoundedOpenvino(load_openvino(tmp_path / "m.xml")[0], dtype, threads=1)
         expected = in_torch(CHAIN, x, dtype)
         assert torch.equal(rounded.run(x)[0], expected)
         assert expected.isinf().any() == (overflow is not None)

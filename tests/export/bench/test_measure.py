@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+from shvit import sessions
 from shvit.cli import run
 from shvit.errors import InputError
-from shvit.export.backends.openvino import core
+from shvit.export.backends.openvino_graph import core
 from shvit.export.bench import measure as bench_module
 from shvit.export.bench import worker
 from shvit.export.bench.cases import BenchCase, BenchModel, Settings, choose_cores, create_file_case, create_timm_model
@@ -233,7 +234,8 @@ def talk(job: dict, *commands: dict) -> list[dict]:
 
 @pytest.mark.parametrize("runner", ["onnx", "openvino"])
 def test_worker_times_a_file_and_tells_its_memory(foreign, runner):
-    job = {"runner": runner, "path": str(foreign), "provider": "cpu", "bf16": False, "batch_size": 1}
+    job = {"runner": runner, "path": str(foreign), "provider": "cpu", "bf16": False, "batch_size": 1,
+           "sessions": sessions.__file__}  # fmt: skip
     opened, first, turn = talk(job, {"batch": 1}, {"seconds": 0.05})
     assert opened["load"] > 0
     assert first["first"] > 0
@@ -258,7 +260,7 @@ def test_a_turn_by_processor_time_goes_on_while_others_have_the_core():
 
 
 def test_worker_says_in_one_line_what_is_wrong(foreign, tmp_path):
-    job = {"runner": "onnx", "path": str(foreign), "provider": "cpu"}
+    job = {"runner": "onnx", "path": str(foreign), "provider": "cpu", "sessions": sessions.__file__}
     assert talk(job, {"batch": 4})[-1] == {"error": "RuntimeError: the file takes batches of 1, not of 4"}
     (answer,) = talk({**job, "path": str(tmp_path / "none.onnx")})
     assert "none.onnx" in answer["error"]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from shvit import cli
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.artifact import open_artifact
+from shvit.export.backends.registry import load_artifact
 from shvit.export.bench.cases import Settings
 from shvit.export.bench.records import read_measurements
 from shvit.export.browser import main as browser_main
@@ -27,7 +27,7 @@ from shvit.export.browser.tls import self_signed
 from shvit.export.images import read_pixels
 from shvit.export.verdict import TOLERANCES, compare, judge
 from shvit.export.web import Content
-from shvit.train.data import open_image
+from shvit.train.data.images import open_image
 from tests.browser import OTHER_NAME, open_browser
 from tests.browser import serve as serve_folder
 from tests.conftest import LABELS
@@ -207,7 +207,7 @@ def test_outputs_are_those_of_onnx_runtime_on_this_machine(browser, serving, tri
         engine.end();
         return all;"""
     for each, outputs in zip(tried, call(browser, code, threads), strict=True):
-        expected = open_artifact(each.path)(read_pixels(select_images(None), each.spec))
+        expected = load_artifact(each.path)(read_pixels(select_images(None), each.spec))
         allowed = TOLERANCES[each.spec.precision]
         found = compare(expected, torch.tensor(outputs), allowed)
         assert found["max_rel_error"] < allowed.max_rel_error
@@ -348,7 +348,7 @@ def test_a_chosen_image_gets_the_prediction_that_it_gets_here(browser, serving, 
     image = select_images(None)[3].path
     page.find_element("css selector", "#image").send_keys(str(image))
     wait(page, "document.querySelectorAll('#predictions > div').length")
-    artifact = open_artifact(mine)
+    artifact = load_artifact(mine)
     pixels = artifact.spec.transform(normalize=False)(open_image(image))[None]
     chances = artifact(pixels).softmax(1)[0]
     shown = {}

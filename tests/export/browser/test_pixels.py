@@ -15,7 +15,7 @@ from PIL import Image
 
 from shvit.export.images import image_files
 from shvit.export.spec import Spec
-from shvit.train.data import open_image
+from shvit.train.data.images import open_image
 from tests.browser import open_browser, serve
 from tests.conftest import ROOT
 

@@ -9,9 +9,9 @@ import pytest
 from shvit import cli
 from shvit.certificate import certificate_path
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.onnx import LABELS_KEY, SPEC_KEY
 from shvit.export.bench.cases import Settings
 from shvit.export.browser.served import Pace, check_names, create_contents, load_served, prepare_models, select_images
+from shvit.export.metadata import LABELS_KEY, SPEC_KEY
 from shvit.files import sha256
 
 PACE = Pace()

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shvit.errors import InputError
-from shvit.export.backends.onnx import quiet
 from shvit.export.mil.program import Package
+from shvit.terminal import quiet
 from tests.conftest import Apply, randomize
 
 
@@ -218,8 +218,8 @@ def test_enumerated_sizes_all_run(tmp_path):
     shapes = ct.EnumeratedShapes([(1, 3, size, size) for size in (32, 48, 64)], default=(1, 3, 48, 48))
     path = convert(model, torch.rand(1, 3, 48, 48), tmp_path, inputs=[ct.TensorType(name="x", shape=shapes)])
     package = Package(path)
-    assert package.feeds[0].shapes[0] == (1, 3, 48, 48)
-    assert len(package.feeds[0].shapes) == 3
+    assert package.inputs[0].shapes[0] == (1, 3, 48, 48)
+    assert len(package.inputs[0].shapes) == 3
     for size in (32, 48, 64):
         x = torch.rand(1, 3, size, size)
         with torch.no_grad():

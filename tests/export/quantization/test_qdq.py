@@ -1,4 +1,4 @@
-"""int8's parts against brute force, numpy and PyTorch."""
+"""The parts of int8 against brute force, NumPy and PyTorch."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,17 +10,12 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
-from shvit.export.backends.artifact import open_artifact
-from shvit.export.backends.onnx import LAYERS, read_onnx, write_onnx
-from shvit.export.pipeline import _keep_fewest
-from shvit.export.quantization.qdq import (
-    Unfolded,
-    activation_ranges,
-    layer_noise,
-    quantize_onnx,
-    smallest_passing,
-    unfold_identities,
-)
+from shvit.export.backends.onnx import save_onnx, write_onnx
+from shvit.export.backends.onnx_graph import load_onnx
+from shvit.export.backends.registry import load_artifact
+from shvit.export.pipeline import _exclude_fewest
+from shvit.export.quantization.exclusion import layer_noise, smallest_passing
+from shvit.export.quantization.qdq import LAYERS, Unfolded, activation_ranges, quantize_onnx, unfold_identities
 from shvit.export.spec import Spec, randomize_norms
 from shvit.export.verdict import TOLERANCES, snr_db
 from shvit.export.wrappers import feature_maps
@@ -36,10 +31,10 @@ def tiny_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("quantize") / "tiny.onnx"
     write_onnx(deployed, path, spec, dynamic_batch=True)
     torch.manual_seed(0)
-    return deployed, read_onnx(path), spec, torch.randn(8, 3, 64, 64)
+    return deployed, load_onnx(path), spec, torch.randn(8, 3, 64, 64)
 
 
-def test_unfolded_identities_leave_the_answers_and_smaller_weights():
+def test_unfolded_identities_leave_the_outputs_and_smaller_weights():
     torch.manual_seed(0)
     model = deploy(create_tiny().eval(), 64)
     unfolded = unfold_identities(model)
@@ -75,9 +70,9 @@ def test_smallest_passing_is_found_and_was_tried(smallest, guess):
     ],
 )
 def test_layers_stay_in_float_until_a_file_passes_without_chance(tmp_path, passed, snr_db, chosen):
-    def attempt(kept):
-        level = max(count for count in snr_db if count <= len(kept))
-        path = tmp_path / f"{len(kept)}" / "m.onnx"
+    def attempt(excluded):
+        level = max(count for count in snr_db if count <= len(excluded))
+        path = tmp_path / f"{len(excluded)}" / "m.onnx"
         path.parent.mkdir(exist_ok=True)
         path.touch()
         above = snr_db[level] >= TOLERANCES["int8"].snr_db
@@ -85,7 +80,7 @@ def test_layers_stay_in_float_until_a_file_passes_without_chance(tmp_path, passe
         return SimpleNamespace(passed=True if above else passed, **figures), path
 
     noise = {str(layer): 1.0 for layer in range(16)}
-    certificate, path = _keep_fewest(attempt, attempt(()), noise)
+    certificate, path = _exclude_fewest(attempt, attempt(()), noise)
     assert certificate.snr_db == snr_db[chosen]
     assert path == tmp_path / str(chosen) / "m.onnx"
     assert path.is_file()
@@ -114,11 +109,12 @@ def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny
         assert ((values >= low) & (values <= high)).float().mean() > 0.97
 
 
-def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
+def test_every_layer_is_int8_but_those_that_are_excluded(tiny_file, tmp_path):
     deployed, proto, spec, batch = tiny_file
-    kept = ("patch_embed.0", "head")
-    spec = replace(spec, precision="int8", excluded_layers=kept)
-    quantize_onnx(proto, tmp_path / "q.onnx", spec, [], activation_ranges(deployed, [batch]))
+    excluded = ("patch_embed.0", "head")
+    spec = replace(spec, precision="int8", excluded_layers=excluded)
+    quantized = quantize_onnx(proto, spec, activation_ranges(deployed, [batch]))
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     quantized = onnx.load(tmp_path / "q.onnx")
     made_by = {output: node for node in quantized.graph.node for output in node.output}
     tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
@@ -128,7 +124,7 @@ def test_every_layer_is_int8_but_those_that_are_kept(tiny_file, tmp_path):
     }
     for node in layers:
         source, weight = (made_by.get(name) for name in node.input[:2])
-        if node.name in kept:
+        if node.name in excluded:
             assert weight is None
             continue
         assert source.op_type == weight.op_type == "DequantizeLinear"
@@ -146,11 +142,13 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
         model, outputs = feature_maps("tiny_vit", create_tiny().eval())
         deployed, spec = unfold_identities(deploy(model, 64)), replace(spec, outputs=outputs)
         write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
-        proto = read_onnx(tmp_path / "maps.onnx")
+        proto = load_onnx(tmp_path / "maps.onnx")
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
-    kept = (names[0], names[7])
+    excluded = (names[0], names[7])
     ranges = activation_ranges(deployed, [batch])
-    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8", excluded_layers=kept), [], ranges)
+    spec = replace(spec, precision="int8", excluded_layers=excluded)
+    quantized = quantize_onnx(proto, spec, ranges)
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     graph = onnx.load(tmp_path / "q.onnx").graph
     made_by = {output: node for node in graph.node for output in node.output}
     exact = 0
@@ -162,9 +160,9 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features
             maker = made_by[made_by[reading.input[0]].input[0]]
             if maker.op_type == "Relu" and made_by[maker.input[0]].op_type in LAYERS:
                 maker = made_by[maker.input[0]]
-            if maker.op_type not in LAYERS or maker.name in kept:
+            if maker.op_type not in LAYERS or maker.name in excluded:
                 assert node.op_type in LAYERS
-                assert node.name not in kept
+                assert node.name not in excluded
                 exact += 1
     assert exact > 10
     makers = {made_by[output.name].op_type for output in graph.output}
@@ -183,10 +181,12 @@ def test_peers_go_into_int8(tmp_path, name):
     spec, batch = Spec.of(name, model, 64), torch.randn(8, 3, 64, 64)
     deployed = unfold_identities(deploy(model, 64))
     write_onnx(deployed, tmp_path / "float.onnx", spec, dynamic_batch=True)
-    proto = read_onnx(tmp_path / "float.onnx")
+    proto = load_onnx(tmp_path / "float.onnx")
     ranges = activation_ranges(deployed, [batch])
-    quantize_onnx(proto, tmp_path / "q.onnx", replace(spec, precision="int8"), [], ranges)
-    (got,) = open_artifact(tmp_path / "q.onnx").run(batch)
+    spec = replace(spec, precision="int8")
+    quantized = quantize_onnx(proto, spec, ranges)
+    save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
+    (got,) = load_artifact(tmp_path / "q.onnx").run(batch)
     with torch.no_grad():
         assert snr_db(model(batch), got) > 15
     quantized = onnx.load(tmp_path / "q.onnx")

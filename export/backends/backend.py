@@ -1,0 +1,298 @@
+"""What a backend is: a file format and the runtime that runs it; and what an artifact is, loaded."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from shvit.errors import InputError
+
+from ..guards import finite, rows_that_fit
+from ..quantization.qdq import LayerRanges
+from ..quantization.ranges import Range
+from ..spec import Precision, Spec
+from ..wrappers import layers
+from .parameters import LayerParameters
+
+Outputs = tuple[torch.Tensor, ...]
+Run = Callable[[torch.Tensor], Outputs]
+"""From what `Spec.feed` returns to the outputs that `Spec.outputs` names."""
+Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported file, loaded."""
+
+    path: Path
+    spec: Spec
+    runtime: str
+    operators: Mapping[str, int]
+    """Number of each operator, most frequent first."""
+    run: Run
+    run_layers: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+    """From what `Spec.feed` returns to the output of each convolution and linear layer, by its name where known."""
+    parameters: Callable[[], Mapping[str, LayerParameters]]
+    """The weights that each of these layers computes with."""
+    scale_faults: Callable[[], list[str]]
+    """Scales of 8-bit tensors that do not belong together, each as a sentence."""
+    labels: Sequence[str] = ()
+    """Names of the classes that the file holds."""
+    largest_values: Callable[[], Mapping[str, float]] = dict
+    """With rounding after each operation: the largest absolute values so far, by the operation's name."""
+    overflow: Callable[[], str | None] = lambda: None
+    """With rounding after each operation: the first operation whose result did not fit the precision so far."""
+    run_with_defaults: Run | None = None
+    """`run` with the runtime's own settings, where `run` has others that keep 8-bit sums from overflowing."""
+
+    def __call__(self, images: Images) -> torch.Tensor:
+        """Return the first output, mostly logits (B, classes).
+
+        Args:
+            images: PIL images of any size, which are resized and cropped as the spec says; or uint8 (B, C, H, W) of
+                the spec's size, as `spec.transform(normalize=False)` makes them.
+
+        Raises:
+            InputError: the file does not run, or its output is no prediction.
+        """
+        pixels = self._pixels(images)
+        parts = pixels.split(rows_that_fit(max(len(pixels), 1), self.spec))
+        return finite(self.path, torch.cat([self.run(self.spec.feed(part))[0] for part in parts]))
+
+    def _pixels(self, images: Images) -> torch.Tensor:
+        if isinstance(images, torch.Tensor | np.ndarray):
+            return torch.as_tensor(images)
+        transform = self.spec.transform(normalize=False)
+        images = [images] if isinstance(images, Image.Image) else images
+        return torch.stack([transform(image.convert("RGB")) for image in images])
+
+
+def join(parts: Sequence[Sequence[torch.Tensor | np.ndarray]]) -> Outputs:
+    """Return the outputs of several batches as those of one."""
+    return tuple(torch.cat([torch.as_tensor(part) for part in each]) for each in zip(*parts, strict=True))
+
+
+class ImageInput(NamedTuple):
+    """The input of an image model's file, which need not be one of ours."""
+
+    img_size: int
+    """Height in pixels."""
+    batch: int | None
+    """The one batch size that it takes; None for any."""
+    precision: str
+
+
+def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precision: str) -> ImageInput:
+    """Return the image input of a file from the shapes of its inputs, in which an open length is no number.
+
+    Raises:
+        InputError: it has no single input of four dimensions, or leaves height and width open.
+    """
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise InputError(f"{path}: has no single input of four dimensions; only image models are timed here")
+    batch, *sides = shapes[0]
+    sizes = [side for side in sides if isinstance(side, int) and side > 4]
+    if len(sizes) < 2:
+        raise InputError(f"{path}: leaves the image's height and width open; export it for one size")
+    return ImageInput(sizes[0], batch if isinstance(batch, int) else None, precision)
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions:
+    """What a format can be besides its model, size and precision; each field is an option of `shvit export FORMAT`."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the file returns a label besides probabilities."""
+        return False
+
+    def complete(self, spec: Spec) -> Spec:
+        """Return the spec with what these options change in it.
+
+        Raises:
+            InputError: they contradict each other, or the spec.
+        """
+        return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions(FormatOptions):
+    """Options of formats that take batches."""
+
+    raw_pixels: bool = False
+    """Take RGB pixels, uint8 (B, H, W, C), and normalize them inside; a normalized float32 (B, C, H, W) by default."""
+    dynamic_batch: bool = False
+    """Leave the batch size open; 1 by default."""
+
+    def complete(self, spec: Spec) -> Spec:
+        return replace(spec, uint8_input=self.raw_pixels)
+
+
+class Source(Protocol):
+    """What a file is written from. Each of these is computed once for all files of one model."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+    def deployed(self) -> nn.Module:
+        """Return the model in its inference form."""
+
+    def unfolded(self) -> nn.Module:
+        """Return the deployed model with identities unfolded, which QDQ files in int8 are made from."""
+
+    def ranges(self) -> Mapping[str, LayerRanges]:
+        """Return the ranges of QDQ files in int8."""
+
+    def coreml_ranges(self) -> dict[str, Range]:
+        """Return the ranges of Core ML's w8a8, which the first file that is written fills."""
+
+    def calibration_pixels(self) -> torch.Tensor:
+        """Return uint8 (n, C, H, W)."""
+
+
+O = TypeVar("O", bound=FormatOptions)
+Writer = Callable[[Path, Spec], None]
+"""Writes a file with the given spec, whose excluded layers may differ from call to call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(Generic[O]):
+    """A file format and the runtime that runs it: all that export, verification and benchmarks know of them."""
+
+    name: str
+    """The format's word on the command line: `shvit export NAME`."""
+    title: str
+    suffix: str
+    companions: tuple[str, ...] = ()
+    """Suffixes of further files that belong to an artifact."""
+    help: str
+    """Help text of the export command."""
+    runtime: str
+    """The runtime's word on the command line: `shvit bench --runtimes NAME`."""
+    packages: tuple[str, ...]
+    """Modules that write and run a file."""
+    extra: str = "export"
+    """The extra of this package that installs them."""
+    precisions: tuple[Precision, ...]
+    """Those that can be exported, the default first."""
+    precision_help: str
+    compared: tuple[Precision, ...]
+    """Those that `shvit export all` writes."""
+    calibrated: Precision
+    """The precision whose ranges are learned from images."""
+    options: type[O]
+    all_options: O
+    """The options that `shvit export all` writes with."""
+    create_writer: Callable[[Source, O], Writer]
+    load: Callable[[Path, int | None], Artifact]
+    """From a path and a number of threads, the runtime's choice where None."""
+    load_native: Callable[[Artifact], Artifact] | None = None
+    """The same file in the vendor's runtime, where `load` runs it in an evaluator of ours."""
+    load_rounded: Callable[[Artifact, int | None], Artifact] | None = None
+    """The same file in half precision, rounded after each operation; None where `load` does so itself."""
+    inspect: Callable[[Path], ImageInput]
+    """Reads the input of a file, which need not be one of ours."""
+    unfolds_identities: bool = True
+    """int8 is made from the model with its identities unfolded."""
+    float_stem: bool = False
+    """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the process that runs it; set before it starts."""
+    overflow_advice: str = ""
+    """How to run int8 on a processor whose 8-bit sums overflow."""
+
+    def float_layers(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the layers of a deployed model that are faster in float32 than in int8."""
+        return (next(layers(model))[0],) if self.float_stem else ()
+
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""On Linux the C library then asks for pages of 2 MB: with one image at a time the weights come from memory, and a
+processor fetches ahead within a page only. export/SPEED.md has the measurements."""
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precisions that are narrower than what CPUs compute in."""
+ROWS = 16  # images at a time with rounding, which bounds memory
+SHOWN_VALUES = 3
+EXACT_OPERATORS = (
+    *("Broadcast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu"),
+    *("Reshape", "Select", "Slice", "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze"),
+    *("VariadicSplit", "Where"),
+)
+"""Operators, of ONNX and OpenVINO, whose results are among their inputs, or 0: nothing is left to round."""
+
+
+class Rounded:
+    """A half-precision file run as on hardware that computes in its precision: each operation's result is rounded.
+
+    A CPU computes float16, and bfloat16 where it has no instructions for it, in float32, and so hides both rounding and
+    overflow. Here each operation is computed in float32, as matrix units accumulate, and its result rounded to float16
+    or bfloat16 (infinite from 65520 on) before the next one reads it. The runtimes do the arithmetic, with conversions
+    between the operations that they do not remove; results are the same on every machine but for the order of sums.
+
+    Args:
+        names: of the operations whose results are rounded, in the order in which they are computed.
+    """
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype, rows: int):
+        self.dtype = dtype
+        self.rows = rows
+        self.largest: dict[str, float] = dict.fromkeys(names, 0.0)
+        """Operation → largest absolute value of its results so far, before rounding; infinite where a result was
+        infinite or NaN. In the order of computation; convolutions and linear layers by their dotted names."""
+
+    def run(self, batch: torch.Tensor) -> Outputs:
+        """Return all outputs in order for what `Spec.feed` returns."""
+        raise NotImplementedError
+
+    def run_layers(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the output of each convolution and linear layer, by its dotted name, for what `Spec.feed` returns."""
+        raise NotImplementedError
+
+    @property
+    def limit(self) -> float:
+        """The largest number of the format: 65504 for float16."""
+        return torch.finfo(self.dtype).max
+
+    @property
+    def overflow(self) -> str | None:
+        """The first operation whose result did not fit the format so far."""
+        fits = ((name, torch.tensor(value).to(self.dtype).isfinite().item()) for name, value in self.largest.items())
+        return next((name for name, each in fits if not each), None)
+
+    def nearest(self, count: int) -> dict[str, float]:
+        """Return the operations with the largest values, of those before the first that overflows; largest first."""
+        names = list(self.largest)
+        before = names[: names.index(self.overflow)] if self.overflow in self.largest else names
+        order = sorted(before, key=lambda name: self.largest[name], reverse=True)
+        return {name: self.largest[name] for name in order[:count]}
+
+    def record(self, name: str, value: float) -> None:
+        """Take note of the largest absolute value of an operation's result."""
+        self.largest[name] = max(self.largest[name], value if math.isfinite(value) else math.inf)
+
+    def changes(self, artifact: Artifact) -> dict[str, Any]:
+        """Return the fields of an artifact that differ when it runs with rounding."""
+        return {
+            "runtime": f"{artifact.runtime}, {str(self.dtype).removeprefix('torch.')} after each operation",
+            "run": self.run,
+            "run_layers": self.run_layers,
+            "largest_values": lambda: self.nearest(SHOWN_VALUES),
+            "overflow": lambda: self.overflow,
+        }

@@ -1,0 +1,185 @@
+"""MIL operations that reduce, cut, join and reorder tensors; and a classifier's labels."""
+
+import torch
+
+from shvit.errors import InputError
+
+from .registry import Numbers, Operation, Operations, ints
+
+REDUCTIONS: dict[str, Operation] = {
+    "reduce_l1_norm": lambda x, dims, keep: x.abs().sum(dims, keep),
+    "reduce_l2_norm": lambda x, dims, keep: x.square().sum(dims, keep).sqrt(),
+    "reduce_log_sum": lambda x, dims, keep: x.sum(dims, keep).log(),
+    "reduce_log_sum_exp": lambda x, dims, keep: x.logsumexp(dims, keep),
+    "reduce_max": lambda x, dims, keep: x.amax(dims, keep),
+    "reduce_mean": lambda x, dims, keep: x.mean(dims, keep),
+    "reduce_min": lambda x, dims, keep: x.amin(dims, keep),
+    "reduce_sum": lambda x, dims, keep: x.sum(dims, keep),
+    "reduce_sum_square": lambda x, dims, keep: x.square().sum(dims, keep),
+}
+
+
+def _reduction(function: Operation) -> Operation:
+    def reduce(x, axes, keep_dims):
+        return function(x, list(range(x.dim())) if axes is None else ints(axes), keep_dims)
+
+    return reduce
+
+
+OPERATIONS = Operations({name: _reduction(function) for name, function in REDUCTIONS.items()})
+
+
+@OPERATIONS.add
+def reduce_argmax(x, axis, keep_dims, output_dtype=None):
+    return x.argmax(int(axis), keep_dims).int()
+
+
+@OPERATIONS.add
+def reduce_argmin(x, axis, keep_dims, output_dtype=None):
+    return x.argmin(int(axis), keep_dims).int()
+
+
+@OPERATIONS.add
+def reduce_prod(x, axes, keep_dims):
+    for axis in sorted(ints(axes) if axes is not None else range(x.dim()), key=lambda dim: dim % x.dim()):
+        x = x.prod(axis, keepdim=True)
+    return x if keep_dims else x.squeeze(ints(axes) if axes is not None else list(range(x.dim())))
+
+
+@OPERATIONS.add
+def cumsum(x, axis, exclusive, reverse):
+    dim = int(axis)
+    x = x.flip(dim) if reverse else x
+    total = x.cumsum(dim) - (x if exclusive else 0)
+    return total.flip(dim) if reverse else total
+
+
+@OPERATIONS.add
+def shape(x):
+    return torch.tensor(x.shape, dtype=torch.int32)
+
+
+@OPERATIONS.add
+def reshape(x, shape):
+    sizes = [x.shape[dim] if size == 0 else size for dim, size in enumerate(ints(shape))]
+    return x.reshape(sizes)
+
+
+@OPERATIONS.add
+def flatten2d(x, axis):
+    return x.reshape(x.shape[: int(axis)].numel(), -1)
+
+
+@OPERATIONS.add
+def transpose(x, perm):
+    return x.permute(ints(perm))
+
+
+@OPERATIONS.add
+def expand_dims(x, axes):
+    dims = ints(axes)
+    for dim in sorted(dim % (x.dim() + len(dims)) for dim in dims):
+        x = x.unsqueeze(dim)
+    return x
+
+
+@OPERATIONS.add
+def squeeze(x, axes):
+    return x.squeeze() if axes is None else x.squeeze(ints(axes))
+
+
+@OPERATIONS.add
+def stack(values, axis):
+    return torch.stack([torch.as_tensor(value) for value in values], int(axis))
+
+
+@OPERATIONS.add
+def concat(values, axis, interleave):
+    values = [torch.as_tensor(value) for value in values]
+    if not interleave:
+        return torch.cat(values, int(axis))
+    dim = int(axis) % values[0].dim()
+    return torch.stack(values, dim + 1).flatten(dim, dim + 1)
+
+
+@OPERATIONS.add
+def split(x, num_splits, split_sizes, axis):
+    if split_sizes is not None:
+        return x.split(ints(split_sizes), int(axis))
+    return x.chunk(int(num_splits), int(axis))
+
+
+@OPERATIONS.add
+def slice_by_index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask):
+    rank = x.dim()
+
+    def flags(mask: Numbers | None) -> list[int]:
+        return [0] * rank if mask is None else ints(mask)
+
+    steps = [1] * rank if stride is None else ints(stride)
+    drop = flags(squeeze_mask)
+    from_start, to_end = flags(begin_mask), flags(end_mask)
+    for dim, (first, last, step) in enumerate(zip(ints(begin), ints(end), steps, strict=True)):
+        size = x.shape[dim]
+        if drop[dim]:
+            indices = range(first % size, first % size + 1)
+        else:
+            indices = range(size)[slice(None if from_start[dim] else first, None if to_end[dim] else last, step)]
+        x = x.index_select(dim, torch.tensor(indices, dtype=torch.int64))
+    return x.squeeze([dim for dim in range(rank) if drop[dim]])
+
+
+@OPERATIONS.add
+def slice_by_size(x, begin, size):
+    for dim, (first, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
+        x = x.narrow(dim, first, x.shape[dim] - first if length == -1 else length)
+    return x
+
+
+@OPERATIONS.add
+def gather(x, indices, axis, batch_dims, validate_indices=None):
+    dim, batch = int(axis) % x.dim(), int(batch_dims)
+    indices = torch.as_tensor(indices).long()
+    indices = torch.where(indices < 0, indices + x.shape[dim], indices)
+    if batch:
+        raise InputError("gather along batches")
+    return x.index_select(dim, indices.flatten()).reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+
+
+@OPERATIONS.add
+def gather_along_axis(x, indices, axis, validate_indices=None):
+    dim = int(axis)
+    return x.gather(dim, torch.where(indices < 0, indices + x.shape[dim], indices).long())
+
+
+@OPERATIONS.add
+def tile(x, reps):
+    return x.repeat(ints(reps))
+
+
+@OPERATIONS.add
+def fill(shape, value):
+    return torch.full(ints(shape), value)
+
+
+@OPERATIONS.add
+def fill_like(ref_tensor, value):
+    return torch.full(ref_tensor.shape, value)
+
+
+@OPERATIONS.add
+def range_1d(start, end, step):
+    return torch.arange(*(value.item() if isinstance(value, torch.Tensor) else value for value in (start, end, step)))
+
+
+@OPERATIONS.add
+def reverse(x, axes):
+    return x.flip(list(range(x.dim())) if axes is None else ints(axes))
+
+
+@OPERATIONS.add
+def classify(probabilities, classes):
+    """Return the most probable label, and all probabilities by label."""
+    values = probabilities.flatten().tolist()
+    named = dict(zip(classes, values, strict=True))
+    return max(named, key=named.__getitem__), named

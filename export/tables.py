@@ -1,0 +1,141 @@
+"""Certificates for people: one as the terminal shows it, and all formats of one model side by side."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from shvit.documents import load_json, to_json
+from shvit.errors import CheckFailed
+from shvit.files import atomic_write
+
+from .backends.backend import Backend
+from .backends.registry import BACKENDS
+from .pipeline import Source, check_calibration, export
+from .spec import Precision
+from .verify import MAX_FLOAT_MACS, Certificate
+
+ROWS: Sequence[tuple[Backend[Any], Precision]] = [
+    (backend, precision) for backend in BACKENDS.values() for precision in backend.compared
+]
+"""The formats and precisions that are compared with each other."""
+HEAD = ("file", "top-1 %", "same top-1 %", "SNR dB", "MB", "excluded from int8", "passed")
+
+
+def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]:
+    """Export all of `ROWS` into a folder, with formats.md and formats.json; one that fails gets a row and no file.
+
+    Raises:
+        InputError: one of them cannot be made of this source; nothing is written.
+        ModuleNotFoundError: a package that one of them needs is not installed; nothing is written.
+    """
+    for backend, precision in ROWS:
+        check_calibration(backend, with_precision(source, backend, precision))
+    for name in dict.fromkeys(name for backend in BACKENDS.values() for name in backend.packages):
+        importlib.import_module(name)
+    certificates = {}
+    for backend, precision in ROWS:
+        name = f"{source.spec.model}-{precision}{backend.suffix}"
+        console.print(f"{backend.title} {precision} …")
+        try:
+            export(backend, folder / name, with_precision(source, backend, precision), backend.all_options)
+            certificates[name] = load_json(folder / f"{name}.certificate.json")
+        except CheckFailed as error:
+            certificates[name] = error.result
+    text = markdown(certificates)
+    with atomic_write(folder / "formats.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    with atomic_write(folder / "formats.json") as partial:
+        partial.write_text(to_json(certificates, indent=2) + "\n")
+    for line in text.splitlines():
+        console.print(line)
+    return {"output": str(folder), "passed": {name: each["passed"] for name, each in certificates.items()}}
+
+
+def with_precision(source: Source, backend: Backend[Any], precision: Precision) -> Source:
+    """Return the same source for another format and precision."""
+    return replace(source, spec=backend.all_options.complete(replace(source.spec, precision=precision)))
+
+
+def markdown(certificates: dict[str, dict[str, Any]]) -> str:
+    """Return a table with a row for each certificate, the model itself first."""
+    accuracy = next((each["model_accuracy"] for each in certificates.values() if "model_accuracy" in each), None)
+    lines: list[tuple[str, ...]] = [("PyTorch fp32", _percent(accuracy), "", "", "", "", "")]
+    for (backend, precision), certificate in zip(ROWS, certificates.values(), strict=True):
+        lines.append(_row(f"{backend.title} {precision}", certificate))
+    rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")
+    return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, *lines))
+
+
+def _row(name: str, certificate: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row's cells; a file that overflowed has no figures."""
+    holds = {True: "yes", False: "no", None: "undecided"}[certificate["passed"]]
+    if "snr_db" not in certificate:
+        return (name, "", "", "", "", "", holds)
+    excluded = len(certificate["spec"]["excluded_layers"])
+    return (
+        name,
+        _percent(certificate["accuracy"]),
+        f"{certificate['top1_agreement']:.1f}",
+        f"{certificate['snr_db']:.1f}",
+        f"{certificate['artifact_bytes'] / 1e6:.2f}",
+        f"{excluded} layer{'s' * (excluded > 1)}, {certificate['excluded_macs']:.0f} % of MACs" if excluded else "",
+        holds,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def show(certificate: Certificate, console: Console) -> None:
+    """Print a certificate for people."""
+    console.print(_headline(certificate))
+    table = Table("figure", Column("value", justify="right"), show_header=False)
+    rows = [
+        ("signal to noise", f"{certificate.snr_db:.1f} dB below the outputs' spread"),
+        (
+            "error of an image, of the spread",
+            f"median {certificate.median_rel_error:.1e}, 99 % within {certificate.p99_rel_error:.1e}, "
+            f"largest {certificate.max_rel_error:.1e} ({certificate.worst_image})",
+        ),
+        ("largest difference", f"{certificate.max_abs_error:.1e}"),
+        ("top-1 / top-5 agreement", f"{certificate.top1_agreement:.1f} / {certificate.top5_agreement:.1f} %"),
+    ]
+    if certificate.changed:
+        near_ties = certificate.changed - certificate.changed_decisions
+        rows.append(("other top-1", f"{certificate.changed_decisions} decisions, {near_ties} near-ties"))
+    if certificate.accuracy is not None:
+        rows.append(("accuracy, model → file", f"{certificate.model_accuracy:.2f} → {certificate.accuracy:.2f} %"))
+    if certificate.worst_layer is not None:
+        rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
+    if largest := certificate.largest_values:
+        rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
+    if kept := certificate.spec.excluded_layers:
+        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.excluded_macs:.1f} % of the multiplications"))
+    rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
+    rows.append(("preprocessing", f"within {certificate.gray_levels:.2g} gray levels of timm's"))
+    rows.append(("weights' file", "none: random weights" if certificate.random_weights else "trained"))
+    rows += [("note", note) for note in certificate.notes]
+    rows.append(("size", f"{certificate.artifact_bytes / 1e6:.2f} MB"))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _headline(certificate: Certificate) -> str:
+    """Return the verdict in a sentence, with what must not be overlooked."""
+    random = " with random weights" if certificate.random_weights else ""
+    compared = f"{certificate.images} images in {certificate.runtime}"
+    if certificate.passed is None:
+        return f"{certificate.artifact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
+    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
+    floats = ""
+    if certificate.excluded_macs > MAX_FLOAT_MACS:
+        floats = (f"; {certificate.excluded_macs:.0f} % of its multiplications are not in int8, without which it would "
+                  "not keep to the bounds")  # fmt: skip
+    return f"{certificate.artifact}{random} {verdict}: {compared}{floats}"

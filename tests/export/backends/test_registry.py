@@ -1,0 +1,65 @@
+"""What runtimes give back, as the outputs that a spec names."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shvit.errors import InputError
+from shvit.export.backends.coreml import _by_name
+from tests import forks
+
+SPEC = SimpleNamespace(outputs=("probabilities",))
+UNORDERED = {"owl": 0.05, "cat": 0.15, "dog": 0.8}
+"""As Core ML gives a classifier's probabilities on a Mac: made from an NSDictionary, in no order."""
+
+
+def test_probabilities_come_in_the_order_of_the_packages_labels():
+    first, second = {"label": "dog", "probabilities": UNORDERED}, {"label": "cat", "probabilities": {1: 0.0}}
+    (found,) = _by_name([first], SPEC, ["cat", "dog", "owl"])
+    torch.testing.assert_close(found, torch.tensor([[0.15, 0.8, 0.05]]))
+    reversed_order = {"probabilities": dict(reversed(UNORDERED.items()))}
+    (both,) = _by_name([first, reversed_order], SPEC, ["owl", "cat", "dog"])
+    torch.testing.assert_close(both, torch.tensor([[0.05, 0.15, 0.8]] * 2))
+    with pytest.raises(InputError, match=r"not those that its package tells: 1, cat, dog"):
+        _by_name([second], SPEC, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], ["cat", "dog", "owl", "fox"], ["cat", "dog", "fox"]])
+def test_labels_that_are_missing_or_left_over_are_named(labels):
+    with pytest.raises(InputError, match=r"labels are not those that its package tells: (fox|owl)"):
+        _by_name([{"probabilities": UNORDERED}], SPEC, labels)
+
+
+def test_numbered_labels_without_a_list_are_in_the_order_in_which_people_count():
+    chances = {f"class{i}": i / 100 for i in (0, 5, 11, 1, 6, 2, 10, 3, 9, 4, 8, 7)}
+    (found,) = _by_name([{"probabilities": chances}], SPEC)
+    torch.testing.assert_close(found, torch.arange(12)[None] / 100)
+
+
+GIVEN_UP = """
+import gc, signal, threading
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+from shvit.export.backends.openvino import compile_openvino
+
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+x = ops.parameter([1, 3], np.float32)
+held = [compile_openvino(ov.Model([ops.result(ops.relu(x))], [x], "relu"), "fp32", 1)]
+
+def give_up():
+    held.clear()
+    gc.collect()
+
+thread = threading.Thread(target=give_up)
+thread.start()
+thread.join()
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_signal_is_handled_after_another_thread_gave_an_openvino_model_up():
+    """With a Core of its own for each model it is a segmentation fault."""
+    done = forks.run(code=GIVEN_UP)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

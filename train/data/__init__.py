@@ -1,0 +1,1 @@
+"""Installed as `shvit.train.data`: image datasets, from files to batches for evaluation."""

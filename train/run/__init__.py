@@ -1,0 +1,1 @@
+"""Installed as `shvit.train.run`: what a run writes, its folder, metrics, log lines and curves."""

@@ -1,0 +1,31 @@
+"""A table of the images of each class, printed before training."""
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..data.datasets import Splits, duplicates_note
+from ..data.image_folders import Files, TarFiles
+
+MAX_ROWS = 30  # classes; of more, those with the fewest training images are shown
+
+
+def print_splits(splits: Splits, console: Console) -> None:
+    """Print the number of images of each class in training and validation, and notes on them; reads files."""
+    if isinstance(splits.train.source, Files | TarFiles):  # others would have to decode each image
+        console.print(_table(splits))
+    for note in (*splits.notes, duplicates_note(splits)):
+        if note:
+            console.print(f"  {note}")
+
+
+def _table(splits: Splits) -> Table:
+    rows = list(zip(splits.train.classes, splits.train.class_counts, splits.val.class_counts, strict=True))
+    table = Table("class", Column("training", justify="right"), Column("validation", justify="right"))
+    shown = sorted(rows, key=lambda row: row[1])[:MAX_ROWS] if len(rows) > MAX_ROWS else rows
+    for name, trained, validated in shown:
+        table.add_row(name, str(trained), str(validated))
+    if len(shown) < len(rows):
+        table.add_row(f"and {len(rows) - len(shown)} classes with more", "", "")
+    table.add_section()
+    table.add_row(f"{len(rows)} classes", str(len(splits.train)), str(len(splits.val)))
+    return table

@@ -1,0 +1,36 @@
+"""A training batch: augmented images as bytes, their classes, and the images that could not be read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.loader import fast_collate
+
+Problem = tuple[str, int, int]
+"""(message about a damaged image, its index, number of images that are lost)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of augmented images as bytes, and the problems met in loading it."""
+
+    images: torch.Tensor
+    """(B, 3, H, W), uint8."""
+    targets: torch.Tensor
+    """(B,), int64."""
+    problems: tuple[Problem, ...] = ()
+    """Damaged images, which others have replaced."""
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory; called by DataLoader."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.problems)
+
+
+Item = tuple[np.ndarray, int, tuple[Problem, ...]]
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Collate items into a batch; called by DataLoader."""
+    images, targets = fast_collate([(image, target) for image, target, _ in items])
+    return Batch(images, targets, tuple(problem for _, _, problems in items for problem in problems))
