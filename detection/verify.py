@@ -185,8 +185,8 @@ def certify(
 
 def _reason(match: Match) -> str:
     return (
-        f"{match.matched_percent:.1f} % of the detections match its model's, boxes by an IoU of {match.box_iou_mean:.4f}, "
-        f"scores within {match.score_error:.1e}"
+        f"{match.matched_percent:.1f} % of the detections match its model's, boxes by an IoU of "
+        f"{match.box_iou_mean:.4f}, scores within {match.score_error:.1e}"
     )
 
 

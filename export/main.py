@@ -92,11 +92,11 @@ class Eval:
         console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
         kind = "weights" if weights is not None else "artifact"
-        found = (transform, dataset, classes, index)
-        result = {"model": spec.model, **self._evaluate(kind, predict, spec, *found)}
+        evaluated = (transform, dataset, classes, index)
+        result = {"model": spec.model, **self._evaluate(kind, predict, spec, *evaluated)}
         if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
             averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
-            result["ema"] = self._evaluate("EMA weights", averaged, spec, *found)
+            result["ema"] = self._evaluate("EMA weights", averaged, spec, *evaluated)
         if self.output is not None:
             with atomic_write(self.output / "accuracy.json") as partial:
                 partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")

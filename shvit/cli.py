@@ -48,11 +48,13 @@ COMMANDS = {
     "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
     "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),
     "bench phone": Entry("shvit.export.browser.main:BenchPhone", "Measure latency and outputs in a phone's browser."),
-    "bench import": Entry("shvit.export.browser.main:BenchImport", "Make a report of records that the page saved."),
+    "bench import": Entry("shvit.export.browser.main:BenchImport", "Write a report of records that the page saved."),
     "site": Entry(
         "shvit.export.browser.main:Site", "Write the page that measures latency in a browser as a static site."
     ),
-    "doctor": Entry("shvit.export.analysis.doctor:Doctor", "Check this machine: versions, extras, and each runtime."),
+    "doctor": Entry(
+        "shvit.export.analysis.doctor:Doctor", "Check this machine: hardware, versions, extras and runtimes."
+    ),
     "detect": Entry(
         "shvit.detection.main:DETECT", "Train, evaluate and export Mask R-CNN and RetinaNet; draw detections."
     ),

@@ -31,7 +31,7 @@ from ..pipeline import Source
 from ..spec import Spec, randomize_norms
 from ..verify import Reference
 
-TINY = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
+TINY: dict[str, Any] = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
 IMG_SIZE = 64
 MAX_ERROR = 2e-2
 """Largest error of a runtime that works, relative to the spread of the outputs; float16 needs some of it."""

@@ -359,11 +359,11 @@ def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
 
 def coreml_parameters(package: "Package") -> dict[str, LayerParameters]:
     """Return the weights of a Core ML package, by its layers' names."""
-    found = {}
+    parameters = {}
     for op in package.program.function.operations:
         if op.op_type in MIL_LAYERS and (weight := _mil_constant(op.inputs.get("weight"))) is not None:
-            found[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
-    return found
+            parameters[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
+    return parameters
 
 
 def _mil_constant(var: "Var | None") -> Stored | None:
@@ -393,13 +393,13 @@ def coreml_scale_faults(package: "Package") -> list[str]:
 
 def coreml_steps(package: "Package") -> dict[str, tuple[float, float]]:
     """Return the scale and zero point that each layer's input is read with, by the layer's name."""
-    found = {}
+    steps = {}
     for op in package.program.function.operations:
         source = op.inputs["x"].op if op.op_type in MIL_LAYERS else None
         if source is not None and source.op_type == "dequantize":
             zero_point = source.inputs.get("zero_point")
-            found[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
-    return found
+            steps[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
+    return steps
 
 
 def inspect(path: Path) -> ImageInput:

@@ -25,10 +25,10 @@ from shvit.files import scratch_folder
 from shvit.weights.published import published_top1
 
 from . import worker
-from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case
-from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Scaling
+from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models
+from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Measurements, Scaling
 from .roofline import measure_machine
-from .runtimes import check_runtimes, is_artifact
+from .runtimes import DEFAULT_RUNTIMES, check_runtimes, is_artifact
 
 ROUND_S = 0.15  # minimum seconds that a case runs in a round; of processor time, if the case has one thread
 EXIT_S = 2.0  # seconds that a worker has to end by itself
@@ -221,6 +221,42 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    models: Sequence[str | Path],
+    runtimes: Sequence[str] = DEFAULT_RUNTIMES,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    threads: int = 1,
+    img_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    rounds: int = 15,
+    against: Sequence[Path] = (),
+    progress: Progress = lambda _: None,
+) -> Measurements:
+    """Measure the latency of models in runtimes, as `shvit bench` does.
+
+    Args:
+        models: names that timm knows, or files of `shvit export`, which run in the runtime of their format.
+        runtimes: those of the named models; see `shvit bench --help`.
+        threads: CPU threads of each runtime, each on a core of its own.
+        img_size: input height and width in pixels; each model's own where None.
+        checkpoint: weights of the models, a file or a name of `shvit weights list`; random ones where None.
+        pretrained: use each model's published weights in place of a checkpoint.
+        rounds: rounds in which each case is timed.
+        against, progress: as in `measure_models`.
+
+    Raises:
+        InputError: as `measure_models` and `resolve_models`.
+    """
+    names, weights = resolve_models(
+        [str(model) for model in models], None if checkpoint is None else Path(checkpoint), pretrained, progress
+    )
+    settings = Settings(threads, weights, img_size, pretrained=pretrained)
+    machine, results = measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
+    return Measurements(machine, tuple(results))
 
 
 def measure_models(

@@ -120,6 +120,7 @@ def file_job(path: Path, batch_size: int, precision: str, compute_units: str) ->
 
 def is_artifact(model: str | Path) -> bool:
     """Return whether a model is given as an exported file, and not by a name that timm knows."""
+
     from ..backends.registry import BACKENDS
 
     return Path(model).suffix in {backend.suffix for backend in BACKENDS.values()}
@@ -132,6 +133,7 @@ def describe_runtimes() -> str:
 
 def check_runtimes(names: Sequence[str]) -> None:
     """Raise InputError for a runtime that is unknown or does not run on this machine."""
+
     from ..backends.registry import BACKENDS
 
     for name in names:

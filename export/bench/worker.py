@@ -28,7 +28,7 @@ def run_onnx(job: dict[str, Any]) -> Prepare:
     """Open a file in ONNX Runtime; `provider` is cpu, cuda or tensorrt."""
     import runpy
 
-    create_session = runpy.run_path(job["sessions"])["create_session"]  # of shvit/sessions.py, without PyTorch
+    create_session = runpy.run_path(job["sessions"])["create_session"]  # shvit/sessions.py, without PyTorch
     session = create_session(job["path"], job["threads"], provider=job["provider"])
 
     def prepare(batch: int) -> Call:
