@@ -199,4 +199,4 @@ ADVICE = {
     "torch.compile": "install a C++ compiler (g++ or clang)",
     **{f"{backend.title} files": f"pip install 'shvit[{backend.extra}]'" for backend in BACKENDS.values()},
 }
-"""What may help where a runtime is installed, and fails."""
+"""A remedy for a runtime that is installed, and fails."""

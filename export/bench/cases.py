@@ -1,4 +1,4 @@
-"""What `shvit bench` times: from a model or a file to a case with its options for worker.py."""
+"""Cases of `shvit bench`: a model or a file in a runtime, with the options for worker.py."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -89,7 +89,7 @@ class RunningCase:
 
     @property
     def preempted_percent(self) -> float | None:
-        """As in `BenchResult`."""
+        """The field of `BenchResult`."""
         if not self.case.is_one_cpu_thread:
             return None
         wall = sum(map(sum, self.rounds))

@@ -22,10 +22,10 @@ Job = dict[str, Any]
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a model gets into a runtime, and its compute precision there."""
+    """A runtime in which models are timed, with its compute precision."""
 
     help: str
-    """What `shvit bench --help` says of it."""
+    """Description in `shvit bench --help`."""
     precision: str
     job: Callable[["BenchModel", int], Job]
     """Function of a model and a batch size that returns the worker's options, besides threads and cores."""
@@ -120,7 +120,6 @@ def file_job(path: Path, batch_size: int, precision: str, compute_units: str) ->
 
 def is_artifact(model: str | Path) -> bool:
     """Return whether a model is given as an exported file, and not by a name that timm knows."""
-
     from ..backends.registry import BACKENDS
 
     return Path(model).suffix in {backend.suffix for backend in BACKENDS.values()}
@@ -133,7 +132,6 @@ def describe_runtimes() -> str:
 
 def check_runtimes(names: Sequence[str]) -> None:
     """Raise InputError for a runtime that is unknown or does not run on this machine."""
-
     from ..backends.registry import BACKENDS
 
     for name in names:
