@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-# --- optional packages ------------------------------------------------------------------------------------------------
-
 EXPORT = ("export", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
     "onnx": EXPORT,
@@ -86,8 +84,6 @@ def versions(*packages: str) -> dict[str, str]:
             found[name] = metadata.version(name)
     return found
 
-
-# --- threads ----------------------------------------------------------------------------------------------------------
 
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """OpenMP's own variable, which GNU's library (PyTorch's on Linux), LLVM's (on macOS) and Intel's (on Windows) read, and
