@@ -38,7 +38,7 @@ KNOWN_IMPORTS = {  # importing, imported
     ("shvit.shvit", "shvit.deployment"),
 }
 KNOWN_ROOMS = {"summary", "table"}  # of export, and not drawn in the plan
-KNOWN_FULL = {"shvit", "train", "detection"}
+KNOWN_FULL = {"shvit", "detection"}
 KNOWN_LONG = {
     "detection/onnx.py",
     "export/bench/main.py",
@@ -47,8 +47,6 @@ KNOWN_LONG = {
     "export/verify.py",
     "shvit/checkpoint.py",
     "shvit/shvit.py",
-    "train/data.py",
-    "train/setup.py",
 }
 KNOWN_NAMES = {"shvit.deploy"}
 

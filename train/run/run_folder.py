@@ -76,7 +76,7 @@ class RunFolder:
             if self.states:
                 raise InputError(f"{self.path} holds {self.states[0].name} but no recipe.yaml of that run; put "
                                  "that recipe.yaml back, or choose another --output")  # fmt: skip
-            revision = git_revision(Path(__file__).parent)
+            revision = git_revision(Path(__file__).parent.parent)
             made_with = {**versions("shvit", "timm"), "torch": str(torch.__version__), "git": revision}
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": made_with})
             return
