@@ -214,10 +214,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 MAX_VALUES = 5_000_000  # of a state, where a list that occurs in several places counts in each
 
 
-def _check_expansion(state: Any) -> None:
+def _check_expansion(state: object) -> None:
     """Raise ValueError for containers nested in each other so often that a walk through them would not end."""
 
-    def children(each: Any) -> list[Any]:
+    def children(each: object) -> list[object]:
         return list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
 
     check_expansion(state, children, MAX_VALUES)
