@@ -197,7 +197,7 @@ class Recipe:
     img_size: int = 224
     """Image height and width in pixels."""
     first_img_size: int | None = None
-    """Progressive resizing: height and width in the first epochs, which grow in equal steps of 32 px."""
+    """Progressive resizing: height and width in the first epochs, which grow by 32 px at equal intervals."""
     epochs: int = 300
     """Number of passes over the training images."""
     batch_size: int = 2048
