@@ -173,7 +173,7 @@ def test_a_class_without_validation_images_is_said(tmp_path):
         (["train/cat", "train/dog", "eval_set/cat", "more/dog"], "if eval_set is the other split, rename it to val"),
         (["trn/cat", "trn/dog", "val/cat", "val/dog"], "if trn is the other split, rename it to train"),
         (["cat/train", "cat/val", "dog/train", "dog/val"], "cat/train and cat/val are splits inside a class; put "
-         "the classes into the splits, as train/cat and val/cat"),
+         "the classes into the splits, such as train/cat and val/cat"),
         (["cat/Train/2019", "cat/test", "dog"], "cat/Train and cat/test are splits inside a class"),
         (["cat/train", "cat/plane", "dog"], None),
         (["cat/2019", "cat/2020", "dog/2019", "dog/2020"], None),
