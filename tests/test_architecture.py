@@ -21,18 +21,9 @@ except ModuleNotFoundError:  # Python 3.10
 # --- what does not hold yet: the only such list, to be emptied --------------------------------------------------------
 
 KNOWN_IMPORTS: set[tuple[str, str]] = set()  # importing, imported
-KNOWN_ROOMS = {"summary", "table"}  # of export, and not drawn in the plan
-KNOWN_FULL = {"shvit", "train"}
-KNOWN_LONG = {
-    "export/bench/main.py",
-    "export/main.py",
-    "export/mil/operations.py",
-    "export/verify.py",
-    "shvit/checkpoint.py",
-    "shvit/shvit.py",
-    "train/data.py",
-    "train/setup.py",
-}
+KNOWN_ROOMS: set[str] = set()  # of export, and not drawn in the plan
+KNOWN_FULL = {"shvit"}
+KNOWN_LONG: set[str] = set()
 KNOWN_NAMES = {"shvit.deploy"}
 
 # --- the plan ---------------------------------------------------------------------------------------------------------

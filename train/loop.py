@@ -252,7 +252,7 @@ class Training:
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
-        """Evaluate on all validation images, each in one process, in float32; with the primary's BatchNorm."""
+        """Evaluate on all validation images, each in one process, in float32, with the primary's BatchNorm."""
         model.eval()
         if self.world.size > 1:
             distribute_bn(model, self.world.size)

@@ -1,4 +1,4 @@
-"""Training in processes forked from the tests' own, which have PyTorch, timm and our code in memory already."""
+"""Training in processes that are forked from a server which has PyTorch, timm and our code in memory already."""
 
 import multiprocessing
 import os
@@ -7,10 +7,14 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 import yaml
 
 from shvit.cli import program
 from shvit.train.recipe import Recipe
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["shvit.cli", "shvit.train.loop", "torch.utils.tensorboard", "tests.train.forked"])
 
 
 def options(recipe: Recipe, folder: Path) -> list[str]:
@@ -22,7 +26,7 @@ def options(recipe: Recipe, folder: Path) -> list[str]:
 
 def start(function: Callable[..., None], *args: object) -> BaseProcess:
     """Call a function in a forked process, the leader of a group of its own."""
-    process = multiprocessing.get_context("fork").Process(target=_lead, args=(function, *args))
+    process = SERVER.Process(target=_lead, args=(function, *args))
     process.start()
     return process
 
@@ -38,6 +42,8 @@ def start_training(recipe: Recipe, folder: Path, stderr: Path | str = os.devnull
 
 
 def _train(words: list[str], stderr: Path | str) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as where nothing is set
+    torch.set_num_threads(1)
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115

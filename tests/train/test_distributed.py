@@ -94,11 +94,12 @@ def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_p
 def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, tmp_path):
     """As schedulers send it: the loader's workers get it too, and die of it."""
     folder = tmp_path / "run"
-    process = start_training(replace(small, epochs=400, data=replace(small.data, workers=2)), folder)
+    lasting = replace(small, epochs=400, data=replace(small.data, workers=2))
+    process = start_training(lasting, folder, tmp_path / "stderr")
     wait_for((folder / "last.pt").exists)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGTERM)
-    assert exit_status(process, seconds=30) == 143
+    assert exit_status(process, seconds=30) == 143, (tmp_path / "stderr").read_text()
     saved = state(folder)
     assert saved["step"] > 4 * len(saved["log"]) - 1
 

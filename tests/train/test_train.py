@@ -60,13 +60,13 @@ def test_run_folder_holds_everything_that_was_promised(recipe, plain_run):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_load_into_timm_and_score_what_the_log_says(plain_run, image_folder):
-    folder, _ = plain_run
-    model = timm.create_model("tiny_vit", num_classes=2, checkpoint_path=folder / "best.safetensors")
+def test_weights_load_into_timm_and_score_what_the_log_says(recipe, image_folder, tmp_path):
+    train(replace(recipe, model="shvit_s1", epochs=1), tmp_path)
+    model = timm.create_model("shvit_s1", num_classes=2, checkpoint_path=tmp_path / "best.safetensors")
     assert not any(torch.isnan(p).any() for p in model.parameters())
-    options = ["--model", "tiny_vit", "--data", str(image_folder), "--img-size", "32"]
-    result = run(["eval", *options, "--checkpoint", f"{folder}/best.safetensors"])
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    options = ["--model", "shvit_s1", "--data", str(image_folder), "--img-size", "32"]
+    result = run(["eval", *options, "--checkpoint", f"{tmp_path}/best.safetensors"])
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert result["top1"] == pytest.approx(max(entry["top1"] for entry in log))
     assert result["n"] == 12
 

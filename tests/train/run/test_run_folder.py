@@ -1,6 +1,5 @@
 """The run folder: states that survive crashes, damage and full disks."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -20,7 +19,7 @@ from shvit.train.data.splits import check_outside
 from shvit.train.recipes import DEMO
 from shvit.train.run.run_folder import RunFolder, git_revision
 from shvit.weights.run_info import read_recipe_file
-from tests.train.forked import start
+from tests.train.forked import SERVER, start
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def fill_the_disk(path: Path, messages) -> None:
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
     """The system itself refuses the bytes: a limit on the size of files stands for a disk that is full."""
-    messages = multiprocessing.get_context("fork").SimpleQueue()
+    messages = SERVER.SimpleQueue()
     process = start(fill_the_disk, tmp_path, messages)
     process.join()
     assert process.exitcode == 0
@@ -149,7 +148,7 @@ def test_classes_are_the_same_however_their_accents_are_written(folder):
 
 def test_states_without_their_recipe_are_refused(folder):
     fill(folder, range(1, 3))
-    with pytest.raises(InputError, match=r"holds last\.pt and no recipe\.yaml .* put that run's recipe\.yaml back, or"):
+    with pytest.raises(InputError, match=r"holds last\.pt but no recipe\.yaml .* put that recipe\.yaml back, or"):
         folder.claim(DEMO, ["a", "b"])
     assert not (folder.path / "recipe.yaml").exists()
 
@@ -184,7 +183,7 @@ def hold(path: Path, locked: Event) -> None:
 
 
 def test_two_runs_in_one_folder_are_kept_apart_and_a_killed_one_bars_nobody(folder):
-    locked = multiprocessing.get_context("fork").Event()
+    locked = SERVER.Event()
     holder = start(hold, folder.path, locked)
     try:
         assert locked.wait(60)
