@@ -36,10 +36,13 @@ def resolve_backend(path: Path) -> Backend[Any]:
     return suffixes[path.suffix]
 
 
-def load_artifact(path: Path, threads: int | None = None, native: bool = False, rounded: bool = False) -> Artifact:
+def load_artifact(
+    path: str | Path, threads: int | None = None, native: bool = False, rounded: bool = False
+) -> Artifact:
     """Load a file of `shvit export`: a function from images to outputs, which also tells what the file is.
 
     Args:
+        path: an .onnx file, .xml (with its .bin) or .mlpackage.
         threads: of ONNX Runtime and OpenVINO; their choice (all cores) where None.
         native: run a Core ML package in Core ML, which is part of macOS, in place of our own evaluator.
         rounded: compute half precision in half precision, rounding after each operation, whatever the processor has:
@@ -48,6 +51,7 @@ def load_artifact(path: Path, threads: int | None = None, native: bool = False, 
     Raises:
         InputError: an unknown suffix, no such file, one that cannot be read, or no Core ML.
     """
+    path = Path(path)
     backend = resolve_backend(path)
     with one_line(path, "cannot be opened"):
         artifact = backend.load(path, threads)

@@ -25,10 +25,10 @@ from shvit.files import scratch_folder
 from shvit.weights.published import published_top1
 
 from . import worker
-from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case
+from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models
 from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Scaling
 from .roofline import measure_machine
-from .runtimes import check_runtimes, is_artifact
+from .runtimes import DEFAULT_RUNTIMES, check_runtimes, is_artifact
 
 ROUND_S = 0.15  # minimum seconds that a case runs in a round; of processor time, if the case has one thread
 EXIT_S = 2.0  # seconds that a worker has to end by itself
@@ -221,6 +221,35 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    models: Sequence[str],
+    runtimes: Sequence[str] = DEFAULT_RUNTIMES,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    checkpoint: str | Path | None = None,
+    img_size: int | None = None,
+    threads: int = 1,
+    rounds: int = 15,
+) -> list[BenchResult]:
+    """Time models in interleaved rounds, as `shvit bench` does, and return a result for each case.
+
+    Args:
+        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
+        runtimes: runtimes of the named models; `shvit bench --help` lists them.
+        batch_sizes: images per call.
+        checkpoint: weights in any layout, or a name of `shvit weights list`; random ones, which are as fast, where None.
+        img_size: input height and width in pixels; each model's own where None.
+        threads: CPU threads of each runtime.
+        rounds: rounds of each case.
+
+    Raises:
+        InputError: an unknown model or runtime, one that does not run here, or a file that cannot be read.
+    """
+    path = None if checkpoint is None else Path(checkpoint)
+    names, path = resolve_models(list(models), path, pretrained=False, log=lambda line: None)
+    return measure_models(names, runtimes, batch_sizes, Settings(threads, path, img_size), rounds)[1]
 
 
 def measure_models(
