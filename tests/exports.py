@@ -17,17 +17,24 @@ from onnx_ir import serde
 from torch import nn
 
 MAX_BYTES = 4_000_000
-"""Larger graphs are not kept."""
+"""Larger models are traced each time."""
 
 
 class _Description(pickle.Pickler):
-    """Writes equal bytes for equal objects: of a tensor its values and how they lie in memory, not where."""
+    """Writes equal bytes for equal objects: a tensor by its values, and hooks without their numbers of the process."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
             values = obj.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             return _never, (str(type(obj)), str(obj.dtype), *obj.shape, *obj.stride(), obj.requires_grad, values)
+        if isinstance(obj, nn.Module):
+            parts = {name: [*part.values()] if name.endswith("hooks") else part for name, part in vars(obj).items()}
+            return _never, (type(obj),), parts
         return NotImplemented
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) <= MAX_BYTES
 
 
 def _never(*_: object) -> None:
@@ -52,7 +59,7 @@ def remembered(export: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(export)
     def call(model: Any, args: Any = (), f: Any = None, **options: Any) -> Any:
-        if f is not None or not options.get("dynamo") or not isinstance(model, nn.Module):
+        if f is not None or not options.get("dynamo") or not isinstance(model, nn.Module) or not _is_small(model):
             return export(model, args, f, **options)
         try:
             key = describe(model, args, options)
@@ -61,9 +68,7 @@ def remembered(export: Callable[..., Any]) -> Callable[..., Any]:
         if key in graphs:
             return torch.onnx.ONNXProgram(serde.deserialize_model(onnx.load_from_string(graphs[key])), None)
         program = export(model, args, f, **options)
-        proto = program.model_proto.SerializeToString()
-        if len(proto) <= MAX_BYTES:
-            graphs[key] = proto
+        graphs[key] = program.model_proto.SerializeToString()
         return program
 
     return call
