@@ -15,8 +15,9 @@ import torch
 from shvit import deploy
 from shvit.create import create_model
 from shvit.shvit import VARIANTS, rename_reference_keys, to_reference
+from tests.conftest import ROOT
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = ROOT / "tests" / "goldens"
 CHECKPOINTS = [(name, distilled) for name in VARIANTS for distilled in (False, True)]
 LOGITS = [("shvit_s1", False, 224), ("shvit_s1", False, 320), ("shvit_s3", False, 224), ("shvit_s3", False, 320),
           ("shvit_s1", True, 224)]  # fmt: skip
