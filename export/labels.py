@@ -12,9 +12,9 @@ from torch import nn
 
 from shvit.errors import InputError, some
 from shvit.files import read_bytes
-from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 from shvit.weights.resolve import Log, Weights
+from shvit.weights.run_info import is_name, same_name
 
 from .spec import Spec
 

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, read_origin
-from shvit.checkpoint import holds_average
+from shvit.checkpoint import holds_ema
 from shvit.documents import to_json
 from shvit.errors import InputError, refuse, some
 from shvit.files import atomic_write, check_output_folder
@@ -94,7 +94,7 @@ class Eval:
         kind = "weights" if weights is not None else "artifact"
         evaluated = (transform, dataset, classes, index)
         result = {"model": spec.model, **self._evaluate(kind, predict, spec, *evaluated)}
-        if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
+        if weights is not None and weights.checkpoint and not self.ema and holds_ema(weights.checkpoint):
             averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
             result["ema"] = self._evaluate("EMA weights", averaged, spec, *evaluated)
         if self.output is not None:

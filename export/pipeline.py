@@ -359,7 +359,10 @@ def verify_artifact(
 
     Args:
         artifact: a file of `shvit export`. The certificate beside it names its model and weights.
-        model, checkpoint, pretrained, ema: as in `export_model`; they must not contradict the certificate.
+        model: the model that it was made from; like all weights below, as the certificate says where not given.
+        checkpoint: the weights that it was made from.
+        pretrained: it was made from the model's published weights.
+        ema: it was made from the checkpoint's EMA weights.
         images: a folder of images; scikit-image's bundled ones where None.
         native: run a Core ML package in Core ML, on a Mac; in our own evaluator otherwise.
 

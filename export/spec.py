@@ -11,8 +11,8 @@ from torch import nn
 from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
-from shvit.run_info import RunInfo
 from shvit.weights.resolve import Log, Weights, resolve_weights
+from shvit.weights.run_info import RunInfo
 
 if TYPE_CHECKING:
     from torchvision.transforms import Compose

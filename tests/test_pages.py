@@ -123,17 +123,21 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
-    """A folder with `photo.jpg`, in which the page's code runs; weights that it would download are random ones."""
+    """A folder with `photo.jpg`, in which the page's code runs."""
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
+
+
+@pytest.fixture
+def random_s1(monkeypatch):
+    """In place of every model, and of weights that would be downloaded."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create("shvit_s1", **kwargs))
-    return tmp_path
 
 
 @pytest.mark.parametrize(("page", "blocks"), [(ROOT / "README.md", 1), (DOCS / "start" / "classify.md", 3)], ids=str)
-def test_one_image_is_classified(page, blocks, photo, capsys):
+def test_one_image_is_classified(page, blocks, photo, random_s1, capsys):
     found = python_blocks(page)
     assert len(found) == blocks
     values: dict = {}

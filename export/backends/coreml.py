@@ -149,10 +149,11 @@ def write_coreml(
     with quiet():
         import coremltools as ct
 
-        from ..quantization.coreml_passes import pipeline
+        from ..quantization.coreml_passes import Calibration, pipeline
 
         traced = _trace(model, spec)
         ranges = {} if ranges is None else ranges
+        learning = Calibration(_inputs(spec, calibration), _evaluator)
         package = ct.convert(
             traced,
             inputs=[_input(spec)],
@@ -161,9 +162,7 @@ def write_coreml(
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(
-                spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
-            ),
+            pass_pipeline=pipeline(spec, _traced_names(model, spec), learning, keep, ranges),
         )
         for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value

@@ -42,6 +42,7 @@ def load_artifact(
     """Load a file of `shvit export`: a function from images to outputs, which also tells what the file is.
 
     Args:
+        path: an .onnx file, .xml (with its .bin) or .mlpackage.
         threads: of ONNX Runtime and OpenVINO; their choice (all cores) where None.
         native: run a Core ML package in Core ML, which is part of macOS, in place of our own evaluator.
         rounded: compute half precision in half precision, rounding after each operation, whatever the processor has:

@@ -89,7 +89,7 @@ class RunningCase:
 
     @property
     def preempted_percent(self) -> float | None:
-        """As in `BenchResult`."""
+        """The field of `BenchResult`."""
         if not self.case.is_one_cpu_thread:
             return None
         wall = sum(map(sum, self.rounds))
@@ -303,7 +303,13 @@ def measure_models(
                     progress(f"preparing {name} for {runtime}")
                     yield create_case(named[name], runtime, batch_size, cores)
 
-        return _measure_cases([list(create_cases(size)) for size in sorted(set(batch_sizes))], rounds, progress)
+        plan = [list(create_cases(size)) for size in sorted(set(batch_sizes))]
+        progress("measuring the machine")
+        machine = measure_machine()
+        results: list[BenchResult] = []
+        for cases in plan:
+            results += summarize(run_rounds(cases, rounds, progress), machine)
+        return machine, results
 
 
 def measure_files(
@@ -326,16 +332,9 @@ def measure_files(
                 runtime = f"{case.runtime}-{count}-threads" if count > 1 else case.runtime
                 macs = None if gmacs is None else round(1e9 * gmacs)
                 cases.append(replace(case, model=name, runtime=runtime, macs=macs))
-        return _measure_cases([cases], rounds, progress)
-
-
-def _measure_cases(
-    plan: Sequence[Sequence[BenchCase]], rounds: int, progress: Progress
-) -> tuple[Machine, list[BenchResult]]:
-    """Measure the machine, then the cases, those of one batch size interleaved."""
-    progress("measuring the machine")
-    machine = measure_machine()
-    return machine, [row for cases in plan for row in summarize(run_rounds(cases, rounds, progress), machine)]
+        progress("measuring the machine")
+        machine = measure_machine()
+        return machine, summarize(run_rounds(cases, rounds, progress), machine)
 
 
 @contextmanager
