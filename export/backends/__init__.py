@@ -1,1 +1,1 @@
-"""One file a runtime: how its files are written, opened, run and profiled. Installed as `shvit.export.backends`."""
+"""One backend a runtime: how its files are written, loaded and run. Installed as `shvit.export.backends`."""

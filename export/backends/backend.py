@@ -221,7 +221,7 @@ class Backend(Generic[O]):
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """On Linux the C library then asks for pages of 2 MB: with one image at a time the weights come from memory, and a
-processor fetches ahead within a page only. export/SPEED.md has the measurements."""
+processor fetches ahead within a page only. docs/explanation/measurements.md has the figures."""
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
