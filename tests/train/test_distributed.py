@@ -60,7 +60,7 @@ def exit_status(process: BaseProcess, seconds: float) -> int | None:
     return process.exitcode
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -272,7 +272,7 @@ def test_first_frame_and_first_page_are_read_and_said_once(tmp_path, capfd):
             assert pixels(tmp_path / f"{number}.{suffix}")[0, 0].tolist() == [255, 0, 0]
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2
-    assert "1.gif: an animation; of each, the first frame is read" in said[0]
+    assert "1.gif: an animation; only the first frame of such files is read" in said[0]
     assert "1.tif: several pages" in said[1]
 
 

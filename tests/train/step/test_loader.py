@@ -38,7 +38,7 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 @pytest.fixture
-def images(tmp_path):
+def image_folder(tmp_path):
     """40 images of two classes, no two alike."""
     rng = np.random.default_rng(0)
     samples = []
