@@ -239,7 +239,7 @@ def benchmark(
         models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
         runtimes: runtimes of the named models; `shvit bench --help` lists them.
         batch_sizes: images per call.
-        checkpoint: weights in any layout, or a name of `shvit weights list`; random ones, which are as fast, where None.
+        checkpoint: weights in any layout, or a name of `shvit weights list`; random ones, equally fast, where None.
         img_size: input height and width in pixels; each model's own where None.
         threads: CPU threads of each runtime.
         rounds: rounds of each case.
