@@ -24,8 +24,7 @@ FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 """COCO's figures, for boxes and for masks; s, m and l are the objects' sizes."""
 
 
-Progress = Callable[[Iterable[int]], Iterable[int]]
-"""A function that wraps an iterable and shows a progress bar."""
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps an iterable and shows a progress bar
 
 
 @dataclass(frozen=True)

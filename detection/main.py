@@ -14,7 +14,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
-from shvit.run_info import read_run_info, same_name
+from shvit.weights.run_info import read_run_info, same_name
 
 from .detector import (
     Detect,
@@ -159,12 +159,7 @@ class _Detects(_Command):
 def _load_artifact(
     path: Path, size: tuple[int, int] | None, classes: Sequence[str], threads: int | None
 ) -> tuple[Detect, tuple[int, int]]:
-    """Return an artifact's detector and its image size.
-
-    Args:
-        size: that was asked for.
-        classes: the config's.
-    """
+    """Return an artifact's detector and its image size, given the size that was asked for and the config's classes."""
     from .onnx import load_onnx
 
     artifact = load_onnx(path, threads)

@@ -1,5 +1,14 @@
-"""A trained model into a verified artifact, and its latency. Installed as `shvit.export`."""
+"""A trained model into a verified artifact, and its latency. Installed as `shvit.export`.
 
+```python
+from shvit.export import benchmark, export_model, load_artifact, verify_artifact
+
+certificate = export_model("onnx", "shvit_s1", "s1.onnx", checkpoint="best.safetensors")
+probabilities = load_artifact("s1.onnx")(image).softmax(dim=1)
+```
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,13 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["benchmark", "export_model", "load_artifact", "verify_artifact"]
 
+MODULES = {
+    "benchmark": ".bench.measure",
+    "export_model": ".pipeline",
+    "load_artifact": ".backends.registry",
+    "verify_artifact": ".pipeline",
+}
+"""Where the public functions are; they are imported when they are first used, so that `--help` stays fast."""
+
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first asked for: the modules of this package must not wait for all others."""
-    if name not in __all__:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import pipeline
-    from .backends import registry
-    from .bench import measure
-
-    return next(getattr(module, name) for module in (registry, measure, pipeline) if name in vars(module))
+    return getattr(import_module(MODULES[name], __name__), name)

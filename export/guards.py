@@ -1,4 +1,4 @@
-"""What stands between a third-party artifact and this program: declarations checked at opening, errors as one line."""
+"""Checks between third-party artifacts and this program: declarations when a file is loaded, errors as one line."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from shvit.certificate import certificate_path, read_certificate
 from shvit.errors import CheckFailed, InputError, first_line
-from shvit.files import is_file, is_folder, is_there, open_file
+from shvit.files import check_output_folder, check_replaceable, is_file, is_folder, is_there, open_file
 
 from .spec import Spec
 
@@ -135,18 +136,18 @@ def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequenc
 
 def _check_port(path: Path, port: Port, dtypes: Sequence[str], shape: Sequence[int | None]) -> None:
     """Raise InputError unless the port is of one of these types and of this shape, as far as it is declared."""
-    told = port.shape
-    fits = told is None or (len(told) == len(shape) and all(map(_agree, told, shape)))
+    declared = port.shape
+    fits = declared is None or (len(declared) == len(shape) and all(map(_agree, declared, shape)))
     if port.dtype in dtypes and fits:
         return
-    found = f"{port.dtype} {_shown(told or ())}" if port.dtype not in dtypes else _shown(told or ())
+    actual = f"{port.dtype} {_shown(declared or ())}" if port.dtype not in dtypes else _shown(declared or ())
     wanted = f"{dtypes[0]} {_shown(shape)}" if port.dtype not in dtypes else _shown(shape)
-    raise InputError(f"{path}: {port.name} is {found}, and should be {wanted} by what it says of itself; export the "
+    raise InputError(f"{path}: {port.name} is {actual}, and should be {wanted} by what it says of itself; export the "
                      "model again")  # fmt: skip
 
 
-def _agree(told: int | None, wanted: int | None) -> bool:
-    return told is None or wanted is None or told == wanted
+def _agree(declared: int | None, wanted: int | None) -> bool:
+    return declared is None or wanted is None or declared == wanted
 
 
 def _shown(shape: Sequence[int | None]) -> str:
@@ -172,8 +173,8 @@ LOOPS = ("Loop", "Scan", "TensorIterator", "while_loop")
 
 def check_operators(path: Path, operators: Mapping[str, int] | Iterable[str]) -> None:
     """Raise InputError where a model has an operation that could run for ever."""
-    if found := [each for each in LOOPS if each in operators]:
-        raise InputError(f"{path}: holds a loop ({', '.join(found)}), and could run for ever; no model of `shvit "
+    if loops := [each for each in LOOPS if each in operators]:
+        raise InputError(f"{path}: holds a loop ({', '.join(loops)}), and could run for ever; no model of `shvit "
                          "export` has one")  # fmt: skip
 
 
@@ -209,6 +210,22 @@ def check_apart(output: Path | None, **read: object) -> None:
             raise InputError(f"--output {output}: is what {name} reads; choose another name")
         if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
             raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")
+
+
+def check_files(output: Path, files: Sequence[Path]) -> None:
+    """Raise InputError where an artifact's files or its certificate cannot be written, before any work is done."""
+    check_output_folder(output.parent)
+    certificate = certificate_path(output)
+    for path in (*files, certificate):
+        check_replaceable(path)
+        if path.suffix == ".mlpackage" and is_file(path):
+            raise InputError(f"{path}: is a file; choose another name for --output")
+    if is_file(certificate):
+        try:
+            read_certificate(output)
+        except InputError as error:
+            raise InputError(f"{certificate}: is there already and is not a certificate; choose another name for "
+                             "--output") from error  # fmt: skip
 
 
 def check_own(folder: Path | None, record: str, marker: bytes, others: Sequence[str] = ()) -> None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file, and its class where the folder tells."""
+    """An image file, and its class where the folder names it."""
 
     path: Path
     label: int
@@ -39,13 +39,13 @@ def sample_images(
     classes: Sequence[str] = (),
     part: Literal["train", "val"] = "val",
 ) -> list[ImageFile]:
-    """The images in `folder` and below, at most `limit` spread evenly; scikit-image's where None.
+    """Return the images in `folder` and below, at most `limit` spread evenly; scikit-image's where None.
 
     Args:
         num_classes: of the model; a folder with so many folders of images in it tells their classes.
         classes: the model's, by index, where they are known: folders are then matched by name, and where none of them
             is a class, they tell nothing.
-        part: of a folder with train/ and val/ the one that is taken, which is said.
+        part: the split to take of a folder with train/ and val/, which is reported.
 
     Raises:
         InputError: the folder is not there or holds none, or some of its folders are classes and others are not.
@@ -53,13 +53,13 @@ def sample_images(
     if folder is None:
         return [ImageFile(path, -1) for path in spread(image_files(None), limit)]
     listing = _list_part(folder, part)
-    found = sorted({_folder(name) for name in listing.names} - {""})
-    indices = {name: index for index, name in enumerate(found)} if len(found) == num_classes else {}
+    folders = sorted({_folder(name) for name in listing.names} - {""})
+    indices = {name: index for index, name in enumerate(folders)} if len(folders) == num_classes else {}
     if classes:
-        match = match_classes(found, classes)
-        if len(match.unknown) < len(found):
+        match = match_classes(folders, classes)
+        if len(match.unknown) < len(folders):
             refuse_unknown(match, classes, folder, "move the others away")
-        indices = dict(zip(found, match.index, strict=True))
+        indices = dict(zip(folders, match.index, strict=True))
     names = spread(listing.names, limit)
     return [ImageFile(listing.root / name, indices.get(_folder(name), -1)) for name in names]
 
@@ -79,18 +79,18 @@ def _list_part(folder: Path, part: str) -> Listing:
 
 
 def _folder(name: str) -> str:
-    """The class folder of an image; empty for one that is in none."""
+    """Return the class folder of an image; empty for one that is in none."""
     return name.partition("/")[0] if "/" in name else ""
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:
-    """At most `limit` of the items, as many as there are up to it, at even distances from first to last."""
+    """Return up to `limit` of the items, at even distances from first to last."""
     count = min(limit, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_pixels(images: Sequence[ImageFile], spec: Spec) -> torch.Tensor:
-    """uint8 (n, C, H, W), cut as the model wants them."""
+    """Return the images as uint8 (n, C, H, W), resized and cropped as the spec says."""
     transform = spec.transform(normalize=False)
     return torch.stack([transform(open_image(image.path)) for image in images])
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from shvit.errors import InputError, some
 from shvit.files import read_bytes
-from shvit.run_info import is_name, same_name
 from shvit.weights.imagenet import imagenet_ids, imagenet_names, is_imagenet
 from shvit.weights.resolve import Log, Weights
+from shvit.weights.run_info import is_name, same_name
 
 from .spec import Spec
 
@@ -22,7 +22,7 @@ MAX_BYTES = 10 << 20
 
 
 def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()) -> list[str]:
-    """The classes' names, by index.
+    """Return the classes' names, by index.
 
     Args:
         path: a text file with one on each line, in UTF-8 or in UTF-16 with its mark; where None, `classes`.
@@ -37,8 +37,8 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
     labels = _read_lines(path)
     wrong = next((number for number, label in enumerate(labels, 1) if not is_name(label)), None)
     if wrong is not None:
-        said = "is empty" if not labels[wrong - 1] else "holds control characters, or is longer than a name"
-        raise InputError(f"{path}: line {wrong} {said}; write a name of a class on each line, as UTF-8 text")
+        fault = "is empty" if not labels[wrong - 1] else "holds control characters, or is longer than a name"
+        raise InputError(f"{path}: line {wrong} {fault}; write a name of a class on each line, as UTF-8 text")
     if len(labels) != num_classes:
         raise InputError(f"{path}: has {len(labels)} lines, and the model {num_classes} classes; give one on each line")
     name, count = Counter(labels).most_common(1)[0]
@@ -61,7 +61,7 @@ def known_classes(weights: Weights | nn.Module, spec: Spec, log: Log = lambda li
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Lines without blanks around them, and without the empty ones at the end."""
+    """Return the lines without blanks around them, and without empty ones at the end."""
     content = read_bytes(path, MAX_BYTES)
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
@@ -72,22 +72,22 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def contradiction(labels: Sequence[str], classes: Sequence[str]) -> str | None:
-    """What labels say otherwise than the model's classes, if anything; ImageNet's may have other names than timm's."""
-    found, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
-    if found == known:
+    """Return how labels contradict the model's classes, if they do; ImageNet's may have other names than timm's."""
+    given, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
+    if given == known:
         return None
     imagenet = is_imagenet(tuple(classes))
     for order in (known, list(imagenet_ids())) if imagenet else (known,):
-        if sorted(found) == sorted(order):
-            return None if found == order else f"has the model's classes in another order: {_first(found, order)}"
-    return None if imagenet else _first(found, known)
+        if sorted(given) == sorted(order):
+            return None if given == order else f"has the model's classes in another order: {_first(given, order)}"
+    return None if imagenet else _first(given, known)
 
 
-def _first(found: Sequence[str], known: Sequence[str]) -> str:
-    """The first difference of two lists, said."""
-    pairs = enumerate(zip(known, found, strict=False))
+def _first(given: Sequence[str], known: Sequence[str]) -> str:
+    """Return the first difference of two lists, as a sentence."""
+    pairs = enumerate(zip(known, given, strict=False))
     differences = (f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
-    return next(differences, f"{len(found)} labels for {len(known)} classes")
+    return next(differences, f"{len(given)} labels for {len(known)} classes")
 
 
 def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
@@ -109,7 +109,7 @@ class ClassMatch:
     """Which of a model's classes the classes of a dataset are."""
 
     index: tuple[int, ...]
-    """Of each class of the dataset the model's index; -1 for one that the model does not know."""
+    """The model's index of each class of the dataset; -1 for one that the model does not know."""
     unknown: tuple[str, ...]
     """The dataset's classes that the model does not know."""
     missing: tuple[str, ...]
@@ -117,7 +117,7 @@ class ClassMatch:
 
 
 def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
-    """Matches a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number.
+    """Match a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number.
 
     A class that the model does not know letter by letter may have its accents written in another way, unless the
     dataset or the model has a second class of that name.
@@ -144,7 +144,7 @@ def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
 
 
 def refuse_unknown(match: ClassMatch, classes: Sequence[str], source: object, advice: str) -> None:
-    """Raises InputError if the dataset has classes that the model does not know.
+    """Raise InputError if the dataset has classes that the model does not know.
 
     Args:
         source: what the message calls the dataset.

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, read_origin
-from shvit.checkpoint import holds_average
+from shvit.checkpoint import holds_ema
 from shvit.documents import to_json
 from shvit.errors import InputError, refuse, some
 from shvit.files import atomic_write, check_output_folder
@@ -92,11 +92,11 @@ class Eval:
         console.print(f"{self.data}: {dataset.part}")
         classes, index = self._match(dataset.classes, known, spec)
         kind = "weights" if weights is not None else "artifact"
-        found = (transform, dataset, classes, index)
-        result = {"model": spec.model, **self._evaluate(kind, predict, spec, *found)}
-        if weights is not None and weights.checkpoint and not self.ema and holds_average(weights.checkpoint):
+        evaluated = (transform, dataset, classes, index)
+        result = {"model": spec.model, **self._evaluate(kind, predict, spec, *evaluated)}
+        if weights is not None and weights.checkpoint and not self.ema and holds_ema(weights.checkpoint):
             averaged = torch_predict(open_weights(replace(weights, ema=True), spec.img_size)[0])
-            result["ema"] = self._evaluate("EMA weights", averaged, spec, *found)
+            result["ema"] = self._evaluate("EMA weights", averaged, spec, *evaluated)
         if self.output is not None:
             with atomic_write(self.output / "accuracy.json") as partial:
                 partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")

@@ -8,7 +8,7 @@ import torch
 from shvit import __version__
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
-from shvit.run_info import is_name
+from shvit.weights.run_info import is_name
 
 from .spec import Spec
 

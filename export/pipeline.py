@@ -5,27 +5,26 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from shvit.certificate import Envelope, certificate_path, read_certificate, read_origin, write_certificate
+from shvit.certificate import Envelope, certificate_path, read_origin, write_certificate
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError, refuse
-from shvit.files import atomic_write, check_output_folder, check_replaceable, is_file, scratch_folder, sha256
+from shvit.files import atomic_write, is_file, scratch_folder, sha256
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
 from .backends.backend import Backend, O
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed
-from .guards import images_that_fit
+from .guards import check_files, images_that_fit
 from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, ImageFile, read_pixels, sample_images, spread
 from .labels import find_labels, known_classes
-from .quantization.exclusion import layer_noise, smallest_passing
+from .quantization.exclusion import expected_count, layer_noise, smallest_passing
 from .quantization.qdq import LayerRanges, activation_ranges, unfold_identities
 from .quantization.ranges import Range
 from .spec import Precision, Spec, open_weights
@@ -133,9 +132,9 @@ def create_source(
     names: list[str] = []
     if outputs != "features":
         names = find_labels(labels, spec.num_classes, known_classes(weights, spec, log))
-    if outputs != "features" and not names and isinstance(weights, Weights) and weights.checkpoint is not None:
-        log(f"{weights.name}: nothing tells the names of its {spec.num_classes} classes, so none are written; give "
-            "--labels")  # fmt: skip
+        if not names and isinstance(weights, Weights) and weights.checkpoint is not None:
+            log(f"{weights.name}: no names of its {spec.num_classes} classes are known, so none are written; give "
+                "--labels")  # fmt: skip
     limit = images_that_fit(MAX_CALIBRATION, spec)
     reference = _reference(weights, model, spec, names, images, images_that_fit(MAX_IMAGES, spec))
     return Source(reference, spec, sample_images(calibration, limit=limit, part="train"))
@@ -230,11 +229,16 @@ def export_model(
     backend, output = BACKENDS[format], Path(output)
     if precision not in backend.precisions:
         raise InputError(f"{backend.title} has no precision {precision!r}; choose from {', '.join(backend.precisions)}")
+    known = [each.name for each in fields(backend.options)]
+    if unknown := options.keys() - known:
+        raise InputError(f"{backend.title} has no option {min(unknown)!r}; choose from {', '.join(known)}")
     chosen = backend.options(**options)
     if outputs == "features":
         refuse("--features gives no classes", classifier=chosen.classifies, labels=labels)
     softmax, outputs = outputs == "probabilities", "probabilities" if chosen.classifies else outputs
-    check_output(backend, output)
+    if output.suffix != backend.suffix:
+        raise InputError(f"--output {output} must end in {backend.suffix}")
+    check_files(output, artifact_files(output))
     if isinstance(model, nn.Module):
         weights: Weights | nn.Module = model
     else:
@@ -251,23 +255,6 @@ def export_model(
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def check_output(backend: Backend[Any], output: Path) -> None:
-    """Raise InputError where an artifact or its certificate cannot be written, before any work is done."""
-    if output.suffix != backend.suffix:
-        raise InputError(f"--output {output} must end in {backend.suffix}")
-    check_output_folder(output.parent)
-    for path in (*artifact_files(output), certificate_path(output)):
-        check_replaceable(path)
-        if path.suffix == ".mlpackage" and is_file(path):
-            raise InputError(f"{path}: is a file; choose another name for --output")
-    if is_file(certificate := certificate_path(output)):
-        try:
-            read_certificate(output)
-        except InputError as error:
-            raise InputError(f"{certificate}: is there already and is not a certificate; choose another name for "
-                             "--output") from error  # fmt: skip
 
 
 def export(backend: Backend[O], output: Path, source: Source, options: O) -> Certificate:
@@ -348,11 +335,8 @@ def _exclude_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt,
 
     certificate, _ = whole
     allowed = 10 ** ((certificate.snr_db - certificate.tolerance.snr_db) / 10)  # a share of the noise of `whole`
-    left = sum(noise.values()) * min(allowed, 1.0)
-    sums = list(accumulate(reversed([*noise.values()])))[::-1]  # of the layers from each one on
-    guess = next((count for count, rest in enumerate(sums) if rest <= left), len(names))
     limit = max(1, len(names) // 2)
-    count = smallest_passing(holds, limit, max(1, min(guess, limit)))
+    count = smallest_passing(holds, limit, max(1, min(expected_count(list(noise.values()), allowed), limit)))
     best = tried[count][0]
     return whole if certificate.passed is not False and not holds_without_chance(best) else tried[count]
 

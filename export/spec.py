@@ -1,18 +1,21 @@
-"""What a model wants to be fed: written into every artifact, and read back from it."""
+"""A model's input and preprocessing: written into every artifact, and read back from it."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
-from shvit.run_info import RunInfo
 from shvit.weights.resolve import Log, Weights, resolve_weights
+from shvit.weights.run_info import RunInfo
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -21,6 +24,32 @@ MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 MAX_SIZES = 64
 MAX_RESIZED = 2 * MAX_IMG_SIZE
 """Pixels of the shorter side before the crop: 200 MB for a square image. timm's smallest crop_pct is 0.5."""
+
+
+def _check_name(name: str) -> str:
+    if not (0 < len(name) < 300 and name.isprintable()):
+        raise ValueError("it cannot be a name")
+    return name
+
+
+def _check_outputs(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names or len(set(names)) < len(names):
+        raise ValueError("they cannot be names of outputs, which are one or more, all different")
+    return names
+
+
+def _check_choice(*choices: int | str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if value not in choices:
+            raise ValueError(f"choose from {', '.join(map(str, choices))}")
+        return value
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Side = Annotated[int, Field(ge=1, le=MAX_IMG_SIZE)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -33,27 +62,27 @@ class Spec:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
-    model: str
-    img_size: int
+    model: Name
+    img_size: Side
     """Height and width in pixels."""
-    in_chans: int
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"
+    in_chans: Annotated[int, _check_choice(1, 3)]
+    num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)]
+    mean: tuple[Finite, ...]
+    std: tuple[Annotated[Finite, Field(gt=0)], ...]
+    interpolation: Annotated[str, _check_choice(*INTERPOLATIONS)]
+    crop_pct: Annotated[float, Field(ge=0.05, le=2)]
+    crop_mode: Annotated[str, _check_choice("center", "squash", "border")] = "center"
     """timm's: center, squash or border."""
     precision: Precision = "fp32"
-    """Of the artifact's arithmetic. Core ML's int8 is of weights alone, its w8a8 of activations too."""
+    """The artifact's weight and compute precision. Core ML's int8 rounds weights alone, its w8a8 activations too."""
     uint8_input: bool = False
-    """The artifact is fed pixels, 0–255, and normalizes them itself."""
-    outputs: tuple[str, ...] = ("logits",)
-    """Names of what it gives, in order: logits, or probabilities, or stride_16, … for feature maps."""
-    other_sizes: tuple[int, ...] = ()
+    """The artifact takes pixels, 0–255, and normalizes them itself."""
+    outputs: Annotated[tuple[Name, ...], AfterValidator(_check_outputs)] = ("logits",)
+    """Names of the outputs, in order: logits, or probabilities, or stride_16, … for feature maps."""
+    other_sizes: Annotated[tuple[Side, ...], Field(max_length=MAX_SIZES - 1)] = ()
     """Further heights and widths in pixels that it takes."""
-    excluded_layers: tuple[str, ...] = ()
-    """Layers of an int8 artifact that are in higher precision."""
+    excluded_layers: tuple[Name, ...] = ()
+    """Layers that an int8 artifact excludes from quantization."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -62,7 +91,7 @@ class Spec:
 
     @classmethod
     def of(cls, name: str, model: nn.Module, img_size: int | None = None, info: RunInfo | None = None) -> "Spec":
-        """The preprocessing that its run used or else timm knows for `model`, at `img_size` pixels.
+        """Return the preprocessing of a model's run, or else timm's for the model, at `img_size` pixels.
 
         Args:
             img_size: where None, the run's, or else the model's own.
@@ -113,8 +142,8 @@ class Spec:
         """(C, H, W) of one input."""
         return (self.in_chans, self.img_size, self.img_size)
 
-    def transform(self, normalize: bool = True) -> Any:
-        """timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalized; or uint8, the pixels."""
+    def transform(self, normalize: bool = True) -> "Compose":
+        """Return timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalized; or uint8, the pixels."""
         from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
@@ -130,12 +159,12 @@ class Spec:
         return Compose([Grayscale(), transform]) if self.in_chans == 1 else transform
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) → float32, as `transform` does it."""
+        """Return uint8 (B, C, H, W) as float32, normalized as `transform` does it."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def feed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What an artifact takes, from uint8 (B, C, H, W): these normalized, or the pixels as (B, H, W, C)."""
+        """Return an artifact's input for uint8 (B, C, H, W): these normalized, or the pixels as (B, H, W, C)."""
         return pixels.permute(0, 2, 3, 1).contiguous() if self.uint8_input else self.normalize(pixels)
 
     def to_json(self) -> str:
@@ -143,7 +172,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str, name: str = "the artifact") -> "Spec":
-        """Return what `to_json` wrote.
+        """Return the spec that `to_json` wrote.
 
         Args:
             name: what messages call the file that holds it.
@@ -153,43 +182,23 @@ class Spec:
         """
         where = f"{name}: its description of its input"
         spec = parse_model(cls, parse_json(text, where), where, "export the model again")
-        if problem := spec._problem():
-            raise InputError(f"{where}: {problem}; export the model again")
+        if max(spec.sizes) / spec.crop_pct > MAX_RESIZED:
+            raise InputError(f"{where}: {max(spec.sizes)} px at crop_pct {spec.crop_pct} would resize images to more "
+                             f"than {MAX_RESIZED} px; export the model again")  # fmt: skip
+        if not len(spec.mean) == len(spec.std) == spec.in_chans:
+            raise InputError(f"{where}: mean {some(spec.mean)} and std {some(spec.std)} must have a number for each of "
+                             f"{spec.in_chans} channels; export the model again")  # fmt: skip
         return spec
 
-    def _problem(self) -> str | None:
-        """What no model of timm's is fed with, or no artifact of ours gives."""
-        if min(self.sizes) < 1 or max(self.sizes) > MAX_IMG_SIZE or len(self.sizes) > MAX_SIZES:
-            return f"img_size is {some(self.sizes)}; up to {MAX_SIZES} sizes of 1 to {MAX_IMG_SIZE} px are read"
-        names = (self.model, *self.outputs, *self.excluded_layers)
-        if not self.outputs or len(set(self.outputs)) < len(self.outputs) or not all(map(_is_name, names)):
-            return f"outputs {some(self.outputs)} or other names of it cannot be names"
-        if self.in_chans not in (1, 3) or self.interpolation not in INTERPOLATIONS:
-            return f"in_chans {self.in_chans} or interpolation {self.interpolation[:40]!r} is none of timm's"
-        if self.crop_mode not in ("center", "squash", "border") or not 0.05 <= self.crop_pct <= 2:
-            return f"crop_mode {self.crop_mode[:40]!r} or crop_pct {self.crop_pct} is none of timm's"
-        if max(self.sizes) / self.crop_pct > MAX_RESIZED:
-            return f"{max(self.sizes)} px at crop_pct {self.crop_pct} would resize images to more than {MAX_RESIZED} px"
-        constants = (*self.mean, *self.std)
-        if len(constants) != 2 * self.in_chans or not all(map(math.isfinite, constants)) or min(self.std) <= 0:
-            return f"mean {some(self.mean)}, std {some(self.std)} must be a number for each channel, std above 0"
-        if not 0 <= self.num_classes <= MAX_CLASSES:
-            return f"num_classes is {self.num_classes}; 0 to {MAX_CLASSES:,} are read"
-        return None
-
     def blank(self, batch_size: int = 1) -> torch.Tensor:
-        """An input of the right shape: (batch_size, C, H, W), float32 zeros."""
+        """Return an input of the right shape: (batch_size, C, H, W), float32 zeros."""
         return torch.zeros(batch_size, *self.shape)
 
 
 def _of_run(info: RunInfo | None) -> dict[str, Any]:
-    """The preprocessing of a run, as far as it is known, as timm's data config has it."""
+    """Return the preprocessing of a run, as far as it is known, in the terms of timm's data config."""
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {name: value for name in names if (value := getattr(info, name, None)) is not None}
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) < 300 and value.isprintable()
 
 
 def open_model(
@@ -199,7 +208,7 @@ def open_model(
     ema: bool = False,
     classifies: bool = True,
 ) -> tuple[nn.Module, Spec]:
-    """A timm model in eval mode and what it wants to be fed; see `open_weights`.
+    """Return a timm model in eval mode and its spec; see `open_weights`.
 
     Args:
         name, checkpoint, ema: as in `resolve_weights`.
@@ -213,13 +222,13 @@ def open_model(
 def open_weights(
     weights: Weights, img_size: int | None = None, classifies: bool = True, log: Log = lambda line: None
 ) -> tuple[nn.Module, Spec]:
-    """A timm model in eval mode and what it wants to be fed, as its run did it where that is known.
+    """Return a timm model in eval mode and its spec, with the preprocessing of its run where that is known.
 
     Args:
         weights: where they have no file, random ones (always the same) of a trained model's scale.
         img_size: input height and width in pixels; where None, the run's, or else the model's own.
         classifies: whether its logits are wanted.
-        log: is given a line for each value that is not what would be expected.
+        log: called with a line for each value that is not as would be expected.
 
     Raises:
         InputError: as `create_model` and `Spec.of`, or logits are wanted of a model without a classifier.
@@ -244,7 +253,7 @@ def open_weights(
 
 
 def _made_for(name: str, info: RunInfo | None) -> dict[str, Any]:
-    """Arguments of a model that takes one size only."""
+    """Return the arguments of a model that takes one size only."""
     import timm
 
     cfg = timm.get_pretrained_cfg(name) if info and timm.is_model(name) else None
@@ -253,16 +262,16 @@ def _made_for(name: str, info: RunInfo | None) -> dict[str, Any]:
 
 def _log_differences(spec: Spec, usual: Spec, info: RunInfo, source: str | None, log: Log) -> None:
     if spec.img_size != info.img_size:
-        log(f"{source}: was trained for {info.img_size} px; --img-size {spec.img_size} is what you asked for")
+        log(f"{source}: was trained for {info.img_size} px; --img-size {spec.img_size} was asked for")
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     unusual = [f"{name} {getattr(spec, name)}" for name in names if getattr(spec, name) != getattr(usual, name)]
     if unusual:
-        log(f"{source}: {', '.join(unusual)}, as in its run; timm's for {spec.model} is another")
+        log(f"{source}: {', '.join(unusual)}, as in its run; timm has other values for {spec.model}")
 
 
 @torch.no_grad()
 def randomize_norms(model: nn.Module) -> None:
-    """Draws every BatchNorm's weights and statistics.
+    """Randomize every BatchNorm's weights and statistics.
 
     A fresh model has branches whose weights are all zero, which runtimes fold away: neither its speed nor its
     agreement with an artifact would mean anything.

@@ -115,11 +115,13 @@ def show(certificate: Certificate, console: Console) -> None:
         rows.append(("worst layer", f"{certificate.worst_layer}, {certificate.worst_layer_snr_db:.1f} dB"))
     if largest := certificate.largest_values:
         rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
-    if kept := certificate.spec.excluded_layers:
-        rows.append(("not in int8", f"{', '.join(kept)}: {certificate.excluded_macs:.1f} % of the multiplications"))
+    if excluded := certificate.spec.excluded_layers:
+        rows.append(
+            ("excluded from int8", f"{', '.join(excluded)}: {certificate.excluded_macs:.1f} % of the multiplications")
+        )
     rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
     rows.append(("preprocessing", f"within {certificate.gray_levels:.2g} gray levels of timm's"))
-    rows.append(("weights' file", "none: random weights" if certificate.random_weights else "trained"))
+    rows.append(("trained weights", "no: random ones" if certificate.random_weights else "yes"))
     rows += [("note", note) for note in certificate.notes]
     rows.append(("size", f"{certificate.artifact_bytes / 1e6:.2f} MB"))
     for row in rows:
@@ -133,7 +135,7 @@ def _headline(certificate: Certificate) -> str:
     compared = f"{certificate.images} images in {certificate.runtime}"
     if certificate.passed is None:
         return f"{certificate.artifact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
-    verdict = "gives its model's answers" if certificate.passed else "DRIFTS from its model"
+    verdict = "matches its model" if certificate.passed else "EXCEEDS its tolerance"
     floats = ""
     if certificate.excluded_macs > MAX_FLOAT_MACS:
         floats = (f"; {certificate.excluded_macs:.0f} % of its multiplications are not in int8, without which it would "

@@ -1,4 +1,4 @@
-"""How far two sets of outputs are apart, and what that means: passed, refused or undecided.
+"""The difference of two sets of outputs, and the verdict on it: passed, refused or undecided.
 
 Every error is a share of the *spread* of the model's outputs: the root mean square, over the images, of an output's
 distance from the mean output, where an output is all numbers that one image gives (logits, probabilities, a feature

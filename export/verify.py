@@ -91,7 +91,7 @@ class Certificate(Envelope):
     model_accuracy: float | None
     """Top-1 of the model, percent."""
     worst_layer: str | None
-    """The convolution or linear layer whose output is farthest from the model's; None where layers cannot be told."""
+    """The convolution or linear layer whose output is farthest from the model's; None where layers are not known."""
     worst_layer_snr_db: float | None
     largest_values: dict[str, float]
     """Of a file in half precision: the operations with the largest values seen, by name; float16 ends at 65504."""
@@ -117,7 +117,7 @@ class Reference:
     """A model on a set of images: what artifacts are held against. Images are decoded, and the model is run, once.
 
     Args:
-        model: in eval mode, before deployment; it gives what the artifacts are to give.
+        model: in eval mode, before deployment; its outputs are those that the artifacts must match.
         spec: the model's own preprocessing, whatever an artifact says.
         image_source: what certificates say of where the images are from.
         labels: names of the classes in the order of the model's outputs; empty where they have none.
@@ -153,17 +153,19 @@ class Reference:
             self._pixels[key] = read_pixels(self.images, spec)
         return self._pixels[key]
 
-    def gray_levels(self, told: Spec) -> float:
-        """The largest difference between what `told` makes of some of the images and what timm's transform does."""
-        if told.in_chans != self.spec.in_chans:
+    def gray_levels(self, declared: Spec) -> float:
+        """Return the largest difference, in gray levels, of a declared preprocessing of some images from timm's."""
+        if declared.in_chans != self.spec.in_chans:
             return 255.0
-        key = replace(_input_of(told), mean=told.mean, std=told.std)
+        key = replace(_input_of(declared), mean=declared.mean, std=declared.std)
         if key not in self._gray_levels:
-            self._gray_levels[key] = gray_level_difference(told, self.spec, spread(self.images, PREPROCESSED_IMAGES))
+            self._gray_levels[key] = gray_level_difference(
+                declared, self.spec, spread(self.images, PREPROCESSED_IMAGES)
+            )
         return self._gray_levels[key]
 
     def outputs(self, px: int) -> list[torch.Tensor]:
-        """The model's outputs for all images at one size."""
+        """Return the model's outputs for all images at one size."""
         if px not in self._outputs:
             spec = replace(self.spec, img_size=px)
             outputs = run_batches(lambda batch: run_model(self.model, spec.normalize(batch)), self.pixels(spec))
@@ -180,18 +182,18 @@ class Reference:
 
     @cached_property
     def stem(self) -> str | None:
-        """The convolution that is given the image itself, by its name; None where there is none."""
+        """The name of the convolution whose input is the image itself; None where there is none."""
         batch = self.spec.normalize(self.pixels(self.spec)[:1])
         return first_layer(self.deployed, batch)
 
     @cached_property
     def layers(self) -> dict[str, torch.Tensor]:
-        """What each layer of the deployed model gives for the first few images."""
+        """The output of each layer of the deployed model for the first few images."""
         return layer_outputs(self.deployed, self.spec.normalize(self.pixels(self.spec)[:LAYER_IMAGES]))
 
 
 def _check_overflow(artifact: Artifact) -> None:
-    """Raises CheckFailed if a value did not fit the artifact's half precision."""
+    """Raise CheckFailed if a value did not fit the artifact's half precision."""
     if (name := artifact.overflow()) is None:
         return
     largest = ", ".join(f"{each} {value:.3g}" for each, value in artifact.largest_values().items())
@@ -203,13 +205,13 @@ def _check_overflow(artifact: Artifact) -> None:
 
 
 def _input_of(spec: Spec) -> Spec:
-    """A spec's preprocessing alone, up to pixels."""
-    kept = {name: getattr(spec, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
-    return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **kept)
+    """Return a spec's preprocessing alone, up to pixels."""
+    values = {name: getattr(spec, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
+    return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **values)
 
 
 def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certificate:
-    """Runs the reference's images through an artifact and states how far it is from the model.
+    """Run the reference's images through an artifact and state how far it is from the model.
 
     The model is fed through timm's transform, the artifact with pixels, which are cut and normalized as it says itself.
 
@@ -268,7 +270,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
 @dataclass(frozen=True)
 class _Outputs:
     figures: dict[str, dict[str, float]]
-    """Of each output at each size."""
+    """Figures of each output at each size."""
     verdict: Verdict
     reasons: tuple[str, ...]
     accuracy: float | None
@@ -276,7 +278,7 @@ class _Outputs:
 
 
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
-    """Runs all images at each of the artifact's sizes.
+    """Run all images at each of the artifact's sizes.
 
     Raises:
         CheckFailed: a value does not fit the artifact's half precision.
@@ -292,10 +294,10 @@ def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
         )
         _check_overflow(artifact)
         accuracies.append((_accuracy(got[0], labels), _accuracy(expected[0], labels)))
-        for output, wanted, found in zip(artifact.spec.outputs, expected, got, strict=True):
-            figure = compare(wanted, found, tolerance, probabilities)
+        for name, wanted, output in zip(artifact.spec.outputs, expected, got, strict=True):
+            figure = compare(wanted, output, tolerance, probabilities)
             verdict, why = judge(figure, tolerance, len(reference.images))
-            figures[f"{output} at {px} px"] = figure
+            figures[f"{name} at {px} px"] = figure
             verdicts.append(verdict)
             reasons += why
     return _Outputs(figures, worst_verdict(verdicts), tuple(dict.fromkeys(reasons)), *accuracies[0])
@@ -305,26 +307,26 @@ SATURATION_IMAGES = 32
 
 
 def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
-    """What a runtime's own settings make of 8-bit sums on a processor whose instructions let them overflow."""
+    """Return a note where 8-bit sums overflow on this processor with the runtime's own settings."""
     if artifact.run_with_defaults is None:
         return []
     pixels = reference.pixels(replace(artifact.spec, img_size=reference.spec.img_size))[:SATURATION_IMAGES]
     expected = [output[:SATURATION_IMAGES] for output in reference.outputs(reference.spec.img_size)]
-    right, usual = (run_batches(lambda batch: run(artifact.spec.feed(batch)), pixels)  # noqa: B023
+    right, with_defaults = (run_batches(lambda batch: run(artifact.spec.feed(batch)), pixels)  # noqa: B023
                     for run in (artifact.run, artifact.run_with_defaults))  # fmt: skip
-    differ = min(snr_db(a, b) for a, b in zip(right, usual, strict=True))
-    found = min(snr_db(a, b) for a, b in zip(expected, usual, strict=True))
+    differ = min(snr_db(a, b) for a, b in zip(right, with_defaults, strict=True))
+    defaults_db = min(snr_db(a, b) for a, b in zip(expected, with_defaults, strict=True))
     if differ > SATURATED_DB:
         return []
     return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
-            f"which leaves {found:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
+            f"which leaves {defaults_db:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
 
 
 SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
 
 
 def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Percent of the labeled images whose highest class is the right one."""
+    """Return the percentage of labeled images whose highest class is the right one."""
     known = labels >= 0
     if outputs.dim() != 2 or not known.any():
         return None
@@ -332,37 +334,37 @@ def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
 
 
 def preprocessing_faults(
-    told: Spec,
+    declared: Spec,
     reference: Reference,
-    found: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
     limit: float = MAX_GRAY_LEVELS,
     stem: LayerParameters | None = None,
 ) -> tuple[float, list[str]]:
-    """By how many gray levels of 255 an artifact's preprocessing differs from timm's, and what is wrong with it.
+    """Return by how many gray levels of 255 an artifact's preprocessing differs from timm's, and its faults.
 
     Args:
-        told: what the artifact says of itself.
-        found: what its layers give, of `run_layers`: the first shows what was done inside.
+        declared: the artifact's spec.
+        outputs: of its layers, by `run_layers`: the first shows the preprocessing inside.
         limit: of the gray levels that the first layer shows; those of the preprocessing outside may be 1.
-        stem: what the file holds of the first layer, where that is known.
+        stem: the file's weights of the first layer, where they are known.
     """
     spec = reference.spec
-    told = replace(told, img_size=spec.img_size)
-    unequal = [name for name in PREPROCESSING if getattr(told, name) != getattr(spec, name)]
+    declared = replace(declared, img_size=spec.img_size)
+    unequal = [name for name in PREPROCESSING if getattr(declared, name) != getattr(spec, name)]
     faults = [
-        f"preprocessing: {name} is {getattr(told, name)} and the model's {getattr(spec, name)}" for name in unequal
+        f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}" for name in unequal
     ]
-    levels = reference.gray_levels(told)
+    levels = reference.gray_levels(declared)
     if levels > MAX_GRAY_LEVELS:
         faults.append(f"preprocessing is off by {levels:.1f} gray levels (at most {MAX_GRAY_LEVELS:g})")
-    inside = stem_gray_levels(found, reference, stem)
+    inside = stem_gray_levels(outputs, reference, stem)
     if inside > limit:
         faults.append(f"the first layer is given colors that are off by {inside:.1f} gray levels (at most {limit:g})")
     return levels if limit > MAX_GRAY_LEVELS and inside <= limit else max(levels, inside), faults
 
 
 def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
-    """By how much the first layer's colors may seem to be off: where its input is in 8 bits, these round them too."""
+    """Return by how much the first layer's colors may seem to be off; an input in 8 bits rounds them too."""
     spec = artifact.spec
     in_8_bits = (
         spec.precision == resolve_backend(artifact.path).calibrated and reference.stem not in spec.excluded_layers
@@ -371,7 +373,7 @@ def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
 
 
 def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
-    """The deployed model in the form that the artifact was written from."""
+    """Return the deployed model in the form that the artifact was written from."""
     unfolded = artifact.spec.precision == "int8" and resolve_backend(artifact.path).unfolds_identities
     return unfold_identities(reference.deployed) if unfolded else reference.deployed
 
@@ -380,37 +382,37 @@ def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
 
 
 def run_layers(artifact: Artifact, reference: Reference) -> Mapping[str, torch.Tensor]:
-    """What an artifact's layers give for the first few images."""
+    """Return the outputs of an artifact's layers for the first few images."""
     spec = replace(artifact.spec, img_size=reference.spec.img_size)
     return artifact.run_layers(artifact.spec.feed(reference.pixels(spec)[:LAYER_IMAGES]))
 
 
-def worst_layer(found: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
-    """The layer whose output is farthest from that of the same layer of the deployed model in float32, and its SNR."""
+def worst_layer(outputs: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
+    """Return the layer whose output is farthest from that of the deployed model's layer, and its SNR."""
     expected = reference.layers
     noise = {
         name: snr_db(expected[name], output)
-        for name, output in found.items()
+        for name, output in outputs.items()
         if name in expected and expected[name].shape == output.shape
     }
     return min(noise.items(), key=lambda item: item[1]) if noise else (None, None)
 
 
 def stem_gray_levels(
-    found: Mapping[str, torch.Tensor], reference: Reference, stem: LayerParameters | None = None
+    outputs: Mapping[str, torch.Tensor], reference: Reference, stem: LayerParameters | None = None
 ) -> float:
-    """By how many gray levels of 255 the first layer's input must be off to explain what it gives; 0 if not known.
+    """Return by how many gray levels of 255 the first layer's input must be off to explain its output; 0 if unknown.
 
     What the file's own weights make of the image, `stem`, is no sign of another image: they are compared elsewhere. A
     wrong constant of the normalization moves each color by some levels at black and some at white: these are fitted.
     Other rounding has no direction, and hardly moves either.
     """
     name, spec = reference.stem, reference.spec
-    if name is None or name not in found or found[name].shape != reference.layers[name].shape:
+    if name is None or name not in outputs or outputs[name].shape != reference.layers[name].shape:
         return 0.0
     expected = reference.layers[name]
     layer: Any = dict(layers(reference.deployed))[name]
-    output, expected = found[name].double(), expected.double()
+    output, expected = outputs[name].double(), expected.double()
     if not holds_shvit(reference.deployed):  # a converter may have put a scale that follows into the weights
         output = output * ((output * expected).sum((0, 2, 3)) / output.square().sum((0, 2, 3)))[:, None, None]
     elif stem is not None and stem.weight.value.shape == layer.weight.shape:
@@ -435,7 +437,7 @@ def stem_gray_levels(
 
 
 def require(certificate: Certificate) -> None:
-    """Raises CheckFailed, with the figures, if the artifact is refused."""
+    """Raise CheckFailed, with the figures, if the artifact is refused."""
     if certificate.passed is not False:
         return
     worst = f"; worst layer {certificate.worst_layer}" if certificate.worst_layer else ""

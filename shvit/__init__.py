@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def _is_command() -> bool:
-    """Whether this process is the `shvit` program: its --help must not wait for torch, its commands import it.
+    """Return whether this process is the `shvit` program, whose --help must not wait for torch.
 
     The program is where this interpreter's are installed, links followed; any other script of that name is a user's.
     `python -m shvit.train`, and whatever else of ours, is the program too.

@@ -52,7 +52,7 @@ class Checkpoint:
     path: Path
     state_dict: StateDict = field(repr=False)
     layout: Layout
-    """What the file calls its parameters: by the reference's names, timm's (ours too), or a deployed model's."""
+    """Names of the parameters: the reference's, timm's (which are ours), or a deployed model's."""
     dropped: tuple[str, ...] = ()  # parameters beside the backbone of a larger model, which are not ours
 
     @property
@@ -65,12 +65,12 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """The name of the first convolution's weight."""
+        """Name of the first convolution's weight."""
         return f"{STEM}weight" if self.deployed else f"{STEM}c.weight"
 
     @property
     def classifier(self) -> str:
-        """The name of the classifier's weight, which the file need not have."""
+        """Name of the classifier's weight, which may be missing."""
         return "head.weight" if self.deployed else "head.l.weight"
 
     @property
@@ -84,21 +84,21 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
-    """Reads a SHViT checkpoint of any layout.
+    """Read a SHViT checkpoint of any layout.
 
     Args:
         path: a `.safetensors` file, or one written by `torch.save`.
-        ema: take `model_ema` or `state_dict_ema`, the averaged weights, and refuse a file without them.
+        ema: take the EMA weights (`model_ema` or `state_dict_ema`), and refuse a file without them.
 
     Raises:
-        InputError: the file cannot be read, is too large, would run code, holds NaN, or holds no SHViT.
+        InputError: the file cannot be read, is too large, would run code, holds NaN, or is not a SHViT checkpoint.
     """
     path = Path(path)
     state_dict = read_state_dict(path, ema)
     prefix = min((key[: -len(rest)] for key in state_dict for rest in _stem_names(key)), key=len, default=None)
     if prefix is None:
         found = some(list(state_dict)) or "nothing"
-        raise InputError(f"{path}: no SHViT in this checkpoint (no parameter named {STEM}…); it holds {found}")
+        raise InputError(f"{path}: not a SHViT checkpoint (no parameter named {STEM}…); it holds {found}")
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = rename_reference_keys(own)
     if len(renamed) < len(own):
@@ -112,28 +112,26 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     for name, axes in ((checkpoint.stem, 4), (checkpoint.classifier, 2)):
         shape = renamed[name].shape if name in renamed else None
         if shape is not None and (len(shape) != axes or 0 in shape):
-            raise InputError(
-                f"{path}: {name} is of shape {tuple(shape)}, and should have {axes} axes, none of length 0"
-            )
+            raise InputError(f"{path}: {name} has shape {tuple(shape)}, and should have {axes} axes, none of length 0")
     return checkpoint
 
 
 def _stem_names(key: str) -> list[str]:
-    """The part of `key` from the stem's first weight on, if it is that weight."""
+    """Return the part of `key` from the stem's first weight on, if it is that weight."""
     return [name for name in (f"{STEM}c.weight", f"{STEM}weight") if key == name or key.endswith("." + name)]
 
 
-AVERAGED = ("state_dict_ema", "model_ema")
+EMA_KEYS = ("state_dict_ema", "model_ema")
 
 
-def holds_average(path: str | os.PathLike) -> bool:
-    """Whether a file has averaged weights beside the weights; raises as `read_checkpoint` where it cannot be read."""
+def holds_ema(path: str | os.PathLike) -> bool:
+    """Return whether a file has EMA weights beside the weights; raises as `read_checkpoint`."""
     content = _read_content(Path(path))
-    return any(isinstance(content.get(key), Mapping) for key in AVERAGED)
+    return any(isinstance(content.get(key), Mapping) for key in EMA_KEYS)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The texts that a file holds beside its tensors, by name, without reading the tensors.
+    """Return the texts that a file holds beside its tensors, by name, without reading the tensors.
 
     Raises:
         InputError: as `read_checkpoint`, where the file cannot be read.
@@ -164,12 +162,12 @@ def _read_content(path: Path) -> Mapping[Any, Any]:
 
 
 def read_state_dict(path: Path, ema: bool = False) -> StateDict:
-    """The tensors of a checkpoint file of any model, under the file's names; raises as `read_checkpoint`."""
+    """Return the tensors of any model's checkpoint, under the file's names; raises as `read_checkpoint`."""
     content = _read_content(path)
-    wanted = AVERAGED if ema else ("state_dict", "model")
+    wanted = EMA_KEYS if ema else ("state_dict", "model")
     nested = next((content[key] for key in wanted if isinstance(content.get(key), Mapping)), None)
     if ema and nested is None:
-        raise InputError(f"{path}: has no averaged weights (model_ema or state_dict_ema); leave out the EMA option")
+        raise InputError(f"{path}: has no EMA weights (model_ema or state_dict_ema); leave out the EMA option")
     state_dict = dict(content if nested is None else nested)
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -187,11 +185,11 @@ def read_state_dict(path: Path, ema: bool = False) -> StateDict:
 
 
 MAX_VALUE = 1e15
-"""Of a weight, a bias or a norm's statistics: products of larger ones leave float32, and the outputs are NaN."""
+"""Largest weight, bias or norm statistic: products of larger ones leave float32, and outputs are NaN."""
 
 
 def _check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raises for values that no training run has which did not diverge."""
+    """Raise InputError for values that only a run has that diverged."""
     low, high = map(float, torch.aminmax(tensor))
     if not math.isfinite(low) or not math.isfinite(high):
         raise InputError(f"{path}: parameter {name} holds NaN or infinite values; the training run diverged")
@@ -205,10 +203,10 @@ def _check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raises unless a tensor is dense, has a value of its own for each element, and is of a type that models have."""
+    """Raise unless a tensor is dense, stores a value for each element, and has a data type that models use."""
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in FLOATS + INTEGERS:
-        kinds = ("nested" if tensor.is_nested else tensor.layout, tensor.dtype, tensor.device)
-        found = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        parts = ("nested" if tensor.is_nested else tensor.layout, tensor.dtype, tensor.device)
+        found = ", ".join(str(part).removeprefix("torch.") for part in parts)
         raise InputError(f"{path}: parameter {name} is {found}; save it as a dense tensor of floats or integers")
     stored = tensor.untyped_storage().nbytes()
     if tensor.nbytes > stored:
@@ -229,13 +227,13 @@ def _check_size(path: Path) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file is torch.save's container, by its beginning, as PyTorch has it."""
+    """Return whether a file begins as torch.save's zip archives do."""
     with open_file(path) as file:
         return file.read(2) == b"PK"
 
 
 def _unpacked_bytes(path: Path) -> int:
-    """What an archive unpacks to; one that cannot be measured is not handed to another reader."""
+    """Return the size of an archive's content; one that cannot be measured is refused."""
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
@@ -277,12 +275,12 @@ def _why_unsafe(path: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a pickle too broken, or too old, to be looked into
-        return "it is no checkpoint of tensors alone"
-    return f"its pickle calls for {some(sorted(names))}" if names else "it is no checkpoint of tensors alone"
+        return "it is not a checkpoint of tensors alone"
+    return f"its pickle calls for {some(sorted(names))}" if names else "it is not a checkpoint of tensors alone"
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error's message."""
+    """Return the first sentence of an error's message."""
     return first_line(error).partition(". ")[0]
 
 
@@ -292,7 +290,7 @@ def _reason(error: Exception) -> str:
 def load_checkpoint(
     model: nn.Module, path: str | os.PathLike, ema: bool = False, reset_head: bool = False
 ) -> tuple[str, ...]:
-    """Loads a SHViT checkpoint of any layout into `model`, strictly.
+    """Load a SHViT checkpoint of any layout into `model`, strictly.
 
     Args:
         model: a SHViT; deployed, if the checkpoint is.
@@ -334,7 +332,7 @@ def load_strictly(
     reset_head: bool = False,
     heads: tuple[str, ...] = ("head.", "head_dist."),
 ) -> tuple[str, ...]:
-    """`load_state_dict(strict=True)` that names what differs.
+    """Load parameters as `load_state_dict(strict=True)` does, with an error that names what differs.
 
     With `reset_head`, parameters whose names begin with one of `heads` stay as the model has them; their names are
     returned.
@@ -369,9 +367,9 @@ def load_strictly(
         ]
         problems.append(some(shapes))
     integers = [name for name in source if source[name].dtype in INTEGERS]
-    whole = [name for name in integers if name in target and target[name].is_floating_point()]
-    if whole:
-        problems.append(f"integers where floats should be: {some(whole)}")
+    rounded = [name for name in integers if name in target and target[name].is_floating_point()]
+    if rounded:
+        problems.append(f"integers where floats should be: {some(rounded)}")
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
     model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
@@ -386,9 +384,9 @@ def load_strictly(
 def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors as `.safetensors`, or as a `torch.save` file `{"model": …}` for `.pth` and `.pt`.
+    """Write tensors as `.safetensors`, or as a `torch.save` file `{"model": …}` for `.pth` and `.pt`.
 
-    The file appears whole or not at all.
+    The file is written atomically.
 
     Args:
         metadata: texts by name, which `read_metadata` reads: into the metadata of a `.safetensors` file, beside

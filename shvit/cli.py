@@ -3,8 +3,8 @@
 A command is a dataclass whose fields are its options (parsed by tyro) and whose `run()` returns the result, printed
 as one JSON object on the last line of stdout. A group of commands is a dict of such classes; a function is given the
 options and returns such a command.
-Exit status: 0 done; 1 a check did not hold; 2 unusable input, said in one line on stderr (`--debug`: with traceback);
-70 a fault of this program, in one line too; 128 and the number of a signal that ended it.
+Exit status: 0 done; 1 a check failed; 2 unusable input, reported in one line on stderr (`--debug`: with traceback);
+70 a bug in this program, in one line too; 128 plus the number of a signal that ended it.
 """
 
 import contextlib
@@ -20,12 +20,19 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from . import __version__
 from .documents import to_json
+from .environment import advise
 from .errors import CheckFailed, InputError, RunInstead, first_line, printable
-from .extras import advise
+
+
+class Command(Protocol):
+    """A command with its options."""
+
+    def run(self) -> dict[str, Any]:
+        """Return the command's result, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def _call(target: str, *arguments: Any) -> Any:
     return _load(target)(*arguments)
 
 
-def _parse(name: str, options: list[str]) -> Any:
+def _parse(name: str, options: list[str]) -> Command:
     target = _load(COMMANDS[name].target)
 
     import tyro
@@ -152,27 +159,27 @@ def _parse(name: str, options: list[str]) -> Any:
 
 
 def _one_line(panel: str) -> str:
-    """tyro's framed message as one line: what was wrong, and the option that may have been meant."""
+    """Return tyro's framed message as one line: what is wrong, and the option that may have been meant."""
     lines = [line.strip(" ╭╮╰╯│─\n") for line in panel.splitlines()]
     title, *rest = [line for line in lines if line.strip("-")]  # rules are dashes where stdout is not UTF-8
-    said = [line for line in rest if not line.startswith(("For full helptext", "shvit ", "in shvit "))]
+    lines = [line for line in rest if not line.startswith(("For full helptext", "shvit ", "in shvit "))]
     if misplaced := _misplaced(rest):
         return misplaced
-    suggested = next((line for line in said if line.startswith("--")), None)
-    if suggested and not said[0].endswith(":"):
-        return f"{said[0]}; did you mean {suggested}?"
-    message = " ".join(said) or title
+    suggested = next((line for line in lines if line.startswith("--")), None)
+    if suggested and not lines[0].endswith(":"):
+        return f"{lines[0]}; did you mean {suggested}?"
+    message = " ".join(lines) or title
     return message if message.startswith(title) else f"{title}: {message}"
 
 
 def _misplaced(lines: Sequence[str]) -> str | None:
-    """What is to be said of an option that other commands have, if tyro's lines tell of one."""
+    """Return a message about an option that only other commands have, if tyro's lines name one."""
     found = (re.match(r"(--\S+) \(applied to (shvit .*)\)$", line) for line in lines)
     given = next((match for match in found if match), None)
     others = [match[1] for line in lines if (match := re.match(r"in shvit (.*) --help$", line))]
     if given is None or not any(re.match(rf"{re.escape(given[1])}\b(?! \()", line) for line in lines):
         return None
-    return f"{given[1]} is no option of `{given[2]}`, but of {' and '.join(others)}"
+    return f"{given[1]} is not an option of `{given[2]}`, but of {' and '.join(others)}"
 
 
 def _unknown(name: str) -> str:
@@ -184,7 +191,7 @@ def _unknown(name: str) -> str:
 
 
 def main() -> None:
-    """The `shvit` program."""
+    """Run the `shvit` program."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -219,11 +226,11 @@ def _report(command: str, error: BaseException | None, line: str, debug: bool) -
 
 
 INTERNAL_ERROR = 70
-"""EX_SOFTWARE of BSD's sysexits.h: a fault of this program, and not of what it was given."""
+"""EX_SOFTWARE of BSD's sysexits.h: a bug in this program."""
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    """What is said of an error that ends a command, and the exit status."""
+    """Return the message and the exit status for an error that ends a command."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, MemoryError):
@@ -238,7 +245,7 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A block that SIGTERM, and a closed terminal's SIGHUP, end as an exception does: nothing half-written stays.
+    """Let SIGTERM and SIGHUP end a block as an exception does, so that nothing half-written stays.
 
     The training loop handles them in its own way.
     """
@@ -246,26 +253,26 @@ def _ended_by_signals() -> Iterator[None]:
         yield
         return
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [
+    handled = [
         number for number in numbers if signal.getsignal(number) is signal.SIG_DFL
     ]  # not those that nohup ignores
 
     def end(number: int, frame: object) -> None:
-        for each in heeded:
+        for each in handled:
             signal.signal(each, signal.SIG_IGN)  # one is enough
         raise SystemExit(128 + number)
 
-    for number in heeded:
+    for number in handled:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in heeded:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
 def program() -> None:
-    """`main` for a shell: one whose stdout may be closed, full, a pipe whose reader has had enough, or not UTF-8."""
+    """Run `main` for a shell, whose stdout may be closed, full, a pipe without a reader, or not UTF-8."""
     os.environ.setdefault("WDS_SECURE", "1")  # webdataset, if anything asks it, runs nothing
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
@@ -281,8 +288,8 @@ def program() -> None:
     except OSError as error:  # the others that a command raises do not get here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at the end
         ended = error.__context__
-        told = isinstance(ended, SystemExit) and ended.code not in (0, None)
-        if not told and not isinstance(error, BrokenPipeError):
+        reported = isinstance(ended, SystemExit) and ended.code not in (0, None)
+        if not reported and not isinstance(error, BrokenPipeError):
             print(f"shvit: stdout cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 

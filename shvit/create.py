@@ -54,7 +54,7 @@ def check_model_name(name: str, what: str = "model") -> None:
     if known and (not dot or tag in (tags := _tags(architecture))):
         return
     if name.lower().endswith(WEIGHTS):
-        raise InputError(f"{shown} is a file of weights and no model's name; such a file is given as --checkpoint")
+        raise InputError(f"{shown} is a file of weights and not a model's name; give such a file as --checkpoint")
     if known:
         choice = f"choose from {', '.join(f'{architecture}.{each}' for each in tags)}, or" if tags else "give"
         raise InputError(f"unknown {what} {shown}: {architecture} has no weights of that tag; {choice} {architecture} "

@@ -14,7 +14,7 @@ __all__ = ["deploy"]
 
 
 def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """A copy of `model` in its inference form: the same outputs up to rounding, fewer and cheaper operators.
+    """Return a copy of `model` in its inference form: equal outputs up to rounding, fewer and cheaper operators.
 
     Args:
         model: a SHViT, a `features_only` wrapper or a larger model that holds one, or any other timm model (which gets
@@ -27,7 +27,7 @@ def deploy(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> n
         The deployed copy. A distilled SHViT comes out with one head, the mean of its two. Frozen layers stay frozen.
 
     Raises:
-        ValueError: `model` is in training mode, where BatchNorm is no fixed affine map, or `img_size` is no size.
+        ValueError: `model` is in training mode, where BatchNorm is not a fixed affine map, or `img_size` is not a size.
     """
     size = None if img_size is None else _height_width(img_size)
     if any(module.training for module in model.modules()):
@@ -63,7 +63,7 @@ def _merge_heads(model: SHViT) -> None:
 
 @torch.no_grad()
 def _fold_norms(model: nn.Module, height: int, width: int) -> nn.Module:
-    """Another model's BatchNorms into the convolutions that they follow in an input's way through it.
+    """Fold BatchNorms of another model than SHViT into the convolutions that they follow on an input.
 
     Where that does not give the same outputs, for instance because a convolution's output is also used without its
     norm, the model is returned as it is.
@@ -84,7 +84,7 @@ def _fold_norms(model: nn.Module, height: int, width: int) -> nn.Module:
 
 
 def _find_conv_norms(model: nn.Module, image: torch.Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the norms that take their outputs, both called once."""
+    """Return the convolutions and the norms that take their outputs, where both are called once."""
     makers: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # tensors are held, so that no other gets their place
     calls: Counter[nn.Module] = Counter()
     found = []
@@ -113,13 +113,13 @@ def _as_list(outputs: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _stem(model: nn.Module) -> nn.Conv2d:
-    """The first convolution."""
+    """Return the first convolution."""
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
 @torch.no_grad()
 def _fix_grids(model: nn.Module, attentions: list[DeployedSHSA], height: int, width: int) -> None:
-    """Sets every attention's grid to the one it sees for an input of that size, found by running one."""
+    """Set every attention's grid to the one it sees for an input of that size, found by running one."""
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         grids[module] = tuple(inputs[0].shape[2:])

@@ -16,6 +16,7 @@ from .files import read_bytes
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 60  # levels of lists and mappings
@@ -62,14 +63,14 @@ def parse_json(text: str | bytes, name: str, max_depth: int | None = MAX_DEPTH) 
         )
     except RecursionError:
         raise InputError(f"{name}: not readable as JSON (it is nested too deeply)") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
         raise InputError(f"{name}: not readable as JSON ({first_line(error)})") from error
     if max_depth is not None and is_deeper(content, max_depth):
         raise InputError(f"{name}: not readable as JSON (it is nested more than {max_depth} levels deep)")
     return content
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return a JSON object, as an `object_pairs_hook`; raise ValueError for a key twice, which readers differ on."""
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -79,7 +80,7 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a number in JSON")
 
 
 def _finite_float(text: str) -> float:
@@ -95,7 +96,7 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def is_deeper(content: Any, depth: int) -> bool:
+def is_deeper(content: object, depth: int) -> bool:
     """Return whether lists and dicts are nested more than `depth` levels deep; level by level, not by recursion."""
     level = [content]
     for _ in range(depth + 1):
@@ -111,12 +112,12 @@ def is_deeper(content: Any, depth: int) -> bool:
     return True
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
+def to_json(content: object, indent: int | None = None) -> str:
     """Return plain values as JSON that every reader takes: NaN and infinities become null, other letters escapes."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -129,10 +130,10 @@ def _finite(content: Any) -> Any:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def parse_model(kind: type[Model], content: Any, name: str, advice: str = "") -> Model:
+def parse_model(kind: type[Model], content: object, name: str, advice: str = "") -> Model:
     """Return plain values, as `parse_json` gives them, as an instance of a dataclass or a pydantic model.
 
-    Types are strict as in JSON: the text "64" is no number, and a list is taken for a tuple.
+    Types are strict as in JSON: the text "64" is not a number, and a list is taken for a tuple.
 
     Args:
         kind: what they should be.
@@ -151,7 +152,7 @@ def parse_model(kind: type[Model], content: Any, name: str, advice: str = "") ->
         raise InputError(f"{name}: {describe_problem(error.errors()[0])}{ending}") from error
 
 
-def describe_problem(problem: Any) -> str:
+def describe_problem(problem: "ErrorDetails") -> str:
     """Return what pydantic found, as `place is value; what it should be`."""
     place, message = ".".join(map(str, problem["loc"])), str(problem["msg"])
     if problem["type"] == "missing":
@@ -221,7 +222,7 @@ def compose_yaml(text: bytes | str, name: str) -> "yaml.Node | None":
 
 
 def _check_nodes(root: "yaml.Node | None") -> None:
-    """Raise ValueError where aliases lead back or expand without bound, and for keys that are no words or repeated."""
+    """Raise ValueError where aliases lead back or expand without bound, and for keys that are not words or repeated."""
     import yaml
 
     def children(node: Any) -> list[Any]:
@@ -235,9 +236,9 @@ def _check_nodes(root: "yaml.Node | None") -> None:
 def check_expansion(
     root: Any, children: Callable[[Any], Sequence[Any]], max_size: int, max_depth: float = math.inf
 ) -> None:
-    """Raise ValueError where what is nested leads back to itself, or is more than that once it is written out.
+    """Raise ValueError where nested values lead back to themselves, or are too many once written out.
 
-    Something that stands in several places counts in each; it is looked at once, and not by recursion.
+    Something that occurs in several places counts in each; it is visited once, and not by recursion.
 
     Args:
         root: the outermost; None for nothing.
@@ -245,7 +246,7 @@ def check_expansion(
         max_size: how many there may be, written out.
         max_depth: how deep they may be in each other.
     """
-    sizes: dict[int, tuple[int, int]] = {}  # of each with all below it: how many, and how deep
+    sizes: dict[int, tuple[int, int]] = {}  # for each with all below it: how many, and how deep
     above: dict[int, Sequence[Any]] = {}  # those that are under way, and what is in them
     stack = [] if root is None else [root]
     while stack:
@@ -278,18 +279,18 @@ def _check_keys(node: "yaml.MappingNode") -> None:
 
     keys = [key.value for key, _ in node.value]
     if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-        raise ValueError("a key is no word")
+        raise ValueError("a key is not a word")
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise ValueError(f"the key {twice[0][:60]!r} stands twice in one mapping")
 
 
 def _without_lines(error: BaseException) -> str:
-    """The message of a YAML error, which has several lines, in one."""
+    """Return the message of a YAML error, which has several lines, as one."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _leaves(content: Any) -> Iterator[Any]:
+def _leaves(content: object) -> Iterator[object]:
     if isinstance(content, dict):
         for key, value in content.items():
             yield key
@@ -301,7 +302,7 @@ def _leaves(content: Any) -> Iterator[Any]:
         yield content
 
 
-def _is_bounded(value: Any) -> bool:
+def _is_bounded(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS

@@ -1,15 +1,72 @@
-"""The process's surroundings: installed versions, and how OpenMP's threads wait for each other."""
+"""Optional packages and the extras that install them, installed versions, and how OpenMP's threads wait."""
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
-SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-"""OpenMP's own variable, which GNU's library (PyTorch's on Linux), LLVM's (on macOS) and Intel's (on Windows) read, and
-what the latter two call it: milliseconds of spinning before a thread sleeps."""
-WAITING = (*SLEEPING, "GOMP_SPINCOUNT", "KMP_LIBRARY")
-"""All variables that say how threads wait; one that the user has set decides alone."""
-_set_here: dict[str, str] = {}
+EXPORT = ("export", "phone", "detection", "demo")
+EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
+    "onnx": EXPORT,
+    "onnxruntime": EXPORT,
+    "onnxscript": EXPORT,
+    "skimage": EXPORT,
+    "scipy": EXPORT,
+    "tornado": ("phone",),
+    "segno": ("phone",),
+    "cryptography": ("phone",),
+    "coremltools": ("coreml", "demo"),
+    "openvino": ("openvino",),
+    "elpv_dataset": ("demo",),
+    "matplotlib": ("train", *EXPORT),
+    "tensorboard": ("train", "detection", "demo"),
+    "torchvision": ("train", "detection", "demo"),
+    "datasets": ("data",),
+    "pillow_heif": ("heic",),
+    "mmengine": ("detection",),
+    "mmcv": ("detection",),
+    "mmdet": ("detection",),
+}
+COMMAND_EXTRAS = {  # words that a command begins with, longest first: the extra that installs all it needs
+    "bench phone": "phone",
+    "bench import": "phone",
+    "site": "phone",
+    "bench": "export",
+    "info": "export",
+    "eval": "export",
+    "export": "export",
+    "verify": "export",
+    "detect": "detection",
+    "train": "train",
+    "demo": "demo",
+}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python-headless"}
+
+
+def extra_of(module: str, words: Sequence[str] = ()) -> str | None:
+    """Return the extra that installs a top-level module, the command's own if that does; None where none does.
+
+    Args:
+        words: the command line after `shvit`.
+    """
+    brought_by = EXTRAS.get(module, ())
+    line = " ".join([*words, ""])
+    own = next((extra for command, extra in COMMAND_EXTRAS.items() if line.startswith(f"{command} ")), None)
+    return own if own in brought_by else next(iter(brought_by), None)
+
+
+def advise(module: str, words: Sequence[str] = ()) -> str:
+    """Return one line that says that a module is missing and how it is installed.
+
+    Args:
+        module: its name, as in an import.
+        words: as in `extra_of`.
+    """
+    package = module.partition(".")[0]
+    if extra := extra_of(package, words):
+        return f"this needs the package {package}; install it with: pip install 'shvit[{extra}]'"
+    distribution = DISTRIBUTIONS.get(package, package.replace("_", "-"))
+    return f"this needs the package {package}, which is not installed; install it with: pip install {distribution}"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -26,6 +83,14 @@ def versions(*packages: str) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""OpenMP's own variable, which GNU's library (PyTorch's on Linux), LLVM's (on macOS) and Intel's (on Windows) read, and
+what the latter two call it: milliseconds of spinning before a thread sleeps."""
+WAITING = (*SLEEPING, "GOMP_SPINCOUNT", "KMP_LIBRARY")
+"""All variables that say how threads wait; one that the user has set decides alone."""
+_set_here: dict[str, str] = {}
 
 
 def let_threads_sleep() -> None:

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends other than well, and what other errors say in one line."""
+"""The two exceptions that end a command with a message, and other errors' messages in one line."""
 
 import re
 import unicodedata
@@ -9,11 +9,11 @@ PLACE = re.compile(r"Exception from \S+:|Traceback .*|File .*, line \d+.*")
 
 
 class InputError(ValueError):
-    """Unusable input: one line that says what was got, what is allowed and what to do. Exit status 2."""
+    """Unusable input: one line with what was given, what is allowed and what to do. Exit status 2."""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's message that says anything, cut to `limit` characters; its type's name without one.
+    """Return the first line of an error's message that says anything, or its type's name; at most `limit` characters.
 
     Messages of libraries may be empty, begin with empty lines, or be a hundred lines long.
     """
@@ -46,7 +46,7 @@ def _printable(char: str) -> str:
 
 
 class CheckFailed(Exception):
-    """A check that a command makes did not hold; `result` is what it measured. Exit status 1."""
+    """A check that a command makes failed; `result` is what it measured. Exit status 1."""
 
     def __init__(self, message: str, result: dict):
         super().__init__(message)
@@ -62,7 +62,7 @@ class RunInstead(Exception):
 
 
 def refuse(reason: str, **given: object) -> None:
-    """Raises InputError for options that were given and do not apply; what is None, False or empty was not given.
+    """Raise InputError for options that were given and do not apply; None, False and empty ones were not given.
 
     Args:
         reason: why they do not apply.

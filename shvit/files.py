@@ -26,7 +26,7 @@ SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-"""What else than files and folders a path may lead to: opening one may wait for ever, and reading it never end."""
+"""What a path may lead to besides files and folders: opening or reading one may never end."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def is_file(path: str | os.PathLike) -> bool:
     """Return whether a regular file is there, links followed.
 
     Raises:
-        InputError: it cannot be told, for want of a permission or because of the name, or it is neither a file nor a
+        InputError: a permission or the name does not allow to find out, or it is neither a file nor a
             folder.
     """
     return stat.S_ISREG(_mode(path))
@@ -79,7 +79,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was put there since
         os.close(descriptor)
-        raise InputError(f"{path}: is no file; name a file")
+        raise InputError(f"{path}: is not a file; name a file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -110,7 +110,7 @@ def read_text(path: str | os.PathLike, limit: int) -> str:
 
 
 def _mode(path: str | os.PathLike) -> int:
-    """The mode of what a path leads to; 0 where nothing is there."""
+    """Return the mode of what a path leads to; 0 where nothing is there."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -133,12 +133,12 @@ def _unreadable(path: str | os.PathLike, error: Exception) -> InputError:
 PARTIAL = re.compile(r"\.(?P<pid>\d+)-(?P<host>[0-9a-f]{8})\.partial(?=\.|$)")
 """What stands in the name of a file that is being written: the process that writes it, and where that runs."""
 STALE_S = 86400.0
-"""Age from which another machine's partial file counts as left behind: whether its process lives cannot be told."""
+"""Age from which another machine's partial file counts as left behind: whether its process lives cannot be known."""
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A name beside `path`, with its suffix, to write a file or a folder to; it is renamed to `path` at the end.
+    """Give a name beside `path`, with its suffix, to write a file or a folder to; rename it to `path` at the end.
 
     If the body raises, what it wrote is removed and `path` stays as it was. What processes that were killed have left
     beside `path` is removed at the beginning.
@@ -153,7 +153,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
-            pass  # permissions do not tell all: root may write anywhere, but not to a read-only file system
+            pass  # permissions are not enough: root may write anywhere, but not to a read-only file system
         _remove_left_behind(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -175,7 +175,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def needs_room(path: Path, name: str = "", is_temporary: bool = False) -> Iterator[None]:
-    """A block that writes below or beside `path`, or to temporary files: a full disk is said in one line.
+    """Report a full disk in one line, in a block that writes below or beside `path`, or to temporary files.
 
     Args:
         name: what the message calls it; the path where empty.
@@ -198,7 +198,7 @@ def needs_room(path: Path, name: str = "", is_temporary: bool = False) -> Iterat
 
 @contextmanager
 def scratch_folder(path: Path | None = None) -> Iterator[Path]:
-    """A temporary folder, removed at the end; raises as `atomic_write` where a disk is full.
+    """Give a temporary folder, removed at the end; raise as `atomic_write` where a disk is full.
 
     Args:
         path: what is to be written in the end, and the folder is beside; in the system's own place where None.
@@ -247,11 +247,11 @@ NO_ROOM_WORDS = re.compile(
 )
 """What libraries say that do not pass on the system's error: PyTorch's and OpenVINO's writers among them."""
 FULL_BYTES = 1 << 16
-NEARLY_FULL_BYTES = 1 << 26  # an exported model has up to some 60 MB
+NEARLY_FULL_BYTES = 1 << 26  # an exported model has up to about 60 MB
 
 
 def _lack_of_room(error: BaseException, path: Path) -> str | None:
-    """What the system says of a full disk, where that is why something was not written."""
+    """Return the system's message about a full disk, where that is why something was not written."""
     seen: list[BaseException] = []
     each: BaseException | None = error
     while each is not None and each not in seen:
@@ -261,8 +261,8 @@ def _lack_of_room(error: BaseException, path: Path) -> str | None:
         each = each.__cause__ or each.__context__
     folders = [folder for folder in (*path.parents, Path(tempfile.gettempdir())) if folder.is_dir()]
     full = any(shutil.disk_usage(folder).free < FULL_BYTES for folder in (folders[0], folders[-1]))
-    said = any(NO_ROOM_WORDS.search(str(each)) for each in seen)
-    return os.strerror(errno.ENOSPC) if full or said else None
+    mentioned = any(NO_ROOM_WORDS.search(str(each)) for each in seen)
+    return os.strerror(errno.ENOSPC) if full or mentioned else None
 
 
 def partial_name(path: Path) -> Path:
@@ -274,7 +274,7 @@ MAX_STEM = 160  # bytes; a file name has up to 255
 
 
 def _short_stem(path: Path) -> str:
-    """The beginning of a partial file's name: the whole name without suffix, or a short one that is alike each time."""
+    """Return the beginning of a partial file's name: the name without suffix, or a hash of a long one."""
     encoded = os.fsencode(path.stem)
     return path.stem if len(encoded) <= MAX_STEM else hashlib.sha256(encoded).hexdigest()
 
@@ -332,14 +332,14 @@ def _lives(pid: int) -> bool:
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
-    """For the beginning of a command that is to write a file or a package there.
+    """Raise, before a command begins, where it could not write a file or a package to `path`.
 
     Raises:
         InputError: what is there is not what is written under such a name, so that it is not this project's to
             replace: a symbolic link, a device, a file of another format, a folder with other things than a package's.
     """
     path = Path(path)
-    is_there(path)  # or that cannot be told
+    is_there(path)  # or raises
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link; give the path that it leads to, or remove the link")
     if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):
@@ -356,7 +356,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
 
 
 def _is_package(folder: Path, known: re.Pattern[str]) -> bool:
-    """Whether a folder holds nothing but what a package does, and what a file manager leaves."""
+    """Return whether a folder holds nothing but a package's files, and what a file manager leaves."""
     return all(
         known.fullmatch(each.relative_to(folder).as_posix()) or (is_file(each) and LEFT_BY_SYSTEMS.fullmatch(each.name))
         for each in folder.rglob("*")
@@ -366,7 +366,7 @@ def _is_package(folder: Path, known: re.Pattern[str]) -> bool:
 PACKAGES = {
     ".mlpackage": re.compile(r"Manifest\.json|Data(/com\.apple\.CoreML(/(\w+\.mlmodel|weights(/\w+\.bin)?))?)?")
 }
-"""What a package, a folder that is one artifact, holds, by its suffix."""
+"""Names of the files in a package (a folder that is one artifact), by its suffix."""
 LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
     ".json": lambda head: head.lstrip()[:1] in (b"{", b"["),
@@ -380,11 +380,11 @@ BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
     ".svg": lambda head: head.lstrip()[:1] == b"<",
     ".html": lambda head: b"<title>SHViT" in head,  # pages have names that others have, too
 }
-"""Whether a file is of the format that its suffix says, by its first bytes."""
+"""Functions that return whether a file's first bytes fit its suffix."""
 
 
 def check_output_folder(path: Path | None) -> None:
-    """For the beginning of a command whose work would otherwise be lost at its end.
+    """Raise, before a command begins, where its results could not be written to the folder `path`.
 
     Raises:
         InputError: a file lies where the folder of `--output` is to be.
@@ -395,7 +395,7 @@ def check_output_folder(path: Path | None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -406,7 +406,7 @@ def remove(path: Path) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file's content; of a folder, of its files' names and digests in order.
+    """Return the hex digest of a file's content, or of the names and digests of a folder's files in order.
 
     What file managers leave in a folder does not count: files whose names begin with a dot, Thumbs.db, desktop.ini.
 
@@ -445,6 +445,6 @@ def _is_clutter(file: Path) -> bool:
 
 
 def size(path: str | os.PathLike) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the bytes of a file, or of all files in a folder."""
     path = Path(path)
     return sum(each.stat().st_size for each in (path.rglob("*") if is_folder(path) else [path]) if is_file(each))

@@ -48,7 +48,7 @@ def _norm_scale_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def fold_norm_into_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """BN(W∗x + b) = (scale·W)∗x + (scale·b + shift)."""
+    """Return a convolution for conv, then BN: BN(W∗x + b) = (scale·W)∗x + (scale·b + shift)."""
     scale, shift = _norm_scale_shift(bn)
     if conv.bias is not None:
         shift = shift + conv.bias * scale
@@ -57,7 +57,7 @@ def fold_norm_into_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
 
 @torch.no_grad()
 def fold_norm_into_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
-    """W·BN(x) + b = (W·scale)·x + (W·shift + b)."""
+    """Return a linear layer for BN, then linear: W·BN(x) + b = (W·scale)·x + (W·shift + b)."""
     scale, shift = _norm_scale_shift(bn)
     new = deepcopy(linear)
     new.weight.copy_(linear.weight * scale)
@@ -67,7 +67,10 @@ def fold_norm_into_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
 
 @torch.no_grad()
 def fold_identity_into_depthwise(conv: nn.Conv2d) -> nn.Conv2d:
-    """x + W∗x = (W + δ)∗x, where δ is 1 at each kernel's center; `conv` must be depthwise, stride 1, 'same' padding."""
+    """Return a convolution for x + conv(x): x + W∗x = (W + δ)∗x, where δ is 1 at each kernel's center.
+
+    `conv` must be depthwise, with stride 1 and 'same' padding.
+    """
     weight = conv.weight.clone()
     weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
     assert conv.bias is not None
@@ -76,7 +79,7 @@ def fold_identity_into_depthwise(conv: nn.Conv2d) -> nn.Conv2d:
 
 @torch.no_grad()
 def fold_affine_into_conv(norm: nn.GroupNorm, conv: nn.Conv2d) -> nn.Conv2d:
-    """W(γ·n + β) + b = (W·γ)n + (Wβ + b) for a 1×1 convolution behind a norm with affine parameters γ, β."""
+    """Return a 1×1 convolution for that after a norm's affine γ, β: W(γ·n + β) + b = (W·γ)n + (Wβ + b)."""
     weight = conv.weight.flatten(1)
     assert conv.bias is not None
     return _conv_like(conv, conv.weight * norm.weight[:, None, None], weight @ norm.bias + conv.bias)
@@ -84,7 +87,7 @@ def fold_affine_into_conv(norm: nn.GroupNorm, conv: nn.Conv2d) -> nn.Conv2d:
 
 @torch.no_grad()
 def fold_scale_into_queries(qkv: nn.Conv2d, qk_dim: int, scale: float) -> nn.Conv2d:
-    """(qᵀk)·s = (s·q)ᵀk: the softmax's scale goes into the rows that make q."""
+    """Return `qkv` with the softmax's scale in the rows that make q: (qᵀk)·s = (s·q)ᵀk."""
     rows = torch.ones_like(qkv.bias)  # type: ignore[arg-type]
     rows[:qk_dim] = scale
     return _conv_like(qkv, qkv.weight * rows[:, None, None, None], qkv.bias * rows)  # type: ignore[operator]
@@ -92,7 +95,10 @@ def fold_scale_into_queries(qkv: nn.Conv2d, qk_dim: int, scale: float) -> nn.Con
 
 @torch.no_grad()
 def drop_key_bias(qkv: nn.Conv2d, qk_dim: int) -> nn.Conv2d:
-    """softmax(qᵀ(k + b)) = softmax(qᵀk): over one query's keys qᵀb is a constant, and softmax is shift-invariant."""
+    """Return `qkv` without the bias of k: softmax(qᵀ(k + b)) = softmax(qᵀk).
+
+    Over one query's keys qᵀb is a constant, and softmax is shift-invariant.
+    """
     assert qkv.bias is not None
     bias = qkv.bias.clone()
     bias[qk_dim : 2 * qk_dim] = 0
@@ -101,7 +107,7 @@ def drop_key_bias(qkv: nn.Conv2d, qk_dim: int) -> nn.Conv2d:
 
 @torch.no_grad()
 def average_linears(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """(A·x + a + B·x + b)/2 = ((A+B)/2)·x + (a+b)/2: the distilled model's two heads as one."""
+    """Return a distilled model's two heads as one: (A·x + a + B·x + b)/2 = ((A+B)/2)·x + (a+b)/2."""
     new = deepcopy(first)
     new.weight.copy_((first.weight + second.weight) / 2)
     new.bias.copy_((first.bias + second.bias) / 2)
@@ -218,14 +224,14 @@ class DeployedSHSA(nn.Module):
         self.grid: tuple[int, int] | None = None
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """GroupNorm of one group without its affine: (B, P, H, W), statistics over P, H and W."""
+        """Apply GroupNorm of one group without its affine: (B, P, H, W), statistics over P, H and W."""
         if self.grid is not None:
             return F.layer_norm(x, (self.partial_dim, self.grid[0], self.grid[1]), eps=self.eps)
         x = x - x.mean((1, 2, 3), keepdim=True)
         return x * torch.rsqrt((x * x).mean((1, 2, 3), keepdim=True) + self.eps)
 
     def _to_grid(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """(B, P, N) → (B, P, H, W), as `like` is."""
+        """Reshape (B, P, N) → (B, P, H, W), as `like` is."""
         H, W = self.grid if self.grid is not None else (like.shape[2], like.shape[3])
         return x.reshape(-1, self.partial_dim, H, W)
 

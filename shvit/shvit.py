@@ -205,13 +205,9 @@ class SHViT(nn.Module):
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depth), stagewise=True)
         stages, feature_info = [], []
         for i, dim in enumerate(embed_dim):
-            block = {
-                "qk_dim": qk_dim[i],
-                "partial_dim": partial_dim[i],
-                "use_attn": use_attn[i],
-                "norm_layer": norm_layer,
-            }
-            stages.append(Stage(embed_dim[i - 1] if i else None, dim, drop_path[i], act_layer, dd, **block))
+            block = {"qk_dim": qk_dim[i], "partial_dim": partial_dim[i], "use_attn": use_attn[i]}
+            in_dim = embed_dim[i - 1] if i else None
+            stages.append(Stage(in_dim, dim, drop_path[i], act_layer, dd, norm_layer=norm_layer, **block))
             feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 4), "module": f"stages.{i}"})
         self.feature_info = feature_info
         self.stages = nn.Sequential(*stages)
@@ -265,10 +261,8 @@ class SHViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns of parameter groups: the stem and the blocks, or the stages if `coarse`."""
-        if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": blocks}
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks' activations twice in training, to keep fewer of them."""
@@ -287,8 +281,7 @@ class SHViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make new heads, and another pooling unless `global_pool` is None."""
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
+        global_pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = next(self.patch_embed.parameters())
         self._make_head(num_classes, global_pool, {"device": weight.device, "dtype": weight.dtype})
 
@@ -332,11 +325,11 @@ class SHViT(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) → (B, C, ⌈H/64⌉, ⌈W/64⌉)."""
+        """Map (B, in_chans, H, W) → (B, C, ⌈H/64⌉, ⌈W/64⌉)."""
         return self.stages(self.patch_embed(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
-        """(B, C, H, W) → logits, or the pooled (B, C) if `pre_logits`."""
+        """Map (B, C, H, W) → logits, or the pooled (B, C) if `pre_logits`."""
         x = self.flatten(self.global_pool(x))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)

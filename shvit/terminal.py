@@ -1,4 +1,4 @@
-"""What commands print to, and what is taken out of text from files before it is printed."""
+"""The console that commands print to, which removes from text what could steer a terminal."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ class SafeConsole(Console):
 
 
 def console(quiet: bool = False) -> Console:
-    """As wide as the terminal; wide enough for every table and sentence where the output goes to a file or a pipe.
+    """Return a console as wide as the terminal, or wide enough for every table where the output is a file or a pipe.
 
     Args:
         quiet: print nothing, as in all but one of several processes.

@@ -22,11 +22,13 @@ from shvit import cli
 from shvit.train.data import datasets
 from shvit.train.recipe import Augment, Data, Optim, Recipe
 from shvit.train.recipes import RECIPES
+from tests import exports
 
 torch.set_num_threads(1)
 
 # PyTorch parses the source of 500 operators anew for every export, one second that gives the same table each time.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+torch.onnx.export = exports.remembered(torch.onnx.export)
 # Tracing and conversion make millions of objects, and the default threshold of 700 looks through all of them often.
 gc.set_threshold(20_000, 20, 20)
 
@@ -184,7 +186,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(image_folder):
     return Recipe(
         model="tiny_vit",
@@ -198,7 +200,7 @@ def recipe(image_folder):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(recipe):
     """The same, with everything that draws random numbers, on a small model."""
     return replace(recipe, model=SMALL, epochs=4, augment=Augment(repeats=1), optim=Optim(lr=1e-1, warmup_epochs=1))

@@ -16,7 +16,7 @@ from timm.utils import distribute_bn
 from shvit import terminal
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
-from shvit.run_info import RunInfo, read_recipe_file
+from shvit.weights.run_info import RunInfo, read_recipe_file
 
 from .data.datasets import Splits, check_class_of, open_splits
 from .data.splits import check_outside
@@ -57,7 +57,9 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
             accum_steps = check_recipe(recipe, world)
             splits = None if is_stream(recipe.data) else open_splits(recipe.data)
             classes, loader = open_training(recipe, world, accum_steps, splits)
-            return Training(recipe, output, world, classes, loader, accum_steps, signals, splits).run_all()
+            training = Training(recipe, output, world, classes, loader, accum_steps, signals, splits)
+            with training.folder.locked() if world.primary else nullcontext():
+                return training.run_all()
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from stop
 
@@ -102,10 +104,6 @@ class Training:
 
     def run_all(self) -> dict[str, Any]:
         """Train all steps that are left, and return the run's result."""
-        with self.folder.locked() if self.world.primary else nullcontext():
-            return self._run_all()
-
-    def _run_all(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.world.primary:
             images = self.splits.identity() if self.splits else {"train": {"count": self.loader.length}}
@@ -254,7 +252,7 @@ class Training:
                 self.folder.write_log(run.log)
 
     def _accuracy(self, model: torch.nn.Module) -> Evaluation:
-        """Evaluate on all validation images, each in one process, in float32; with the primary's BatchNorm."""
+        """Evaluate on all validation images, each in one process, in float32, with the primary's BatchNorm."""
         model.eval()
         if self.world.size > 1:
             distribute_bn(model, self.world.size)

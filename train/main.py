@@ -38,6 +38,7 @@ class Train:
     memory."""
 
     def run(self) -> dict[str, Any]:
+        """Train, or measure the speed, and return the result."""
         if self.benchmark is not None:
             from .speed import benchmark
 
@@ -56,6 +57,7 @@ class Plot:
     """The run folder."""
 
     def run(self) -> dict[str, Any]:
+        """Draw the curves, and return the path of the image."""
         from .run.metrics import read_log
         from .run.plots import plot_curves
 

@@ -7,10 +7,13 @@ engine.py of ysj9909/SHViT); every other recipe states where it differs.
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shvit.errors import InputError
 from shvit.files import read_bytes
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 16 << 20  # of a recipe file; a run's has the names of its classes too
 PathOrNone = TypeVar("PathOrNone", Path, Path | None)
@@ -194,7 +197,7 @@ class Recipe:
     img_size: int = 224
     """Image height and width in pixels."""
     first_img_size: int | None = None
-    """Progressive resizing: height and width in the first epochs, which grow in equal steps of 32 px."""
+    """Progressive resizing: height and width in the first epochs, which grow by 32 px at equal intervals."""
     epochs: int = 300
     """Number of passes over the training images."""
     batch_size: int = 2048
@@ -302,7 +305,7 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"{path}: {_first_problem(error.errors()[0])}") from error
 
 
-def _first_problem(error: Any) -> str:
+def _first_problem(error: "ErrorDetails") -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         import difflib

@@ -48,7 +48,7 @@ def follow(url: str, location: str | None) -> str:
     """Return the address that a server's redirection from `url` leads to.
 
     Args:
-        url: as of `check_address`.
+        url: as in `check_address`.
         location: the header, in Latin-1 as it was received.
 
     Raises:

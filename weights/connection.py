@@ -33,7 +33,7 @@ class _Paced(io.RawIOBase):
         self.begin(MAX_HEADER_BYTES)
 
     def begin(self, limit: int) -> None:
-        """From now on up to `limit` bytes, in windows that begin now."""
+        """Take up to `limit` bytes from now on, in windows that begin now."""
         self.left, self.received, self.since = limit, 0, time.monotonic()
 
     def readable(self) -> bool:
@@ -79,10 +79,10 @@ class _Https(http.client.HTTPSConnection):
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> Any:
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Http, request)
 
-    def https_open(self, request: urllib.request.Request) -> Any:
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Https, request)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -92,7 +92,7 @@ def request(url: str, headers: dict[str, str]) -> Response:
     """Return the answer to a GET request, through the proxies of the environment; redirections are not followed.
 
     Args:
-        url: as of `check_address`: there are no other schemes than https and http.
+        url: as in `check_address`: https or http.
 
     Raises:
         OSError, http.client.HTTPException, ValueError: there is none.

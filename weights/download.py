@@ -1,7 +1,10 @@
-"""One file over http(s): resumed where it broke off, bounded, checked, and in place only when it is right.
+"""Download one file over http(s): resumed, bounded, checked, and renamed into place only when it is right.
 
-Files of the Hugging Face hub come this way too, from their resolve address: one downloader means one cache, one lock
-file, one set of errors, and mirrors and tests that work for every publisher alike.
+huggingface_hub, through which timm's own weights come (resolve.py), is not used here. It downloads from a hub alone,
+not from a release's address or a mirror given with --url. It has no bound on a file's bytes or on a server's pace: its
+timeout is for one read, so that a server which sends a byte now and then is never given up. It compares the length with
+what the server announced, not the content with a known SHA-256, and its cache holds the file before it can be checked.
+Here a file gets its name after its hash, or its loading as the model it is named after, has been checked.
 """
 
 import http.client
@@ -10,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from email.message import Message
 from hashlib import sha256 as sha256_of
 from pathlib import Path
-from typing import Any
 
 from shvit import __version__
 from shvit.documents import load_json, parse_model, to_json
@@ -55,11 +58,11 @@ class _WrongLength(_Broken):
 def download(
     url: str, path: Path, expected: str | None, prove: Callable[[Path], None], report: Report = lambda done, total: None
 ) -> str:
-    """Fetches `url` to `path`, continuing what an earlier call left in `<stem>.partial<suffix>` beside it.
+    """Download `url` to `path`, resuming what an earlier call left in `<stem>.partial<suffix>` beside it.
 
     Args:
         url: an http or https address.
-        path: appears whole, or stays as it was.
+        path: is written atomically.
         expected: the file's sha256; None where it is not known.
         prove: is given the complete file before it gets its name, and raises if it is not the right one.
         report: called with the bytes received so far and the total.
@@ -100,7 +103,7 @@ def discard_partial(path: Path) -> None:
 
 
 def _fetch(url: str, partial: Path, report: Report) -> None:
-    """Completes `partial`, in several attempts if need be."""
+    """Complete `partial`, in several attempts if need be."""
     errors: list[_Broken] = []
     shown = shown_address(url)
     for attempt in range(ATTEMPTS):
@@ -138,7 +141,7 @@ def _attempt(url: str, partial: Path, report: Report) -> None:
 
 
 def _open(url: str, headers: dict[str, str], partial: Path, start: int) -> Response:
-    """The server's answer to the request for what follows the first `start` bytes, redirections followed."""
+    """Return the response to the request for what follows the first `start` bytes, redirections followed."""
     target = url
     for _ in range(MAX_REDIRECTS + 1):
         response = _request(target, headers)
@@ -156,10 +159,10 @@ def _open(url: str, headers: dict[str, str], partial: Path, start: int) -> Respo
         if status == 416 and "Range" in headers:  # the left-over is as long as the file, or longer
             _discard(partial)
             raise _WrongLength(start, None)
-        said = f"HTTP {status} {response.reason[:100]}".strip()
+        answer = f"HTTP {status} {response.reason[:100]}".strip()
         if status in RETRIED:
-            raise _Broken(said)
-        raise InputError(f"{shown_address(url)}: the server answers {said}; name another address with --url")
+            raise _Broken(answer)
+        raise InputError(f"{shown_address(url)}: the server answers {answer}; name another address with --url")
 
 
 def _request(url: str, headers: dict[str, str]) -> Response:
@@ -181,7 +184,7 @@ def _reason(error: Exception) -> str:
 
 
 def _placement(response: Response, url: str, start: int, partial: Path) -> tuple[int, int | None]:
-    """(the offset of the body's first byte in the file, the file's size if the server tells it).
+    """Return (the offset of the body's first byte in the file, the file's size if the server sends it).
 
     Raises:
         InputError: the headers contradict each other, or are not what HTTP has.
@@ -205,7 +208,7 @@ def _placement(response: Response, url: str, start: int, partial: Path) -> tuple
 
 
 def _length(response: Response, url: str) -> int | None:
-    """The body's length; None where it is sent in chunks or until the end of the connection."""
+    """Return the body's length; None where it is sent in chunks or until the end of the connection."""
     given = {each.strip() for each in response.headers.get_all("Content-Length") or []}
     if response.chunked or not given:
         return None
@@ -221,7 +224,7 @@ def _nonsense(url: str, problem: str) -> InputError:
 
 
 def _receive(response: Response, url: str, partial: Path, start: int, limit: int, report: Callable[[int], None]) -> int:
-    """Writes the body to `partial` from byte `start` on, at most up to byte `limit`; returns the size then."""
+    """Write the body to `partial` from byte `start` on, at most up to byte `limit`; return the size then."""
     size = start
     try:
         if not start:
@@ -249,7 +252,7 @@ def _blocks(response: Response, url: str, partial: Path) -> Iterator[bytes]:
         raise _too_much(url, partial) from error
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_reason(error)) from error
-    except ValueError as error:  # the size of a chunk that is none
+    except ValueError as error:  # a chunk's size that is not a number
         raise _Broken(first_line(error)) from error
 
 
@@ -281,20 +284,20 @@ class _Record:
     """What proves that the server still has the same file: a strong ETag, or its date."""
 
 
-def _note(url: str, partial: Path, headers: Any) -> None:
+def _note(url: str, partial: Path, headers: Message) -> None:
     etag = headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
     _record(partial).write_text(to_json(asdict(_Record(_digest(url), validator))), encoding="utf-8")
 
 
 def _digest(url: str) -> str:
-    """What an address is recorded as: it may hold a key."""
+    """Return what an address is recorded as, since it may hold a key."""
     return sha256_of(url.encode()).hexdigest()
 
 
 def _left_over(url: str, partial: Path) -> tuple[int, str | None]:
-    """(bytes that came earlier, what to send as If-Range), or (0, None) where there is nothing to continue."""
-    with suppress(InputError):  # a record that is none is as good as none
+    """Return (bytes that came earlier, what to send as If-Range), or (0, None) where there is nothing to resume."""
+    with suppress(InputError):  # an unreadable record counts as none
         if is_file(partial) and not partial.is_symlink():
             path = _record(partial)
             record = parse_model(_Record, load_json(path, MAX_RECORD_BYTES), str(path))

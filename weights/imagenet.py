@@ -8,7 +8,7 @@ __all__ = ["imagenet_ids", "imagenet_names", "is_imagenet"]
 
 @cache
 def imagenet_ids() -> tuple[str, ...]:
-    """WordNet's ids, such as n01440764: the names of ImageNet's folders."""
+    """Return WordNet's ids, such as n01440764: the names of ImageNet's folders."""
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
@@ -16,7 +16,7 @@ def imagenet_ids() -> tuple[str, ...]:
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
-    """Descriptions, such as "tench, Tinca tinca"; the few that two classes share get the class's number."""
+    """Return descriptions, such as "tench, Tinca tinca"; the few that two classes share get the class's number."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
@@ -26,5 +26,5 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def is_imagenet(classes: tuple[str, ...]) -> bool:
-    """Whether these are all of ImageNet-1k's classes in their order, by id or by name."""
+    """Return whether these are all of ImageNet-1k's classes in their order, by id or by name."""
     return len(classes) == 1000 and classes in (imagenet_ids(), imagenet_names())

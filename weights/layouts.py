@@ -18,7 +18,7 @@ __all__ = ["Identity", "convert", "identify", "variant_of"]
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file was found to hold; it loads strictly into the model of this description."""
+    """What a file holds; it loads strictly into the model described here."""
 
     layout: Layout
     model: str
@@ -30,7 +30,7 @@ class Identity:
 
 
 def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """The variant with the widths and depths of these parameters (our names, deployed or not); None if none has."""
+    """Return the variant with these parameters' widths and depths (our names, deployed or not); None if none has."""
     embed_dim, depth = [], []
     for stage in range(3):
         blocks = f"stages.{stage}.blocks."
@@ -44,7 +44,7 @@ def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def identify(path: str | os.PathLike, ema: bool = False) -> Identity:
-    """Reads a SHViT checkpoint and loads it strictly.
+    """Read a SHViT checkpoint and load it strictly.
 
     Raises:
         InputError: as `read_checkpoint`, or it fits none of the variants.
@@ -53,10 +53,10 @@ def identify(path: str | os.PathLike, ema: bool = False) -> Identity:
 
 
 def convert(path: str | os.PathLike, to: Layout, ema: bool = False) -> tuple[Identity, StateDict]:
-    """What `path` holds, and its parameters in the layout `to`; between timm and reference names alone change.
+    """Return what `path` holds, and its parameters in the layout `to`; timm and reference differ in names alone.
 
     Raises:
-        InputError: as `identify`, or the file is deployed, from which there is no way back.
+        InputError: as `identify`, or the file is deployed, which cannot be undone.
     """
     identity, state_dict, model = _open(path, ema)
     if identity.layout == "deployed" and to != "deployed":
@@ -70,7 +70,7 @@ def convert(path: str | os.PathLike, to: Layout, ema: bool = False) -> tuple[Ide
 
 
 def _open(path: str | os.PathLike, ema: bool) -> tuple[Identity, StateDict, nn.Module]:
-    """What the file holds, its parameters under our names, and the model with them."""
+    """Return what the file holds, its parameters under our names, and the model with them."""
     checkpoint = read_checkpoint(path, ema)
     state_dict = checkpoint.state_dict
     name = variant_of(state_dict)
@@ -79,5 +79,5 @@ def _open(path: str | os.PathLike, ema: bool) -> tuple[Identity, StateDict, nn.M
                          "train and convert one of these")  # fmt: skip
     model = create_model(name, path, ema=ema)
     params = sum(parameter.numel() for parameter in model.parameters())
-    found = (checkpoint.layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped))
-    return Identity(*found), state_dict, model
+    about = (checkpoint.layout, name, checkpoint.num_classes, checkpoint.distilled, params, len(checkpoint.dropped))
+    return Identity(*about), state_dict, model

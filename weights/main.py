@@ -36,10 +36,10 @@ def _pixels(img_size: tuple[int, int] | None) -> str:
 
 @dataclass(frozen=True)
 class List:
-    """The models: parameters, GMACs, input size, published top-1, and where weights are."""
+    """List models: parameters, GMACs, input size, published top-1, and where weights are."""
 
     pattern: Positional[Annotated[str, arg(metavar="PATTERN")]] = "shvit*"
-    """Which models, as a glob; '*' lists every model that timm knows."""
+    """Models to list, as a glob; '*' lists every model that timm knows."""
 
     def run(self) -> dict[str, Any]:
         from .models import describe, names
@@ -67,7 +67,7 @@ class List:
 
 @dataclass(frozen=True)
 class WeightsList:
-    """The published checkpoints: whether cached, whether the hash is known, license, accuracy and its source."""
+    """List published checkpoints: cached or not, hash known or not, license, accuracy and its source."""
 
     def run(self) -> dict[str, Any]:
         cache = cache_folder()
@@ -87,27 +87,29 @@ class WeightsList:
         console.print(table)
         for number, source in enumerate(sources, start=1):
             console.print(f"[{number}] {source}")
-        console.print(f"cache: {cache}; an unknown hash is recorded at the first download, and holds from then on")
+        console.print(
+            f"cache: {cache}; an unknown hash is recorded at the first download, and later downloads must match it"
+        )
         return {"cache": str(cache), "checkpoints": rows}
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Download a published checkpoint into the cache, prove that it is what it should be, and record its hash."""
+    """Download a published checkpoint into the cache, check that it loads as its model, and record its hash."""
 
     name: Positional[Annotated[str, arg(metavar="NAME")]]
-    """A name that `shvit weights list` shows."""
+    """Name of a published checkpoint, as in `shvit weights list`."""
     url: Annotated[str | None, arg(metavar="URL")] = None
-    """Fetch it from here, a mirror say; once the hash is known, the file must be the same."""
+    """Address to download from, such as a mirror; once the hash is known, the file must have it."""
     output: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Copy it here too."""
+    """File to copy the checkpoint to."""
 
     def run(self) -> dict[str, Any]:
         entry = find(self.name)
         suffix = Path(entry.file_name).suffix
         if self.output and self.output.suffix != suffix:
             raise InputError(f"--output {self.output}: {entry.name} is a {suffix} file; give a file name that ends so "
-                             "(`shvit weights convert` makes other kinds)")  # fmt: skip
+                             "(`shvit weights convert` writes other formats)")  # fmt: skip
         if self.output:
             check_replaceable(self.output)
         console, url = terminal.console(), self.url or entry.url
@@ -131,7 +133,7 @@ class Pull:
 
 @contextmanager
 def _progress(console: Console, name: str) -> Iterator[Report]:
-    """A bar on a terminal; elsewhere a line for each tenth, or for each 16 MiB where the size is not known."""
+    """Show a bar on a terminal; elsewhere a line for each tenth, or each 16 MiB where the size is not known."""
     if console.is_terminal:
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
@@ -150,14 +152,17 @@ def _progress(console: Console, name: str) -> Iterator[Report]:
     yield report
 
 
+HashState = Literal["as recorded", "differs", "unknown"]
+
+
 @dataclass(frozen=True)
 class Checked:
-    """What was found of one file."""
+    """The result of checking one file."""
 
     target: str
     path: str
     sha256: str
-    hash: Literal["as recorded", "differs", "unknown"]
+    hash: HashState
     identity: dict[str, Any] | None
     """Layout, model, classes and so on; None where the file does not load strictly."""
     problem: str | None
@@ -165,16 +170,16 @@ class Checked:
 
 @dataclass(frozen=True)
 class Check:
-    """Compare hashes with the manifest's or the recorded ones, and load the files strictly."""
+    """Compare hashes of checkpoints with the known ones, and load each file strictly."""
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[NAME|FILE ...]")]] = ()
-    """Names that `shvit weights list` shows, or files; everything in the cache by default."""
+    """Published names, as in `shvit weights list`, or files; everything in the cache by default."""
 
     def run(self) -> dict[str, Any]:
         cache = cache_folder()
         targets = self.targets or tuple(e.name for e in read_manifest() if is_file(cache / e.file_name))
         if not targets:
-            raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` fetches one, or name a file")
+            raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` downloads one, or name a file")
         found = [(target, *_locate(target, cache)) for target in targets]
         checks = [_check(target, path, entry, cache) for target, path, entry in found]
         table = Table("checkpoint", "hash", "layout", "model", *_right("classes", "params"), "distilled", "holds")
@@ -191,14 +196,14 @@ class Check:
 
 
 def _locate(target: str, cache: Path) -> tuple[Path, Published | None]:
-    """The file that a name or a path stands for, and its entry in the manifest if it has one."""
+    """Return the file that a name or a path stands for, and its entry in the manifest if it has one."""
     entry = next((entry for entry in read_manifest() if entry.name == target), None)
     path = cache / entry.file_name if entry else Path(target)
     if is_folder(path):
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     if not is_file(path):
         hint = (
-            f"`shvit weights pull {target}` fetches it" if entry else "give a file, or a name of `shvit weights list`"
+            f"`shvit weights pull {target}` downloads it" if entry else "give a file, or a name of `shvit weights list`"
         )
         raise InputError(f"{path}: no such file; {hint}")
     return path, entry
@@ -209,7 +214,7 @@ def _check(target: str, path: Path, entry: Published | None, cache: Path) -> Che
 
     digest = sha256(path)
     expected = expected_hash(entry, cache) if entry else None
-    known: Any = "unknown" if expected is None else "as recorded" if digest == expected else "differs"
+    known: HashState = "unknown" if expected is None else "as recorded" if digest == expected else "differs"
     problem = f"its sha256 is {digest}, and {expected} is on record; pull it again" if known == "differs" else None
     try:
         identity = identify(path)
@@ -222,16 +227,16 @@ def _check(target: str, path: Path, entry: Published | None, cache: Path) -> Che
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint in another layout; between timm and reference only names change, deployed is one-way."""
+    """Write a checkpoint in another layout. timm and reference differ in names only; deployed cannot be undone."""
 
     src: Positional[Annotated[Path, arg(metavar="SRC")]]
-    """A checkpoint of any layout."""
+    """Checkpoint to read, of any layout."""
     dst: Positional[Annotated[Path, arg(metavar="DST")]]
-    """The file to write: .safetensors, .pth or .pt."""
+    """File to write: .safetensors, .pth or .pt."""
     to: Literal["timm", "reference", "deployed"]
-    """Parameter names of timm and of this package, of the reference, or the inference form (shvit.deploy)."""
+    """Layout: timm's parameter names, the reference's, or the inference form (shvit.deploy)."""
     ema: bool = False
-    """Take the averaged weights (model_ema or state_dict_ema) of a training checkpoint."""
+    """Convert the EMA weights (model_ema or state_dict_ema) of a training checkpoint."""
 
     def run(self) -> dict[str, Any]:
         if self.dst.suffix not in (".safetensors", ".pth", ".pt"):

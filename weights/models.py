@@ -36,7 +36,7 @@ class Model:
 
 
 def names(pattern: str) -> list[str]:
-    """The models whose names match a glob; an InputError where none does."""
+    """Return the models whose names match a glob; raise InputError where none does."""
     found = fnmatch.filter(timm.list_models(), pattern)
     if not found:
         raise InputError(f"no model matches {pattern!r}; try 'shvit*', 'resnet*', or '*' for all that timm knows")
@@ -44,7 +44,7 @@ def names(pattern: str) -> list[str]:
 
 
 def describe(name: str) -> Model:
-    """What `shvit list` says of one model."""
+    """Return what `shvit list` shows for one model."""
     cfg = timm.get_pretrained_cfg(name)
     size = (cfg.input_size[1], cfg.input_size[2]) if cfg else None
     if size is None or name not in timm.list_models(module="shvit"):
@@ -55,7 +55,7 @@ def describe(name: str) -> Model:
 
 
 def _timm_weights(name: str) -> dict[str, str]:
-    """Name and address of the weights that timm loads for a model by default; empty where it has none."""
+    """Return name and address of the weights that timm loads for a model by default; empty where it has none."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         return {}
@@ -64,7 +64,7 @@ def _timm_weights(name: str) -> dict[str, str]:
 
 
 def count(name: str, img_size: tuple[int, int]) -> tuple[int, float]:
-    """(parameters, GMACs at `img_size`) of a model, counted on the meta device: nothing is computed."""
+    """Return (parameters, GMACs at `img_size`) of a model, counted on the meta device: nothing is computed."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = timm.create_model(name).eval()
         model(torch.empty(1, 3, *img_size))

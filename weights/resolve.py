@@ -1,4 +1,4 @@
-"""Weights as a command line names them: a file, a published name, or a model's pretrained ones; and what is known."""
+"""Weights as a command line names them (a file, a published name, pretrained), and what is known about them."""
 
 import difflib
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from shvit.checkpoint import read_checkpoint, write_checkpoint
 from shvit.create import check_model_name, has_scheme
 from shvit.errors import InputError, first_line, refuse
 from shvit.files import is_file, is_there, sha256
-from shvit.run_info import RunInfo, read_run_info
 
 from .cache import cache_folder, expected_hash, obtain
 from .connection import bounded_waits
 from .imagenet import imagenet_names, is_imagenet
 from .layouts import variant_of
 from .manifest import Published, find, read_manifest
+from .run_info import RunInfo, read_run_info
 
 __all__ = ["Weights", "find_weights", "resolve_weights"]
 
@@ -25,22 +25,22 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights, found, and what is known of them."""
+    """A model's weights, and what is known about them."""
 
     model: str
     """A name that timm knows, or `detector:CONFIG`."""
     checkpoint: Path | None
     """The file; None for random weights."""
     name: str | None
-    """What it was called: the file's path, or a published name."""
+    """Name as it was given: the file's path, or a published name."""
     ema: bool
     """Take the file's EMA weights."""
     info: RunInfo | None
-    """What is known of the file's run; of published weights what their publisher says."""
+    """What is known about the training run; for published weights, what their publisher says."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes' names, by index; empty where they are not known. Of ImageNet's ids, their names."""
+        """Names of the classes, by index; empty where they are not known. ImageNet's ids become names."""
         classes = self.info.classes if self.info else ()
         return imagenet_names() if is_imagenet(classes) else classes
 
@@ -52,17 +52,17 @@ def resolve_weights(
     pretrained: bool = False,
     log: Log = lambda line: None,
 ) -> Weights:
-    """Finds weights and tells what is known of them.
+    """Return weights and what is known about them.
 
     Args:
         model: a name that timm knows; where None, the checkpoint's own.
         checkpoint: a file of any layout, or a name of `shvit weights list`, from the cache or downloaded.
         pretrained: take the model's published weights in place of a checkpoint.
-        log: is given a line about what was not asked for and will be done.
+        log: is called with a line about what is done that was not asked for.
 
     Raises:
-        InputError: options that exclude each other, no such file or name, weights that cannot be fetched, or nothing
-            tells the model.
+        InputError: options that exclude each other, no such file or name, weights that cannot be fetched, or the
+            model is not known.
     """
     if model is not None and not has_scheme(model):
         check_model_name(model)
@@ -72,7 +72,7 @@ def resolve_weights(
             raise InputError("--pretrained: of which model? give --model NAME, or a published name as --checkpoint")
         return _pretrained(model, log)
     if checkpoint is None:
-        refuse("without a checkpoint there are no averaged weights", ema=ema)
+        refuse("without a checkpoint there are no EMA weights", ema=ema)
         if model is None:
             raise InputError("which model? give --checkpoint FILE (or a name of `shvit weights list`), or --model NAME")
         return Weights(model, None, None, ema, None)
@@ -92,7 +92,7 @@ def resolve_weights(
 
 
 def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[Path, Published | None]:
-    """A file, or that of a name of `shvit weights list`, from the cache or downloaded; and its entry in the manifest.
+    """Return a file, or that of a published name, from the cache or downloaded; and its entry in the manifest.
 
     Raises:
         InputError: neither, or it cannot be downloaded.
@@ -115,47 +115,47 @@ def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[
 
 def _summary(name: str, model: str, info: RunInfo | None) -> str:
     if info is None:
-        return f"{name}: {model} by its widths and depths; nothing tells its classes and size"
+        return f"{name}: {model} by its widths and depths; its classes and size are not known"
     classes = f", {len(info.classes)} classes" if info.classes else ""
     return f"{name}: {model} at {info.img_size} px{classes}, as it was trained"
 
 
 def _family(model: str) -> str:
-    """A model's name without the tag of its weights."""
+    """Return a model's name without the tag of its weights."""
     return model.partition(".")[0]
 
 
 def _variant(path: Path, ema: bool, model: str | None) -> str:
-    """The SHViT in a file of which nothing else is known; `model` where that is given."""
+    """Return the variant in a file without further information; `model` where that is given."""
     if model is not None:
         return model
     try:
         variant = variant_of(read_checkpoint(path, ema).state_dict)
     except InputError as error:
-        if "no SHViT in this checkpoint" not in str(error):
+        if "not a SHViT checkpoint" not in str(error):
             raise
         variant = None
     if variant is None:
-        raise InputError(f"{path}: does not tell its model, and is none of the SHViTs; give --model NAME")
+        raise InputError(f"{path}: does not say which model it is for, and is none of the SHViTs; give --model NAME")
     return variant
 
 
 def _known(path: Path) -> Published | None:
-    """The published checkpoint of which the file is a copy, by its hash."""
+    """Return the published checkpoint that the file is a copy of, by its hash."""
     cache = cache_folder()
     known = {digest: entry for entry in read_manifest() if (digest := expected_hash(entry, cache))}
     return known.get(sha256(path)) if known else None
 
 
 def _published_info(entry: Published) -> RunInfo | None:
-    """What its publisher says of a classifier."""
+    """Return what the publisher says about a classifier."""
     if entry.task != "classification":
         return None
     return RunInfo(model=entry.model, classes=imagenet_names(), img_size=entry.img_size[0])
 
 
 def _pretrained(model: str, log: Log) -> Weights:
-    """A SHViT's entry in the manifest, or what timm publishes for any other model."""
+    """Return a SHViT's published weights, or those that timm publishes for any other model."""
     if has_scheme(model):
         raise InputError(f"{model}: has no published weights of its own; give --checkpoint")
     entries = [entry for entry in read_manifest() if entry.task == "classification"]
@@ -168,7 +168,7 @@ def _pretrained(model: str, log: Log) -> Weights:
 
 
 def _timm_file(model: str, log: Log) -> Path:
-    """timm's weights of a model as a file in the cache, which says whose they are."""
+    """Return timm's weights of a model as a file in the cache."""
     import timm
     from timm.data import infer_imagenet_subset
 

@@ -15,8 +15,8 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from shvit.errors import InputError
-from shvit.run_info import same_name
 from shvit.train.data.images import MAX_PIXELS
+from shvit.weights.run_info import same_name
 
 from ..parsing.config import class_names, innermost, metrics_of
 from .content import count, is_side, key_of, load_content, names_of, repair, short

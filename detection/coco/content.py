@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from shvit.documents import MAX_DEPTH, is_deeper, without_repetition
 from shvit.errors import InputError, printable
 from shvit.files import check_file, is_there, read_bytes
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 MAX_BYTES = 2 << 30  # COCO's own largest file has 0.45 GB
 MAX_COORDINATE = 1e7

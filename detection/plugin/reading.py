@@ -11,7 +11,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import coco_metric
 
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from ..coco.content import is_zero_box, load_content, repair
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,14 +16,19 @@ from torch import nn
 
 from shvit import terminal
 from shvit.deployment import deploy
+from shvit.environment import EXTRAS, advise, versions
 from shvit.errors import InputError, first_line
-from shvit.extras import EXTRAS, advise
 from shvit.files import scratch_folder
+from shvit.sessions import create_session
 from shvit.terminal import quiet
 
-from ..backends.registry import load_artifact
-from ..bench.roofline import gpu_name, instruction_sets, package_versions, processor_name
+from ..backends.backend import Backend
+from ..backends.registry import BACKENDS, load_artifact
+from ..bench.roofline import PACKAGES, gpu_name, instruction_sets, processor_name
+from ..metadata import INPUT
+from ..pipeline import Source
 from ..spec import Spec, randomize_norms
+from ..verify import Reference
 
 TINY: dict[str, Any] = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
 IMG_SIZE = 64
@@ -64,14 +68,22 @@ class TinyModel:
     def batch(self) -> torch.Tensor:
         return self.spec.normalize(self.pixels)
 
+    def write(self, backend: Backend[Any]) -> Path:
+        """Return a file of the model, written once."""
+        path, options = self.folder / f"tiny{backend.suffix}", backend.all_options
+        if not path.exists():
+            source = Source(Reference(self.model, self.spec, [], ""), options.complete(self.spec), [])
+            backend.create_writer(source, options)(path, source.spec)
+        return path
+
 
 @dataclass(frozen=True)
 class Doctor:
     """Check this machine: hardware, versions, installed extras, and each runtime, tried with a tiny SHViT."""
 
     def run(self) -> dict[str, Any]:
-        machine, versions, extras = describe_machine(), package_versions(), missing_packages()
-        for title, rows in (("machine", machine), ("versions", versions)):
+        machine, installed, extras = describe_machine(), versions(*PACKAGES), missing_packages()
+        for title, rows in (("machine", machine), ("versions", installed)):
             console.print(f"{title}: " + ", ".join(f"{name} {value}" for name, value in rows.items()))
         for extra, missing in extras.items():
             hint = f"lacks {', '.join(missing)}; pip install 'shvit[{extra}]'" if missing else "installed"
@@ -82,7 +94,7 @@ class Doctor:
             error = "–" if each.error is None else f"{each.error:.1e}"
             table.add_row(each.runtime, "yes" if each.works else "no", error, f"{each.seconds:.1f}", each.reason)
         console.print(table)
-        return {"machine": machine, "versions": versions, "extras": extras, "runtimes": [asdict(t) for t in trials]}
+        return {"machine": machine, "versions": installed, "extras": extras, "runtimes": [asdict(t) for t in trials]}
 
 
 def describe_machine() -> dict[str, str]:
@@ -159,70 +171,31 @@ def _run_cuda(tiny: TinyModel) -> torch.Tensor:
     return tiny.deployed.cuda()(tiny.batch.cuda())
 
 
-def _run_onnx(tiny: TinyModel) -> torch.Tensor:
-    return load_artifact(_write_onnx(tiny))(tiny.pixels)
-
-
 def _run_onnx_cuda(tiny: TinyModel) -> torch.Tensor:
-    import onnxruntime
-
-    provider = "CUDAExecutionProvider"
-    if provider not in onnxruntime.get_available_providers() or not torch.cuda.is_available():
-        raise InputError("ONNX Runtime finds no CUDA device here; where there is one, pip install onnxruntime-gpu")
-    session = onnxruntime.InferenceSession(str(_write_onnx(tiny)), providers=[provider])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: tiny.batch.numpy()})[0])
-
-
-def _run_openvino(tiny: TinyModel) -> torch.Tensor:
-    from ..backends.openvino import write_openvino
-
-    path = tiny.folder / "tiny.xml"
-    write_openvino(_write_onnx(tiny), path, tiny.spec)
-    return load_artifact(path)(tiny.pixels)
-
-
-def _run_mil(tiny: TinyModel) -> torch.Tensor:
-    return load_artifact(_write_coreml(tiny))(tiny.pixels)
+    if not torch.cuda.is_available():
+        raise InputError("PyTorch finds no CUDA device here")
+    session = create_session(tiny.write(BACKENDS["onnx"]), provider="cuda")
+    return torch.from_numpy(session.run(None, {INPUT: tiny.batch.numpy()})[0])
 
 
 def _run_coreml(tiny: TinyModel) -> torch.Tensor:
-    if sys.platform != "darwin":
-        raise InputError("Core ML is part of macOS, which this is not")
-    return load_artifact(_write_coreml(tiny), native=True)(tiny.pixels)
+    return load_artifact(tiny.write(BACKENDS["coreml"]), native=True)(tiny.pixels)
 
 
-def _write_onnx(tiny: TinyModel) -> Path:
-    from ..backends.onnx import write_onnx
-
-    path = tiny.folder / "tiny.onnx"
-    if not path.exists():
-        write_onnx(tiny.deployed, path, tiny.spec)
-    return path
-
-
-def _write_coreml(tiny: TinyModel) -> Path:
-    from ..backends.coreml import write_coreml
-
-    path = tiny.folder / "tiny.mlpackage"
-    if not path.exists():
-        write_coreml(tiny.deployed, path, tiny.spec)
-    return path
+def _run_backend(backend: Backend[Any]) -> Callable[[TinyModel], torch.Tensor]:
+    return lambda tiny: load_artifact(tiny.write(backend))(tiny.pixels)
 
 
 RUNTIMES: dict[str, Callable[[TinyModel], torch.Tensor]] = {
     "torch": lambda tiny: tiny.deployed(tiny.batch),
     "torch.compile": _compile,
     "torch on CUDA": _run_cuda,
-    "onnxruntime": _run_onnx,
-    "onnxruntime on CUDA": _run_onnx_cuda,
-    "openvino": _run_openvino,
-    "Core ML packages in our evaluator": _run_mil,
-    "Core ML": _run_coreml,
+    **{f"{backend.title} files": _run_backend(backend) for backend in BACKENDS.values()},
+    "ONNX Runtime on CUDA": _run_onnx_cuda,
+    "Core ML of macOS": _run_coreml,
 }
 ADVICE = {
     "torch.compile": "install a C++ compiler (g++ or clang)",
-    "openvino": "pip install 'shvit[openvino]'",
-    "onnxruntime": "pip install 'shvit[export]'",
-    "Core ML packages in our evaluator": "pip install 'shvit[coreml]'",
+    **{f"{backend.title} files": f"pip install 'shvit[{backend.extra}]'" for backend in BACKENDS.values()},
 }
-"""What may help where a runtime is installed, and fails."""
+"""A remedy for a runtime that is installed, and fails."""

@@ -13,7 +13,7 @@ from .info import describe, tables
 
 @dataclass(frozen=True)
 class Info:
-    """What a model costs, per stage, kind of layer and operator; for a SHViT also beside the designs it replaces."""
+    """Show what a model costs, by stage, kind of layer and operator; a SHViT also compared with other designs."""
 
     model: tyro.conf.Positional[str]
     """A name that timm knows."""

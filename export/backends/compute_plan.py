@@ -1,6 +1,6 @@
 """Core ML's compute plan: on which device it means to run each operation of a package.
 
-Core ML makes a plan on this Mac, for this Mac; an iPhone's comes from Xcode's performance report (DEVICES.md).
+Core ML makes a plan on this Mac, for this Mac; an iPhone's comes from Xcode (docs/how-to/devices.md).
 """
 
 from collections.abc import Iterator

@@ -149,10 +149,11 @@ def write_coreml(
     with quiet():
         import coremltools as ct
 
-        from ..quantization.coreml_passes import pipeline
+        from ..quantization.coreml_passes import Calibration, pipeline
 
         traced = _trace(model, spec)
         ranges = {} if ranges is None else ranges
+        learning = Calibration(_inputs(spec, calibration), _evaluator)
         package = ct.convert(
             traced,
             inputs=[_input(spec)],
@@ -161,9 +162,7 @@ def write_coreml(
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(
-                spec, _traced_names(model, spec), _inputs(spec, calibration), _evaluator, keep, ranges
-            ),
+            pass_pipeline=pipeline(spec, _traced_names(model, spec), learning, keep, ranges),
         )
         for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value
@@ -359,11 +358,11 @@ def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
 
 def coreml_parameters(package: "Package") -> dict[str, LayerParameters]:
     """Return the weights of a Core ML package, by its layers' names."""
-    found = {}
+    parameters = {}
     for op in package.program.function.operations:
         if op.op_type in MIL_LAYERS and (weight := _mil_constant(op.inputs.get("weight"))) is not None:
-            found[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
-    return found
+            parameters[op.name] = LayerParameters(weight, _mil_constant(op.inputs.get("bias")))
+    return parameters
 
 
 def _mil_constant(var: "Var | None") -> Stored | None:
@@ -393,13 +392,13 @@ def coreml_scale_faults(package: "Package") -> list[str]:
 
 def coreml_steps(package: "Package") -> dict[str, tuple[float, float]]:
     """Return the scale and zero point that each layer's input is read with, by the layer's name."""
-    found = {}
+    steps = {}
     for op in package.program.function.operations:
         source = op.inputs["x"].op if op.op_type in MIL_LAYERS else None
         if source is not None and source.op_type == "dequantize":
             zero_point = source.inputs.get("zero_point")
-            found[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
-    return found
+            steps[op.name] = (float(source.inputs["scale"].val), 0.0 if zero_point is None else float(zero_point.val))
+    return steps
 
 
 def inspect(path: Path) -> ImageInput:

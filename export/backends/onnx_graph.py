@@ -146,7 +146,7 @@ def precision_of(proto: "ModelProto") -> str:
 def onnx_parameters(proto: "ModelProto") -> dict[str, LayerParameters]:
     """Return the weights of an ONNX file, by its layers' names."""
     tensors = _OnnxTensors(proto)
-    found = {}
+    parameters = {}
     for node in proto.graph.node:
         if node.op_type not in LAYERS or (weight := tensors.constant(node.input[1])) is None:
             continue
@@ -154,8 +154,8 @@ def onnx_parameters(proto: "ModelProto") -> dict[str, LayerParameters]:
         if node.op_type == "Gemm" and not attributes.get("transB"):
             weight = Stored(weight.value.T, weight.rounding.T if weight.rounding.dim() == 2 else weight.rounding)
         bias = tensors.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        found[node.name] = LayerParameters(weight, bias)
-    return found
+        parameters[node.name] = LayerParameters(weight, bias)
+    return parameters
 
 
 class _OnnxTensors:
@@ -211,7 +211,7 @@ def onnx_scale_faults(proto: "ModelProto") -> list[str]:
 
 def onnx_steps(proto: "ModelProto") -> dict[str, tuple[float, float]]:
     """Return the scale and zero point that each rounded tensor of an ONNX file is read with."""
-    tensors, found = _OnnxTensors(proto), {}
+    tensors, steps = _OnnxTensors(proto), {}
     for node in proto.graph.node:
         source = tensors.makers.get(node.input[0])
         if node.op_type != "DequantizeLinear" or source is None or source.op_type != "QuantizeLinear":
@@ -219,8 +219,8 @@ def onnx_steps(proto: "ModelProto") -> dict[str, tuple[float, float]]:
         constants = [tensors.array(value) for value in node.input[1:] if value in tensors.initializers]
         if len(constants) == 2 and all(value.size == 1 for value in constants):
             scale, zero_point = (value.item() for value in constants)
-            found[source.name.removesuffix("_QuantizeLinear")] = (float(scale), float(zero_point))
-    return found
+            steps[source.name.removesuffix("_QuantizeLinear")] = (float(scale), float(zero_point))
+    return steps
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------

@@ -127,8 +127,8 @@ def saturates() -> bool:
     again = ops.fake_quantize(sums, *map(ops.constant, [np.float32(0), np.float32(top * chans)] * 2), levels=256)
     model = ov.Model([ops.result(again)], [image], "saturation")
     compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled(np.full((1, chans, 8, 8), top, np.float32))[0]
-    return bool(np.abs(found / (top * chans) - 1).max() > 0.05)
+    outputs = compiled(np.full((1, chans, 8, 8), top, np.float32))[0]
+    return bool(np.abs(outputs / (top * chans) - 1).max() > 0.05)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------

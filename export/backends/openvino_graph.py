@@ -85,15 +85,15 @@ def openvino_parameters(model: "Model") -> dict[str, LayerParameters]:
         if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul") and _is_constant(_input(op, 1))
     }
     values = _evaluate([node for _, weight, bias in layers.values() for node in (weight, bias) if node is not None])
-    found = {}
+    parameters = {}
     for name, (op, weight, bias) in layers.items():
         value = _as_stored(weight, values)
         if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"]:
             value = Stored(value.value.T, value.rounding.T)
         if value.value.dim() == 5:  # (groups, out / groups, …)
             value = Stored(value.value.flatten(0, 1), value.rounding.flatten(0, 1))
-        found[name] = LayerParameters(value, None if bias is None else _flat(_as_stored(bias, values)))
-    return found
+        parameters[name] = LayerParameters(value, None if bias is None else _flat(_as_stored(bias, values)))
+    return parameters
 
 
 def _bias(op: "Node") -> Any:
@@ -166,14 +166,14 @@ def openvino_scale_faults(model: "Model") -> list[str]:
 
 def openvino_steps(model: "Model") -> dict[str, tuple[float, float]]:
     """Return the scale and zero point that each rounded tensor of an IR is read with, by its name in ONNX."""
-    found = {}
+    steps = {}
     for op in model.get_ordered_ops():
         if op.get_type_name() == "FakeQuantize" and all(_is_constant(_input(op, index)) for index in (3, 4)):
             low, high = (np.array(_input(op, index).data, dtype=np.float64).ravel() for index in (3, 4))
             if len(low) == len(high) == 1 and high > low:
                 scale = float(high[0] - low[0]) / LEVELS
-                found[op.get_friendly_name().removesuffix("_DequantizeLinear")] = (scale, float(-low[0]) / scale)
-    return found
+                steps[op.get_friendly_name().removesuffix("_DequantizeLinear")] = (scale, float(-low[0]) / scale)
+    return steps
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------

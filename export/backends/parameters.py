@@ -1,4 +1,4 @@
-"""The weights that a file computes with, held against its model's: one wrong weight hardly shows in any output.
+"""The weights in a file, compared with its model's: one wrong weight hardly shows in any output.
 
 They are read as each format stores them, 8-bit ones multiplied out, together with the largest error that rounding to
 the format can have made of each. For 8 bits the scales that belong together are compared too.
@@ -46,7 +46,7 @@ class LayerParameters:
 
 
 def stored(value: Any, dtype: torch.dtype | None = None) -> Stored:
-    """A tensor of floats; `dtype` is what it was rounded to where that is not its own type."""
+    """Return a tensor of floats; `dtype` is the type that it was rounded to where that is not its own."""
     value = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
     kind = dtype or value.dtype
     value = value.float()
@@ -54,7 +54,7 @@ def stored(value: Any, dtype: torch.dtype | None = None) -> Stored:
 
 
 def quantized(levels: Any, scale: Any, zero_point: Any = 0, axis: int = 0) -> Stored:
-    """A tensor of integers with a scale for each index of `axis`, or one for all; scales may be float16 themselves."""
+    """Return a tensor of integers with a scale for each index of `axis`, or one for all; scales may be float16."""
     step = stored(np.array(scale))
     levels = torch.from_numpy(np.array(levels, dtype=np.float32))
     zero_point = torch.from_numpy(np.array(zero_point, dtype=np.float32))
@@ -73,7 +73,7 @@ def quantized(levels: Any, scale: Any, zero_point: Any = 0, axis: int = 0) -> St
 
 @dataclass(frozen=True)
 class Faults:
-    """What the comparison found."""
+    """The result of a comparison of weights."""
 
     compared: int
     """Layers of the file that are layers of the model."""
@@ -83,8 +83,8 @@ class Faults:
     """What is wrong, the worst first; empty for a sound file."""
 
 
-def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -> Faults:
-    """Compares a file's weights with those of its deployed model.
+def compare_parameters(file_parameters: Mapping[str, LayerParameters], model: nn.Module) -> Faults:
+    """Compare a file's weights with those of its deployed model.
 
     Every weight and bias may be off by what rounding to its format makes of it. Rounding errors have no direction: the
     whole of a layer's weights, and of all layers', may not be larger or smaller by more than chance lets them be. Of
@@ -94,7 +94,7 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
     worst: list[tuple[float, str]] = []
     gains, compared = [], 0
     for name, layer in layers(model):
-        parameters = found.get(name)
+        parameters = file_parameters.get(name)
         if parameters is None or parameters.weight.value.shape != layer.weight.shape:
             continue
         compared += 1
@@ -119,7 +119,7 @@ def compare_parameters(found: Mapping[str, LayerParameters], model: nn.Module) -
 
 
 def holds_shvit(model: nn.Module) -> bool:
-    """Whether a file's weights are those of the deployed model one by one."""
+    """Return whether a file's weights are those of the deployed model one by one."""
     return any(isinstance(module, SHViT) for module in model.modules())
 
 
@@ -128,7 +128,7 @@ def _times(excess: float) -> str:
 
 
 def _excess(expected: torch.Tensor, got: Stored) -> float:
-    """The largest error over the largest that rounding explains."""
+    """Return the largest error over the largest that rounding explains."""
     if expected.shape != got.value.shape:
         return math.inf
     allowed = 1.02 * got.rounding + FOLDING * (expected.abs() + 0.1 * expected.abs().max())
@@ -137,7 +137,7 @@ def _excess(expected: torch.Tensor, got: Stored) -> float:
 
 
 def _gain(expected: torch.Tensor, got: Stored) -> tuple[float, float]:
-    """By how much the file's weights are larger than the model's as a whole, and what chance makes of it."""
+    """Return by how much the file's weights are larger as a whole than the model's, and its standard deviation."""
     power = expected.double().square().sum().clamp_min(1e-300)
     gain = ((got.value.double() - expected.double()) * expected.double()).sum() / power
     rounding = got.rounding.double().expand(expected.shape)
@@ -146,7 +146,7 @@ def _gain(expected: torch.Tensor, got: Stored) -> tuple[float, float]:
 
 
 def _joint_gain(gains: list[tuple[float, float]]) -> float:
-    """All layers' gains together, over what chance makes of them."""
+    """Return all layers' gains together, over what chance explains."""
     if not gains:
         return 0.0
     precision = sum(1 / sigma**2 for _, sigma in gains)
@@ -155,7 +155,7 @@ def _joint_gain(gains: list[tuple[float, float]]) -> float:
 
 
 def _channel_gains(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """The factor between each output channel's weights, (out, 1, …)."""
+    """Return the factor between each output channel's weights, (out, 1, …)."""
     flat, other = expected.flatten(1).double(), got.flatten(1).double()
     gains = (flat * other).sum(1) / flat.square().sum(1).clamp_min(1e-300)
     return gains.float().reshape(-1, *[1] * (expected.dim() - 1))
@@ -179,16 +179,16 @@ MIN_STEP = 2.0**-14
 """Core ML's least scale: finer ones say nothing of a range."""
 
 
-def range_faults(learned: Mapping[str, Range], found: Mapping[str, tuple[float, float]]) -> list[str]:
-    """8-bit tensors whose scales and zero points do not stand for the ranges that were learned for them.
+def range_faults(learned: Mapping[str, Range], steps: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the 8-bit tensors whose scales and zero points contradict their learned ranges, each as a sentence.
 
     Args:
         learned: what the file says of itself; nothing is known of other tensors.
-        found: scale and zero point that each tensor is read with.
+        steps: scale and zero point that each tensor is read with.
     """
     faults = []
-    for name in learned.keys() & found.keys():
-        (low, high), (scale, zero_point) = learned[name], found[name]
+    for name in learned.keys() & steps.keys():
+        (low, high), (scale, zero_point) = learned[name], steps[name]
         step = (high - low) / LEVELS
         if step < MIN_STEP:
             continue

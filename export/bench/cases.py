@@ -1,4 +1,4 @@
-"""What `shvit bench` times: from a model or a file to a case with its options for worker.py."""
+"""Cases of `shvit bench`: a model or a file in a runtime, with the options for worker.py."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -192,7 +192,7 @@ def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[i
     """Return the case of a model in the runtime of that name."""
     runtime = RUNTIMES[name]
     job = {**runtime.job(model, batch_size), "threads": model.settings.threads, "cores": list(cores)}
-    environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend else {}
+    environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend and runtime.tuned else {}
     return BenchCase(
         model.name, name, runtime.precision, model.spec.img_size, batch_size, model.macs, job, environment
     )  # fmt: skip

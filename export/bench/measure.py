@@ -26,7 +26,7 @@ from shvit.weights.published import published_top1
 
 from . import worker
 from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models
-from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Scaling
+from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Measurements, Scaling
 from .roofline import measure_machine
 from .runtimes import DEFAULT_RUNTIMES, check_runtimes, is_artifact
 
@@ -89,7 +89,7 @@ class RunningCase:
 
     @property
     def preempted_percent(self) -> float | None:
-        """As in `BenchResult`."""
+        """The field of `BenchResult`."""
         if not self.case.is_one_cpu_thread:
             return None
         wall = sum(map(sum, self.rounds))
@@ -224,32 +224,41 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
 
 
 def benchmark(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     runtimes: Sequence[str] = DEFAULT_RUNTIMES,
     *,
     batch_sizes: Sequence[int] = (1,),
-    checkpoint: str | Path | None = None,
-    img_size: int | None = None,
     threads: int = 1,
+    img_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
     rounds: int = 15,
-) -> list[BenchResult]:
-    """Time models in interleaved rounds, as `shvit bench` does, and return a result for each case.
+    against: Sequence[Path] = (),
+    progress: Progress = lambda _: None,
+) -> Measurements:
+    """Measure the latency of models in runtimes, as `shvit bench` does.
 
     Args:
-        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
-        runtimes: runtimes of the named models; `shvit bench --help` lists them.
+        models: names that timm knows, or files of `shvit export`, which run in the runtime of their format.
+        runtimes: those of the named models; see `shvit bench --help`.
         batch_sizes: images per call.
-        checkpoint: weights in any layout, or a name of `shvit weights list`; random ones, equally fast, where None.
+        threads: CPU threads of each runtime, each on a core of its own.
         img_size: input height and width in pixels; each model's own where None.
-        threads: CPU threads of each runtime.
-        rounds: rounds of each case.
+        checkpoint: weights of the models, a file or a name of `shvit weights list`; random ones where None.
+        pretrained: use each model's published weights in place of a checkpoint.
+        rounds: rounds in which each case is timed.
+        against: third-party files to compare with.
+        progress: receives a line for each step.
 
     Raises:
-        InputError: an unknown model or runtime, one that does not run here, or a file that cannot be read.
+        InputError: as `measure_models` and `resolve_models`.
     """
-    path = None if checkpoint is None else Path(checkpoint)
-    names, path = resolve_models(list(models), path, pretrained=False, log=lambda line: None)
-    return measure_models(names, runtimes, batch_sizes, Settings(threads, path, img_size), rounds)[1]
+    names, weights = resolve_models(
+        [str(model) for model in models], None if checkpoint is None else Path(checkpoint), pretrained, progress
+    )
+    settings = Settings(threads, weights, img_size, pretrained=pretrained)
+    machine, results = measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
+    return Measurements(machine, tuple(results))
 
 
 def measure_models(
@@ -296,7 +305,13 @@ def measure_models(
                     progress(f"preparing {name} for {runtime}")
                     yield create_case(named[name], runtime, batch_size, cores)
 
-        return _measure_cases([list(create_cases(size)) for size in sorted(set(batch_sizes))], rounds, progress)
+        plan = [list(create_cases(size)) for size in sorted(set(batch_sizes))]
+        progress("measuring the machine")
+        machine = measure_machine()
+        results: list[BenchResult] = []
+        for cases in plan:
+            results += summarize(run_rounds(cases, rounds, progress), machine)
+        return machine, results
 
 
 def measure_files(
@@ -319,16 +334,9 @@ def measure_files(
                 runtime = f"{case.runtime}-{count}-threads" if count > 1 else case.runtime
                 macs = None if gmacs is None else round(1e9 * gmacs)
                 cases.append(replace(case, model=name, runtime=runtime, macs=macs))
-        return _measure_cases([cases], rounds, progress)
-
-
-def _measure_cases(
-    plan: Sequence[Sequence[BenchCase]], rounds: int, progress: Progress
-) -> tuple[Machine, list[BenchResult]]:
-    """Measure the machine, then the cases, those of one batch size interleaved."""
-    progress("measuring the machine")
-    machine = measure_machine()
-    return machine, [row for cases in plan for row in summarize(run_rounds(cases, rounds, progress), machine)]
+        progress("measuring the machine")
+        machine = measure_machine()
+        return machine, summarize(run_rounds(cases, rounds, progress), machine)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from shvit.documents import load_json, parse_model, to_json
 from shvit.files import atomic_write
-from shvit.run_info import is_name
+from shvit.weights.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
 PREEMPTED_PERCENT = 5.0
@@ -87,7 +87,7 @@ class BenchResult:
     ratio_high: Number
     """Ends of the ratio's 95 % confidence interval, from the same rounds' ratios by the same `ratio_basis`."""
     load_ms: Number
-    """From the file, or the model's weights, to ready."""
+    """Loading the file, or the model's weights, until it is ready."""
     first_ms: Number
     """The very first call, of a whole batch."""
     peak_memory_mb: Number | None
@@ -102,7 +102,7 @@ class BenchResult:
     device: Text = ""
     """The name of one of `Measurements.devices`; empty for `Measurements.machine`."""
     ratio_basis: Text = WALL
-    """What the ratio and its interval compare: `WALL`, or `PROCESSOR` where other programs took more of either case's
+    """Clock of the ratio and its interval: `WALL`, or `PROCESSOR` where other programs took more of either case's
     core than `PREEMPTED_PERCENT` and both cases are one thread of the CPU."""
     preempted_percent: Number | None = None
     """Percent of the calls' wall time during which the processor worked for other programs; None for a case of several
@@ -150,14 +150,14 @@ class Check:
     images: Count
     """Images compared; 0 if the file did not run."""
     max_rel_error: Number | None
-    """As in a certificate, against the same file in ONNX Runtime on the machine that exported it."""
+    """The certificate's figure, compared with the same file in ONNX Runtime on the machine that exported it."""
     snr_db: Signed | None
     top1_agreement: Number | None
     """Percent."""
     error: Text
     """Why the file was not timed; empty if it was."""
     incomplete: Text
-    """What ended its timing early; empty if nothing did."""
+    """Reason why its timing ended early; empty if it did not."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How time and memory grow over a sweep of one quantity, fitted as a power."""
+    """Growth of time and memory over a sweep of one quantity, fitted as a power."""
 
     model: Text
     runtime: Text

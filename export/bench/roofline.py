@@ -1,6 +1,5 @@
 """The machine's peaks: arithmetic per precision, and reading memory, measured by short loops."""
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shvit.environment import WAITING, users_environment
+from shvit.environment import WAITING, users_environment, versions
 
 from .records import Machine
 
@@ -36,7 +35,7 @@ def measure_machine() -> Machine:
         threads=torch.get_num_threads(),
         peak_gflops=measure_peaks(),
         bandwidth_gb_per_s=measure_bandwidth(),
-        versions=package_versions(),
+        versions=versions(*PACKAGES),
         environment={name: value for name, value in users_environment().items() if name in SWITCHES},
     )
 
@@ -131,9 +130,3 @@ def _cpuinfo(key: str) -> str | None:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that run models."""
-    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}

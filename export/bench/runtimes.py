@@ -12,7 +12,6 @@ from shvit import sessions
 from shvit.errors import InputError
 
 from ..backends.compute_plan import COMPUTE_UNITS, MIN_MACOS
-from ..backends.registry import BACKENDS
 
 if TYPE_CHECKING:
     from .cases import BenchModel
@@ -23,19 +22,17 @@ Job = dict[str, Any]
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a model gets into a runtime, and its compute precision there."""
+    """A runtime in which models are timed, with its compute precision."""
 
     help: str
-    """What `shvit bench --help` says of it."""
+    """Description in `shvit bench --help`."""
     precision: str
     job: Callable[["BenchModel", int], Job]
     """Function of a model and a batch size that returns the worker's options, besides threads and cores."""
     backend: str | None = None
-    """Backend whose environment it runs in."""
-    package: str = "torch"
-    """Required package."""
-    extra: str = "export"
-    """Extra that installs the package."""
+    """Key of `BACKENDS` whose packages it needs; None for PyTorch."""
+    tuned: bool = False
+    """Run in the environment that the backend sets."""
 
 
 def _torch(**changes: object) -> Callable[["BenchModel", int], Job]:
@@ -62,8 +59,6 @@ def _coreml(path: Path, compute_units: str) -> Job:
     return {"runner": "coreml", "path": str(path), "compute_units": COMPUTE_UNITS[compute_units]}
 
 
-_ONNX = {"backend": "onnx", "package": "onnxruntime"}
-_OPENVINO = {"backend": "openvino", "package": "openvino", "extra": "openvino"}
 RUNTIMES = {
     "torch": Runtime("eager PyTorch", "fp32", _torch()),
     "torch-channels-last": Runtime("eager PyTorch, channels last in memory", "fp32", _torch(channels_last=True)),
@@ -78,44 +73,40 @@ RUNTIMES = {
         "reference export: timm's model with fused norms, opset 11, ONNX Runtime's defaults",
         "fp32",
         lambda model, batch_size: _onnx(model.reference(batch_size)),
-        package="onnxruntime",
+        "onnx",
     ),
     "onnxruntime": Runtime(
-        "the file of `shvit export onnx` in ONNX Runtime", "fp32", lambda model, _: _onnx(model.onnx), **_ONNX
+        "the file of `shvit export onnx` in ONNX Runtime", "fp32", lambda model, _: _onnx(model.onnx), "onnx", True
     ),
-    "onnxruntime-int8": Runtime("the same in int8", "int8", lambda model, _: _onnx(model.onnx_int8), **_ONNX),
+    "onnxruntime-int8": Runtime("the same in int8", "int8", lambda model, _: _onnx(model.onnx_int8), "onnx", True),
     "openvino": Runtime(
-        "the ONNX file in OpenVINO", "fp32", lambda model, batch: _openvino(model.onnx, batch), **_OPENVINO
+        "the ONNX file in OpenVINO", "fp32", lambda model, batch: _openvino(model.onnx, batch), "openvino", True
     ),
     "openvino-bf16": Runtime(
-        "the ONNX file in OpenVINO", "bf16", lambda model, batch: _openvino(model.onnx, batch, bf16=True), **_OPENVINO
+        "the ONNX file in OpenVINO", "bf16", lambda model, batch: _openvino(model.onnx, batch, bf16=True), "openvino",
+        True,
     ),
     "openvino-int8": Runtime(
-        "an int8 file in OpenVINO", "int8", lambda model, batch: _openvino(model.openvino_int8, batch), **_OPENVINO
+        "an int8 file in OpenVINO", "int8", lambda model, batch: _openvino(model.openvino_int8, batch), "openvino", True
     ),
     "coreml": Runtime(
         "the package of `shvit export coreml` in Core ML, on a Mac",
         "fp16",
         lambda model, _: _coreml(model.coreml, model.settings.compute_units),
-        package="coremltools",
-        extra="coreml",
+        "coreml",
     ),
     "cuda": Runtime("PyTorch on a GPU, one CUDA graph", "fp32", _torch(device="cuda", channels_last=True)),
     "cuda-bf16": Runtime(
         "PyTorch on a GPU, one CUDA graph", "bf16", _torch(device="cuda", channels_last=True, bf16=True)
     ),
     "onnxruntime-cuda": Runtime(
-        "the ONNX file on a GPU, CUDA provider", "fp32", lambda model, _: _onnx(model.onnx, "cuda"),
-        package="onnxruntime",
+        "the ONNX file on a GPU, CUDA provider", "fp32", lambda model, _: _onnx(model.onnx, "cuda"), "onnx",
     ),
     "onnxruntime-tensorrt": Runtime(
-        "the ONNX file on a GPU, TensorRT provider", "fp32", lambda model, _: _onnx(model.onnx, "tensorrt"),
-        package="onnxruntime",
+        "the ONNX file on a GPU, TensorRT provider", "fp32", lambda model, _: _onnx(model.onnx, "tensorrt"), "onnx",
     ),
 }  # fmt: skip
 DEFAULT_RUNTIMES = ("torch", "onnxruntime")
-FILE_RUNTIMES = {backend.suffix: backend.runtime for backend in BACKENDS.values()}
-"""The runtime of an exported file, by its suffix."""
 
 
 def file_job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
@@ -129,7 +120,9 @@ def file_job(path: Path, batch_size: int, precision: str, compute_units: str) ->
 
 def is_artifact(model: str | Path) -> bool:
     """Return whether a model is given as an exported file, and not by a name that timm knows."""
-    return Path(model).suffix in FILE_RUNTIMES
+    from ..backends.registry import BACKENDS
+
+    return Path(model).suffix in {backend.suffix for backend in BACKENDS.values()}
 
 
 def describe_runtimes() -> str:
@@ -139,12 +132,15 @@ def describe_runtimes() -> str:
 
 def check_runtimes(names: Sequence[str]) -> None:
     """Raise InputError for a runtime that is unknown or does not run on this machine."""
+    from ..backends.registry import BACKENDS
+
     for name in names:
         if name not in RUNTIMES:
             raise InputError(f"unknown runtime {name!r}; choose from {', '.join(RUNTIMES)}")
-        runtime = RUNTIMES[name]
-        if importlib.util.find_spec(runtime.package) is None:
-            raise InputError(f"runtime {name} needs {runtime.package}; pip install 'shvit[{runtime.extra}]'")
+        backend = BACKENDS.get(RUNTIMES[name].backend or "")
+        missing = [each for each in backend.packages if importlib.util.find_spec(each) is None] if backend else []
+        if backend and missing:
+            raise InputError(f"runtime {name} needs {missing[0]}; pip install 'shvit[{backend.extra}]'")
         if name == "coreml":
             _check_macos()
         if name.startswith("cuda"):

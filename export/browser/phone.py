@@ -58,7 +58,7 @@ class BoundServer:
     """A server's listening sockets and its certificate, before it accepts anyone."""
 
     host: str
-    """As in the address; an IPv6 address without brackets."""
+    """Host in the address; an IPv6 address without brackets."""
     sockets: Sequence[socket.socket]
     signed: "SelfSigned | None"
     """None without TLS."""

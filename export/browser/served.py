@@ -1,4 +1,4 @@
-"""What is served to a browser: verified files, images preprocessed for each of them, and the expected outputs."""
+"""Content for the browser: verified files, images preprocessed for each of them, and the expected outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -58,7 +58,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a browser measures."""
+    """Rounds and seconds of a browser's measurements."""
 
     rounds: int = 7
     round_s: float = 0.5

@@ -27,7 +27,7 @@ MAX_PER_ADDRESS = 16  # connections from one address; a browser opens six or so
 MAX_HEADER_BYTES = 16 << 10
 WAIT_S = 20.0  # for a request's head, and for its body; a record takes a phone a second
 BLOCK_BYTES = 1 << 18
-LINGER_S = 1.0  # for the last answer to reach the phone
+LINGER_S = 1.0  # for the last response to reach the phone
 LOGGER = logging.getLogger("shvit.phone")
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",  # these two allow threads

@@ -11,10 +11,10 @@ from .run import demo
 
 @dataclass(frozen=True)
 class Demo:
-    """Train, export, verify, evaluate and time on real images, offline; writes one page with pictures."""
+    """Train, export, verify, evaluate and benchmark a model on real images, offline, and write one page with plots."""
 
     output: Path = Path("demo")
-    """The folder for everything that is made; report.html is the page."""
+    """A folder for all results; report.html is the page."""
     data: Path | None = None
     """Your own images, a folder of class folders; solar cells (PyPI package elpv-dataset) by default."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None

@@ -9,50 +9,25 @@ from .registry import Operations
 
 UNARY = {
     "abs": torch.abs,
-    "acos": torch.acos,
-    "asin": torch.asin,
-    "atan": torch.atan,
-    "atanh": torch.atanh,
     "ceil": torch.ceil,
-    "cos": torch.cos,
-    "cosh": torch.cosh,
-    "erf": torch.erf,
     "exp": torch.exp,
-    "exp2": torch.exp2,
     "floor": torch.floor,
-    "identity": lambda x: x,
-    "logical_not": torch.logical_not,
     "relu": torch.relu,
     "relu6": F.relu6,
     "round": torch.round,
     "sigmoid": torch.sigmoid,
     "sign": torch.sign,
     "silu": F.silu,
-    "sin": torch.sin,
-    "sinh": torch.sinh,
     "softplus": lambda x: F.softplus(x, threshold=1e9),  # never the straight line
-    "softsign": F.softsign,
     "sqrt": torch.sqrt,
     "square": torch.square,
-    "tan": torch.tan,
     "tanh": torch.tanh,
 }
 BINARY = {
     "add": operator.add,
-    "equal": operator.eq,
-    "floor_div": operator.floordiv,
     "greater": operator.gt,
-    "greater_equal": operator.ge,
-    "less": operator.lt,
-    "less_equal": operator.le,
-    "logical_and": torch.logical_and,
-    "logical_or": torch.logical_or,
-    "logical_xor": torch.logical_xor,
     "maximum": torch.maximum,
-    "minimum": torch.minimum,
-    "mod": operator.mod,
     "mul": operator.mul,
-    "not_equal": operator.ne,
     "pow": operator.pow,
     "real_div": operator.truediv,
     "sub": operator.sub,
@@ -84,11 +59,6 @@ def clip(x, alpha, beta):
 
 
 @OPERATIONS.add
-def threshold(x, alpha):
-    return x.clamp_min(alpha)
-
-
-@OPERATIONS.add
 def elu(x, alpha):
     return F.elu(x, alpha)
 
@@ -101,11 +71,6 @@ def leaky_relu(x, alpha):
 @OPERATIONS.add
 def prelu(x, alpha):
     return F.prelu(x, alpha)
-
-
-@OPERATIONS.add
-def clamped_relu(x, alpha, beta):
-    return torch.where(x >= 0, x, alpha * x).clamp_max(beta)
 
 
 @OPERATIONS.add

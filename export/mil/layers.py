@@ -84,16 +84,6 @@ def matmul(x, y, transpose_x, transpose_y):
 
 
 @OPERATIONS.add
-def einsum(values, equation):
-    return torch.einsum(equation, *values)
-
-
-@OPERATIONS.add
-def scaled_dot_product_attention(query, key, value, attn_mask):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask)
-
-
-@OPERATIONS.add
 def batch_norm(x, mean, variance, gamma, beta, epsilon):
     return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=epsilon)
 
@@ -112,11 +102,6 @@ def layer_norm(x, axes, gamma, beta, epsilon):
     if gamma is not None:
         x = x * gamma.reshape(shape)
     return x if beta is None else x + beta.reshape(shape)
-
-
-@OPERATIONS.add
-def l2_norm(x, epsilon):
-    return x * torch.rsqrt(x.square().sum((-3, -2, -1), keepdim=True) + epsilon)
 
 
 @OPERATIONS.add

@@ -7,15 +7,11 @@ from shvit.errors import InputError
 from .registry import Numbers, Operation, Operations, ints
 
 REDUCTIONS: dict[str, Operation] = {
-    "reduce_l1_norm": lambda x, dims, keep: x.abs().sum(dims, keep),
     "reduce_l2_norm": lambda x, dims, keep: x.square().sum(dims, keep).sqrt(),
-    "reduce_log_sum": lambda x, dims, keep: x.sum(dims, keep).log(),
     "reduce_log_sum_exp": lambda x, dims, keep: x.logsumexp(dims, keep),
     "reduce_max": lambda x, dims, keep: x.amax(dims, keep),
     "reduce_mean": lambda x, dims, keep: x.mean(dims, keep),
-    "reduce_min": lambda x, dims, keep: x.amin(dims, keep),
     "reduce_sum": lambda x, dims, keep: x.sum(dims, keep),
-    "reduce_sum_square": lambda x, dims, keep: x.square().sum(dims, keep),
 }
 
 
@@ -30,31 +26,6 @@ OPERATIONS = Operations({name: _reduction(function) for name, function in REDUCT
 
 
 @OPERATIONS.add
-def reduce_argmax(x, axis, keep_dims, output_dtype=None):
-    return x.argmax(int(axis), keep_dims).int()
-
-
-@OPERATIONS.add
-def reduce_argmin(x, axis, keep_dims, output_dtype=None):
-    return x.argmin(int(axis), keep_dims).int()
-
-
-@OPERATIONS.add
-def reduce_prod(x, axes, keep_dims):
-    for axis in sorted(ints(axes) if axes is not None else range(x.dim()), key=lambda dim: dim % x.dim()):
-        x = x.prod(axis, keepdim=True)
-    return x if keep_dims else x.squeeze(ints(axes) if axes is not None else list(range(x.dim())))
-
-
-@OPERATIONS.add
-def cumsum(x, axis, exclusive, reverse):
-    dim = int(axis)
-    x = x.flip(dim) if reverse else x
-    total = x.cumsum(dim) - (x if exclusive else 0)
-    return total.flip(dim) if reverse else total
-
-
-@OPERATIONS.add
 def shape(x):
     return torch.tensor(x.shape, dtype=torch.int32)
 
@@ -63,11 +34,6 @@ def shape(x):
 def reshape(x, shape):
     sizes = [x.shape[dim] if size == 0 else size for dim, size in enumerate(ints(shape))]
     return x.reshape(sizes)
-
-
-@OPERATIONS.add
-def flatten2d(x, axis):
-    return x.reshape(x.shape[: int(axis)].numel(), -1)
 
 
 @OPERATIONS.add
@@ -86,11 +52,6 @@ def expand_dims(x, axes):
 @OPERATIONS.add
 def squeeze(x, axes):
     return x.squeeze() if axes is None else x.squeeze(ints(axes))
-
-
-@OPERATIONS.add
-def stack(values, axis):
-    return torch.stack([torch.as_tensor(value) for value in values], int(axis))
 
 
 @OPERATIONS.add
@@ -130,13 +91,6 @@ def slice_by_index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask):
 
 
 @OPERATIONS.add
-def slice_by_size(x, begin, size):
-    for dim, (first, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
-        x = x.narrow(dim, first, x.shape[dim] - first if length == -1 else length)
-    return x
-
-
-@OPERATIONS.add
 def gather(x, indices, axis, batch_dims, validate_indices=None):
     dim, batch = int(axis) % x.dim(), int(batch_dims)
     indices = torch.as_tensor(indices).long()
@@ -147,29 +101,8 @@ def gather(x, indices, axis, batch_dims, validate_indices=None):
 
 
 @OPERATIONS.add
-def gather_along_axis(x, indices, axis, validate_indices=None):
-    dim = int(axis)
-    return x.gather(dim, torch.where(indices < 0, indices + x.shape[dim], indices).long())
-
-
-@OPERATIONS.add
 def tile(x, reps):
     return x.repeat(ints(reps))
-
-
-@OPERATIONS.add
-def fill(shape, value):
-    return torch.full(ints(shape), value)
-
-
-@OPERATIONS.add
-def fill_like(ref_tensor, value):
-    return torch.full(ref_tensor.shape, value)
-
-
-@OPERATIONS.add
-def range_1d(start, end, step):
-    return torch.arange(*(value.item() if isinstance(value, torch.Tensor) else value for value in (start, end, step)))
 
 
 @OPERATIONS.add

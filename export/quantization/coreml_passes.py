@@ -6,7 +6,7 @@ Importing this module registers them, so it is imported only to convert.
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import coremltools as ct
 import numpy as np
@@ -27,14 +27,22 @@ from .ranges import LEVELS, Range, learn_ranges
 MIN_SCALE = 2.0**-14
 """float16's smallest normal number."""
 Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Tensor]]]
-"""Makes of a function with one input what gives the values of all its variables for an input, with gradients."""
+"""Takes a function with one input; returns a callable from an input to the values of all variables, with gradients."""
+
+
+class Calibration(NamedTuple):
+    """What ranges are learned from."""
+
+    inputs: Sequence[torch.Tensor]
+    """Of the traced graph, (1, C, H, W)."""
+    evaluator: Evaluator
+    """Runs the traced graph on them."""
 
 
 def pipeline(
     spec: Spec,
     names: Mapping[str, str],
-    calibration: Sequence[torch.Tensor],
-    evaluator: Evaluator,
+    calibration: Calibration,
     excluded: Collection[str],
     ranges: dict[str, Range],
 ) -> ct.PassPipeline:
@@ -42,8 +50,7 @@ def pipeline(
 
     Args:
         names: of the modules that are layers, by their names in the traced graph.
-        calibration: inputs of the traced graph, (1, C, H, W).
-        evaluator: runs the traced graph on them.
+        calibration: is used where ranges are missing.
         excluded: names of layers that are not quantized.
         ranges: of layers' inputs, by the layer's name; those that are missing are learned and added.
     """
@@ -53,7 +60,7 @@ def pipeline(
     passes.set_options("shvit::name_layers", {"names": names, "excluded": excluded})
     if spec.precision == "w8a8":
         passes.append_pass("shvit::quantize_activations")
-        options = {"calibration": calibration, "evaluator": evaluator, "excluded": excluded, "ranges": ranges}
+        options = {"calibration": calibration, "excluded": excluded, "ranges": ranges}
         passes.set_options("shvit::quantize_activations", options)
     if spec.precision in ("int8", "w8a8"):
         passes.append_pass("shvit::quantize_weights")
@@ -105,8 +112,7 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
     A linear layer of a single vector keeps its float input: its time is that of reading its weights.
     """
 
-    calibration: ClassVar[Sequence[torch.Tensor]] = ()
-    evaluator: ClassVar[Evaluator | None] = None
+    calibration: ClassVar[Calibration | None] = None
     excluded: ClassVar[frozenset[str]] = frozenset()
     ranges: ClassVar[dict[str, Range]] = {}
 
@@ -114,9 +120,9 @@ class quantize_activations(AbstractGraphPass):  # noqa: N801
         function = prog.functions["main"]
         layers = [op for op in layers_of(prog) if self._is_quantized(op)]
         if missing := [op for op in layers if op.name not in self.ranges]:
-            assert self.evaluator is not None
+            assert self.calibration is not None
             tensors = list(dict.fromkeys(op.inputs["x"] for op in missing))
-            learned = calibrate(function, self.evaluator, tensors, self.calibration)
+            learned = calibrate(function, tensors, self.calibration)
             self.ranges.update({op.name: learned[op.inputs["x"]] for op in missing})
         if layers:
             _insert(function, layers, [self.ranges[op.name] for op in layers])
@@ -172,17 +178,15 @@ class quantize_weights(AbstractGraphPass):  # noqa: N801
         quantizer.apply(prog)
 
 
-def calibrate(
-    function: Function, evaluator: Evaluator, tensors: Sequence[Var], inputs: Sequence[torch.Tensor]
-) -> dict[Var, Range]:
+def calibrate(function: Function, tensors: Sequence[Var], calibration: Calibration) -> dict[Var, Range]:
     """Return the range that each of the function's tensors is best cut to (see `learn_ranges`)."""
-    values_of = evaluator(function)
+    values_of = calibration.evaluator(function)
 
     def evaluate(x: torch.Tensor) -> tuple[list[torch.Tensor], dict[Var, torch.Tensor]]:
         values = values_of(x)
         return [values[_before_softmax(var)] for var in function.outputs], {var: values[var] for var in tensors}
 
-    return learn_ranges(evaluate, inputs)
+    return learn_ranges(evaluate, calibration.inputs)
 
 
 def _before_softmax(var: Var) -> Var:

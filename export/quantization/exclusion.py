@@ -1,6 +1,7 @@
 """Which layers to exclude from quantization: those whose rounding adds the most noise, and as few as are needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -46,6 +47,16 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 def _rounded_weight(weight: torch.Tensor) -> torch.Tensor:
     step = weight.flatten(1).abs().amax(1).clamp_min(1e-12) / 127
     return torch.fake_quantize_per_channel_affine(weight, step, torch.zeros_like(step, dtype=torch.int32), 0, -127, 127)
+
+
+def expected_count(noise: Sequence[float], allowed: float) -> int:
+    """Return how many of the noisiest layers to exclude so that the others' noise is `allowed`, a share of the sum.
+
+    Args:
+        noise: of each layer, the noisiest first.
+    """
+    sums = list(accumulate(reversed(noise)))[::-1]  # of the layers from each one on
+    return next((count for count, rest in enumerate(sums) if rest <= sum(noise) * min(allowed, 1.0)), len(noise))
 
 
 def smallest_passing(holds: Callable[[int], bool], limit: int, guess: int = 1) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -16,12 +17,11 @@ from safetensors.torch import save_file
 
 from shvit.cli import run
 from shvit.detection.detector import create_detector, fixed_pipeline, preparation, torch_detect
-from shvit.detection.graphs import create_graph
 from shvit.detection.main import check_backbone
 from shvit.detection.onnx import OnnxDetector, load_onnx
 from shvit.detection.parsing.config import load_config
 from shvit.errors import CheckFailed, InputError
-from shvit.run_info import RunInfo
+from shvit.weights.run_info import RunInfo
 from tests import forks
 from tests.conftest import ROOT, create_tiny
 from tests.detection.detection_data import write_coco, write_config
@@ -258,17 +258,15 @@ def test_file_takes_a_image_without_anything_on_it(exported, kind):
     assert found["boxes"].shape[1:] == (4,)
 
 
-def test_a_detector_of_nothing_gives_empty_outputs(trained, weights, tmp_path):
+def test_a_detector_of_nothing_gives_empty_outputs(exported, tmp_path):
     """No score is above the threshold: not one box, in no operator."""
-    from shvit.detection.onnx import DetectorSpec, write_onnx
-
-    config, _ = trained["mask-rcnn"]
-    model = spread(create_detector(load_config(str(config))))
-    with torch.no_grad():
-        model.roi_head.bbox_head.fc_cls.bias[-1] = 1e4  # background alone
-    graph = create_graph(model, (64, 64))
-    write_onnx(graph, tmp_path / "none.onnx", DetectorSpec("none", "MaskRCNN", (64, 64), ("a",), graph.outputs, 0.5))
-    found = load_onnx(tmp_path / "none.onnx").run(np.zeros((1, 64, 64, 3), np.uint8), np.array([64, 64]))
+    proto = onnx.load(str(exported["mask-rcnn"][0]))
+    (bias,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("fc_cls.bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[-1] = 1e4  # background alone
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(proto, str(tmp_path / "none.onnx"))
+    found = load_onnx(tmp_path / "none.onnx").run(np.zeros((1, 96, 128, 3), np.uint8), np.array([96, 128]))
     assert [value.shape for value in found.values()] == [(0, 4), (0,), (0,), (0, 28, 28)]
 
 

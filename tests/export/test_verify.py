@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from shvit.errors import CheckFailed, InputError
@@ -40,6 +39,8 @@ def verdict(reference: torch.Tensor, output: torch.Tensor, tolerance: Tolerance,
 
 
 def test_figures_are_those_of_numpy():
+    import scipy.stats  # a second, for two of these tests
+
     rng = np.random.default_rng(0)
     a = rng.standard_normal((60, 10)) + 5
     b = a + 1e-3 * rng.standard_normal((60, 10))
@@ -113,6 +114,8 @@ def test_near_ties_that_turn_are_reported_and_decisions_counted():
 
 
 def test_few_images_are_given_the_benefit_of_a_binomial_interval():
+    import scipy.stats  # a second, for two of these tests
+
     for count, trials in ((1, 26), (2, 26), (9, 341), (1, 8)):
         interval = scipy.stats.binomtest(count, trials, alternative="greater").proportion_ci(0.95, "exact")
         assert lowest_rate(count, trials) == pytest.approx(interval.low)

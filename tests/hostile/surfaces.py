@@ -116,7 +116,7 @@ def _safetensors() -> list[bytes]:
     import torch
     from safetensors.torch import save
 
-    from shvit.run_info import RunInfo
+    from shvit.weights.run_info import RunInfo
 
     torch.manual_seed(0)
     state = timm.create_model("shvit_s1", num_classes=2).state_dict()
@@ -129,7 +129,7 @@ def _safetensors() -> list[bytes]:
 def attack_checkpoint(data: bytes) -> None:
     """As `--checkpoint` reads a file."""
     from shvit.checkpoint import read_checkpoint
-    from shvit.run_info import read_run_info
+    from shvit.weights.run_info import read_run_info
 
     path = _written(data, "x.pth" if data[:2] in (b"PK", b"\x80\x02") else "x.safetensors")
     read_run_info(path)

@@ -110,6 +110,7 @@ def test_encoding_without_a_sign_has_a_mark_in_its_place():
 
 TERMINATED = """
 import os, signal, sys, sysconfig
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored, and the child would wait for ever
 sys.argv = [sysconfig.get_path("scripts") + "/shvit", "list"]
 from pathlib import Path
 from shvit import cli, files

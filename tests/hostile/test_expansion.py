@@ -102,7 +102,7 @@ def test_class_index_is_a_small_whole_number():
 
 @pytest.mark.parametrize("name", ["hfds/pandas", "hfids/Pandas", "hfds/generator"])
 def test_builder_of_datasets_is_no_dataset(name):
-    with pytest.raises(InputError, match="no dataset"):
+    with pytest.raises(InputError, match="not a dataset"):
         check_named(Data(name=name), "train")
     check_named(Data(name="hfds/beans"), "train")
 

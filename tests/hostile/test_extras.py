@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from shvit import cli
+from shvit.environment import EXTRAS, advise, extra_of
 from shvit.errors import InputError
-from shvit.extras import EXTRAS, advise, extra_of
 
 USES = {  # what of the optional packages a command imports, with some options
     "list": (),

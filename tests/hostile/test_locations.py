@@ -260,7 +260,7 @@ def test_members_that_are_no_files_or_claim_any_size_are_not_read(shards, monkey
         info = tarfile.TarInfo("big.jpg")
         info.size = 20_000
         archive.addfile(info, io.BytesIO(bytes(20_000)))
-    with pytest.raises(InputError, match=r"big\.jpg says that it has 20000 bytes"):
+    with pytest.raises(InputError, match=r"big\.jpg declares 20000 bytes"):
         accuracy(shards)
 
 

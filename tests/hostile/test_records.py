@@ -16,7 +16,7 @@ from shvit.errors import InputError
 from shvit.export.bench.records import read_measurements, write_measurements
 from shvit.export.browser.phone_record import read_record, read_record_file
 from shvit.export.labels import find_labels
-from shvit.run_info import RUN_KEY, read_run_info
+from shvit.weights.run_info import RUN_KEY, read_run_info
 from tests.conftest import create_tiny
 from tests.export.bench.test_explorer import PHONES
 from tests.export.browser.serving import CASE, RECORD

@@ -99,7 +99,7 @@ def test_averaged_weights_are_taken_on_request_alone(tiny, tmp_path):
             load_checkpoint(model, tmp_path / "both.pth", ema=wanted)
             assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     torch.save({"model": tiny.state_dict()}, tmp_path / "plain.pth")
-    refused(tmp_path / "plain.pth", "no averaged weights", ema=True)
+    refused(tmp_path / "plain.pth", "no EMA weights", ema=True)
 
 
 def test_backbone_of_a_detector_loads_without_the_rest(tiny, tmp_path):
@@ -352,7 +352,7 @@ def test_another_variant_is_refused_in_one_line(s1, tmp_path):
 
 def test_another_architecture_is_refused_by_what_it_holds(tmp_path):
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.safetensors")
-    refused(tmp_path / "resnet.safetensors", r"no SHViT in this checkpoint .* it holds bn1\.")
+    refused(tmp_path / "resnet.safetensors", r"not a SHViT checkpoint .* it holds bn1\.")
     with pytest.raises(InputError, match="does not fit ResNet"):
         create_model("resnet34", tmp_path / "resnet.safetensors")
 
@@ -360,8 +360,8 @@ def test_another_architecture_is_refused_by_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ({}, "no SHViT in this checkpoint"),
-        ({"model": {}}, "no SHViT in this checkpoint"),
+        ({}, "not a SHViT checkpoint"),
+        ({"model": {}}, "not a SHViT checkpoint"),
         ({"model": {"patch_embed": {"weight": torch.zeros(1)}}}, "entry 'patch_embed' is of type dict"),
         ({"epoch": 3, "state_dict": None}, "entry 'epoch' is of type int"),
         ({"model": {3: torch.zeros(1)}}, "entry 3 is of type Tensor"),
@@ -385,8 +385,8 @@ TENSORS = {
     "float8": (lambda weight: weight.to(torch.float8_e4m3fn), "{name} is strided, float8_e4m3fn"),
     "terabyte": (lambda _: torch.zeros(1).expand(250_000_000_000, 1), "{name} is of 1000000000000 bytes, of which 4"),
     "gigabytes": (lambda _: torch.zeros(1).expand(1_000_000_000, 1), "{name} is of 4000000000 bytes, of which 4 are"),
-    "scalar": (lambda _: torch.tensor(1.0), r"{name} is of shape \(\), and should have \d axes"),
-    "no rows": (lambda weight: weight[:0].clone(), r"{name} is of shape \(0, .*, and should have"),
+    "scalar": (lambda _: torch.tensor(1.0), r"{name} has shape \(\), and should have \d axes"),
+    "no rows": (lambda weight: weight[:0].clone(), r"{name} has shape \(0, .*, and should have"),
     "integers": (lambda weight: weight.long(), "integers where floats should be: {name}$"),
     "truth values": (lambda weight: weight > 0, "integers where floats should be: {name}$"),
 }

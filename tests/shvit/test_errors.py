@@ -124,7 +124,7 @@ with folder.locked():
     print("again")
 """
     first, second = elsewhere(code, tmp_path / "run").splitlines()
-    assert "another run is under way in it" in first
+    assert "another run is active in it" in first
     assert second == "again"
 
 

@@ -11,23 +11,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shvit.train.distributed import join
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Optim, Recipe, Save
 from tests.conftest import PLAIN, assert_same_end, state
+from tests.train.forked import options, start_training
 
 
-def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
-    """`shvit train` of this recipe in a process of its own."""
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(recipe.as_dict()))
-    return [sys.executable, *options, "-m", "shvit.train", "--recipe", str(file), "--output", str(folder)]
+def command(recipe: Recipe, folder: Path, *launcher: str) -> list[str]:
+    """`shvit train` of this recipe in a new process."""
+    return [sys.executable, *launcher, "-m", "shvit.train", *options(recipe, folder)]
 
 
 def torchrun(*options: str) -> tuple[str, ...]:
@@ -55,6 +54,12 @@ def started(argv: list[str]) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+def exit_status(process: BaseProcess, seconds: float) -> int | None:
+    """The status that a process ends with; None where it does not end in time."""
+    process.join(seconds)
+    return process.exitcode
+
+
 def wait_for(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -68,33 +73,33 @@ def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_p
         model="shvit_s2",
         img_size=384,
         epochs=2,
-        batch_size=32,
+        batch_size=16,
         data=Data(root=image_folder, workers=1),
         augment=replace(PLAIN, repeats=3),
         save=Save(eval_epochs=2),
     )
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(slow, folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = start_training(slow, folder)
     wait_for(lambda: (folder / "tensorboard").exists())
     time.sleep(3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    assert process.is_alive()
+    process.terminate()
     wait_for((folder / "last.pt").exists, seconds=10)  # one or two where nothing else runs
-    assert process.poll() is None
+    assert process.is_alive()
     saved = state(folder)
-    assert process.wait(timeout=60) == 143
+    assert exit_status(process, seconds=60) == 143
     assert saved["step"] == state(folder)["step"] < 6
 
 
 def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, tmp_path):
     """As schedulers send it: the loader's workers get it too, and die of it."""
     folder = tmp_path / "run"
-    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2)), folder)
-    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
+    lasting = replace(small, epochs=400, data=replace(small.data, workers=2))
+    process = start_training(lasting, folder, tmp_path / "stderr")
     wait_for((folder / "last.pt").exists)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    assert exit_status(process, seconds=30) == 143, (tmp_path / "stderr").read_text()
     saved = state(folder)
     assert saved["step"] > 4 * len(saved["log"]) - 1
 
@@ -102,16 +107,17 @@ def test_signal_to_the_whole_group_of_processes_is_survived_by_the_state(small, 
 def test_run_that_fails_ends_its_workers(small, tmp_path):
     """The images vanish while workers read them: nobody must wait for these afterwards."""
     folder = tmp_path / "run"
-    argv = command(replace(small, epochs=400, data=replace(small.data, workers=2, max_corrupt=0)), folder)
-    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    fragile = replace(small, epochs=400, data=replace(small.data, workers=2, max_corrupt=0))
+    process = start_training(fragile, folder, tmp_path / "stderr")
     wait_for((folder / "last.pt").exists)
     images, hidden = small.data.root / "train", small.data.root / "hidden"
     images.rename(hidden)
     try:
-        _, said = process.communicate(timeout=60)
+        status = exit_status(process, seconds=60)
     finally:
         hidden.rename(images)
-    assert process.returncode == 2
+    said = (tmp_path / "stderr").read_text()
+    assert status == 2
     assert "none of the" in said
     assert "can be read" in said
 

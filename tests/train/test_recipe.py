@@ -74,7 +74,7 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         ("a: [", "not readable as YAML"),
         ("[" * 3000, "not readable as YAML"),
         ("a: &a [*a]", "not readable as YAML"),
-        ("? [a, b]\n: 3", "not readable as YAML (a key is no word)"),
+        ("? [a, b]\n: 3", "not readable as YAML (a key is not a word)"),
         ("epochs: 1\n---\nepochs: 2", "not readable as YAML (expected a single document"),
         ("epochs: 010", "epochs is 010, which is octal to some readers"),
         ("epochs: 08", "epochs is 08, which is octal to some readers"),

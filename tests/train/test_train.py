@@ -1,4 +1,4 @@
-"""A run from recipe to weights: its folder, going on, and trouble."""
+"""A run from recipe to weights: its folder, resuming, and trouble."""
 
 import json
 import multiprocessing
@@ -24,23 +24,44 @@ from tests.conftest import SMALL, assert_same_end, state
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def test_run_folder_holds_everything_that_was_promised(recipe, tmp_path):
-    result = train(recipe, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
+@pytest.fixture(scope="module")
+def plain_run(recipe, tmp_path_factory):
+    """A finished run of `recipe`, and its result; to be left as it is."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return folder, train(recipe, folder)
+
+
+@pytest.fixture(scope="module")
+def small_run(small, tmp_path_factory):
+    """A finished run of `small` with four states and scalars of every step; to be left as it is."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    train(replace(small, save=Save(log_steps=1, keep=4)), folder)
+    return folder
+
+
+@pytest.fixture
+def small_copy(small_run, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(small_run, tmp_path / "copy")
+
+
+def test_run_folder_holds_everything_that_was_promised(recipe, plain_run):
+    folder, result = plain_run
+    assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "tensorboard", "curves.png", "last.pt", "last-1.pt", "best.safetensors",
         "best_ema.safetensors", ".lock",
     }  # fmt: skip
-    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["epoch"], entry["step"]) for entry in log] == [(1, 4), (2, 8)]
     assert result["top1"] == max(entry["top1"] for entry in log)
     assert result["classes"] == ["blue", "red"]
     assert result["n_val"] == 12
-    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["recipe"] == recipe.as_dict()
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["recipe"] == recipe.as_dict()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_weights_load_into_timm_and_score_what_the_log_says(recipe, image_folder, tmp_path):
-    train(replace(recipe, model="shvit_s1"), tmp_path)
+    train(replace(recipe, model="shvit_s1", epochs=1), tmp_path)
     model = timm.create_model("shvit_s1", num_classes=2, checkpoint_path=tmp_path / "best.safetensors")
     assert not any(torch.isnan(p).any() for p in model.parameters())
     options = ["--model", "shvit_s1", "--data", str(image_folder), "--img-size", "32"]
@@ -69,22 +90,19 @@ def test_scalars_are_in_tensorboard(small, tmp_path):
     assert [event.value for event in events.Scalars("val/top1")] == pytest.approx([entry["top1"] for entry in log])
 
 
-def test_curves_can_be_drawn_again(recipe, tmp_path):
-    train(replace(recipe, epochs=1), tmp_path)
-    (tmp_path / "curves.png").unlink()
-    run(["train", "--plot", str(tmp_path)])
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+def test_curves_can_be_drawn_again(small_copy, tmp_path):
+    (small_copy / "curves.png").unlink()
+    run(["train", "--plot", str(small_copy)])
+    assert (small_copy / "curves.png").stat().st_size > 1000
     with pytest.raises(InputError, match=r"metrics\.jsonl: no such file"):
         run(["train", "--plot", str(tmp_path / "nowhere")])
 
 
-def test_schedule_warms_up_and_ends_where_the_recipe_says(small, tmp_path):
-    recipe = replace(small, save=Save(log_steps=1))
-    train(recipe, tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+def test_schedule_warms_up_and_ends_where_the_recipe_says(small, small_run):
+    events = EventAccumulator(str(small_run / "tensorboard"))
     events.Reload()
     rates = [event.value for event in events.Scalars("train/lr")]  # of the next step
-    peak, total, warm = recipe.peak_lr, 16, 4
+    peak, total, warm = small.peak_lr, 16, 4
     assert rates[0] == pytest.approx(1e-6 + (peak - 1e-6) / warm, rel=1e-4)
     cosine = [1e-5 + (peak - 1e-5) * (1 + np.cos(np.pi * step / total)) / 2 for step in range(warm, total)]
     assert rates[warm - 1 : total - 1] == pytest.approx(cosine, rel=1e-4)
@@ -95,7 +113,7 @@ def test_model_that_takes_one_size_is_made_for_it(recipe, tmp_path):
     assert train(replace(recipe, model="test_vit", epochs=1), tmp_path)["n_val"] == 12
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def interrupt_after(steps: int, monkeypatch, number: int = signal.SIGTERM) -> None:
@@ -122,9 +140,10 @@ def loaders_end():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_run_goes_on_and_ends_as_if_it_had_not_been(small, tmp_path, monkeypatch, loaders_end, workers):
+def test_stopped_run_resumes_and_ends_as_if_it_had_not_been(
+    small, small_run, tmp_path, monkeypatch, loaders_end, workers
+):
     small = replace(small, data=replace(small.data, workers=workers))
-    train(small, tmp_path / "whole")
     for steps, number, status in ((5, signal.SIGTERM, 143), (10, signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
             interrupt_after(steps, patch, number)
@@ -133,22 +152,19 @@ def test_stopped_run_goes_on_and_ends_as_if_it_had_not_been(small, tmp_path, mon
         assert stop.value.code == status
         assert state(tmp_path / "cut")["step"] == steps
     train(small, tmp_path / "cut")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(small_run, tmp_path / "cut")
 
 
-def test_run_goes_on_from_the_state_before_a_damaged_one(small, tmp_path, capsys):
-    train(small, tmp_path / "whole")
-    train(small, tmp_path / "cut")
-    (tmp_path / "cut" / "last.pt").write_bytes(b"torn")
-    train(small, tmp_path / "cut")
+def test_run_resumes_from_the_state_before_a_damaged_one(small, small_run, small_copy, capsys):
+    (small_copy / "last.pt").write_bytes(b"torn")
+    train(small, small_copy)
     assert "last.pt is damaged" in capsys.readouterr().err
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(small_run, small_copy)
 
 
-def test_stopping_in_an_evaluation_repeats_it(small, tmp_path, monkeypatch):
+def test_stopping_in_an_evaluation_repeats_it(small, small_run, tmp_path, monkeypatch):
     from shvit.train.loop import Training
 
-    train(small, tmp_path / "whole")
     accuracy = Training._accuracy
 
     def stopped(self, model):
@@ -162,22 +178,21 @@ def test_stopping_in_an_evaluation_repeats_it(small, tmp_path, monkeypatch):
             train(small, tmp_path / "cut")
     assert len(state(tmp_path / "cut")["log"]) == 1
     train(small, tmp_path / "cut")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(small_run, tmp_path / "cut")
 
 
-def test_finished_run_gives_its_result_again(recipe, tmp_path):
-    first = train(recipe, tmp_path)
-    before = (tmp_path / "last.pt").stat().st_mtime_ns
-    second = train(recipe, tmp_path)
-    assert (tmp_path / "last.pt").stat().st_mtime_ns == before
+def test_finished_run_gives_its_result_again(recipe, plain_run):
+    folder, first = plain_run
+    before = (folder / "last.pt").stat().st_mtime_ns
+    second = train(recipe, folder)
+    assert (folder / "last.pt").stat().st_mtime_ns == before
     assert first == second
 
 
-def test_run_goes_on_with_added_images_by_a_schedule_that_fits(small, image_folder, tmp_path):
+def test_run_resumes_with_added_images_by_a_schedule_that_fits(small, image_folder, small_copy, tmp_path):
     root = shutil.copytree(image_folder, tmp_path / "images")
     recipe = replace(small, data=replace(small.data, root=root), save=replace(small.save, keep=4))
-    folder = tmp_path / "run"
-    train(recipe, folder)
+    folder = small_copy
     for newer in ("last.pt", "last-1.pt"):  # as it was after two of four epochs
         (folder / newer).unlink()
     log = (folder / "metrics.jsonl").read_text().splitlines()
@@ -197,53 +212,49 @@ def test_run_goes_on_with_added_images_by_a_schedule_that_fits(small, image_fold
     assert [entry["lr"] for entry in entries[2:]] == pytest.approx(expected[2:])
 
 
-def test_folder_with_another_recipes_run_is_refused(small, tmp_path):
-    train(small, tmp_path)
+def test_folder_with_another_recipes_run_is_refused(small, small_copy):
     with pytest.raises(InputError, match=r"differs in optim\.lr \(0\.1 and 0\.001\);"):
-        train(replace(small, optim=replace(small.optim, lr=1e-3)), tmp_path)
+        train(replace(small, optim=replace(small.optim, lr=1e-3)), small_copy)
 
 
-def test_state_of_another_model_is_refused(small, tmp_path):
-    train(small, tmp_path)
-    other = state(tmp_path)
+def test_state_of_another_model_is_refused(small, small_copy):
+    other = state(small_copy)
     other["model"] = {name + "x": value for name, value in other["model"].items()}
-    torch.save(other, tmp_path / "last.pt")
+    torch.save(other, small_copy / "last.pt")
     with pytest.raises(InputError, match="does not fit its recipe"):
-        train(small, tmp_path)
+        train(small, small_copy)
 
 
-def test_state_of_a_step_that_the_run_does_not_have_is_refused(small, tmp_path):
-    train(small, tmp_path)
+def test_state_of_a_step_that_the_run_does_not_have_is_refused(small, small_copy):
     for step in (17, 10**9):
-        torch.save({**state(tmp_path), "step": step}, tmp_path / "last.pt")
+        torch.save({**state(small_copy), "step": step}, small_copy / "last.pt")
         with pytest.raises(InputError, match=rf"does not fit its recipe \(step {step} of 4 epochs with 4 steps each\)"):
-            train(small, tmp_path)
+            train(small, small_copy)
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
-def test_diverged_loss_stops_with_figures_and_names_the_last_good_state(small, tmp_path):
+def test_diverged_loss_stops_with_figures_and_names_the_last_good_state(small, small_copy, tmp_path):
     wild = replace(small, epochs=20, optim=Optim(lr=1e25, warmup_epochs=0, clip_grad=None), save=Save(log_steps=1))
     with pytest.raises(
         CheckFailed, match=r"the loss is .* gradient norm .* learning rate .*no state was saved"
     ) as failed:
         train(wild, tmp_path / "new")
     json.dumps(failed.value.result, allow_nan=False)
-    train(replace(small, epochs=4), tmp_path / "old")
-    poisoned = state(tmp_path / "old")
+    poisoned = state(small_copy)
     poisoned |= {"step": 4, "log": poisoned["log"][:1]}
     for moments in poisoned["optimizer"]["state"].values():
         moments["exp_avg"].fill_(float("inf"))
-    torch.save(poisoned, tmp_path / "old" / "last.pt")
-    with pytest.raises(CheckFailed, match=r"old/last\.pt holds the last good state"):
-        train(replace(small, epochs=4), tmp_path / "old")
-    assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "old")["model"].values())
+    torch.save(poisoned, small_copy / "last.pt")
+    with pytest.raises(CheckFailed, match=r"copy/last\.pt holds the last good state"):
+        train(replace(small, epochs=4), small_copy)
+    assert all(torch.isfinite(tensor).all() for tensor in state(small_copy)["model"].values())
 
 
 @pytest.fixture
 def damaged(image_folder, tmp_path):
-    """The images, four of them damaged: three to train on and one held out."""
+    """The images, four of them damaged: three for training and one for validation."""
     import shutil
 
     root = tmp_path / "damaged"
@@ -253,7 +264,7 @@ def damaged(image_folder, tmp_path):
     return root
 
 
-def test_damaged_images_are_named_once_and_passed_over(small, damaged, tmp_path, capsys):
+def test_damaged_images_are_named_once_and_skipped(small, damaged, tmp_path, capsys):
     recipe = replace(small, data=Data(root=damaged, workers=0))
     result = train(recipe, tmp_path / "run")
     said = capsys.readouterr().err
@@ -279,7 +290,7 @@ def test_only_damaged_images_are_an_error(small, damaged, tmp_path):
 def test_validation_images_of_which_none_can_be_read_are_refused_before_training(small, damaged, tmp_path):
     for path in (damaged / "val").rglob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"none of the 12 validation images can be read, .*\.png for one"):
+    with pytest.raises(InputError, match=r"none of the 12 validation images can be read, such as .*\.png;"):
         train(replace(small, data=Data(root=damaged, workers=0)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -287,7 +298,7 @@ def test_validation_images_of_which_none_can_be_read_are_refused_before_training
 def test_class_of_which_no_image_can_be_read_ends_the_run(small, damaged, tmp_path):
     for path in (damaged / "train" / "red").glob("*.png"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"none of the 16 training images of red can be read, .*\.png for one"):
+    with pytest.raises(InputError, match=r"none of the 16 training images of red can be read, such as .*\.png;"):
         train(replace(small, data=Data(root=damaged, workers=0, max_corrupt=100)), tmp_path / "run")
 
 
@@ -313,7 +324,7 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--img-size", "100000"], "--img-size 100000 is out of range"),
         (["demo", "--augment.smoothing", "3"], "--augment.smoothing 3.0 is out of range"),
         (["demo", "--model", "shvit_s9"], "unknown model 'shvit_s9'"),
-        (["demo", "--model", "test_vit", "--first-img-size", "64"], "test_vit takes one size of images only"),
+        (["demo", "--model", "test_vit", "--first-img-size", "64"], "test_vit accepts one image size only"),
         (["demo", "--data.root", "nowhere"], "nowhere: no such folder"),
         (["demo", "--data.name", "imagenet"], "data.name 'imagenet' is not known"),
         (["demo", "--batch-size", "5000"], "fewer than the batch of 5000"),
@@ -325,7 +336,7 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--augment.mixup", "1", "--batch-size", "63"], "mixup and cutmix pair images"),
         (["demo", "--distill.teacher", "nobody"], "unknown teacher 'nobody'"),
         (["demo", "--distill.teacher", "nobody", "--distill.checkpoint", "x.pt"], "unknown teacher 'nobody'"),
-        (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a dataset with a name"),
+        (["demo", "--data.name", "wds/", "--data.group", "(x)"], "--data.group does not apply: a named dataset"),
         (["demo", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such file"),
         (["demo", "--checkpoint", "shvit_s1.in1k"], "a name of published weights; `shvit weights pull shvit_s1.in1k`"),
         (["demo", "--benchmark", "0"], "--benchmark 0 must be 1 or more"),
@@ -342,6 +353,7 @@ def test_unusable_options_are_one_clear_line(argv, message, tmp_path, monkeypatc
 
 def test_any_field_can_be_given_on_the_command_line(image_folder, tmp_path):
     options = ["--epochs", "1", "--img-size", "32", "--batch-size", "8", "--data.workers", "0", "--optim.lr", "0.01"]
+    options += ["--model", "tiny_vit"]
     run(["train", "debug", "--data.root", str(image_folder), "--output", str(tmp_path / "run"), *options])
     stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["recipe"]
     assert (stored["optim"]["lr"], stored["data"]["root"]) == (0.01, str(image_folder))

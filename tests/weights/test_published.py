@@ -4,9 +4,9 @@ import pytest
 import timm
 
 from shvit.weights.manifest import read_manifest
-from shvit.weights.published import PEERS, published_top1, tomllib
+from shvit.weights.published import BASELINES, published_top1, tomllib
 
-LISTED = tomllib.loads(PEERS.read_text(encoding="utf-8"))
+LISTED = tomllib.loads(BASELINES.read_text(encoding="utf-8"))
 
 
 def test_ours_is_the_manifests_first_entry_at_that_size():
@@ -29,11 +29,11 @@ def test_ours_is_the_manifests_first_entry_at_that_size():
         ("model.onnx", 224, None),
     ],
 )
-def test_peers(name, size, top1):
+def test_baselines(name, size, top1):
     assert published_top1(name, size) == top1
 
 
-def test_peers_are_the_weights_that_timm_loads_by_default():
+def test_baselines_are_the_weights_that_timm_loads_by_default():
     assert len(LISTED["top1"]) >= 40
     for name, sizes in LISTED["top1"].items():
         bare, _, tag = name.partition(".")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from shvit.errors import InputError, first_line
 from shvit.files import is_folder
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from ..recipe import Data
 from .groups import count_copies, count_duplicates, group_keys, in_validation

@@ -158,9 +158,9 @@ def count_duplicates(
         train_indices: the training images.
         val_indices: the validation images.
     """
-    found = looked_at = 0
+    duplicates = compared = 0
     if len(train_indices) + len(val_indices) > MAX_SIZES:
-        return found, looked_at
+        return duplicates, compared
     try:
         by_size: dict[int, list[int]] = {}
         for index in train_indices:
@@ -176,8 +176,8 @@ def count_duplicates(
                     if budget < 0:
                         break
                     digests[size] = {hashlib.sha256(training.read(other)).digest() for other in alike}
-                found += hashlib.sha256(validation.read(index)).digest() in digests[size]
-            looked_at += 1
+                duplicates += hashlib.sha256(validation.read(index)).digest() in digests[size]
+            compared += 1
     except (OSError, InputError):
         pass  # a file that cannot be read is reported when it is loaded
-    return found, looked_at
+    return duplicates, compared

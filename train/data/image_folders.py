@@ -14,7 +14,7 @@ from timm.data.readers.reader import Reader
 
 from shvit.errors import InputError, first_line
 from shvit.files import is_file, is_folder, open_file, read_bytes
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from .images import is_readable
 from .tars import MAX_MEMBER, Member, check_name

@@ -246,15 +246,15 @@ def _upright(image: Image.Image) -> Image.Image:
 def exif_orientation(image: Image.Image) -> int:
     """Return the Exif orientation, 1 to 8, or 1 without one; XMP's is ignored, as in browsers and OpenCV."""
     if image.format == "TIFF":
-        found = getattr(image, "tag_v2", {}).get(ORIENTATION)
+        value = getattr(image, "tag_v2", {}).get(ORIENTATION)
     else:
         exif = Image.Exif()
         try:
             exif.load(image.info.get("exif", b""))
-            found = exif.get(ORIENTATION)
+            value = exif.get(ORIENTATION)
         except Exception:  # damaged metadata; viewers show such an image as stored
-            found = None
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+            value = None
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _first(value: int | tuple[int, ...]) -> int:

@@ -131,10 +131,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _choices(inner: str, pattern: str) -> list[str]:
-    found = RANGE.fullmatch(inner)
-    if found is None:
+    bounds = RANGE.fullmatch(inner)
+    if bounds is None:
         return inner.split(",")
-    first, last = found.groups()
+    first, last = bounds.groups()
     if int(last) < int(first) or int(last) - int(first) >= MAX_SHARDS:
         raise InputError(f"{pattern[:80]!r}: {{{inner}}} must be an ascending range of at most {MAX_SHARDS:,}")
     width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shvit.errors import InputError, some
 from shvit.files import is_folder
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from .image_folders import Listing, describe_skipped, is_hidden, list_images
 from .shards import has_info

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from timm.data.readers.reader import Reader
 
+from shvit.environment import advise
 from shvit.errors import InputError, first_line
-from shvit.extras import advise
 
 from ..recipe import Data
 from .images import open_image, to_rgb

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..recipe import Recipe
 from ..step.state import Run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LINE_SECONDS = 60.0  # between two plain lines within an epoch
 
@@ -24,11 +27,11 @@ class TrainLogger:
         self.run = run
         self.steps_per_epoch = steps_per_epoch
         self.console = console
-        self.writer: Any = None
+        self.writer: SummaryWriter | None = None
         if run.world.primary:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils import tensorboard
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=run.step + 1)
+            self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=run.step + 1)
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),

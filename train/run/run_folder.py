@@ -15,7 +15,7 @@ from shvit.documents import check_expansion, load_yaml, to_json
 from shvit.environment import versions
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
-from shvit.run_info import same_name
+from shvit.weights.run_info import same_name
 
 from ..recipe import Recipe, differences
 from .metrics import check_log, read_log
@@ -76,7 +76,7 @@ class RunFolder:
             if self.states:
                 raise InputError(f"{self.path} holds {self.states[0].name} but no recipe.yaml of that run; put "
                                  "that recipe.yaml back, or choose another --output")  # fmt: skip
-            revision = git_revision(Path(__file__).parent)
+            revision = git_revision(Path(__file__).parent.parent)
             made_with = {**versions("shvit", "timm"), "torch": str(torch.__version__), "git": revision}
             write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": made_with})
             return
@@ -214,10 +214,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 MAX_VALUES = 5_000_000  # of a state, where a list that occurs in several places counts in each
 
 
-def _check_expansion(state: Any) -> None:
+def _check_expansion(state: object) -> None:
     """Raise ValueError for containers nested in each other so often that a walk through them would not end."""
 
-    def children(each: Any) -> list[Any]:
+    def children(each: object) -> list[object]:
         return list(each.values()) if isinstance(each, dict) else list(each) if isinstance(each, NESTING) else []
 
     check_expansion(state, children, MAX_VALUES)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
     return transform
 
 
-def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+def posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
     """Posterize as timm does; 0 bits, which timm's policies ask for and Pillow 13 refuses, give a black image."""
     return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 

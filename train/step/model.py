@@ -11,7 +11,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
-from shvit.run_info import read_run_info, same_name
+from shvit.weights.run_info import read_run_info, same_name
 
 from ..recipe import Recipe
 from .state import train_mode

@@ -12,7 +12,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
-from shvit.run_info import read_run_info
+from shvit.weights.run_info import read_run_info
 
 from ..recipe import Recipe
 
@@ -83,7 +83,7 @@ def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
         size = info.img_size if info is not None and info.img_size else recipe.img_size
         with contextlib.suppress(Exception):  # each model of timm has its own; the first error is the one to tell
             teacher = create_model(name, checkpoint, img_size=size)
-            known: Any = teacher.pretrained_cfg
-            teacher.pretrained_cfg = {**known, "input_size": (3, size, size)}  # type: ignore[assignment]
+            cfg: Any = teacher.pretrained_cfg
+            teacher.pretrained_cfg = {**cfg, "input_size": (3, size, size)}  # type: ignore[assignment]
             return teacher
         raise

@@ -256,7 +256,7 @@ def test_any_encoding_of_json_is_read(tmp_path, encoding):
     assert load_content(tmp_path / "a.json") == content
     from mmdet.datasets import CocoDataset
 
-    from shvit.detection import reading  # noqa: F401
+    from shvit.detection.plugin import reading  # noqa: F401
 
     assert CocoDataset.COCOAPI(str(tmp_path / "a.json")).get_cat_ids(cat_names=["кошка"]) == [1]
 
@@ -442,7 +442,7 @@ def own_precision(content, path):
     """Figures of MMDetection's metric where what is annotated in `content` is what is found."""
     from mmdet.registry import METRICS
 
-    from shvit.detection import reading  # noqa: F401
+    from shvit.detection.plugin import reading  # noqa: F401
 
     metric = METRICS.build({"type": "CocoMetric", "ann_file": str(path), "metric": ["bbox", "segm"]})
     metric.dataset_meta = {"classes": CLASSES}

@@ -1,5 +1,6 @@
 """What `shvit doctor` tells of a machine, on which something may be missing or broken."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -9,8 +10,9 @@ import torch
 from shvit import cli
 from shvit.export.analysis import doctor
 from shvit.export.analysis.doctor import describe_machine, missing_packages, try_runtimes
+from shvit.export.backends.registry import BACKENDS
 
-LOCAL = ("torch", "torch.compile", "onnxruntime", "openvino", "Core ML packages in our evaluator")
+LOCAL = ("torch", "torch.compile", *(f"{backend.title} files" for backend in BACKENDS.values()))
 
 
 def test_each_runtime_is_tried_and_the_last_line_is_json(monkeypatch, capsys):
@@ -28,8 +30,8 @@ def test_each_runtime_is_tried_and_the_last_line_is_json(monkeypatch, capsys):
     for name in set(trials) - set(LOCAL):
         assert trials[name]["works"] or trials[name]["reason"]
     assert trials["torch on CUDA"]["works"] == torch.cuda.is_available()
-    assert trials["Core ML"]["works"] == (sys.platform == "darwin")
-    assert result["versions"]["torch"] == torch.__version__
+    assert trials["Core ML of macOS"]["works"] == (sys.platform == "darwin")
+    assert result["versions"]["torch"] == importlib.metadata.version("torch")
     assert result["extras"]["export"] == []
     assert all(name in printed for name in trials)
 
@@ -48,8 +50,8 @@ def test_a_runtime_that_is_missing_broken_or_wrong_is_one_line(monkeypatch):
         doctor,
         "RUNTIMES",
         {
-            "openvino": fail(missing),
-            "onnxruntime": fail(broken),
+            "OpenVINO files": fail(missing),
+            "ONNX files": fail(broken),
             "torch.compile": fail(RuntimeError("")),
             "wrong": lambda tiny: tiny.model(tiny.batch) + 1,
             "nan": lambda tiny: tiny.model(tiny.batch) * torch.nan,
@@ -60,8 +62,8 @@ def test_a_runtime_that_is_missing_broken_or_wrong_is_one_line(monkeypatch):
     reasons = {each.runtime: each.reason for each in failed}
     assert not any(each.works for each in failed)
     assert not any("\n" in reason for reason in reasons.values())
-    assert "pip install 'shvit[openvino]'" in reasons["openvino"]
-    assert reasons["onnxruntime"] == "libonnx.so: cannot open shared object file; pip install 'shvit[export]'"
+    assert "pip install 'shvit[openvino]'" in reasons["OpenVINO files"]
+    assert reasons["ONNX files"] == "libonnx.so: cannot open shared object file; pip install 'shvit[export]'"
     assert reasons["torch.compile"] == "RuntimeError; install a C++ compiler (g++ or clang)"
     assert "outputs differ" in reasons["wrong"]
     assert "outputs differ" in reasons["nan"]

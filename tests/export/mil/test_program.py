@@ -1,4 +1,4 @@
-"""Our evaluator of Core ML packages against PyTorch, on what coremltools converts and saves."""
+"""The evaluator of Core ML packages against PyTorch, on packages that coremltools converts and saves."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from tests.conftest import Apply, randomize
 
 
 def convert(model: nn.Module, example: torch.Tensor, folder, half: bool = False, target: str = "iOS16", **options):
-    """Saves a package with a tensor input `x` and an output `y`, and returns its path."""
+    """Save a package with a tensor input `x` and an output `y`, or those of `options`, and return its path."""
     path = folder / f"{len(list(folder.iterdir()))}.mlpackage"
     with quiet():
         import coremltools as ct
@@ -25,9 +25,9 @@ def convert(model: nn.Module, example: torch.Tensor, folder, half: bool = False,
         with torch.no_grad():
             traced = torch.jit.trace(model.eval(), example)
         options.setdefault("inputs", [ct.TensorType(name="x", shape=example.shape)])
+        options.setdefault("outputs", [ct.TensorType(name="y", dtype=np.float32)])
         ct.convert(
             traced,
-            outputs=[ct.TensorType(name="y", dtype=np.float32)],
             minimum_deployment_target=getattr(ct.target, target),
             compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
             **options,
@@ -82,13 +82,40 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_operations_give_pytorchs_results(case, tmp_path):
+class AllCases(nn.Module):
+    """(1, 6, 9, 8) → the output of every case, so that all are converted at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.models = nn.ModuleList(randomize(model) for model in CASES.values())
+
+    def forward(self, x):
+        return tuple(model(x) for model in self.models)
+
+
+def convert_cases(folder):
+    """Save a package with an output `y0`, `y1`, … for each case, and return its path."""
+    import coremltools as ct
+
+    outputs = [ct.TensorType(name=f"y{index}", dtype=np.float32) for index in range(len(CASES))]
+    return convert(AllCases(), torch.rand(1, 6, 9, 8), folder, outputs=outputs)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The outputs of the package and of PyTorch, by case."""
     torch.manual_seed(0)
-    model, x = randomize(CASES[case]), torch.randn(1, 6, 9, 8)
-    got = Package(convert(model, x, tmp_path))(x=x)["y"]
+    x = torch.randn(1, 6, 9, 8)
+    got = Package(convert_cases(tmp_path_factory.mktemp("cases")))(x=x)
     with torch.no_grad():
-        torch.testing.assert_close(got, model(x).float(), rtol=1e-5, atol=1e-5)
+        expected = AllCases()(x)
+    return {case: (got[f"y{index}"], expected[index]) for index, case in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operations_give_pytorchs_results(case, results):
+    got, expected = results[case]
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_rounds_each_result(tmp_path):
@@ -112,7 +139,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("repvit_m0_9", 
 
 
 @pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "test_vit", *LARGE])
-def test_peers_run(name, tmp_path):
+def test_baseline_models_run(name, tmp_path):
     torch.manual_seed(0)
     model = randomize(timm.create_model(name, num_classes=7)).eval()
     sizes = {"test_vit": 160, "efficientformer_l1": 224}
@@ -192,7 +219,7 @@ def test_activations_are_rounded_as_numpy_does(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory):
-    """Packages that give each channel's mean back, by the colors that they ask for."""
+    """Packages that return each channel's mean, by the colors that they take."""
     import coremltools as ct
 
     folder, found = tmp_path_factory.mktemp("colors"), {}

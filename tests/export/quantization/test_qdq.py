@@ -34,6 +34,12 @@ def tiny_file(tmp_path_factory):
     return deployed, load_onnx(path), spec, torch.randn(8, 3, 64, 64)
 
 
+@pytest.fixture(scope="module")
+def tiny_ranges(tiny_file):
+    deployed, _, _, batch = tiny_file
+    return activation_ranges(deployed, [batch])
+
+
 def test_unfolded_identities_leave_the_outputs_and_smaller_weights():
     torch.manual_seed(0)
     model = deploy(create_tiny().eval(), 64)
@@ -109,11 +115,11 @@ def test_ranges_hold_most_of_what_each_layer_sees_and_leave_the_model_alone(tiny
         assert ((values >= low) & (values <= high)).float().mean() > 0.97
 
 
-def test_every_layer_is_int8_but_those_that_are_excluded(tiny_file, tmp_path):
-    deployed, proto, spec, batch = tiny_file
+def test_every_layer_is_int8_but_those_that_are_excluded(tiny_file, tiny_ranges, tmp_path):
+    _, proto, spec, _ = tiny_file
     excluded = ("patch_embed.0", "head")
     spec = replace(spec, precision="int8", excluded_layers=excluded)
-    quantized = quantize_onnx(proto, spec, activation_ranges(deployed, [batch]))
+    quantized = quantize_onnx(proto, spec, tiny_ranges)
     save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
     quantized = onnx.load(tmp_path / "q.onnx")
     made_by = {output: node for node in quantized.graph.node for output in node.output}
@@ -135,17 +141,16 @@ def test_every_layer_is_int8_but_those_that_are_excluded(tiny_file, tmp_path):
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_only_layers_read_what_is_rounded_for_them(tiny_file, tmp_path, features):
-    """Residual sums, float layers and the model's outputs have exact values; what a layer gives is its kernel's."""
-    deployed, proto, spec, batch = tiny_file
+def test_only_layers_read_what_is_rounded_for_them(tiny_file, tiny_ranges, tmp_path, features):
+    """Residual sums, float layers and the model's outputs have exact values; a layer's output is its kernel's."""
+    (_, proto, spec, batch), ranges = tiny_file, tiny_ranges
     if features:
         model, outputs = feature_maps("tiny_vit", create_tiny().eval())
         deployed, spec = unfold_identities(deploy(model, 64)), replace(spec, outputs=outputs)
         write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
-        proto = load_onnx(tmp_path / "maps.onnx")
+        proto, ranges = load_onnx(tmp_path / "maps.onnx"), activation_ranges(deployed, [batch])
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
     excluded = (names[0], names[7])
-    ranges = activation_ranges(deployed, [batch])
     spec = replace(spec, precision="int8", excluded_layers=excluded)
     quantized = quantize_onnx(proto, spec, ranges)
     save_onnx(quantized.proto, tmp_path / "q.onnx", spec, ranges=quantized.ranges)
@@ -173,7 +178,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mo
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", *LARGE])
-def test_peers_go_into_int8(tmp_path, name):
+def test_baseline_models_go_into_int8(tmp_path, name):
     """With random weights and few images; what counts is that each range is the right tensor's."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4).eval()

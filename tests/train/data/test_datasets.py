@@ -121,7 +121,7 @@ def test_every_mode_of_file_becomes_rgb(tmp_path):
         (["train/a/1.png", "train/c/1.png", "val/a/1.png", "val/b/1.png"], "in only one of train/ and val/: b"),
         (["a/1.png", "a/2.png"], "only one class, a"),
         (["a/1.png", "b/notes.txt"], "b: an empty class"),
-        (["a/1.png", "b/2.png"], "too few to hold some out"),
+        (["a/1.png", "b/2.png"], "too few to keep some for validation"),
     ],
 )
 def test_unusable_folders_are_one_clear_line(tmp_path, paths, message):

@@ -137,7 +137,7 @@ def test_splits_have_many_names(train, val, others, packed, tmp_path):
     splits = open_splits(Data(root=archive(root, tmp_path / "x.tar") if packed else root))
     assert (splits.train.classes, len(splits.train), len(splits.val)) == (["cat", "dog"], 6, 4)
     said = " ".join(splits.notes)
-    assert ("taken for validation" in said) == (val in ("Testing", "test"))
+    assert ("used for validation" in said) == (val in ("Testing", "test"))
     assert all((f"not used: {other}" in said) == (other != "__MACOSX") for other in others)
     assert len(open_eval_dataset(root)) == 4
 
@@ -169,12 +169,12 @@ def test_a_class_without_validation_images_is_said(tmp_path):
           "seg_pred/seg_pred"], "look like splits"),
         (["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"], "look like splits"),
         (["train/1", "test2"], "holds train but neither val"),
-        (["train/cat", "train/dog", "dev/cat", "dev/dog"], "if dev is the other one, rename it to val, or --data.root"),
-        (["train/cat", "train/dog", "eval_set/cat", "more/dog"], "if eval_set is the other one, rename it to val"),
-        (["trn/cat", "trn/dog", "val/cat", "val/dog"], "if trn is the other one, rename it to train"),
-        (["cat/train", "cat/val", "dog/train", "dog/val"], "cat/train and cat/val are splits inside of a class; put "
-         "the classes into the splits, as train/cat and val/cat"),
-        (["cat/Train/2019", "cat/test", "dog"], "cat/Train and cat/test are splits inside of a class"),
+        (["train/cat", "train/dog", "dev/cat", "dev/dog"], "if dev is the other split, rename it to val, or --data.root"),
+        (["train/cat", "train/dog", "eval_set/cat", "more/dog"], "if eval_set is the other split, rename it to val"),
+        (["trn/cat", "trn/dog", "val/cat", "val/dog"], "if trn is the other split, rename it to train"),
+        (["cat/train", "cat/val", "dog/train", "dog/val"], "cat/train and cat/val are splits inside a class; put "
+         "the classes into the splits, such as train/cat and val/cat"),
+        (["cat/Train/2019", "cat/test", "dog"], "cat/Train and cat/test are splits inside a class"),
         (["cat/train", "cat/plane", "dog"], None),
         (["cat/2019", "cat/2020", "dog/2019", "dog/2020"], None),
     ],

@@ -1,10 +1,13 @@
 """The run folder: states that survive crashes, damage and full disks."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,11 @@ import torch
 import yaml
 
 from shvit.errors import InputError
-from shvit.run_info import read_recipe_file
 from shvit.train.data.splits import check_outside
 from shvit.train.recipes import DEMO
 from shvit.train.run.run_folder import RunFolder, git_revision
-from tests import forks
+from shvit.weights.run_info import read_recipe_file
+from tests.train.forked import SERVER, start
 
 
 @pytest.fixture
@@ -85,24 +88,24 @@ def test_state_with_code_in_it_does_not_run(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def fill_the_disk(path: Path, messages) -> None:
+    """Save a state and then one that is larger than files may be; put the error's message."""
+    folder = RunFolder(path)
+    folder.save_state({"step": 1, "model": {}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        folder.save_state({"step": 2, "model": {"w": torch.zeros(1_000_000)}})
+    except InputError as error:
+        messages.put(str(error))
+
+
 def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
     """The system itself refuses the bytes: a limit on the size of files stands for a disk that is full."""
-    code = """
-import resource, sys, torch
-from pathlib import Path
-from shvit.train.run.run_folder import RunFolder
-from shvit.errors import InputError
-folder = RunFolder(Path(sys.argv[1]))
-folder.save_state({"step": 1, "model": {}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    folder.save_state({"step": 2, "model": {"w": torch.zeros(1_000_000)}})
-except InputError as error:
-    print(error)
-"""
-    done = forks.run(tmp_path, code=code)
-    assert done.returncode == 0, done.stderr
-    assert "last.pt: cannot be written: File too large; make room" in done.stdout
+    messages = SERVER.SimpleQueue()
+    process = start(fill_the_disk, tmp_path, messages)
+    process.join()
+    assert process.exitcode == 0
+    assert "last.pt: cannot be written: File too large; make room" in messages.get()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
@@ -145,7 +148,7 @@ def test_classes_are_the_same_however_their_accents_are_written(folder):
 
 def test_states_without_their_recipe_are_refused(folder):
     fill(folder, range(1, 3))
-    with pytest.raises(InputError, match=r"holds last\.pt and no recipe\.yaml .* put that run's recipe\.yaml back, or"):
+    with pytest.raises(InputError, match=r"holds last\.pt but no recipe\.yaml .* put that recipe\.yaml back, or"):
         folder.claim(DEMO, ["a", "b"])
     assert not (folder.path / "recipe.yaml").exists()
 
@@ -169,36 +172,30 @@ def test_other_images_are_refused_or_continued_on_request(folder):
         folder.claim(on_request, ["a", "b"], before)
 
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from shvit.train.run.run_folder import RunFolder
-
-with RunFolder(Path(sys.argv[1])).locked():
-    if os.fork() == 0:  # as a loader's worker
+def hold(path: Path, locked: Event) -> None:
+    """Lock a run folder for a minute, with a child as a loader's worker is."""
+    with RunFolder(path).locked():
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        locked.set()
         time.sleep(60)
-        os._exit(0)
-    print("locked", flush=True)
-    time.sleep(60)
-"""
 
 
 def test_two_runs_in_one_folder_are_kept_apart_and_a_killed_one_bars_nobody(folder):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    locked = SERVER.Event()
+    holder = start(hold, folder.path, locked)
     try:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(InputError, match="another run is under way in it"), folder.locked():
+        assert locked.wait(60)
+        with pytest.raises(InputError, match="another run is active in it"), folder.locked():
             pass
         holder.kill()
-        holder.wait()
+        holder.join()
         with folder.locked():  # though the worker lives on
             os.killpg(holder.pid, 0)
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
-        holder.wait()
-        holder.stdout.close()
+        holder.join()
 
 
 def test_revision_is_gits_own_and_unknown_elsewhere(tmp_path):

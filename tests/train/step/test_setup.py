@@ -116,7 +116,7 @@ def test_batchnorm_is_never_given_one_image(recipe, model, fields, processes):
     """timm's test_resnet has maps of one pixel where an image has 16: that PyTorch refuses, and 32 px it takes."""
     alone = replace(recipe, model=model, **fields)
     world = World(0, processes, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"trains on two images .* leaves one; choose a larger one, or give --freeze"):
+    with pytest.raises(InputError, match=r"needs two images .* leaves one; choose a larger one, or give --freeze"):
         check_recipe(alone, world)
     assert check_recipe(replace(alone, freeze_bn=True), world)
 

@@ -22,7 +22,6 @@ from shvit.errors import CheckFailed, InputError
 from shvit.export.labels import contradiction, find_labels, match_classes
 from shvit.export.spec import open_model
 from shvit.files import sha256
-from shvit.run_info import RUN_KEY, RunInfo, read_run_info
 from shvit.train.data.datasets import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
@@ -30,6 +29,7 @@ from shvit.train.recipe import Data, Distill
 from shvit.train.step.setup import set_up
 from shvit.weights.imagenet import imagenet_ids, imagenet_names
 from shvit.weights.resolve import resolve_weights
+from shvit.weights.run_info import RUN_KEY, RunInfo, read_run_info
 from tests.conftest import SMALL, create_tiny, randomize
 
 INFO = RunInfo("tiny_vit", ("b", "a", "c"), 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, "squash")
@@ -444,15 +444,15 @@ def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path)
         ("eval --data D --artifact m.onnx --model tiny_vit --ema", "--model and --ema do not apply"),
         ("eval --data D --artifact m.onnx --checkpoint m.safetensors", "--checkpoint does not apply"),
         ("eval --data D --checkpoint m.safetensors --split test", "--split does not apply"),
-        ("eval --data D --checkpoint m.safetensors --ema", "has no averaged weights"),
+        ("eval --data D --checkpoint m.safetensors --ema", "has no EMA weights"),
         ("eval --data D --checkpoint m.safetensors --pretrained", "--checkpoint does not apply"),
         ("eval --data D --model shvit_s1", "nothing trained to evaluate"),
         ("eval --data V --checkpoint m.safetensors --all-images", "--all-images does not apply: V has a part"),
         ("eval --data= --checkpoint m.safetensors", "--data is empty"),
         ("export onnx --output x.onnx --checkpoint one.safetensors --img-size 64 --softmax", "has one output"),
-        ("export onnx --output x.onnx --classifier", "no option of `shvit export onnx`, but of coreml"),
+        ("export onnx --output x.onnx --classifier", "not an option of `shvit export onnx`, but of coreml"),
         ("export coreml --output x.mlpackage --raw-pixels", "but of onnx and openvino"),
-        ("bench --models m.safetensors", "is a file of weights and no model's name; .* --checkpoint"),
+        ("bench --models m.safetensors", "is a file of weights and not a model's name; .* --checkpoint"),
         ("export onnx --output x.onnx", "which model"),
         ("export onnx --output x.onnx --pretrained", "of which model"),
         ("export onnx --output x.onnx --model tiny_vit --ema", "--ema does not apply"),

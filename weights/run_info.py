@@ -1,4 +1,4 @@
-"""What a training run knows of its weights (model, classes, size, normalization), kept with the weights."""
+"""What is known about trained weights (model, classes, size, normalization), stored with them."""
 
 import math
 import os
@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .documents import load_json, load_yaml, parse_json, to_json
-from .errors import InputError
-from .files import is_file
+from shvit.documents import load_json, load_yaml, parse_json, to_json
+from shvit.errors import InputError
+from shvit.files import is_file
 
 __all__ = ["RUN_KEY", "RunInfo", "is_name", "read_run_info", "same_name"]
 
@@ -33,14 +33,14 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known of trained weights besides their values.
+    """What is known about trained weights besides their values.
 
     Raises:
         InputError: a value that no run has; class names that are empty, repeated, or have control characters.
     """
 
     model: str
-    """A name that timm knows."""
+    """Name of a model in timm."""
     classes: tuple[str, ...]
     """Names, by class index; empty where they are not known."""
     img_size: int
@@ -91,12 +91,12 @@ class RunInfo:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The entry for a checkpoint's metadata."""
+        """Entry for a checkpoint's metadata."""
         return {RUN_KEY: to_json({"format": FORMAT, **asdict(self)})}
 
 
 def read_run_info(path: str | os.PathLike) -> RunInfo | None:
-    """What is known of a checkpoint's weights; None where nothing is.
+    """Return what is known about a checkpoint's weights; None where nothing is.
 
     It is looked for in the file itself; then, for the files of a run folder, in the recipe.yaml beside it; then, for
     timm's layout on the hub, in the config.json beside it.
@@ -104,7 +104,7 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
     Raises:
         InputError: the checkpoint cannot be read, or what it says of its run is not usable.
     """
-    from .checkpoint import read_metadata
+    from shvit.checkpoint import read_metadata
 
     path = Path(path)
     text = read_metadata(path).get(RUN_KEY)
@@ -119,7 +119,7 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
 
 
 def read_recipe_file(path: Path) -> RunInfo | None:
-    """What a run folder's recipe.yaml tells; None where it is no run's.
+    """Return what a run folder's recipe.yaml says; None where it is not a run's.
 
     Raises:
         InputError: it cannot be read, or says what no run does.
@@ -134,8 +134,8 @@ def read_recipe_file(path: Path) -> RunInfo | None:
     options = recipe.get("data")
     if isinstance(data, dict) and isinstance(options, dict) and options.get("group") is not None:
         data = {**data, "group": options["group"]}  # by which the images were split
-    told = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
-    return _checked({**told, "classes": content.get("classes", [])}, path)
+    known = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
+    return _checked({**known, "classes": content.get("classes", [])}, path)
 
 
 def _from_json(text: str, path: Path) -> RunInfo:
@@ -155,7 +155,7 @@ def _from_json(text: str, path: Path) -> RunInfo:
 
 
 def _from_hub(path: Path) -> RunInfo | None:
-    """timm's config.json; None for another library's."""
+    """Return what timm's config.json says; None for another library's."""
     try:
         content = load_json(path, MAX_BYTES)
     except InputError as error:
@@ -183,8 +183,8 @@ def _checked(content: dict[str, Any], path: Path) -> RunInfo:
         raise InputError(f"{path}: what it says of its run is not usable: {error}") from error
 
 
-def is_name(value: Any) -> bool:
-    """Whether it can be printed and written anywhere: text without control characters and halves of characters."""
+def is_name(value: object) -> bool:
+    """Return whether a value is text that can be printed and written anywhere: without control characters."""
     return (
         isinstance(value, str)
         and 0 < len(value) <= MAX_NAME
@@ -192,16 +192,16 @@ def is_name(value: Any) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_constants(values: Any) -> bool:
+def _are_constants(values: object) -> bool:
     return isinstance(values, tuple) and len(values) in range(1, 17) and all(map(_is_number, values))
 
 
-def _values(value: Any, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
-    """How many plain values something nested has; more than `limit` where it has others, or is too deep."""
+def _values(value: object, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
+    """Return how many plain values something nested has; more than `limit` where it has others, or is too deep."""
     if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < 10_000):
         return 1
     children = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else None
@@ -218,5 +218,5 @@ def _values(value: Any, limit: int = MAX_DATA_VALUES, depth: int = 4) -> int:
 
 
 def same_name(name: str) -> str:
-    """The form in which two spellings of a name are equal: macOS writes file names' accents apart, others do not."""
+    """Return the form in which spellings of a name are equal: macOS writes accents in file names apart."""
     return unicodedata.normalize("NFC", name)
