@@ -20,6 +20,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from shvit.cli import COMMANDS, run
+from shvit.export.backends.registry import BACKENDS
+from shvit.export.bench.runtimes import RUNTIMES
 from shvit.train.recipes import DESCRIPTIONS, RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {name: (ROOT / name).read_text() for name in ROOT_PAGES}
     pages["index.md"] = (ROOT / "README.md").read_text().partition("\n## Files")[0]
     pages = {name: text.replace("](docs/", "](") for name, text in pages.items()}
-    pages |= {"reference/commands.md": command_page(), "reference/recipes.md": recipe_page()}
+    pages["reference/commands.md"] = command_page()
+    pages["reference/runtimes.md"] = runtime_page()
+    pages["reference/recipes.md"] = recipe_page()
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -97,7 +101,7 @@ INTRODUCTION = """# Commands and options
 Every command prints one JSON object as its last line on stdout. Exit status: 0 done; 1 a check failed; 2 unusable
 input, reported in one line on stderr (`--debug`, anywhere, shows the traceback); 70 an internal
 error, in one line too."""
-VARIETIES = {"train": [("s1",)], "bench": [(), ("phone",), ("import",)]}
+VARIETIES = {"train": [("s1",)]}
 """Commands whose options depend on the words that follow."""
 
 
@@ -105,10 +109,10 @@ def command_page() -> str:
     """Return every command with its options, from what `--help` prints."""
     parts = [INTRODUCTION]
     for name, entry in COMMANDS.items():
-        parts += [f"## shvit {name}", f"{entry.help[0].upper()}{entry.help[1:]}."]
+        parts += [f"## shvit {name}", f"{entry.help[0].upper()}{entry.help[1:].rstrip('.')}."]
         for words in _varieties(name):
             heading = [f"### shvit {' '.join((name, *words))}"] if words else []
-            parts += [*heading, options(help_of(name, *words))]
+            parts += [*heading, options(help_of(*name.split(), *words))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,6 +161,37 @@ def _row(entry: tuple[str, str]) -> str:
     about, _, default = about.removesuffix(")").rpartition(" (")
     default = default.removeprefix("default: ").strip("'")
     return f"| `{option}` | {about} | {default if default in ('required', '', 'None') else f'`{default}`'} |\n"
+
+
+# --- formats and runtimes ---------------------------------------------------------------------------------------------
+
+RUNTIME_PAGE = """# Formats and runtimes
+
+## Formats
+
+| `shvit export` | files | precisions | extra |
+| --- | --- | --- | --- |
+{formats}
+
+## Runtimes
+
+| `shvit bench --runtimes` | what runs | precision | extra |
+| --- | --- | --- | --- |
+{runtimes}
+"""
+
+
+def runtime_page() -> str:
+    """Return the tables of what can be exported and what can be timed, from the registries."""
+    formats = [
+        f"| `{name}` | {', '.join((each.suffix, *each.companions))} | {', '.join(each.precisions)} | `{each.extra}` |"
+        for name, each in BACKENDS.items()
+    ]
+    runtimes = [
+        f"| `{name}` | {each.help[0].upper()}{each.help[1:]} | {each.precision} | `{each.extra}` |"
+        for name, each in RUNTIMES.items()
+    ]
+    return RUNTIME_PAGE.format(formats="\n".join(formats), runtimes="\n".join(runtimes))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from shvit.cli import COMMANDS
+from shvit.export.backends.registry import BACKENDS
+from shvit.export.bench.runtimes import RUNTIMES
 from shvit.train.recipes import RECIPES
 from tests.conftest import ROOT
 
@@ -35,8 +37,8 @@ def command_page(generate):
 
 
 def test_page_of_commands_has_each_command_and_its_options(command_page):
-    assert re.findall(r"^## shvit (\w+)$", command_page, re.MULTILINE) == list(COMMANDS)
-    for title in ("export onnx", "export coreml", "weights pull", "detect train", "bench phone", "train s1"):
+    assert re.findall(r"^## shvit (.+)$", command_page, re.MULTILINE) == list(COMMANDS)
+    for title in ("export onnx", "export coreml", "weights pull", "detect train", "train s1"):
         assert f"\n### shvit {title}\n" in command_page
     for row in ("| `--img-size INT` |", "| `--optim.lr FLOAT` |", "| `--precision {fp32,fp16,int8}` |"):
         assert f"\n{row}" in command_page
@@ -55,6 +57,12 @@ def test_page_of_recipes_has_each_recipe(generate):
     page = generate.recipe_page()
     assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(RECIPES)
     assert "| `optim.weight_decay` | `0.03` | `0.025` |" in page
+
+
+def test_page_of_runtimes_has_every_format_and_runtime(generate):
+    page = generate.runtime_page()
+    assert re.findall(r"^\| `([\w-]+)`", page, re.MULTILINE) == [*BACKENDS, *RUNTIMES]
+    assert "| `openvino` | .xml, .bin | fp32, fp16, bf16, int8 | `openvino` |" in page
 
 
 def test_public_name_without_docstring_is_found(generate, tmp_path):

@@ -241,12 +241,14 @@ def benchmark(
     Args:
         models: names that timm knows, or files of `shvit export`, which run in the runtime of their format.
         runtimes: those of the named models; see `shvit bench --help`.
+        batch_sizes: images per call.
         threads: CPU threads of each runtime, each on a core of its own.
         img_size: input height and width in pixels; each model's own where None.
         checkpoint: weights of the models, a file or a name of `shvit weights list`; random ones where None.
         pretrained: use each model's published weights in place of a checkpoint.
         rounds: rounds in which each case is timed.
-        against, progress: as in `measure_models`.
+        against: third-party files to compare with.
+        progress: receives a line for each step.
 
     Raises:
         InputError: as `measure_models` and `resolve_models`.
