@@ -1,9 +1,7 @@
 """SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design.
 
 Yun and Ro, CVPR 2024, https://arxiv.org/abs/2401.16456; reference code https://github.com/ysj9909/SHViT (MIT).
-
-Module names, and so state dicts, are those of timm's port: weights go both ways. Importing this file registers
-`shvit_s1` … `shvit_s4` with timm in place of that port.
+Module names are those of timm's port, which importing this file replaces: weights go both ways.
 
 Shapes in comments: B batch, C channels, H×W the token grid, N = H·W tokens, D = qk_dim, P = partial_dim.
 """
@@ -45,10 +43,7 @@ class FFN(nn.Module):
 
 
 class SHSA(nn.Module):
-    """Single-head self-attention on the first `partial_dim` channels; the others pass beside it.
-
-    The norm is a GroupNorm of one group: its statistics run over channels and positions together.
-    """
+    """Single-head self-attention on the first `partial_dim` channels, normalized together; the others pass beside it."""
 
     def __init__(
         self,

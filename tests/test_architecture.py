@@ -43,9 +43,8 @@ FLOORS = (  # of export: a room may import those of its floor and of the floors 
     {"backends"},
     {"verify", "verdict"},
     {"pipeline", "tables"},
-    {"analysis"},
     {"bench"},
-    {"browser"},
+    {"analysis", "browser"},
     {"export"},  # its __init__.py, the functions for Python
     {"demo"},
     {"main"},

@@ -6,15 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shvit import sessions
 from shvit.errors import InputError
 
 from ..backends.compute_plan import COMPUTE_UNITS, MIN_MACOS
-
-if TYPE_CHECKING:
-    from .cases import BenchModel
 
 Job = dict[str, Any]
 """Options of worker.py, sent to it as JSON."""
@@ -27,18 +24,18 @@ class Runtime:
     help: str
     """Description in `shvit bench --help`."""
     precision: str
-    job: Callable[["BenchModel", int], Job]
-    """Function of a model and a batch size that returns the worker's options, besides threads and cores."""
+    job: Callable[..., Job]
+    """Function of a `cases.BenchModel` and a batch size that returns the worker's options, besides threads and cores."""
     backend: str | None = None
     """Key of `BACKENDS` whose packages it needs; None for PyTorch."""
     tuned: bool = False
     """Run in the environment that the backend sets."""
 
 
-def _torch(**changes: object) -> Callable[["BenchModel", int], Job]:
+def _torch(**changes: object) -> Callable[..., Job]:
     options = {"device": "cpu", "bf16": False, "channels_last": False, "compiled": False, **changes}
 
-    def job(model: "BenchModel", batch_size: int) -> Job:
+    def job(model: Any, batch_size: int) -> Job:
         file = model.weights.checkpoint
         checkpoint = str(file.resolve()) if file else None
         return {"runner": "torch", "model": model.name, "checkpoint": checkpoint,
