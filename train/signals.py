@@ -124,5 +124,7 @@ class SignalHandler:
             with suppress(Stopped, RuntimeError):
                 while time.monotonic() < begin + (seconds if self.received is None else 0.3):
                     time.sleep(0.02)
+                if self.received is not None and self._installed and CHILD is not None:
+                    signal.signal(CHILD, signal.SIG_DFL)  # later deaths must not raise on the way out
                 break
         return self.received is not None
