@@ -18,10 +18,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_ELEMENTS = 1 << 30
 """Numbers in one tensor inside a model: 4 GiB in float32. SHViT-S4 at 4096 px has 0.2 · 10⁹ in its largest."""
-MAX_PIXEL_BYTES = 2 << 30
-"""Of all images that are held at once, in uint8: 512 of them up to 1182 px."""
-MAX_BATCH_ELEMENTS = 1 << 27
-"""Numbers in one batch of images: 512 MiB in float32. 32 images of 1182 px."""
+MAX_PIXEL_BYTES = 2 << 30  # limit of all images in memory at once, uint8: 512 of them up to 1182 px
+MAX_BATCH_ELEMENTS = 1 << 27  # numbers in one batch of images: 512 MiB in float32, 32 images of 1182 px
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -98,8 +96,7 @@ class Port(NamedTuple):
     """An input or output as a file declares it."""
 
     name: str
-    dtype: str
-    """float32, float16, uint8, image, … or what the runtime calls another."""
+    dtype: str  # float32, float16, uint8, image, … or what the runtime calls another
     shape: tuple[int | None, ...] | None
     """None where not even its rank is declared, and in it for a length that is open."""
 

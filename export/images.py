@@ -28,8 +28,7 @@ class ImageFile:
     """An image file, and its class where the folder names it."""
 
     path: Path
-    label: int
-    """Class index; -1 where it is not known."""
+    label: int  # class index; -1 where it is not known
 
 
 def sample_images(

@@ -108,12 +108,9 @@ def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
 class ClassMatch:
     """Which of a model's classes the classes of a dataset are."""
 
-    index: tuple[int, ...]
-    """The model's index of each class of the dataset; -1 for one that the model does not know."""
-    unknown: tuple[str, ...]
-    """The dataset's classes that the model does not know."""
-    missing: tuple[str, ...]
-    """The model's classes that the dataset does not have."""
+    index: tuple[int, ...]  # the model's index of each class of the dataset; -1 for one that the model does not know
+    unknown: tuple[str, ...]  # the dataset's classes that the model does not know
+    missing: tuple[str, ...]  # the model's classes that the dataset does not have
 
 
 def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:

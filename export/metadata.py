@@ -12,13 +12,10 @@ from shvit.weights.run_info import is_name
 
 from .spec import Spec
 
-INPUT = "image"
-"""What every artifact calls its one input."""
-FORMAT_VERSION = 1
-"""Version of these notes; it rises when what stands under a key changes its meaning."""
+INPUT = "image"  # name of every artifact's one input
+FORMAT_VERSION = 1  # version of these notes; it rises when what stands under a key changes its meaning
 FORMAT_KEY, SPEC_KEY, LABELS_KEY, RANGES_KEY = "shvit.format", "shvit.spec", "shvit.labels", "shvit.ranges"
-Ranges = Mapping[str, tuple[float, float]]
-"""Lowest and highest value of tensors in 8 bits, by name."""
+Ranges = Mapping[str, tuple[float, float]]  # lowest and highest value of tensors in 8 bits, by name
 
 
 def describe(spec: Spec, labels: Sequence[str] = (), ranges: Ranges | None = None) -> dict[str, str]:

@@ -46,10 +46,8 @@ class Source:
 
     reference: Reference
     """The model, before deployment, whose outputs the artifact must match; and the images to verify with."""
-    spec: Spec
-    """The artifact's spec."""
-    calibration: Sequence[ImageFile]
-    """Images from which int8's ranges are learned."""
+    spec: Spec  # the artifact's spec
+    calibration: Sequence[ImageFile]  # images from which int8's ranges are learned
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -385,13 +383,7 @@ def verify_artifact(
 
 
 def _origin_weights(
-    artifact: Path,
-    spec: Spec,
-    model: str | None,
-    checkpoint: Path | None,
-    pretrained: bool,
-    ema: bool,
-    log: Log,
+    artifact: Path, spec: Spec, model: str | None, checkpoint: Path | None, pretrained: bool, ema: bool, log: Log
 ) -> Weights:
     """Return the weights that an artifact was made from: the certificate's, which options must not contradict.
 

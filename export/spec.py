@@ -63,8 +63,7 @@ class Spec:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
     model: Name
-    img_size: Side
-    """Height and width in pixels."""
+    img_size: Side  # height and width in pixels
     in_chans: Annotated[int, _check_choice(1, 3)]
     num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)]
     mean: tuple[Finite, ...]
@@ -75,14 +74,12 @@ class Spec:
     """timm's: center, squash or border."""
     precision: Precision = "fp32"
     """The artifact's weight and compute precision. Core ML's int8 rounds weights alone, its w8a8 activations too."""
-    uint8_input: bool = False
-    """The artifact takes pixels, 0–255, and normalizes them itself."""
+    uint8_input: bool = False  # the artifact takes pixels, 0–255, and normalizes them itself
     outputs: Annotated[tuple[Name, ...], AfterValidator(_check_outputs)] = ("logits",)
     """Names of the outputs, in order: logits, or probabilities, or stride_16, … for feature maps."""
     other_sizes: Annotated[tuple[Side, ...], Field(max_length=MAX_SIZES - 1)] = ()
     """Further heights and widths in pixels that it takes."""
-    excluded_layers: tuple[Name, ...] = ()
-    """Layers that an int8 artifact excludes from quantization."""
+    excluded_layers: tuple[Name, ...] = ()  # layers that an int8 artifact excludes from quantization
 
     @property
     def sizes(self) -> tuple[int, ...]:

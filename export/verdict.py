@@ -28,13 +28,10 @@ SHViTs have 0.001 to 0.003, trained ones above 0.5 on images of their classes.""
 FULL_EVIDENCE = 0.25
 """With less, errors may be a large share of the spread because that is small: images of one class alone had 0.18, and
 two classes of which one is 2 % of the images have 0.28 by that alone."""
-MIN_IMAGES = 8
-"""Fewer images are no evidence."""
-SIGMAS = 3.0
-"""A decision is one that errors of the bound's size, if normal, turn in one case of a thousand at most."""
+MIN_IMAGES = 8  # fewer images are no evidence
+SIGMAS = 3.0  # a decision is one that errors of the bound's size, if normal, turn in one case of a thousand at most
 CONFIDENCE = 0.95
-FAR = 2.0
-"""No image may be off by so many times what the rare far ones may exceed."""
+FAR = 2.0  # no image may be off by so many times what the rare far ones may exceed
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,7 @@ class Tolerance:
     snr_db: float
     """Least signal to noise: power of the spread over the mean power of the errors; few images are asked whether it can
     be that."""
-    max_rel_error: float
-    """Largest error of one image, as a share of the spread."""
+    max_rel_error: float  # largest error of one image, as a share of the spread
     top1_agreement: float
     """Percent of the model's decisions that stay; on few images a binomial interval is asked whether it can be that."""
     far_images: float = 0.0

@@ -23,16 +23,7 @@ from .images import ImageFile, gray_level_difference, read_pixels, spread
 from .labels import label_faults
 from .quantization.qdq import unfold_identities
 from .spec import Spec
-from .verdict import (
-    TOLERANCES,
-    Tolerance,
-    Verdict,
-    compare,
-    judge,
-    snr_db,
-    worst_figures,
-    worst_verdict,
-)
+from .verdict import TOLERANCES, Tolerance, Verdict, compare, judge, snr_db, worst_figures, worst_verdict
 from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
 PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools")  # of the certificate
@@ -52,60 +43,42 @@ class Certificate(Envelope):
     """
 
     random_weights: bool
-    spec: Spec
-    """Input, preprocessing and precision; for int8 also the layers that are excluded from quantization."""
-    max_abs_error: float
-    """Largest difference of two logits (or values of a feature map)."""
+    spec: Spec  # input, preprocessing and precision; for int8 also the layers that are excluded from quantization
+    max_abs_error: float  # largest difference of two logits (or values of a feature map)
     median_rel_error: float
     """Median, 90th and 99th percentile and largest of the images' errors, as shares of the outputs' spread over all
     images."""
     p90_rel_error: float
     p99_rel_error: float
     max_rel_error: float
-    worst_image: str
-    """The file with the largest error."""
-    far_images: int
-    """Images with an error above the tolerance's."""
-    snr_db: float
-    """Power of that spread over the mean power of the errors, in dB; at most 200."""
-    snr_high_db: float
-    """What it may be over all images of this kind: the upper end of its one-sided 95 % interval."""
-    evidence: float
-    """The spread as a share of the outputs' size: how far the images tell a sound file from another."""
-    cosine: float
-    """Lowest cosine of the two outputs for one image."""
-    top1_agreement: float
-    """Percent of images with the same highest class; 100 for feature maps."""
+    worst_image: str  # the file with the largest error
+    far_images: int  # images with an error above the tolerance's
+    snr_db: float  # power of that spread over the mean power of the errors, in dB; at most 200
+    snr_high_db: float  # upper end of the one-sided 95 % interval: what it may be over all images of this kind
+    evidence: float  # the spread as a share of the outputs' size: how far the images tell a sound file from another
+    cosine: float  # lowest cosine of the two outputs for one image
+    top1_agreement: float  # percent of images with the same highest class; 100 for feature maps
     top5_agreement: float
     """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
-    changed: int
-    """Images with another highest class."""
-    decisions: int
-    """Images on which the model is surer than the tolerance lets rounding move it."""
-    changed_decisions: int
-    """Those of them with another highest class; the others are near-ties."""
-    outputs: dict[str, dict[str, float]]
-    """These figures of each output at each size."""
-    accuracy: float | None
-    """Top-1 of the artifact, percent, at its first size; None where folders give no labels."""
-    model_accuracy: float | None
-    """Top-1 of the model, percent."""
+    changed: int  # images with another highest class
+    decisions: int  # images on which the model is surer than the tolerance lets rounding move it
+    changed_decisions: int  # decisions with another highest class; other changes are near-ties
+    outputs: dict[str, dict[str, float]]  # these figures of each output at each size
+    accuracy: float | None  # top-1 of the artifact, percent, at its first size; None where folders give no labels
+    model_accuracy: float | None  # top-1 of the model, percent
     worst_layer: str | None
     """The convolution or linear layer whose output is farthest from the model's; None where layers are not known."""
     worst_layer_snr_db: float | None
     largest_values: dict[str, float]
     """Of a file in half precision: the operations with the largest values seen, by name; float16 ends at 65504."""
-    excluded_macs: float
-    """Percent of the multiplications that an int8 artifact keeps in higher precision."""
-    compared_layers: int
-    """Layers whose weights were compared one by one."""
+    excluded_macs: float  # percent of the multiplications that an int8 artifact keeps in higher precision
+    compared_layers: int  # layers whose weights were compared one by one
     gray_levels: float
     """Largest difference, in gray levels of 255, of the artifact's preprocessing from timm's; at most 1 is allowed."""
     tolerance: Tolerance
     faults: tuple[str, ...]
     """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels. They are among the reasons."""
-    notes: tuple[str, ...]
-    """What users of the file should know."""
+    notes: tuple[str, ...]  # what users of the file should know
 
     @property
     def verdict(self) -> Verdict:
@@ -269,8 +242,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
 
 @dataclass(frozen=True)
 class _Outputs:
-    figures: dict[str, dict[str, float]]
-    """Figures of each output at each size."""
+    figures: dict[str, dict[str, float]]  # figures of each output at each size
     verdict: Verdict
     reasons: tuple[str, ...]
     accuracy: float | None

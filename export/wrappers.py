@@ -83,8 +83,7 @@ def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-MIL_LAYERS = ("conv", "linear")
-"""Core ML's operations for `layers`."""
+MIL_LAYERS = ("conv", "linear")  # Core ML's operations for `layers`
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

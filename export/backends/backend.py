@@ -21,8 +21,7 @@ from ..wrappers import layers
 from .parameters import LayerParameters
 
 Outputs = tuple[torch.Tensor, ...]
-Run = Callable[[torch.Tensor], Outputs]
-"""From what `Spec.feed` returns to the outputs that `Spec.outputs` names."""
+Run = Callable[[torch.Tensor], Outputs]  # from what `Spec.feed` returns to the outputs that `Spec.outputs` names
 Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
 
 
@@ -36,17 +35,13 @@ class Artifact:
     path: Path
     spec: Spec
     runtime: str
-    operators: Mapping[str, int]
-    """Number of each operator, most frequent first."""
+    operators: Mapping[str, int]  # number of each operator, most frequent first
     run: Run
     run_layers: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
     """From what `Spec.feed` returns to the output of each convolution and linear layer, by its name where known."""
-    parameters: Callable[[], Mapping[str, LayerParameters]]
-    """The weights that each of these layers computes with."""
-    scale_faults: Callable[[], list[str]]
-    """Scales of 8-bit tensors that do not belong together, each as a sentence."""
-    labels: Sequence[str] = ()
-    """Names of the classes that the file holds."""
+    parameters: Callable[[], Mapping[str, LayerParameters]]  # the weights that each of these layers computes with
+    scale_faults: Callable[[], list[str]]  # scales of 8-bit tensors that do not belong together, each as a sentence
+    labels: Sequence[str] = ()  # names of the classes that the file holds
     largest_values: Callable[[], Mapping[str, float]] = dict
     """With rounding after each operation: the largest absolute values so far, by the operation's name."""
     overflow: Callable[[], str | None] = lambda: None
@@ -84,10 +79,8 @@ def join(parts: Sequence[Sequence[torch.Tensor | np.ndarray]]) -> Outputs:
 class ImageInput(NamedTuple):
     """The input of an image model's file, which need not be one of ours."""
 
-    img_size: int
-    """Height in pixels."""
-    batch: int | None
-    """The one batch size that it takes; None for any."""
+    img_size: int  # height in pixels
+    batch: int | None  # the one batch size that it takes; None for any
     precision: str
 
 
@@ -172,47 +165,33 @@ Writer = Callable[[Path, Spec], None]
 class Backend(Generic[O]):
     """A file format and the runtime that runs it: all that export, verification and benchmarks know of them."""
 
-    name: str
-    """The format's word on the command line: `shvit export NAME`."""
+    name: str  # the format's word on the command line: `shvit export NAME`
     title: str
     suffix: str
-    companions: tuple[str, ...] = ()
-    """Suffixes of further files that belong to an artifact."""
-    help: str
-    """Help text of the export command."""
-    runtime: str
-    """The runtime's word on the command line: `shvit bench --runtimes NAME`."""
-    packages: tuple[str, ...]
-    """Modules that write and run a file."""
-    extra: str = "export"
-    """The extra of this package that installs them."""
-    precisions: tuple[Precision, ...]
-    """Those that can be exported, the default first."""
+    companions: tuple[str, ...] = ()  # suffixes of further files that belong to an artifact
+    help: str  # help text of the export command
+    runtime: str  # the runtime's word on the command line: `shvit bench --runtimes NAME`
+    packages: tuple[str, ...]  # modules that write and run a file
+    extra: str = "export"  # the extra of this package that installs them
+    precisions: tuple[Precision, ...]  # those that can be exported, the default first
     precision_help: str
-    compared: tuple[Precision, ...]
-    """Those that `shvit export all` writes."""
-    calibrated: Precision
-    """The precision whose ranges are learned from images."""
+    compared: tuple[Precision, ...]  # those that `shvit export all` writes
+    calibrated: Precision  # the precision whose ranges are learned from images
     options: type[O]
-    all_options: O
-    """The options that `shvit export all` writes with."""
+    all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]
-    load: Callable[[Path, int | None], Artifact]
-    """From a path and a number of threads, the runtime's choice where None."""
+    load: Callable[[Path, int | None], Artifact]  # from a path and a number of threads, the runtime's choice where None
     load_native: Callable[[Artifact], Artifact] | None = None
     """The same file in the vendor's runtime, where `load` runs it in an evaluator of ours."""
     load_rounded: Callable[[Artifact, int | None], Artifact] | None = None
     """The same file in half precision, rounded after each operation; None where `load` does so itself."""
-    inspect: Callable[[Path], ImageInput]
-    """Reads the input of a file, which need not be one of ours."""
-    unfolds_identities: bool = True
-    """int8 is made from the model with its identities unfolded."""
+    inspect: Callable[[Path], ImageInput]  # reads the input of a file, which need not be one of ours
+    unfolds_identities: bool = True  # int8 is made from the model with its identities unfolded
     float_stem: bool = False
     """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
-    overflow_advice: str = ""
-    """How to run int8 on a processor whose 8-bit sums overflow."""
+    overflow_advice: str = ""  # how to run int8 on a processor whose 8-bit sums overflow
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of a deployed model that are faster in float32 than in int8."""
@@ -226,8 +205,7 @@ processor fetches ahead within a page only. docs/explanation/measurements.md has
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precisions that are narrower than what CPUs compute in."""
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # precisions that are narrower than what CPUs compute in
 ROWS = 16  # images at a time with rounding, which bounds memory
 SHOWN_VALUES = 3
 EXACT_OPERATORS = (

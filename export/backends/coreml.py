@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
     from ..mil.program import Package
 
-LABEL = "classLabel"
-"""Name of a classifier's output with the most probable label, as is customary in Core ML."""
+LABEL = "classLabel"  # name of a classifier's output with the most probable label, as is customary in Core ML
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,8 +205,7 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
         raise InputError(f"{name}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
-ONNX_TYPES = {"float": "float32", "double": "float64"}
-"""Types for which ONNX Runtime has other names than PyTorch."""
+ONNX_TYPES = {"float": "float32", "double": "float64"}  # types for which ONNX Runtime has other names than PyTorch
 
 
 def _ports(arguments: Sequence["NodeArg"]) -> list[Port]:
@@ -239,8 +238,7 @@ def _run_layers(path: Path, threads: int | None, batch: torch.Tensor) -> dict[st
     return {name: output.float() for name, output in zip(names.values(), outputs, strict=True)}
 
 
-INPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
-"""Those of which a benchmark makes inputs."""
+INPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(uint8)")  # types that a benchmark creates inputs of
 
 
 def inspect(path: Path) -> ImageInput:

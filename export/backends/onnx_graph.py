@@ -44,8 +44,7 @@ def load_onnx(path: Path) -> Any:
     return proto
 
 
-MAX_BYTES = (2 << 30) - 1
-"""Limit of protobuf, in which ONNX is written."""
+MAX_BYTES = (2 << 30) - 1  # limit of protobuf, in which ONNX is written
 
 
 def _graphs(proto: "ModelProto") -> Iterator[Any]:

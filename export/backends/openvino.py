@@ -168,8 +168,7 @@ def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     return replace(artifact, **RoundedOpenvino(load_openvino(artifact.path)[0], dtype, threads).changes(artifact))
 
 
-TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}
-"""OpenVINO's names for types."""
+TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}  # OpenVINO's names for types
 
 
 def _shape(port: "Output") -> list[int | None] | None:

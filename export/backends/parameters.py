@@ -30,18 +30,15 @@ GAIN_SIGMAS = 6.0
 class Stored(NamedTuple):
     """A tensor of a file."""
 
-    value: torch.Tensor
-    """float32, what it stands for."""
-    rounding: torch.Tensor
-    """The largest error that rounding made, of the same shape or one that can be spread to it."""
+    value: torch.Tensor  # float32
+    rounding: torch.Tensor  # the largest error that rounding made; its shape broadcasts to the value's
 
 
 @dataclass(frozen=True)
 class LayerParameters:
     """A convolution or linear layer of a file."""
 
-    weight: Stored
-    """(out, in / groups, …)."""
+    weight: Stored  # (out, in / groups, …)
     bias: Stored | None
 
 
@@ -75,12 +72,10 @@ def quantized(levels: Any, scale: Any, zero_point: Any = 0, axis: int = 0) -> St
 class Faults:
     """The result of a comparison of weights."""
 
-    compared: int
-    """Layers of the file that are layers of the model."""
+    compared: int  # layers of the file that are layers of the model
     worst: float
     """The largest error over the largest that rounding explains, of weights, biases and scales; above 1 is a fault."""
-    faults: tuple[str, ...]
-    """What is wrong, the worst first; empty for a sound file."""
+    faults: tuple[str, ...]  # what is wrong, the worst first; empty for a sound file
 
 
 def compare_parameters(file_parameters: Mapping[str, LayerParameters], model: nn.Module) -> Faults:
@@ -175,8 +170,7 @@ def convolve(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor | None = No
     return nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-MIN_STEP = 2.0**-14
-"""Core ML's least scale: finer ones say nothing of a range."""
+MIN_STEP = 2.0**-14  # Core ML's least scale: finer ones say nothing of a range
 
 
 def range_faults(learned: Mapping[str, Range], steps: Mapping[str, tuple[float, float]]) -> list[str]:

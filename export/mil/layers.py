@@ -10,8 +10,7 @@ from .registry import Numbers, Operations, ints
 OPERATIONS = Operations()
 
 
-Pads = list[tuple[int, int]]
-"""(before, after) of each spatial dimension."""
+Pads = list[tuple[int, int]]  # (before, after) of each spatial dimension
 
 
 def pairs(pad: Numbers) -> Pads:

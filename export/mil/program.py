@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Function, Operation, Var
     from coremltools.proto.Model_pb2 import FeatureDescription, Model
 
-PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
-"""PIL's names of Core ML's color spaces."""
-MAIN = "main"
-"""The function that is run, of those that a program may have."""
+PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}  # PIL's names of Core ML's color spaces
+MAIN = "main"  # the one function that is run; a program may have several
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,8 @@ class ModelInput:
     """An input of a package, as the package describes it."""
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
-    """The shapes allowed, (B, C, H, W); the first is the default."""
-    colors: str | None
-    """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
+    shapes: tuple[tuple[int, ...], ...]  # the shapes allowed, (B, C, H, W); the first is the default
+    colors: str | None  # RGB, BGR or GRAYSCALE of an image; None for a tensor
 
 
 class Program:
@@ -248,8 +244,7 @@ def _port(var: "Var") -> Port:
     return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
 
 
-MAX_FILES = 1000
-"""Files of a package; `shvit export` writes three."""
+MAX_FILES = 1000  # files of a package; `shvit export` writes three
 MAX_MANIFEST_BYTES = 1 << 20
 
 

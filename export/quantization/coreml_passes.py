@@ -24,8 +24,7 @@ from ..spec import Spec
 from ..wrappers import MIL_LAYERS
 from .ranges import LEVELS, Range, learn_ranges
 
-MIN_SCALE = 2.0**-14
-"""float16's smallest normal number."""
+MIN_SCALE = 2.0**-14  # float16's smallest normal number
 Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Tensor]]]
 """Takes a function with one input; returns a callable from an input to the values of all variables, with gradients."""
 
@@ -33,18 +32,12 @@ Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Ten
 class Calibration(NamedTuple):
     """What ranges are learned from."""
 
-    inputs: Sequence[torch.Tensor]
-    """Of the traced graph, (1, C, H, W)."""
-    evaluator: Evaluator
-    """Runs the traced graph on them."""
+    inputs: Sequence[torch.Tensor]  # inputs of the traced graph, (1, C, H, W)
+    evaluator: Evaluator  # runs the traced graph on them
 
 
 def pipeline(
-    spec: Spec,
-    names: Mapping[str, str],
-    calibration: Calibration,
-    excluded: Collection[str],
-    ranges: dict[str, Range],
+    spec: Spec, names: Mapping[str, str], calibration: Calibration, excluded: Collection[str], ranges: dict[str, Range]
 ) -> ct.PassPipeline:
     """Return coremltools' own passes followed by ours, as `spec.precision` needs them.
 

@@ -25,8 +25,7 @@ from .ranges import Range, flat_outputs, learn_ranges
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-LAYERS = ("Conv", "Gemm")
-"""ONNX operators that are a whole module, bias included."""
+LAYERS = ("Conv", "Gemm")  # ONNX operators that are a whole module, bias included
 FLOAT_OUTPUTS = ("Gemm",)
 """Operators whose 8-bit kernels give float32: logits are not rounded, nor cut at the range of those seen."""
 
