@@ -30,6 +30,9 @@ PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coreml
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
 MAX_GRAY_LEVELS = 1.0
+SATURATION_IMAGES = 32
+SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
+MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
 MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
 PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -37,10 +40,7 @@ PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_m
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate(Envelope):
-    """How far an artifact's outputs are from its model's, and what the artifact is.
-
-    Errors are those of `verdict.compare`, the worst of all outputs and sizes.
-    """
+    """Description of an artifact and of its errors, by `verdict.compare`: the worst of all outputs and sizes."""
 
     random_weights: bool
     spec: Spec  # input, preprocessing and precision; for int8 also the layers that are excluded from quantization
@@ -116,7 +116,7 @@ class Reference:
 
     @property
     def trained(self) -> bool:
-        """Whether the weights are not random: they are a file's, or were given with the model."""
+        """True if the weights are not random: they are a file's, or were given with the model."""
         return self.in_memory or self.checkpoint is not None
 
     def pixels(self, spec: Spec) -> torch.Tensor:
@@ -132,9 +132,8 @@ class Reference:
             return 255.0
         key = replace(_input_of(declared), mean=declared.mean, std=declared.std)
         if key not in self._gray_levels:
-            self._gray_levels[key] = gray_level_difference(
-                declared, self.spec, spread(self.images, PREPROCESSED_IMAGES)
-            )
+            images = spread(self.images, PREPROCESSED_IMAGES)
+            self._gray_levels[key] = gray_level_difference(declared, self.spec, images)
         return self._gray_levels[key]
 
     def outputs(self, px: int) -> list[torch.Tensor]:
@@ -156,8 +155,7 @@ class Reference:
     @cached_property
     def stem(self) -> str | None:
         """The name of the convolution whose input is the image itself; None where there is none."""
-        batch = self.spec.normalize(self.pixels(self.spec)[:1])
-        return first_layer(self.deployed, batch)
+        return first_layer(self.deployed, self.spec.normalize(self.pixels(self.spec)[:1]))
 
     @cached_property
     def layers(self) -> dict[str, torch.Tensor]:
@@ -169,12 +167,11 @@ def _check_overflow(artifact: Artifact) -> None:
     """Raise CheckFailed if a value did not fit the artifact's half precision."""
     if (name := artifact.overflow()) is None:
         return
-    largest = ", ".join(f"{each} {value:.3g}" for each, value in artifact.largest_values().items())
-    raise CheckFailed(
-        f"{artifact.path.name} overflows {artifact.spec.precision}: {name} is the first operation whose values do not "
-        f"fit; nearest before it: {largest}; choose fp32",
-        {"passed": False, "overflow": name, "largest_values": dict(artifact.largest_values())},
-    )
+    values = dict(artifact.largest_values())
+    largest = ", ".join(f"{each} {value:.3g}" for each, value in values.items())
+    raise CheckFailed(f"{artifact.path.name} overflows {artifact.spec.precision}: {name} is the first operation whose "
+                      f"values do not fit; nearest before it: {largest}; choose fp32",
+                      {"passed": False, "overflow": name, "largest_values": values})  # fmt: skip
 
 
 def _input_of(spec: Spec) -> Spec:
@@ -193,18 +190,18 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
     """
     spec = reference.spec
     outputs = _compare_outputs(artifact, reference)
-    given = run_layers(artifact, reference)
+    layer_values = run_layers(artifact, reference)
     limit = _gray_level_limit(artifact, reference)
     parameters = artifact.parameters()
     stem = parameters.get(reference.stem or "")
-    gray_levels, faults = preprocessing_faults(artifact.spec, reference, given, limit, stem)
+    gray_levels, faults = preprocessing_faults(artifact.spec, reference, layer_values, limit, stem)
     weights = compare_parameters(parameters, _quantizable(artifact, reference))
     faults += [*weights.faults, *artifact.scale_faults(), *label_faults(artifact.labels, reference.labels)]
     verdict = "refused" if faults else outputs.verdict
     worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
     shown = {each.name for each in fields(Certificate)}
     worst_image = reference.images[worst["worst_image"]].path
-    layer, layer_snr_db = worst_layer(given, reference)
+    layer, layer_snr_db = worst_layer(layer_values, reference)
     return Certificate(
         artifact=name or artifact.path.name,
         artifact_sha256=artifact_sha256(artifact.path),
@@ -250,32 +247,23 @@ class _Outputs:
 
 
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
-    """Run all images at each of the artifact's sizes.
-
-    Raises:
-        CheckFailed: a value does not fit the artifact's half precision.
-    """
+    """Run all images at each size; raise CheckFailed if a value does not fit the artifact's half precision."""
     tolerance, probabilities = TOLERANCES[artifact.spec.precision], artifact.spec.output_kind == "probabilities"
     labels = torch.tensor([image.label for image in reference.images])
     figures, verdicts, reasons, accuracies = {}, [], [], []
     for px in artifact.spec.sizes:
         expected = reference.outputs(px)
-        got = run_batches(
-            lambda pixels: artifact.run(artifact.spec.feed(pixels)),
-            reference.pixels(replace(artifact.spec, img_size=px)),
-        )
+        pixels = reference.pixels(replace(artifact.spec, img_size=px))
+        outputs = run_batches(lambda batch: artifact.run(artifact.spec.feed(batch)), pixels)
         _check_overflow(artifact)
-        accuracies.append((_accuracy(got[0], labels), _accuracy(expected[0], labels)))
-        for name, wanted, output in zip(artifact.spec.outputs, expected, got, strict=True):
-            figure = compare(wanted, output, tolerance, probabilities)
+        accuracies.append((_accuracy(outputs[0], labels), _accuracy(expected[0], labels)))
+        for name, model_output, output in zip(artifact.spec.outputs, expected, outputs, strict=True):
+            figure = compare(model_output, output, tolerance, probabilities)
             verdict, why = judge(figure, tolerance, len(reference.images))
             figures[f"{name} at {px} px"] = figure
             verdicts.append(verdict)
             reasons += why
     return _Outputs(figures, worst_verdict(verdicts), tuple(dict.fromkeys(reasons)), *accuracies[0])
-
-
-SATURATION_IMAGES = 32
 
 
 def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
@@ -292,9 +280,6 @@ def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
         return []
     return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
             f"which leaves {defaults_db:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
-
-
-SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
 
 
 def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
@@ -316,16 +301,15 @@ def preprocessing_faults(
 
     Args:
         declared: the artifact's spec.
-        outputs: of its layers, by `run_layers`: the first shows the preprocessing inside.
-        limit: of the gray levels that the first layer shows; those of the preprocessing outside may be 1.
+        outputs: outputs of its layers, by `run_layers`: the first shows the preprocessing inside.
+        limit: most gray levels that the first layer may show; those of the preprocessing outside may be 1.
         stem: the file's weights of the first layer, where they are known.
     """
     spec = reference.spec
     declared = replace(declared, img_size=spec.img_size)
     unequal = [name for name in PREPROCESSING if getattr(declared, name) != getattr(spec, name)]
-    faults = [
-        f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}" for name in unequal
-    ]
+    faults = [f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}"
+              for name in unequal]  # fmt: skip
     levels = reference.gray_levels(declared)
     if levels > MAX_GRAY_LEVELS:
         faults.append(f"preprocessing is off by {levels:.1f} gray levels (at most {MAX_GRAY_LEVELS:g})")
@@ -338,10 +322,8 @@ def preprocessing_faults(
 def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
     """Return by how much the first layer's colors may seem to be off; an input in 8 bits rounds them too."""
     spec = artifact.spec
-    in_8_bits = (
-        spec.precision == resolve_backend(artifact.path).calibrated and reference.stem not in spec.excluded_layers
-    )
-    return MAX_8_BIT_GRAY_LEVELS if in_8_bits else MAX_GRAY_LEVELS
+    calibrated = spec.precision == resolve_backend(artifact.path).calibrated
+    return MAX_8_BIT_GRAY_LEVELS if calibrated and reference.stem not in spec.excluded_layers else MAX_GRAY_LEVELS
 
 
 def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
@@ -361,12 +343,8 @@ def run_layers(artifact: Artifact, reference: Reference) -> Mapping[str, torch.T
 
 def worst_layer(outputs: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
     """Return the layer whose output is farthest from that of the deployed model's layer, and its SNR."""
-    expected = reference.layers
-    noise = {
-        name: snr_db(expected[name], output)
-        for name, output in outputs.items()
-        if name in expected and expected[name].shape == output.shape
-    }
+    pairs = {name: (reference.layers[name], outputs[name]) for name in reference.layers if name in outputs}
+    noise = {name: snr_db(*pair) for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     return min(noise.items(), key=lambda item: item[1]) if noise else (None, None)
 
 
@@ -416,6 +394,3 @@ def require(certificate: Certificate) -> None:
     more = len(certificate.reasons) - MAX_REASONS
     reasons = "; ".join(certificate.reasons[:MAX_REASONS]) + (f" and {more} more" if more > 0 else "")
     raise CheckFailed(f"{certificate.artifact} exceeds its tolerance: {reasons}{worst}", asdict(certificate))
-
-
-MAX_REASONS = 4  # in the one line of a refusal; the certificate has all

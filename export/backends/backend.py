@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -87,8 +87,7 @@ class ImageInput(NamedTuple):
 def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precision: str) -> ImageInput:
     """Return the image input of a file from the shapes of its inputs, in which an open length is no number.
 
-    Raises:
-        InputError: it has no single input of four dimensions, or leaves height and width open.
+    Raise InputError where there is no single input of four dimensions, or height and width are open.
     """
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise InputError(f"{path}: has no single input of four dimensions; only image models are timed here")
@@ -104,19 +103,15 @@ def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precis
 
 @dataclass(frozen=True, kw_only=True)
 class FormatOptions:
-    """What a format can be besides its model, size and precision; each field is an option of `shvit export FORMAT`."""
+    """Options of a format besides model, size and precision; each field is one of `shvit export FORMAT`."""
 
     @property
     def classifies(self) -> bool:
-        """Whether the file returns a label besides probabilities."""
+        """True if the file returns a label besides probabilities."""
         return False
 
     def complete(self, spec: Spec) -> Spec:
-        """Return the spec with what these options change in it.
-
-        Raises:
-            InputError: they contradict each other, or the spec.
-        """
+        """Return the spec with what these options change; raise InputError where they contradict it or each other."""
         return spec
 
 
@@ -134,7 +129,7 @@ class GraphOptions(FormatOptions):
 
 
 class Source(Protocol):
-    """What a file is written from. Each of these is computed once for all files of one model."""
+    """The model that a file is written from. Each result is computed once for all files of one model."""
 
     @property
     def spec(self) -> Spec: ...
@@ -223,9 +218,6 @@ class Rounded:
     overflow. Here each operation is computed in float32, as matrix units accumulate, and its result rounded to float16
     or bfloat16 (infinite from 65520 on) before the next one reads it. The runtimes do the arithmetic, with conversions
     between the operations that they do not remove; results are the same on every machine but for the order of sums.
-
-    Args:
-        names: of the operations whose results are rounded, in the order in which they are computed.
     """
 
     def __init__(self, names: Sequence[str], dtype: torch.dtype, rows: int):
@@ -233,7 +225,7 @@ class Rounded:
         self.rows = rows
         self.largest: dict[str, float] = dict.fromkeys(names, 0.0)
         """Operation → largest absolute value of its results so far, before rounding; infinite where a result was
-        infinite or NaN. In the order of computation; convolutions and linear layers by their dotted names."""
+        infinite or NaN. `names` are in the order of computation; convolutions and linear layers by dotted names."""
 
     def run(self, batch: torch.Tensor) -> Outputs:
         """Return all outputs in order for what `Spec.feed` returns."""
@@ -242,11 +234,6 @@ class Rounded:
     def run_layers(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the output of each convolution and linear layer, by its dotted name, for what `Spec.feed` returns."""
         raise NotImplementedError
-
-    @property
-    def limit(self) -> float:
-        """The largest number of the format: 65504 for float16."""
-        return torch.finfo(self.dtype).max
 
     @property
     def overflow(self) -> str | None:
@@ -265,12 +252,8 @@ class Rounded:
         """Take note of the largest absolute value of an operation's result."""
         self.largest[name] = max(self.largest[name], value if math.isfinite(value) else math.inf)
 
-    def changes(self, artifact: Artifact) -> dict[str, Any]:
-        """Return the fields of an artifact that differ when it runs with rounding."""
-        return {
-            "runtime": f"{artifact.runtime}, {str(self.dtype).removeprefix('torch.')} after each operation",
-            "run": self.run,
-            "run_layers": self.run_layers,
-            "largest_values": lambda: self.nearest(SHOWN_VALUES),
-            "overflow": lambda: self.overflow,
-        }
+    def apply(self, artifact: Artifact) -> Artifact:
+        """Return the artifact as it runs with rounding."""
+        runtime = f"{artifact.runtime}, {str(self.dtype).removeprefix('torch.')} after each operation"
+        return replace(artifact, runtime=runtime, run=self.run, run_layers=self.run_layers,
+                       largest_values=lambda: self.nearest(SHOWN_VALUES), overflow=lambda: self.overflow)  # fmt: skip

@@ -67,7 +67,7 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     Args:
         source: the ONNX file.
-        path: of the .xml; the caller moves both files into place.
+        path: the .xml; the caller moves both files into place.
     """
     import openvino as ov
 
@@ -108,8 +108,7 @@ def compile_openvino(
 def saturates() -> bool:
     """Return whether OpenVINO's 8-bit kernels lose what is above 32767 in a sum of two products, without VNNI or AMX.
 
-    It is measured by a convolution of the largest values: older instructions of x86 add up pairs of products in 16
-    bits.
+    It is measured by a convolution of the largest values: older x86 instructions add up pairs of products in 16 bits.
     Source: OpenVINO's and oneDNN's notes on 8-bit inference, "saturation (overflow) issue".
     """
     import numpy as np
@@ -164,8 +163,8 @@ def load(path: Path, threads: int | None) -> Artifact:
 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
-    dtype = HALVES[artifact.spec.precision]
-    return replace(artifact, **RoundedOpenvino(load_openvino(artifact.path)[0], dtype, threads).changes(artifact))
+    model, _ = load_openvino(artifact.path)
+    return RoundedOpenvino(model, HALVES[artifact.spec.precision], threads).apply(artifact)
 
 
 TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}  # OpenVINO's names for types

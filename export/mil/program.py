@@ -22,7 +22,6 @@ from shvit.files import files_below, is_file, is_folder
 from shvit.terminal import quiet
 
 from ..guards import Port, check_elements, one_line
-from ..spec import Spec
 from ..wrappers import MIL_LAYERS as LAYERS
 from .operations import OPERATIONS
 
@@ -136,22 +135,10 @@ class Package:
         return dict(counts.most_common())
 
     @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
-        return [var.name for var in self.program.function.outputs]
-
-    @property
     def ports(self) -> tuple[list[Port], list[Port]]:
         """Inputs and outputs as the package declares them."""
         inputs = [Port(each.name, "image" if each.colors else "float32", each.shapes[0]) for each in self.inputs]
         return inputs, [_port(var) for var in self.program.function.outputs]
-
-    def check_sizes(self, spec: Spec) -> None:
-        """Raise InputError where the package does not take one of the sizes that its spec names."""
-        for px in spec.sizes:
-            shape = (1, spec.in_chans, px, px)
-            if shape not in self.inputs[0].shapes:
-                raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
 
     @property
     def metadata(self) -> dict[str, str]:

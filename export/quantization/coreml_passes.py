@@ -5,7 +5,7 @@ Importing this module registers them, so it is imported only to convert.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import coremltools as ct
@@ -37,17 +37,16 @@ class Calibration(NamedTuple):
 
 
 def pipeline(
-    spec: Spec, names: Mapping[str, str], calibration: Calibration, excluded: Collection[str], ranges: dict[str, Range]
+    spec: Spec, names: Mapping[str, str], calibration: Calibration, ranges: dict[str, Range]
 ) -> ct.PassPipeline:
     """Return coremltools' own passes followed by ours, as `spec.precision` needs them.
 
     Args:
-        names: of the modules that are layers, by their names in the traced graph.
-        calibration: is used where ranges are missing.
-        excluded: names of layers that are not quantized.
-        ranges: of layers' inputs, by the layer's name; those that are missing are learned and added.
+        names: names of the modules that are layers, by their names in the traced graph.
+        calibration: used where ranges are missing.
+        ranges: ranges of layers' inputs, by the layer's name; missing ones are learned and added.
     """
-    excluded = frozenset(excluded)
+    excluded = frozenset(spec.excluded_layers)
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass("shvit::name_layers")
     passes.set_options("shvit::name_layers", {"names": names, "excluded": excluded})
