@@ -22,7 +22,7 @@ from .backends.registry import artifact_files, artifact_sha256, resolve_backend
 from .images import ImageFile, gray_level_difference, read_pixels, spread
 from .labels import label_faults
 from .quantization.qdq import unfold_identities
-from .spec import Spec
+from .spec import PREPROCESSING, Spec
 from .verdict import TOLERANCES, Tolerance, Verdict, compare, judge, snr_db, worst_figures, worst_verdict
 from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
@@ -35,7 +35,6 @@ SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each ot
 MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
 MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
-PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +306,7 @@ def preprocessing_faults(
     """
     spec = reference.spec
     declared = replace(declared, img_size=spec.img_size)
-    unequal = [name for name in PREPROCESSING if getattr(declared, name) != getattr(spec, name)]
+    unequal = [name for name in ("in_chans", *PREPROCESSING) if getattr(declared, name) != getattr(spec, name)]
     faults = [f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}"
               for name in unequal]  # fmt: skip
     levels = reference.gray_levels(declared)

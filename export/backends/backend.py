@@ -1,4 +1,4 @@
-"""What a backend is: a file format and the runtime that runs it; and what an artifact is, loaded."""
+"""Types of backends, each a file format and the runtime that runs it, and of artifacts, loaded."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

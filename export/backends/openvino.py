@@ -34,6 +34,7 @@ from .openvino_graph import (
     RoundedOpenvino,
     check_model,
     core,
+    lengths,
     load_openvino,
     openvino_parameters,
     openvino_scale_faults,
@@ -170,17 +171,11 @@ def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
 TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}  # OpenVINO's names for types
 
 
-def _shape(port: "Output") -> list[int | None] | None:
-    """Return a port's lengths, None for an open one; None where not even the rank is declared."""
-    shape = port.partial_shape
-    return [dim.get_length() if dim.is_static else None for dim in shape] if shape.rank.is_static else None
-
-
 def _ports(outputs: Sequence["Output"]) -> list[Port]:
     """Return a model's inputs or outputs as ports."""
     ports = []
     for each in outputs:
-        dtype, shape = each.element_type.get_type_name(), _shape(each)
+        dtype, shape = each.element_type.get_type_name(), lengths(each)
         name = each.any_name if each.names else each.node.get_friendly_name()
         ports.append(Port(name, TYPES.get(dtype, dtype), None if shape is None else tuple(shape)))
     return ports
@@ -210,7 +205,7 @@ def inspect(path: Path) -> ImageInput:
     """Return the image input of any IR."""
     model, notes = load_openvino(path)
     precision = spec_from(notes, path).precision if SPEC_KEY in notes else "fp32"
-    return image_input(path, [_shape(port) or () for port in model.inputs], precision)
+    return image_input(path, [lengths(port) or () for port in model.inputs], precision)
 
 
 OPENVINO = Backend(

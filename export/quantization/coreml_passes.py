@@ -30,7 +30,7 @@ Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Ten
 
 
 class Calibration(NamedTuple):
-    """What ranges are learned from."""
+    """Inputs and evaluator that ranges are learned with."""
 
     inputs: Sequence[torch.Tensor]  # inputs of the traced graph, (1, C, H, W)
     evaluator: Evaluator  # runs the traced graph on them
@@ -79,8 +79,7 @@ class name_layers(AbstractGraphPass):  # noqa: N801  (coremltools calls passes a
         for op, module in zip(layers, modules, strict=True):
             alone = module in self.names and times[module] == 1
             op.name = self.names[module] if alone else written(op.name)
-        unknown = sorted(self.excluded - {op.name for op in layers})
-        if unknown:
+        if unknown := sorted(self.excluded - {op.name for op in layers}):
             some = ", ".join(op.name for op in layers[:3])
             raise InputError(f"no convolution or linear layer is called {unknown[0]!r}; choose from the model's, "
                              f"such as {some}")  # fmt: skip

@@ -143,8 +143,8 @@ def quantize_onnx(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRan
 
     Args:
         proto: the float model; it is left as it is.
-        spec: of the new model; its `excluded_layers` stay in float32.
-        ranges: of `activation_ranges`, for every layer of the model.
+        spec: spec of the new model; its `excluded_layers` stay in float32.
+        ranges: result of `activation_ranges`, for every layer of the model.
 
     Raises:
         InputError: the model has layers that are no modules of the PyTorch model.

@@ -82,7 +82,7 @@ def learn_ranges(
     they cause there, to first order.
 
     Args:
-        evaluate: gives the outputs, and the tensors by any key, for a batch; all with gradients.
+        evaluate: function from a batch to the outputs and to the tensors by any key; all with gradients.
         batches: inputs of the network.
     """
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def learn_ranges(
         gradients = torch.autograd.grad(total, list(values.values()))
         for (key, value), gradient in zip(values.items(), gradients, strict=True):
             counts[key] = counts.get(key, 0) + histogram(value.detach(), gradient.double().square())
-    return {key: best_range(found) for key, found in counts.items()}
+    return {key: best_range(count) for key, count in counts.items()}
 
 
 def flat_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
