@@ -5,7 +5,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from .registry import Operations
+from .registry import Operation, Operations
 
 UNARY = {
     "abs": torch.abs,
@@ -32,7 +32,7 @@ BINARY = {
     "real_div": operator.truediv,
     "sub": operator.sub,
 }
-OTHERS = {
+OTHERS: dict[str, Operation] = {
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
     "elu": lambda x, alpha: F.elu(x, alpha),
     "inverse": lambda x, epsilon: 1 / (x + epsilon),
