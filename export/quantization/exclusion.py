@@ -1,4 +1,4 @@
-"""Choice of the layers to exclude from quantization: those whose rounding adds the most noise, and as few as are needed."""
+"""Layers to exclude from quantization: those whose rounding adds the most noise, and as few as are needed."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
