@@ -18,10 +18,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_ELEMENTS = 1 << 30
 """Numbers in one tensor inside a model: 4 GiB in float32. SHViT-S4 at 4096 px has 0.2 · 10⁹ in its largest."""
-MAX_PIXEL_BYTES = 2 << 30
-"""Of all images that are held at once, in uint8: 512 of them up to 1182 px."""
-MAX_BATCH_ELEMENTS = 1 << 27
-"""Numbers in one batch of images: 512 MiB in float32. 32 images of 1182 px."""
+MAX_PIXEL_BYTES = 2 << 30  # limit of all images in memory at once, uint8: 512 of them up to 1182 px
+MAX_BATCH_ELEMENTS = 1 << 27  # numbers in one batch of images: 512 MiB in float32, 32 images of 1182 px
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -75,13 +73,13 @@ def _check_outputs(path: Path, spec: Spec, outputs: Sequence[Any], rows: int) ->
     """Raise InputError unless there is a tensor for each output that the spec names, with a row for each image."""
     if len(outputs) < len(spec.outputs):
         raise InputError(f"{path}: gives {len(outputs)} outputs of {len(spec.outputs)}; export the model again")
+    flat = spec.output_kind != "features"
     for name, output in zip(spec.outputs, outputs, strict=False):
         shape = tuple(output.shape)
-        fits = shape == (rows, spec.num_classes) if spec.output_kind != "features" else shape[:1] == (rows,)
-        if not fits:
-            wanted = f"({rows}, {spec.num_classes})" if spec.output_kind != "features" else f"({rows}, …)"
-            raise InputError(f"{path}: its output {name} is of shape {shape}, and should be {wanted}; export the model "
-                             "again")  # fmt: skip
+        if shape != (rows, spec.num_classes) if flat else shape[:1] != (rows,):
+            expected = f"({rows}, {spec.num_classes})" if flat else f"({rows}, …)"
+            raise InputError(f"{path}: its output {name} is of shape {shape}, and should be {expected}; export the "
+                             "model again")  # fmt: skip
 
 
 def finite(path: Path, output: torch.Tensor) -> torch.Tensor:
@@ -98,30 +96,25 @@ class Port(NamedTuple):
     """An input or output as a file declares it."""
 
     name: str
-    dtype: str
-    """float32, float16, uint8, image, … or what the runtime calls another."""
+    dtype: str  # float32, float16, uint8, image, … or what the runtime calls another
     shape: tuple[int | None, ...] | None
-    """None where not even its rank is declared, and in it for a length that is open."""
+    """None where not even its rank is declared; None in it for an open length."""
 
 
 FLOATS = ("float32", "float16", "float64")
 
 
 def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], name: str) -> None:
-    """Hold a file's declared inputs and outputs against its own spec.
+    """Raise InputError where a file's declared inputs and outputs differ from its own spec.
 
-    Args:
-        name: what its one input is to be called.
-
-    Raises:
-        InputError: names, types, ranks, sizes or the number of classes differ.
+    That is in names (of its one input: `name`), types, ranks, sizes or the number of classes.
     """
     if [port.name for port in inputs] != [name]:
-        found = f"the inputs {', '.join(port.name for port in inputs)}" if inputs else "no input"
-        raise InputError(f"{path}: has {found}, and should have one, {name}; export the model again")
+        names = f"the inputs {', '.join(port.name for port in inputs)}" if inputs else "no input"
+        raise InputError(f"{path}: has {names}, and should have one, {name}; export the model again")
     pixels = (spec.img_size, spec.img_size, spec.in_chans)
-    wanted = pixels if spec.uint8_input and inputs[0].dtype != "image" else spec.shape
-    _check_port(path, inputs[0], ("uint8", "image") if spec.uint8_input else FLOATS, (None, *wanted))
+    expected = pixels if spec.uint8_input and inputs[0].dtype != "image" else spec.shape
+    _check_port(path, inputs[0], ("uint8", "image") if spec.uint8_input else FLOATS, (None, *expected))
     by_name = {port.name: port for port in outputs}
     missing = [each for each in spec.outputs if each not in by_name]
     if missing or [each for each in by_name if each in spec.outputs] != list(spec.outputs):
@@ -136,18 +129,17 @@ def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequenc
 
 def _check_port(path: Path, port: Port, dtypes: Sequence[str], shape: Sequence[int | None]) -> None:
     """Raise InputError unless the port is of one of these types and of this shape, as far as it is declared."""
-    declared = port.shape
-    fits = declared is None or (len(declared) == len(shape) and all(map(_agree, declared, shape)))
-    if port.dtype in dtypes and fits:
+    declared, same_type = port.shape, port.dtype in dtypes
+    if same_type and (declared is None or (len(declared) == len(shape) and all(map(_agree, declared, shape)))):
         return
-    actual = f"{port.dtype} {_shown(declared or ())}" if port.dtype not in dtypes else _shown(declared or ())
-    wanted = f"{dtypes[0]} {_shown(shape)}" if port.dtype not in dtypes else _shown(shape)
-    raise InputError(f"{path}: {port.name} is {actual}, and should be {wanted} by what it says of itself; export the "
+    actual = _shown(declared or ()) if same_type else f"{port.dtype} {_shown(declared or ())}"
+    expected = _shown(shape) if same_type else f"{dtypes[0]} {_shown(shape)}"
+    raise InputError(f"{path}: {port.name} is {actual}, and should be {expected} by what it says of itself; export the "
                      "model again")  # fmt: skip
 
 
-def _agree(declared: int | None, wanted: int | None) -> bool:
-    return declared is None or wanted is None or declared == wanted
+def _agree(declared: int | None, expected: int | None) -> bool:
+    return declared is None or expected is None or declared == expected
 
 
 def _shown(shape: Sequence[int | None]) -> str:
@@ -155,10 +147,9 @@ def _shown(shape: Sequence[int | None]) -> str:
 
 
 def check_elements(path: Path, shapes: Iterable[tuple[str, Sequence[int | None]]]) -> None:
-    """Raise InputError where a model declares a tensor larger than any that is computed here.
+    """Raise InputError where a model declares too large a tensor.
 
-    Args:
-        shapes: what to call each tensor, and its shape; an open length counts as 1.
+    `shapes` holds each tensor's name and shape; an open length counts as 1.
     """
     for name, shape in shapes:
         count = math.prod(each for each in shape if each is not None and each >= 0)
@@ -193,17 +184,13 @@ def rows_that_fit(batch_size: int, spec: Spec) -> int:
 
 
 def check_apart(output: Path | None, **read: object) -> None:
-    """For the beginning of a command that writes `output`.
+    """Raise InputError where a command's `output` would overwrite what it reads, or lie in a folder of images.
 
     Args:
-        read: paths that the command reads, by their options' names; what is None or no path that is there is left out.
-
-    Raises:
-        InputError: it would write over one of them, or into a folder of images.
+        read: paths that the command reads, by their options' names; None, and what does not exist, is skipped.
     """
-    for option, given in read.items() if output is not None else ():
-        path = Path(str(given)) if given is not None else None
-        if path is None or output is None or not is_there(path):
+    for option, value in read.items():
+        if value is None or output is None or not is_there(path := Path(str(value))):
             continue
         target, source, name = output.resolve(), path.resolve(), f"--{option.replace('_', '-')}"
         if target == source or (output.exists() and output.samefile(path)):
@@ -229,15 +216,11 @@ def check_files(output: Path, files: Sequence[Path]) -> None:
 
 
 def check_own(folder: Path | None, record: str, marker: bytes, others: Sequence[str] = ()) -> None:
-    """For the beginning of a command that writes several files into a folder, which may be anyone's.
+    """Raise InputError where a command would overwrite files in a folder that no earlier run of it wrote.
 
     Args:
-        record: the file by which a folder is known to be an earlier run's of the same command.
-        marker: what stands in its first 4096 bytes.
+        record: the file by which a folder is known to be an earlier run's: its first 4096 bytes hold `marker`.
         others: further files that are written.
-
-    Raises:
-        InputError: one of these files is there, and is not of an earlier run.
     """
     if folder is None or not is_folder(folder):
         return

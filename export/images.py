@@ -28,8 +28,7 @@ class ImageFile:
     """An image file, and its class where the folder names it."""
 
     path: Path
-    label: int
-    """Class index; -1 where it is not known."""
+    label: int  # class index; -1 where it is not known
 
 
 def sample_images(
@@ -42,7 +41,7 @@ def sample_images(
     """Return the images in `folder` and below, at most `limit` spread evenly; scikit-image's where None.
 
     Args:
-        num_classes: of the model; a folder with so many folders of images in it tells their classes.
+        num_classes: the model's number of classes; a folder with as many folders of images tells their classes.
         classes: the model's, by index, where they are known: folders are then matched by name, and where none of them
             is a class, they tell nothing.
         part: the split to take of a folder with train/ and val/, which is reported.

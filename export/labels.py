@@ -29,8 +29,7 @@ def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()
         classes: the names that are known of the model.
 
     Raises:
-        InputError: the file is not there, not text, has another number of lines than the model has classes, an empty or
-            repeated one, or says otherwise than what is known.
+        InputError: the file is missing, not text, contradicts `classes`, or does not name each class once.
     """
     if path is None:
         return list(classes) if len(classes) == num_classes else []
@@ -73,31 +72,31 @@ def _read_lines(path: Path) -> list[str]:
 
 def contradiction(labels: Sequence[str], classes: Sequence[str]) -> str | None:
     """Return how labels contradict the model's classes, if they do; ImageNet's may have other names than timm's."""
-    given, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
-    if given == known:
+    names, known = [same_name(name) for name in labels], [same_name(name) for name in classes]
+    if names == known:
         return None
     imagenet = is_imagenet(tuple(classes))
     for order in (known, list(imagenet_ids())) if imagenet else (known,):
-        if sorted(given) == sorted(order):
-            return None if given == order else f"has the model's classes in another order: {_first(given, order)}"
-    return None if imagenet else _first(given, known)
+        if sorted(names) == sorted(order):
+            return None if names == order else f"has the model's classes in another order: {_first(names, order)}"
+    return None if imagenet else _first(names, known)
 
 
-def _first(given: Sequence[str], known: Sequence[str]) -> str:
+def _first(labels: Sequence[str], known: Sequence[str]) -> str:
     """Return the first difference of two lists, as a sentence."""
-    pairs = enumerate(zip(known, given, strict=False))
+    pairs = enumerate(zip(known, labels, strict=False))
     differences = (f"class {i} of the model is {a!r}, and the labels say {b!r}" for i, (a, b) in pairs if a != b)
-    return next(differences, f"{len(given)} labels for {len(known)} classes")
+    return next(differences, f"{len(labels)} labels for {len(known)} classes")
 
 
-def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
+def label_faults(labels: Sequence[str], expected: Sequence[str]) -> list[str]:
     """Return what is wrong with a file's labels, which must be the model's in order; nothing where either has none."""
-    if not found or not expected or contradiction(found, expected) is None:
+    if not labels or not expected or contradiction(labels, expected) is None:
         return []
-    if sorted(found) == sorted(expected):
-        index = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-        return [f"labels in another order: class {index} is called {found[index]!r} and is {expected[index]!r}"]
-    others = sorted(set(found) - set(expected))
+    if sorted(labels) == sorted(expected):
+        index = next(i for i, (a, b) in enumerate(zip(labels, expected, strict=True)) if a != b)
+        return [f"labels in another order: class {index} is called {labels[index]!r} and is {expected[index]!r}"]
+    others = sorted(set(labels) - set(expected))
     return [f"labels that are not the model's classes: {', '.join(map(repr, others[:4]))}"]
 
 
@@ -106,17 +105,14 @@ def label_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """Which of a model's classes the classes of a dataset are."""
+    """The classes of a dataset matched to those of a model."""
 
-    index: tuple[int, ...]
-    """The model's index of each class of the dataset; -1 for one that the model does not know."""
-    unknown: tuple[str, ...]
-    """The dataset's classes that the model does not know."""
-    missing: tuple[str, ...]
-    """The model's classes that the dataset does not have."""
+    index: tuple[int, ...]  # the model's index of each class of the dataset; -1 for one that the model does not know
+    unknown: tuple[str, ...]  # the dataset's classes that the model does not know
+    missing: tuple[str, ...]  # the model's classes that the dataset does not have
 
 
-def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
+def match_classes(names: Sequence[str], classes: Sequence[str]) -> ClassMatch:
     """Match a dataset's classes to a model's by name; ImageNet's also by WordNet id and by number.
 
     A class that the model does not know letter by letter may have its accents written in another way, unless the
@@ -124,10 +120,10 @@ def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
     """
     known = {name: number for number, name in enumerate(classes)}
     if is_imagenet(tuple(classes)):
-        for names in (imagenet_ids(), imagenet_names(), map(str, range(1000))):
-            for number, name in enumerate(names):
+        for spelling in (imagenet_ids(), imagenet_names(), map(str, range(1000))):
+            for number, name in enumerate(spelling):
                 known.setdefault(name, number)
-    spellings, counts = Counter(map(same_name, found)), Counter(map(same_name, classes))
+    spellings, counts = Counter(map(same_name, names)), Counter(map(same_name, classes))
     alike = {same_name(name): number for number, name in enumerate(classes) if counts[same_name(name)] == 1}
 
     def index_of(name: str) -> int:
@@ -135,21 +131,13 @@ def match_classes(found: Sequence[str], classes: Sequence[str]) -> ClassMatch:
             return known[name]
         return alike.get(same_name(name), -1) if spellings[same_name(name)] == 1 else -1
 
-    index = tuple(map(index_of, found))
-    return ClassMatch(
-        index=index,
-        unknown=tuple(name for name, place in zip(found, index, strict=True) if place < 0),
-        missing=tuple(name for place, name in enumerate(classes) if place not in set(index)),
-    )
+    index = tuple(map(index_of, names))
+    unknown = tuple(name for name, place in zip(names, index, strict=True) if place < 0)
+    return ClassMatch(index, unknown, tuple(name for place, name in enumerate(classes) if place not in set(index)))
 
 
 def refuse_unknown(match: ClassMatch, classes: Sequence[str], source: object, advice: str) -> None:
-    """Raise InputError if the dataset has classes that the model does not know.
-
-    Args:
-        source: what the message calls the dataset.
-        advice: what to do besides renaming.
-    """
+    """Raise InputError if the dataset, `source`, has classes that the model does not know."""
     if match.unknown:
         first = match.unknown[0]
         close = [name for name in classes if name.casefold() == first.casefold()]

@@ -1,4 +1,4 @@
-"""The commands eval, export and verify; see shvit/cli.py for how they are called."""
+"""Commands eval, export and verify; see shvit/cli.py for how they are called."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -102,15 +102,14 @@ class Eval:
                 partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")
         return result
 
-    def _match(self, found: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:
+    def _match(self, names: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:
         """Return the model's classes and, for each of the dataset's, the model's index; None where they are the same.
 
-        Raises:
-            InputError: the dataset has other classes than the model.
+        Raise InputError where the dataset has other classes than the model.
         """
-        if known and found:
-            match = match_classes(found, known)
-            if len(match.unknown) == len(found):
+        if known and names:
+            match = match_classes(names, known)
+            if len(match.unknown) == len(names):
                 refuse_unknown(match, known, self.data, "give the folder that holds them")
             if not self.skip_unknown_classes:
                 refuse_unknown(match, known, self.data, "leave their images out with --skip-unknown-classes")
@@ -119,11 +118,11 @@ class Eval:
                               f"({some(match.missing)}); accuracy is that of the others")  # fmt: skip
             return list(known), list(match.index)
         refuse("nothing tells the names of the model's classes", skip_unknown_classes=self.skip_unknown_classes)
-        classes = list(known) or found or [str(i) for i in range(spec.num_classes)]
+        classes = list(known) or names or [str(i) for i in range(spec.num_classes)]
         if len(classes) != spec.num_classes:
             raise InputError(f"{self.data} has {len(classes)} classes and the model {spec.num_classes}; evaluate on "
                              "the classes that it was trained for")  # fmt: skip
-        if found:
+        if names:
             console.print(f"nothing tells the names of the model's classes; {self.data}'s are taken for them in order: "
                           f"{some(classes)}")  # fmt: skip
         return classes, None
@@ -131,7 +130,7 @@ class Eval:
     def _evaluate(
         self,
         kind: str,
-        predict: Any,
+        predict: Predict,
         spec: Spec,
         transform: Any,
         dataset: Any,
@@ -165,7 +164,7 @@ class Eval:
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
         return {**asdict(result), "left_out": left_out, "damaged": loader.damaged}
 
-    def _predict(self) -> tuple[Any, Spec, Any, tuple[str, ...], Weights | None]:
+    def _predict(self) -> tuple[Predict, Spec, Any, tuple[str, ...], Weights | None]:
         """Return the function to logits, its spec, its transform, known names of classes, and the weights, if any."""
         if self.artifact is None:
             if self.checkpoint is None and not self.pretrained:
@@ -198,11 +197,7 @@ class Eval:
 
 
 class Renumbered:
-    """Batches whose class indices are the model's in place of the dataset's.
-
-    Args:
-        index: the model's index of each class of the dataset; images of negative ones are counted in `skipped`.
-    """
+    """Batches whose class indices are the model's: `index` of the dataset's. Negative ones are counted in `skipped`."""
 
     def __init__(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], index: list[int]):
         self.batches = batches
@@ -285,12 +280,8 @@ def _command(backend: Backend[Any]) -> type[_Export]:
     """Return the command that exports a backend's format, with the format's own options."""
     choices: Any = Literal.__getitem__(backend.precisions)
     precision = Annotated[choices, tyro.conf.arg(help=backend.precision_help)]
-    content = {
-        "__doc__": backend.help,
-        "__annotations__": {"precision": precision},
-        "precision": backend.precisions[0],
-        "backend": backend,
-    }
+    content = {"__doc__": backend.help, "__annotations__": {"precision": precision},
+               "precision": backend.precisions[0], "backend": backend}  # fmt: skip
     command = type(f"Export{backend.name.title()}", (backend.options, _Export), content)
     return dataclass(frozen=True, kw_only=True)(command)
 
@@ -326,29 +317,21 @@ class Verify:
     artifact: tyro.conf.Positional[Path]
     """An .onnx file, .xml (with its .bin) or .mlpackage of `shvit export`."""
     checkpoint: Path | None = None
-    """The weights it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
+    """Weights that it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
     model: str | None = None
-    """The model it was made from; the certificate's by default."""
+    """Name of the model that it was made from; the certificate's by default."""
     pretrained: bool = False
-    """It was made from the model's published weights."""
+    """State that it was made from the model's published weights."""
     ema: bool = False
-    """It was made from the checkpoint's EMA weights; as the certificate says by default."""
+    """State that it was made from the checkpoint's EMA weights; as the certificate says by default."""
     images: Path | None = None
     """A folder of images; scikit-image's bundled ones by default."""
     runtime: Literal["auto", "coreml"] = "auto"
-    """coreml: run a Core ML package in Core ML, on a Mac; in our own evaluator by default."""
+    """Use coreml to run a Core ML package in Core ML, on a Mac; by default it runs in our own evaluator."""
 
     def run(self) -> dict[str, Any]:
-        certificate = verify_artifact(
-            self.artifact,
-            model=self.model,
-            checkpoint=self.checkpoint,
-            pretrained=self.pretrained,
-            ema=self.ema,
-            images=self.images,
-            native=self.runtime == "coreml",
-            log=console.print,
-        )
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "runtime"}
+        certificate = verify_artifact(**options, native=self.runtime == "coreml", log=console.print)
         show(certificate, console)
         require(certificate)
         return asdict(certificate)

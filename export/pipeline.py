@@ -46,10 +46,8 @@ class Source:
 
     reference: Reference
     """The model, before deployment, whose outputs the artifact must match; and the images to verify with."""
-    spec: Spec
-    """The artifact's spec."""
-    calibration: Sequence[ImageFile]
-    """Images from which int8's ranges are learned."""
+    spec: Spec  # the artifact's spec
+    calibration: Sequence[ImageFile]  # images from which int8's ranges are learned
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -80,9 +78,8 @@ class Source:
     def ranges(self) -> dict[str, LayerRanges]:
         """Return the ranges of QDQ files in int8."""
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
-        return self._once(
-            ("ranges", self.spec.img_size), lambda: activation_ranges(without_softmax(self.unfolded()), batches)
-        )
+        key = ("ranges", self.spec.img_size)
+        return self._once(key, lambda: activation_ranges(without_softmax(self.unfolded()), batches))
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Return the ranges of Core ML's w8a8, by the tensor's first layer, which the first file fills."""
@@ -119,7 +116,7 @@ def create_source(
     """Return what artifacts are made from.
 
     Args:
-        weights: of `resolve_weights`, or a model in memory with the weights that it has.
+        weights: result of `resolve_weights`, or a model in memory with the weights that it has.
         img_size: height and width in pixels; where None, those that the model was trained for.
         images: a folder of images to verify with; scikit-image's where None.
         calibration: a folder of images to learn 8-bit ranges from; scikit-image's where None.
@@ -168,11 +165,7 @@ def _reference(
     limit: int,
     classes: Sequence[str] = (),
 ) -> Reference:
-    """Return the model on images of a folder.
-
-    Args:
-        classes: names of the classes that folders of images may have, where they are not the labels.
-    """
+    """Return the model on images of a folder, whose folders are named like `classes` where there are no labels."""
     files = sample_images(images, spec.num_classes, limit=limit, classes=labels or classes)
     source = str(images or BUNDLED)
     if not isinstance(weights, Weights):
@@ -321,7 +314,7 @@ def _exclude_fewest(attempt: Callable[[Sequence[str]], Attempt], whole: Attempt,
 
     Args:
         whole: the file with none of them; it is taken if no other passes more clearly and it is not refused.
-        noise: each layer's own, the noisiest first. Noise adds up, so that its sums tell where to begin.
+        noise: noise of each layer, the noisiest first. Noise adds up, so that its sums tell where to begin.
     """
     names, tried = list(noise), dict[int, Attempt]()
 
@@ -385,19 +378,11 @@ def verify_artifact(
 
 
 def _origin_weights(
-    artifact: Path,
-    spec: Spec,
-    model: str | None,
-    checkpoint: Path | None,
-    pretrained: bool,
-    ema: bool,
-    log: Log,
+    artifact: Path, spec: Spec, model: str | None, checkpoint: Path | None, pretrained: bool, ema: bool, log: Log
 ) -> Weights:
     """Return the weights that an artifact was made from: the certificate's, which options must not contradict.
 
-    Raises:
-        InputError: nothing tells the weights, or they are not there.
-        CheckFailed: it was made from another model or other weights.
+    Raise InputError where nothing tells them or they are missing, CheckFailed for another model or other weights.
     """
 
     def other(what: str, **certified: Any) -> CheckFailed:
@@ -419,10 +404,10 @@ def _origin_weights(
     weights = resolve_weights(model or made_from, checkpoint, ema, pretrained, log)
     digest = sha256(weights.checkpoint) if weights.checkpoint else None
     if digest != origin.checkpoint_sha256:
-        expected, given = (f"SHA-256 {each[:12]}…" if each else "random ones"
-                           for each in (origin.checkpoint_sha256, digest))  # fmt: skip
+        expected, actual = (f"SHA-256 {each[:12]}…" if each else "random ones"
+                            for each in (origin.checkpoint_sha256, digest))  # fmt: skip
         named = f" ({origin.checkpoint})" if origin.checkpoint else ""
-        what = f"another checkpoint: its weights are {expected}{named}, and {weights.name or 'no file'} is {given}"
+        what = f"another checkpoint: its weights are {expected}{named}, and {weights.name or 'no file'} is {actual}"
         raise other(what, checkpoint_sha256=origin.checkpoint_sha256, found=digest)
     return weights
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # timm's names of all but the size
 MAX_CLASSES = 1_000_000
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 MAX_SIZES = 64
@@ -63,8 +64,7 @@ class Spec:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
     model: Name
-    img_size: Side
-    """Height and width in pixels."""
+    img_size: Side  # height and width in pixels
     in_chans: Annotated[int, _check_choice(1, 3)]
     num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)]
     mean: tuple[Finite, ...]
@@ -75,14 +75,12 @@ class Spec:
     """timm's: center, squash or border."""
     precision: Precision = "fp32"
     """The artifact's weight and compute precision. Core ML's int8 rounds weights alone, its w8a8 activations too."""
-    uint8_input: bool = False
-    """The artifact takes pixels, 0–255, and normalizes them itself."""
+    uint8_input: bool = False  # the artifact takes pixels, 0–255, and normalizes them itself
     outputs: Annotated[tuple[Name, ...], AfterValidator(_check_outputs)] = ("logits",)
     """Names of the outputs, in order: logits, or probabilities, or stride_16, … for feature maps."""
     other_sizes: Annotated[tuple[Side, ...], Field(max_length=MAX_SIZES - 1)] = ()
     """Further heights and widths in pixels that it takes."""
-    excluded_layers: tuple[Name, ...] = ()
-    """Layers that an int8 artifact excludes from quantization."""
+    excluded_layers: tuple[Name, ...] = ()  # layers that an int8 artifact excludes from quantization
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -95,11 +93,10 @@ class Spec:
 
         Args:
             img_size: where None, the run's, or else the model's own.
-            info: what is known of the run.
+            info: record of the run, if any.
 
         Raises:
-            InputError: `img_size` is out of range, or the model takes another size only, or other channels than
-                images have.
+            InputError: `img_size` is out of range or not the model's only one, or images do not have its channels.
         """
         from timm.data import resolve_data_config
 
@@ -120,21 +117,12 @@ class Spec:
                              f"{MAX_RESIZED} px; choose a smaller --img-size")  # fmt: skip
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
-        return cls(
-            model=name,
-            img_size=size,
-            in_chans=in_chans,
-            num_classes=getattr(model, "num_classes", 0),
-            mean=mean,
-            std=std,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-        )
+        resizing = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+        return cls(name, size, in_chans, getattr(model, "num_classes", 0), mean, std, **resizing)
 
     @property
     def output_kind(self) -> str:
-        """What the outputs are: logits, probabilities or features."""
+        """Kind of the outputs: logits, probabilities or features."""
         return self.outputs[0] if self.outputs[0] in ("logits", "probabilities") else "features"
 
     @property
@@ -147,15 +135,8 @@ class Spec:
         from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
-        transform = create_transform(
-            input_size=self.shape,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-            normalize=normalize,
-        )
+        options = {key: getattr(self, key) for key in PREPROCESSING}
+        transform = create_transform(input_size=self.shape, normalize=normalize, **options)
         return Compose([Grayscale(), transform]) if self.in_chans == 1 else transform
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -172,14 +153,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str, name: str = "the artifact") -> "Spec":
-        """Return the spec that `to_json` wrote.
-
-        Args:
-            name: what messages call the file that holds it.
-
-        Raises:
-            InputError: it is anything else.
-        """
+        """Return the spec that `to_json` wrote; raise InputError for any other text, from a file called `name`."""
         where = f"{name}: its description of its input"
         spec = parse_model(cls, parse_json(text, where), where, "export the model again")
         if max(spec.sizes) / spec.crop_pct > MAX_RESIZED:
@@ -197,8 +171,7 @@ class Spec:
 
 def _of_run(info: RunInfo | None) -> dict[str, Any]:
     """Return the preprocessing of a run, as far as it is known, in the terms of timm's data config."""
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {name: value for name in names if (value := getattr(info, name, None)) is not None}
+    return {name: value for name in PREPROCESSING if (value := getattr(info, name, None)) is not None}
 
 
 def open_model(
@@ -208,14 +181,7 @@ def open_model(
     ema: bool = False,
     classifies: bool = True,
 ) -> tuple[nn.Module, Spec]:
-    """Return a timm model in eval mode and its spec; see `open_weights`.
-
-    Args:
-        name, checkpoint, ema: as in `resolve_weights`.
-
-    Raises:
-        InputError: as `resolve_weights` and `open_weights`.
-    """
+    """Return a timm model in eval mode and its spec, by the arguments of `resolve_weights` and `open_weights`."""
     return open_weights(resolve_weights(name, checkpoint, ema), img_size, classifies)
 
 
@@ -227,11 +193,11 @@ def open_weights(
     Args:
         weights: where they have no file, random ones (always the same) of a trained model's scale.
         img_size: input height and width in pixels; where None, the run's, or else the model's own.
-        classifies: whether its logits are wanted.
+        classifies: require a classifier.
         log: called with a line for each value that is not as would be expected.
 
     Raises:
-        InputError: as `create_model` and `Spec.of`, or logits are wanted of a model without a classifier.
+        InputError: as `create_model` and `Spec.of`, or `classifies` and the model has no classifier.
     """
     name, info = weights.model, weights.info
     with torch.random.fork_rng(devices=[]):
@@ -263,8 +229,7 @@ def _made_for(name: str, info: RunInfo | None) -> dict[str, Any]:
 def _log_differences(spec: Spec, usual: Spec, info: RunInfo, source: str | None, log: Log) -> None:
     if spec.img_size != info.img_size:
         log(f"{source}: was trained for {info.img_size} px; --img-size {spec.img_size} was asked for")
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    unusual = [f"{name} {getattr(spec, name)}" for name in names if getattr(spec, name) != getattr(usual, name)]
+    unusual = [f"{name} {getattr(spec, name)}" for name in PREPROCESSING if getattr(spec, name) != getattr(usual, name)]
     if unusual:
         log(f"{source}: {', '.join(unusual)}, as in its run; timm has other values for {spec.model}")
 

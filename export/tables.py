@@ -22,7 +22,7 @@ from .verify import MAX_FLOAT_MACS, Certificate
 ROWS: Sequence[tuple[Backend[Any], Precision]] = [
     (backend, precision) for backend in BACKENDS.values() for precision in backend.compared
 ]
-"""The formats and precisions that are compared with each other."""
+"""Formats and precisions that are compared with each other."""
 HEAD = ("file", "top-1 %", "same top-1 %", "SNR dB", "MB", "excluded from int8", "passed")
 
 
@@ -64,11 +64,11 @@ def with_precision(source: Source, backend: Backend[Any], precision: Precision) 
 def markdown(certificates: dict[str, dict[str, Any]]) -> str:
     """Return a table with a row for each certificate, the model itself first."""
     accuracy = next((each["model_accuracy"] for each in certificates.values() if "model_accuracy" in each), None)
-    lines: list[tuple[str, ...]] = [("PyTorch fp32", _percent(accuracy), "", "", "", "", "")]
-    for (backend, precision), certificate in zip(ROWS, certificates.values(), strict=True):
-        lines.append(_row(f"{backend.title} {precision}", certificate))
+    lines = [_row(f"{backend.title} {precision}", certificate)
+             for (backend, precision), certificate in zip(ROWS, certificates.values(), strict=True)]  # fmt: skip
     rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")
-    return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, *lines))
+    model = ("PyTorch fp32", _percent(accuracy), "", "", "", "", "")
+    return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, model, *lines))
 
 
 def _row(name: str, certificate: dict[str, Any]) -> tuple[str, ...]:
@@ -116,14 +116,15 @@ def show(certificate: Certificate, console: Console) -> None:
     if largest := certificate.largest_values:
         rows.append(("largest values", ", ".join(f"{name} {value:.3g}" for name, value in largest.items())))
     if excluded := certificate.spec.excluded_layers:
-        rows.append(
-            ("excluded from int8", f"{', '.join(excluded)}: {certificate.excluded_macs:.1f} % of the multiplications")
-        )
-    rows.append(("weights", f"of {certificate.compared_layers} layers compared one by one"))
-    rows.append(("preprocessing", f"within {certificate.gray_levels:.2g} gray levels of timm's"))
-    rows.append(("trained weights", "no: random ones" if certificate.random_weights else "yes"))
-    rows += [("note", note) for note in certificate.notes]
-    rows.append(("size", f"{certificate.artifact_bytes / 1e6:.2f} MB"))
+        share = f"{certificate.excluded_macs:.1f} % of the multiplications"
+        rows.append(("excluded from int8", f"{', '.join(excluded)}: {share}"))
+    rows += [
+        ("weights", f"of {certificate.compared_layers} layers compared one by one"),
+        ("preprocessing", f"within {certificate.gray_levels:.2g} gray levels of timm's"),
+        ("trained weights", "no: random ones" if certificate.random_weights else "yes"),
+        *(("note", note) for note in certificate.notes),
+        ("size", f"{certificate.artifact_bytes / 1e6:.2f} MB"),
+    ]
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -136,8 +137,6 @@ def _headline(certificate: Certificate) -> str:
     if certificate.passed is None:
         return f"{certificate.artifact}{random} undecided: {'; '.join(certificate.reasons)}; give --images ({compared})"
     verdict = "matches its model" if certificate.passed else "EXCEEDS its tolerance"
-    floats = ""
-    if certificate.excluded_macs > MAX_FLOAT_MACS:
-        floats = (f"; {certificate.excluded_macs:.0f} % of its multiplications are not in int8, without which it would "
-                  "not keep to the bounds")  # fmt: skip
+    floats = (f"; {certificate.excluded_macs:.0f} % of its multiplications are not in int8, without which it would "
+              "not keep to the bounds") if certificate.excluded_macs > MAX_FLOAT_MACS else ""  # fmt: skip
     return f"{certificate.artifact}{random} {verdict}: {compared}{floats}"

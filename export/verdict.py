@@ -28,24 +28,20 @@ SHViTs have 0.001 to 0.003, trained ones above 0.5 on images of their classes.""
 FULL_EVIDENCE = 0.25
 """With less, errors may be a large share of the spread because that is small: images of one class alone had 0.18, and
 two classes of which one is 2 % of the images have 0.28 by that alone."""
-MIN_IMAGES = 8
-"""Fewer images are no evidence."""
-SIGMAS = 3.0
-"""A decision is one that errors of the bound's size, if normal, turn in one case of a thousand at most."""
+MIN_IMAGES = 8  # fewer images are no evidence
+SIGMAS = 3.0  # a decision is one that errors of the bound's size, if normal, turn in one case of a thousand at most
 CONFIDENCE = 0.95
-FAR = 2.0
-"""No image may be off by so many times what the rare far ones may exceed."""
+FAR = 2.0  # no image may be off by so many times what the rare far ones may exceed
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an artifact must keep to."""
+    """Bounds that an artifact must keep to."""
 
     snr_db: float
     """Least signal to noise: power of the spread over the mean power of the errors; few images are asked whether it can
     be that."""
-    max_rel_error: float
-    """Largest error of one image, as a share of the spread."""
+    max_rel_error: float  # largest error of one image, as a share of the spread
     top1_agreement: float
     """Percent of the model's decisions that stay; on few images a binomial interval is asked whether it can be that."""
     far_images: float = 0.0
@@ -66,7 +62,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
 def compare(
     reference: torch.Tensor, output: torch.Tensor, tolerance: Tolerance, probabilities: bool = False
 ) -> dict[str, float]:
-    """Figures of one output's errors over a set of images.
+    """Return figures of one output's errors over a set of images.
 
     Args:
         reference: the model's, (n, classes) or (n, C, H, W).
@@ -124,23 +120,17 @@ def compare(
     }
 
 
-NO_DECISIONS: dict[str, float] = {
-    "top1_agreement": 100.0,
-    "top5_agreement": 100.0,
-    "changed": 0,
-    "decisions": 0,
-    "changed_decisions": 0,
-}
+NO_DECISIONS = {"top1_agreement": 100.0, "top5_agreement": 100.0, "changed": 0, "decisions": 0, "changed_decisions": 0}
 
 
 def _decisions(reference: torch.Tensor, output: torch.Tensor, movable: float) -> dict[str, float]:
     top = min(5, reference.shape[1])
-    ranked, found = reference.topk(top), output.topk(top).indices
+    ranked, highest = reference.topk(top), output.topk(top).indices
     sure = ranked.values[:, 0] - ranked.values[:, 1] > movable
     changed = output.argmax(1) != reference.argmax(1)
     return {
         "top1_agreement": 100 * (~changed).double().mean().item(),
-        "top5_agreement": 100 * (ranked.indices[:, :, None] == found[:, None]).any(2).double().mean().item(),
+        "top5_agreement": 100 * (ranked.indices[:, :, None] == highest[:, None]).any(2).double().mean().item(),
         "changed": int(changed.sum()),
         "decisions": int(sure.sum()),
         "changed_decisions": int((changed & sure).sum()),
@@ -148,27 +138,21 @@ def _decisions(reference: torch.Tensor, output: torch.Tensor, movable: float) ->
 
 
 def snr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
-    """Power of `reference` over that of the difference, in dB, at most 200."""
+    """Return the power of `reference` over that of the difference, in dB, at most 200."""
     reference, output = reference.double(), output.double()
     return _db(reference.square().sum().item(), (reference - output).square().sum().item())
 
 
 def _db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return MAX_DB
-    if not math.isfinite(noise):
-        return -MAX_DB
+    if noise == 0 or not math.isfinite(noise):
+        return MAX_DB if noise == 0 else -MAX_DB
     return max(min(10 * math.log10(max(signal, TINY) / noise), MAX_DB), -MAX_DB)
 
 
 def _margin_db(signal: torch.Tensor, noise: torch.Tensor) -> float:
-    """How far the ratio of two means over the same images may be above its true value, in dB.
+    """Return how far the ratio of two means over the same images, (n,), may be above its true value, in dB.
 
-    The delta method's one-sided 95 % bound for the logarithm of the ratio.
-
-    Args:
-        signal: power of each image, (n,).
-        noise: as `signal`.
+    It is the delta method's one-sided 95 % bound for the logarithm of the ratio.
     """
     if len(signal) < 2 or not signal.any() or not noise.any():
         return 0.0
@@ -177,12 +161,12 @@ def _margin_db(signal: torch.Tensor, noise: torch.Tensor) -> float:
 
 
 def _finite(share: float) -> float:
-    """JSON holds no infinity: a share of no spread at all is a large number."""
+    """Return the share, a large number where it is infinite, of which JSON has none: a share of no spread at all."""
     return min(share, 1e12)
 
 
 def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple[Verdict, list[str]]:
-    """What the figures of `compare` mean, and why where that is not a pass.
+    """Return the verdict on the figures of `compare`, and the reasons where it is not a pass.
 
     Without evidence, errors are held against the outputs' own size: what is wrong even so is refused, and the rest is
     undecided. So are errors that are large beside a small spread alone.
@@ -202,17 +186,13 @@ def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple
 
 
 def _beside_size(figures: dict[str, float]) -> dict[str, float]:
-    """The figures as shares of the outputs' size in place of their spread."""
-    gain = figures["size_snr_db"] - figures["snr_db"]
-    return {
-        **figures,
-        "snr_high_db": figures["snr_high_db"] + gain,
-        "max_rel_error": figures["max_rel_error"] * figures["evidence"],
-    }
+    """Return the figures as shares of the outputs' size in place of their spread."""
+    high = figures["snr_high_db"] + figures["size_snr_db"] - figures["snr_db"]
+    return {**figures, "snr_high_db": high, "max_rel_error": figures["max_rel_error"] * figures["evidence"]}
 
 
 def _too_far(figures: dict[str, float], tolerance: Tolerance, images: int) -> list[str]:
-    """Which of the tolerance's bounds the figures exceed."""
+    """Return which of the tolerance's bounds the figures exceed, each as a sentence."""
     reasons, far = [], int(figures["far_images"])
     if figures["snr_high_db"] < tolerance.snr_db:
         reasons.append(f"signal to noise {figures['snr_db']:.1f} dB, granting chance {figures['snr_high_db']:.1f} "
@@ -230,7 +210,7 @@ def _too_far(figures: dict[str, float], tolerance: Tolerance, images: int) -> li
 
 
 def lack_of_evidence(evidence: float, images: int) -> str:
-    """Why a set of images can't tell a sound file from another; empty where it can."""
+    """Return why a set of images can't tell a sound file from another; empty where it can."""
     if images < MIN_IMAGES:
         return f"{images} {'image is' if images == 1 else 'images are'} too few, {MIN_IMAGES} are needed"
     if evidence < MIN_EVIDENCE:
@@ -240,7 +220,7 @@ def lack_of_evidence(evidence: float, images: int) -> str:
 
 
 def allowed_failures(percent: float, trials: int) -> int:
-    """So many of these may fail: the rate that this shows can still be so many percent."""
+    """Return the largest number of failures whose true rate can still be that many percent."""
     count = 0
     while count < trials and lowest_rate(count + 1, trials) <= percent / 100:
         count += 1
@@ -248,33 +228,22 @@ def allowed_failures(percent: float, trials: int) -> int:
 
 
 def lowest_rate(count: int, trials: int) -> float:
-    """The lower end of the one-sided Clopper-Pearson interval of a rate, given `count` of `trials`."""
+    """Return the lower end of the one-sided Clopper-Pearson interval of a rate, given `count` of `trials`."""
     from scipy.stats import beta
 
     return float(beta.ppf(1 - CONFIDENCE, count, trials - count + 1)) if count else 0.0
 
 
 def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """Refused if one is, else undecided if one is."""
+    """Return the worst: refused if one is, else undecided if one is."""
     order: tuple[Verdict, ...] = ("refused", "undecided", "passed")
     return next(each for each in order if each in verdicts)
 
 
 def worst_figures(outputs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """The least favorable of each figure over several outputs and sizes."""
-    lowest = (
-        "evidence",
-        "snr_db",
-        "snr_high_db",
-        "size_snr_db",
-        "cosine",
-        "top1_agreement",
-        "top5_agreement",
-        "decisions",
-        "spread",
-    )
+    """Return the least favorable of each figure over several outputs and sizes."""
+    lowest = {"evidence", "spread", "snr_db", "snr_high_db", "size_snr_db", "cosine"}
+    lowest |= {"top1_agreement", "top5_agreement", "decisions"}
     worst = max(outputs, key=lambda each: each["max_rel_error"])
-    figures: dict[str, Any] = {
-        key: (min if key in lowest else max)(each[key] for each in outputs) for key in outputs[0]
-    }
+    figures = {key: (min if key in lowest else max)(each[key] for each in outputs) for key in outputs[0]}
     return {**figures, "worst_image": worst["worst_image"]}

@@ -22,90 +22,62 @@ from .backends.registry import artifact_files, artifact_sha256, resolve_backend
 from .images import ImageFile, gray_level_difference, read_pixels, spread
 from .labels import label_faults
 from .quantization.qdq import unfold_identities
-from .spec import Spec
-from .verdict import (
-    TOLERANCES,
-    Tolerance,
-    Verdict,
-    compare,
-    judge,
-    snr_db,
-    worst_figures,
-    worst_verdict,
-)
+from .spec import PREPROCESSING, Spec
+from .verdict import TOLERANCES, Tolerance, Verdict, compare, judge, snr_db, worst_figures, worst_verdict
 from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
 PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools")  # of the certificate
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
 MAX_GRAY_LEVELS = 1.0
+SATURATION_IMAGES = 32
+SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
+MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
 MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
-PREPROCESSING = ("in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate(Envelope):
-    """How far an artifact's outputs are from its model's, and what the artifact is.
-
-    Errors are those of `verdict.compare`, the worst of all outputs and sizes.
-    """
+    """Description of an artifact and of its errors, by `verdict.compare`: the worst of all outputs and sizes."""
 
     random_weights: bool
-    spec: Spec
-    """Input, preprocessing and precision; for int8 also the layers that are excluded from quantization."""
-    max_abs_error: float
-    """Largest difference of two logits (or values of a feature map)."""
+    spec: Spec  # input, preprocessing and precision; for int8 also the layers that are excluded from quantization
+    max_abs_error: float  # largest difference of two logits (or values of a feature map)
     median_rel_error: float
     """Median, 90th and 99th percentile and largest of the images' errors, as shares of the outputs' spread over all
     images."""
     p90_rel_error: float
     p99_rel_error: float
     max_rel_error: float
-    worst_image: str
-    """The file with the largest error."""
-    far_images: int
-    """Images with an error above the tolerance's."""
-    snr_db: float
-    """Power of that spread over the mean power of the errors, in dB; at most 200."""
-    snr_high_db: float
-    """What it may be over all images of this kind: the upper end of its one-sided 95 % interval."""
-    evidence: float
-    """The spread as a share of the outputs' size: how far the images tell a sound file from another."""
-    cosine: float
-    """Lowest cosine of the two outputs for one image."""
-    top1_agreement: float
-    """Percent of images with the same highest class; 100 for feature maps."""
+    worst_image: str  # the file with the largest error
+    far_images: int  # images with an error above the tolerance's
+    snr_db: float  # power of that spread over the mean power of the errors, in dB; at most 200
+    snr_high_db: float  # upper end of the one-sided 95 % interval: what it may be over all images of this kind
+    evidence: float  # the spread as a share of the outputs' size: how far the images tell a sound file from another
+    cosine: float  # lowest cosine of the two outputs for one image
+    top1_agreement: float  # percent of images with the same highest class; 100 for feature maps
     top5_agreement: float
     """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
-    changed: int
-    """Images with another highest class."""
-    decisions: int
-    """Images on which the model is surer than the tolerance lets rounding move it."""
-    changed_decisions: int
-    """Those of them with another highest class; the others are near-ties."""
-    outputs: dict[str, dict[str, float]]
-    """These figures of each output at each size."""
-    accuracy: float | None
-    """Top-1 of the artifact, percent, at its first size; None where folders give no labels."""
-    model_accuracy: float | None
-    """Top-1 of the model, percent."""
+    changed: int  # images with another highest class
+    decisions: int  # images on which the model is surer than the tolerance lets rounding move it
+    changed_decisions: int  # decisions with another highest class; other changes are near-ties
+    outputs: dict[str, dict[str, float]]  # these figures of each output at each size
+    accuracy: float | None  # top-1 of the artifact, percent, at its first size; None where folders give no labels
+    model_accuracy: float | None  # top-1 of the model, percent
     worst_layer: str | None
     """The convolution or linear layer whose output is farthest from the model's; None where layers are not known."""
     worst_layer_snr_db: float | None
     largest_values: dict[str, float]
     """Of a file in half precision: the operations with the largest values seen, by name; float16 ends at 65504."""
-    excluded_macs: float
-    """Percent of the multiplications that an int8 artifact keeps in higher precision."""
-    compared_layers: int
-    """Layers whose weights were compared one by one."""
+    excluded_macs: float  # percent of the multiplications that an int8 artifact keeps in higher precision
+    compared_layers: int  # layers whose weights were compared one by one
     gray_levels: float
     """Largest difference, in gray levels of 255, of the artifact's preprocessing from timm's; at most 1 is allowed."""
     tolerance: Tolerance
     faults: tuple[str, ...]
     """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels. They are among the reasons."""
-    notes: tuple[str, ...]
-    """What users of the file should know."""
+    notes: tuple[str, ...]  # what users of the file should know
 
     @property
     def verdict(self) -> Verdict:
@@ -143,7 +115,7 @@ class Reference:
 
     @property
     def trained(self) -> bool:
-        """Whether the weights are not random: they are a file's, or were given with the model."""
+        """True if the weights are not random: they are a file's, or were given with the model."""
         return self.in_memory or self.checkpoint is not None
 
     def pixels(self, spec: Spec) -> torch.Tensor:
@@ -159,9 +131,8 @@ class Reference:
             return 255.0
         key = replace(_input_of(declared), mean=declared.mean, std=declared.std)
         if key not in self._gray_levels:
-            self._gray_levels[key] = gray_level_difference(
-                declared, self.spec, spread(self.images, PREPROCESSED_IMAGES)
-            )
+            images = spread(self.images, PREPROCESSED_IMAGES)
+            self._gray_levels[key] = gray_level_difference(declared, self.spec, images)
         return self._gray_levels[key]
 
     def outputs(self, px: int) -> list[torch.Tensor]:
@@ -183,8 +154,7 @@ class Reference:
     @cached_property
     def stem(self) -> str | None:
         """The name of the convolution whose input is the image itself; None where there is none."""
-        batch = self.spec.normalize(self.pixels(self.spec)[:1])
-        return first_layer(self.deployed, batch)
+        return first_layer(self.deployed, self.spec.normalize(self.pixels(self.spec)[:1]))
 
     @cached_property
     def layers(self) -> dict[str, torch.Tensor]:
@@ -196,12 +166,11 @@ def _check_overflow(artifact: Artifact) -> None:
     """Raise CheckFailed if a value did not fit the artifact's half precision."""
     if (name := artifact.overflow()) is None:
         return
-    largest = ", ".join(f"{each} {value:.3g}" for each, value in artifact.largest_values().items())
-    raise CheckFailed(
-        f"{artifact.path.name} overflows {artifact.spec.precision}: {name} is the first operation whose values do not "
-        f"fit; nearest before it: {largest}; choose fp32",
-        {"passed": False, "overflow": name, "largest_values": dict(artifact.largest_values())},
-    )
+    values = dict(artifact.largest_values())
+    largest = ", ".join(f"{each} {value:.3g}" for each, value in values.items())
+    raise CheckFailed(f"{artifact.path.name} overflows {artifact.spec.precision}: {name} is the first operation whose "
+                      f"values do not fit; nearest before it: {largest}; choose fp32",
+                      {"passed": False, "overflow": name, "largest_values": values})  # fmt: skip
 
 
 def _input_of(spec: Spec) -> Spec:
@@ -220,18 +189,18 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
     """
     spec = reference.spec
     outputs = _compare_outputs(artifact, reference)
-    given = run_layers(artifact, reference)
+    layer_values = run_layers(artifact, reference)
     limit = _gray_level_limit(artifact, reference)
     parameters = artifact.parameters()
     stem = parameters.get(reference.stem or "")
-    gray_levels, faults = preprocessing_faults(artifact.spec, reference, given, limit, stem)
+    gray_levels, faults = preprocessing_faults(artifact.spec, reference, layer_values, limit, stem)
     weights = compare_parameters(parameters, _quantizable(artifact, reference))
     faults += [*weights.faults, *artifact.scale_faults(), *label_faults(artifact.labels, reference.labels)]
     verdict = "refused" if faults else outputs.verdict
     worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
     shown = {each.name for each in fields(Certificate)}
     worst_image = reference.images[worst["worst_image"]].path
-    layer, layer_snr_db = worst_layer(given, reference)
+    layer, layer_snr_db = worst_layer(layer_values, reference)
     return Certificate(
         artifact=name or artifact.path.name,
         artifact_sha256=artifact_sha256(artifact.path),
@@ -269,8 +238,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
 
 @dataclass(frozen=True)
 class _Outputs:
-    figures: dict[str, dict[str, float]]
-    """Figures of each output at each size."""
+    figures: dict[str, dict[str, float]]  # figures of each output at each size
     verdict: Verdict
     reasons: tuple[str, ...]
     accuracy: float | None
@@ -278,32 +246,23 @@ class _Outputs:
 
 
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
-    """Run all images at each of the artifact's sizes.
-
-    Raises:
-        CheckFailed: a value does not fit the artifact's half precision.
-    """
+    """Run all images at each size; raise CheckFailed if a value does not fit the artifact's half precision."""
     tolerance, probabilities = TOLERANCES[artifact.spec.precision], artifact.spec.output_kind == "probabilities"
     labels = torch.tensor([image.label for image in reference.images])
     figures, verdicts, reasons, accuracies = {}, [], [], []
     for px in artifact.spec.sizes:
         expected = reference.outputs(px)
-        got = run_batches(
-            lambda pixels: artifact.run(artifact.spec.feed(pixels)),
-            reference.pixels(replace(artifact.spec, img_size=px)),
-        )
+        pixels = reference.pixels(replace(artifact.spec, img_size=px))
+        outputs = run_batches(lambda batch: artifact.run(artifact.spec.feed(batch)), pixels)
         _check_overflow(artifact)
-        accuracies.append((_accuracy(got[0], labels), _accuracy(expected[0], labels)))
-        for name, wanted, output in zip(artifact.spec.outputs, expected, got, strict=True):
-            figure = compare(wanted, output, tolerance, probabilities)
+        accuracies.append((_accuracy(outputs[0], labels), _accuracy(expected[0], labels)))
+        for name, model_output, output in zip(artifact.spec.outputs, expected, outputs, strict=True):
+            figure = compare(model_output, output, tolerance, probabilities)
             verdict, why = judge(figure, tolerance, len(reference.images))
             figures[f"{name} at {px} px"] = figure
             verdicts.append(verdict)
             reasons += why
     return _Outputs(figures, worst_verdict(verdicts), tuple(dict.fromkeys(reasons)), *accuracies[0])
-
-
-SATURATION_IMAGES = 32
 
 
 def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
@@ -320,9 +279,6 @@ def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
         return []
     return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
             f"which leaves {defaults_db:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
-
-
-SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
 
 
 def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
@@ -344,16 +300,15 @@ def preprocessing_faults(
 
     Args:
         declared: the artifact's spec.
-        outputs: of its layers, by `run_layers`: the first shows the preprocessing inside.
-        limit: of the gray levels that the first layer shows; those of the preprocessing outside may be 1.
+        outputs: outputs of its layers, by `run_layers`: the first shows the preprocessing inside.
+        limit: most gray levels that the first layer may show; those of the preprocessing outside may be 1.
         stem: the file's weights of the first layer, where they are known.
     """
     spec = reference.spec
     declared = replace(declared, img_size=spec.img_size)
-    unequal = [name for name in PREPROCESSING if getattr(declared, name) != getattr(spec, name)]
-    faults = [
-        f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}" for name in unequal
-    ]
+    unequal = [name for name in ("in_chans", *PREPROCESSING) if getattr(declared, name) != getattr(spec, name)]
+    faults = [f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}"
+              for name in unequal]  # fmt: skip
     levels = reference.gray_levels(declared)
     if levels > MAX_GRAY_LEVELS:
         faults.append(f"preprocessing is off by {levels:.1f} gray levels (at most {MAX_GRAY_LEVELS:g})")
@@ -366,10 +321,8 @@ def preprocessing_faults(
 def _gray_level_limit(artifact: Artifact, reference: Reference) -> float:
     """Return by how much the first layer's colors may seem to be off; an input in 8 bits rounds them too."""
     spec = artifact.spec
-    in_8_bits = (
-        spec.precision == resolve_backend(artifact.path).calibrated and reference.stem not in spec.excluded_layers
-    )
-    return MAX_8_BIT_GRAY_LEVELS if in_8_bits else MAX_GRAY_LEVELS
+    calibrated = spec.precision == resolve_backend(artifact.path).calibrated
+    return MAX_8_BIT_GRAY_LEVELS if calibrated and reference.stem not in spec.excluded_layers else MAX_GRAY_LEVELS
 
 
 def _quantizable(artifact: Artifact, reference: Reference) -> nn.Module:
@@ -389,12 +342,8 @@ def run_layers(artifact: Artifact, reference: Reference) -> Mapping[str, torch.T
 
 def worst_layer(outputs: Mapping[str, torch.Tensor], reference: Reference) -> tuple[str | None, float | None]:
     """Return the layer whose output is farthest from that of the deployed model's layer, and its SNR."""
-    expected = reference.layers
-    noise = {
-        name: snr_db(expected[name], output)
-        for name, output in outputs.items()
-        if name in expected and expected[name].shape == output.shape
-    }
+    pairs = {name: (reference.layers[name], outputs[name]) for name in reference.layers if name in outputs}
+    noise = {name: snr_db(*pair) for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     return min(noise.items(), key=lambda item: item[1]) if noise else (None, None)
 
 
@@ -444,6 +393,3 @@ def require(certificate: Certificate) -> None:
     more = len(certificate.reasons) - MAX_REASONS
     reasons = "; ".join(certificate.reasons[:MAX_REASONS]) + (f" and {more} more" if more > 0 else "")
     raise CheckFailed(f"{certificate.artifact} exceeds its tolerance: {reasons}{worst}", asdict(certificate))
-
-
-MAX_REASONS = 4  # in the one line of a refusal; the certificate has all

@@ -12,7 +12,7 @@ from .spec import Spec
 
 
 class Wrapper(nn.Module):
-    """Something around a model."""
+    """Base class of modules around a model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -66,11 +66,7 @@ def without_softmax(model: nn.Module) -> nn.Module:
 
 
 def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the model up to its feature maps, which it returns as a list, and their names: stride_16 and so on.
-
-    Raises:
-        InputError: it has none.
-    """
+    """Return the model up to its list of feature maps, and their names, stride_16 …; raise InputError without any."""
     from timm.models._features import FeatureGetterNet
 
     if not hasattr(model, "forward_intermediates"):
@@ -83,8 +79,7 @@ def feature_maps(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-MIL_LAYERS = ("conv", "linear")
-"""Core ML's operations for `layers`."""
+MIL_LAYERS = ("conv", "linear")  # Core ML's operations for `layers`
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

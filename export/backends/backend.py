@@ -1,10 +1,10 @@
-"""What a backend is: a file format and the runtime that runs it; and what an artifact is, loaded."""
+"""Types of backends, each a file format and the runtime that runs it, and of artifacts, loaded."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from ..wrappers import layers
 from .parameters import LayerParameters
 
 Outputs = tuple[torch.Tensor, ...]
-Run = Callable[[torch.Tensor], Outputs]
-"""From what `Spec.feed` returns to the outputs that `Spec.outputs` names."""
+Run = Callable[[torch.Tensor], Outputs]  # from what `Spec.feed` returns to the outputs that `Spec.outputs` names
 Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
 
 
@@ -36,17 +35,13 @@ class Artifact:
     path: Path
     spec: Spec
     runtime: str
-    operators: Mapping[str, int]
-    """Number of each operator, most frequent first."""
+    operators: Mapping[str, int]  # number of each operator, most frequent first
     run: Run
     run_layers: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
     """From what `Spec.feed` returns to the output of each convolution and linear layer, by its name where known."""
-    parameters: Callable[[], Mapping[str, LayerParameters]]
-    """The weights that each of these layers computes with."""
-    scale_faults: Callable[[], list[str]]
-    """Scales of 8-bit tensors that do not belong together, each as a sentence."""
-    labels: Sequence[str] = ()
-    """Names of the classes that the file holds."""
+    parameters: Callable[[], Mapping[str, LayerParameters]]  # the weights that each of these layers computes with
+    scale_faults: Callable[[], list[str]]  # scales of 8-bit tensors that do not belong together, each as a sentence
+    labels: Sequence[str] = ()  # names of the classes that the file holds
     largest_values: Callable[[], Mapping[str, float]] = dict
     """With rounding after each operation: the largest absolute values so far, by the operation's name."""
     overflow: Callable[[], str | None] = lambda: None
@@ -84,18 +79,15 @@ def join(parts: Sequence[Sequence[torch.Tensor | np.ndarray]]) -> Outputs:
 class ImageInput(NamedTuple):
     """The input of an image model's file, which need not be one of ours."""
 
-    img_size: int
-    """Height in pixels."""
-    batch: int | None
-    """The one batch size that it takes; None for any."""
+    img_size: int  # height in pixels
+    batch: int | None  # the one batch size that it takes; None for any
     precision: str
 
 
 def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precision: str) -> ImageInput:
     """Return the image input of a file from the shapes of its inputs, in which an open length is no number.
 
-    Raises:
-        InputError: it has no single input of four dimensions, or leaves height and width open.
+    Raise InputError where there is no single input of four dimensions, or height and width are open.
     """
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise InputError(f"{path}: has no single input of four dimensions; only image models are timed here")
@@ -111,19 +103,15 @@ def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precis
 
 @dataclass(frozen=True, kw_only=True)
 class FormatOptions:
-    """What a format can be besides its model, size and precision; each field is an option of `shvit export FORMAT`."""
+    """Options of a format besides model, size and precision; each field is one of `shvit export FORMAT`."""
 
     @property
     def classifies(self) -> bool:
-        """Whether the file returns a label besides probabilities."""
+        """True if the file returns a label besides probabilities."""
         return False
 
     def complete(self, spec: Spec) -> Spec:
-        """Return the spec with what these options change in it.
-
-        Raises:
-            InputError: they contradict each other, or the spec.
-        """
+        """Return the spec with what these options change; raise InputError where they contradict it or each other."""
         return spec
 
 
@@ -141,7 +129,7 @@ class GraphOptions(FormatOptions):
 
 
 class Source(Protocol):
-    """What a file is written from. Each of these is computed once for all files of one model."""
+    """The model that a file is written from. Each result is computed once for all files of one model."""
 
     @property
     def spec(self) -> Spec: ...
@@ -172,47 +160,33 @@ Writer = Callable[[Path, Spec], None]
 class Backend(Generic[O]):
     """A file format and the runtime that runs it: all that export, verification and benchmarks know of them."""
 
-    name: str
-    """The format's word on the command line: `shvit export NAME`."""
+    name: str  # the format's word on the command line: `shvit export NAME`
     title: str
     suffix: str
-    companions: tuple[str, ...] = ()
-    """Suffixes of further files that belong to an artifact."""
-    help: str
-    """Help text of the export command."""
-    runtime: str
-    """The runtime's word on the command line: `shvit bench --runtimes NAME`."""
-    packages: tuple[str, ...]
-    """Modules that write and run a file."""
-    extra: str = "export"
-    """The extra of this package that installs them."""
-    precisions: tuple[Precision, ...]
-    """Those that can be exported, the default first."""
+    companions: tuple[str, ...] = ()  # suffixes of further files that belong to an artifact
+    help: str  # help text of the export command
+    runtime: str  # the runtime's word on the command line: `shvit bench --runtimes NAME`
+    packages: tuple[str, ...]  # modules that write and run a file
+    extra: str = "export"  # the extra of this package that installs them
+    precisions: tuple[Precision, ...]  # those that can be exported, the default first
     precision_help: str
-    compared: tuple[Precision, ...]
-    """Those that `shvit export all` writes."""
-    calibrated: Precision
-    """The precision whose ranges are learned from images."""
+    compared: tuple[Precision, ...]  # those that `shvit export all` writes
+    calibrated: Precision  # the precision whose ranges are learned from images
     options: type[O]
-    all_options: O
-    """The options that `shvit export all` writes with."""
+    all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]
-    load: Callable[[Path, int | None], Artifact]
-    """From a path and a number of threads, the runtime's choice where None."""
+    load: Callable[[Path, int | None], Artifact]  # from a path and a number of threads, the runtime's choice where None
     load_native: Callable[[Artifact], Artifact] | None = None
     """The same file in the vendor's runtime, where `load` runs it in an evaluator of ours."""
     load_rounded: Callable[[Artifact, int | None], Artifact] | None = None
     """The same file in half precision, rounded after each operation; None where `load` does so itself."""
-    inspect: Callable[[Path], ImageInput]
-    """Reads the input of a file, which need not be one of ours."""
-    unfolds_identities: bool = True
-    """int8 is made from the model with its identities unfolded."""
+    inspect: Callable[[Path], ImageInput]  # reads the input of a file, which need not be one of ours
+    unfolds_identities: bool = True  # int8 is made from the model with its identities unfolded
     float_stem: bool = False
     """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
-    overflow_advice: str = ""
-    """How to run int8 on a processor whose 8-bit sums overflow."""
+    overflow_advice: str = ""  # how to run int8 on a processor whose 8-bit sums overflow
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of a deployed model that are faster in float32 than in int8."""
@@ -226,8 +200,7 @@ processor fetches ahead within a page only. docs/explanation/measurements.md has
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precisions that are narrower than what CPUs compute in."""
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # precisions that are narrower than what CPUs compute in
 ROWS = 16  # images at a time with rounding, which bounds memory
 SHOWN_VALUES = 3
 EXACT_OPERATORS = (
@@ -245,9 +218,6 @@ class Rounded:
     overflow. Here each operation is computed in float32, as matrix units accumulate, and its result rounded to float16
     or bfloat16 (infinite from 65520 on) before the next one reads it. The runtimes do the arithmetic, with conversions
     between the operations that they do not remove; results are the same on every machine but for the order of sums.
-
-    Args:
-        names: of the operations whose results are rounded, in the order in which they are computed.
     """
 
     def __init__(self, names: Sequence[str], dtype: torch.dtype, rows: int):
@@ -255,7 +225,7 @@ class Rounded:
         self.rows = rows
         self.largest: dict[str, float] = dict.fromkeys(names, 0.0)
         """Operation → largest absolute value of its results so far, before rounding; infinite where a result was
-        infinite or NaN. In the order of computation; convolutions and linear layers by their dotted names."""
+        infinite or NaN. `names` are in the order of computation; convolutions and linear layers by dotted names."""
 
     def run(self, batch: torch.Tensor) -> Outputs:
         """Return all outputs in order for what `Spec.feed` returns."""
@@ -264,11 +234,6 @@ class Rounded:
     def run_layers(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the output of each convolution and linear layer, by its dotted name, for what `Spec.feed` returns."""
         raise NotImplementedError
-
-    @property
-    def limit(self) -> float:
-        """The largest number of the format: 65504 for float16."""
-        return torch.finfo(self.dtype).max
 
     @property
     def overflow(self) -> str | None:
@@ -287,12 +252,8 @@ class Rounded:
         """Take note of the largest absolute value of an operation's result."""
         self.largest[name] = max(self.largest[name], value if math.isfinite(value) else math.inf)
 
-    def changes(self, artifact: Artifact) -> dict[str, Any]:
-        """Return the fields of an artifact that differ when it runs with rounding."""
-        return {
-            "runtime": f"{artifact.runtime}, {str(self.dtype).removeprefix('torch.')} after each operation",
-            "run": self.run,
-            "run_layers": self.run_layers,
-            "largest_values": lambda: self.nearest(SHOWN_VALUES),
-            "overflow": lambda: self.overflow,
-        }
+    def apply(self, artifact: Artifact) -> Artifact:
+        """Return the artifact as it runs with rounding."""
+        runtime = f"{artifact.runtime}, {str(self.dtype).removeprefix('torch.')} after each operation"
+        return replace(artifact, runtime=runtime, run=self.run, run_layers=self.run_layers,
+                       largest_values=lambda: self.nearest(SHOWN_VALUES), overflow=lambda: self.overflow)  # fmt: skip

@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ne": "CPU_AND_NE"}
 """What Core ML may run on (ne: Neural Engine), and coremltools' names for it."""
-DEVICES = {
-    "MLCPUComputeDevice": "cpu",
-    "MLGPUComputeDevice": "gpu",
-    "MLNeuralEngineComputeDevice": "neural engine",
-}
+DEVICES = {"MLCPUComputeDevice": "cpu", "MLGPUComputeDevice": "gpu", "MLNeuralEngineComputeDevice": "neural engine"}
 """Our names for the devices, by their classes in coremltools."""
 UNKNOWN = "unknown"
-MIN_MACOS = (14, 4)
-"""The first macOS with compute plans."""
+MIN_MACOS = (14, 4)  # the first macOS with compute plans
 
 
 def load_placements(package: Path, compute_units: str) -> list[tuple[str, float | None]]:

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
     from ..mil.program import Package
 
-LABEL = "classLabel"
-"""Name of a classifier's output with the most probable label, as is customary in Core ML."""
+LABEL = "classLabel"  # name of a classifier's output with the most probable label, as is customary in Core ML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +66,9 @@ class CoremlOptions(FormatOptions):
 def create_writer(source: Source, options: CoremlOptions) -> Writer:
     """Return a function that writes packages of a model."""
     calibration = list(source.calibration_pixels()) if source.spec.precision == "w8a8" else []
+    ranges, labels, classifier = source.coreml_ranges(), source.labels, options.classifier
     return lambda path, spec: write_coreml(
-        source.deployed(),
-        path,
-        spec,
-        labels=source.labels,
-        classifier=options.classifier,
-        calibration=calibration,
-        keep=spec.excluded_layers,
-        ranges=source.coreml_ranges(),
+        source.deployed(), path, spec, labels=labels, classifier=classifier, calibration=calibration, ranges=ranges
     )
 
 
@@ -119,7 +112,6 @@ def write_coreml(
     labels: Sequence[str] = (),
     classifier: bool = False,
     calibration: Sequence[torch.Tensor] = (),
-    keep: Collection[str] = (),
     ranges: dict[str, Range] | None = None,
 ) -> None:
     """Export a deployed model with an input `image` and float32 outputs named by `spec.outputs`.
@@ -134,13 +126,12 @@ def write_coreml(
         model: in eval mode; deployed without a size where `spec.other_sizes` has any. Gives one output, or a list or
             tuple of them.
         path: a folder name ending in .mlpackage; the caller moves it into place.
-        labels: of the classes, in order.
+        labels: names of the classes, in order.
         classifier: make it a Core ML classifier, which gives a label and the probabilities by label; `model` then ends
             in a softmax.
         calibration: images as uint8 (C, H, W) of `spec.img_size`, as `spec.transform(normalize=False)` gives them;
             w8a8 takes its activations' ranges from them.
-        keep: names of convolutions and linear layers that are not quantized.
-        ranges: of the inputs of w8a8's layers, by the layer's name; those that are missing are learned and put in.
+        ranges: ranges of the inputs of w8a8's layers, by the layer's name; missing ones are learned and added.
 
     Raises:
         InputError: labels, images or names that do not fit, or w8a8 in several sizes.
@@ -151,18 +142,17 @@ def write_coreml(
 
         from ..quantization.coreml_passes import Calibration, pipeline
 
-        traced = _trace(model, spec)
         ranges = {} if ranges is None else ranges
         learning = Calibration(_inputs(spec, calibration), _evaluator)
         package = ct.convert(
-            traced,
+            _trace(model, spec),
             inputs=[_input(spec)],
             outputs=[ct.TensorType(name=name, dtype=np.float32) for name in spec.outputs],
             classifier_config=ct.ClassifierConfig(list(labels), LABEL) if classifier else None,
             minimum_deployment_target=ct.target.iOS17 if spec.precision == "w8a8" else ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32 if spec.precision == "fp32" else ct.precision.FLOAT16,
             convert_to="mlprogram",
-            pass_pipeline=pipeline(spec, _traced_names(model, spec), learning, keep, ranges),
+            pass_pipeline=pipeline(spec, _traced_names(model, spec), learning, ranges),
         )
         for key, value in describe(spec, labels, ranges).items():
             package.user_defined_metadata[key] = value
@@ -192,8 +182,8 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
         raise InputError("w8a8 takes its activations' ranges from images, and none were given; give 128 or more")
     wrong = [tuple(pixels.shape) for pixels in calibration if tuple(pixels.shape) != spec.shape]
     if wrong or any(pixels.dtype != torch.uint8 for pixels in calibration):
-        got = f"{wrong[0]}" if wrong else "another type"
-        raise InputError(f"images to calibrate with must be uint8 {spec.shape}, not {got}; "
+        actual = f"{wrong[0]}" if wrong else "another type"
+        raise InputError(f"images to calibrate with must be uint8 {spec.shape}, not {actual}; "
                          "take them from spec.transform(normalize=False)")  # fmt: skip
 
 
@@ -245,12 +235,8 @@ def layer_names(model: nn.Module) -> list[str]:
 
     A norm is one: coremltools folds it into the convolution before it. Subclasses of norms may add an activation.
     """
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d)
-    return [
-        name
-        for name, module in model.named_modules()
-        if name and (isinstance(module, nn.Conv2d | nn.Linear) or type(module) in norms)
-    ]
+    norms, named = (nn.BatchNorm1d, nn.BatchNorm2d), model.named_modules()
+    return [name for name, each in named if name and (isinstance(each, nn.Conv2d | nn.Linear) or type(each) in norms)]
 
 
 def _restore_names(proto: "Model", names: Iterable[str]) -> None:
@@ -278,16 +264,15 @@ def load(path: Path, threads: int | None) -> Artifact:
     package = Package(path)
     spec, labels = spec_from(package.metadata, path), labels_from(package.metadata, path)
     check_ports(path, spec, *package.ports, INPUT)
-    package.check_sizes(spec)
+    if wrong := [px for px in spec.sizes if (1, spec.in_chans, px, px) not in package.inputs[0].shapes]:
+        raise InputError(f"{path}: says that it takes {wrong[0]} px, and does not; export the model again")
     package.half = spec.precision != "fp32"
     if package.labels not in ((), labels):
         raise InputError(f"{path}: the labels that it gives are not those that it says it has; export the model again")
 
     def scale_faults() -> list[str]:
-        return [
-            *coreml_scale_faults(package),
-            *range_faults(ranges_from(package.metadata, path), coreml_steps(package)),
-        ]
+        ranges = ranges_from(package.metadata, path)
+        return [*coreml_scale_faults(package), *range_faults(ranges, coreml_steps(package))]
 
     return Artifact(
         path=path,
@@ -339,8 +324,7 @@ def _by_name(results: Sequence[Mapping[str, Any]], spec: Spec, labels: Sequence[
 def _tensor(output: Any, labels: Sequence[str]) -> torch.Tensor:
     """Return an output as a batch of one; a classifier's come by label and, from Core ML, in no order.
 
-    Raises:
-        InputError: there are others than `labels`. Without any the order is that in which people count.
+    Without `labels` the order is that in which people count. Raise InputError where the output has other labels.
     """
     if not isinstance(output, dict):
         return torch.as_tensor(output)

@@ -3,7 +3,6 @@
 import ast
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +60,7 @@ def create_int8_writer(
 
     Args:
         unfolded: deployed and with its identities unfolded, in eval mode.
-        ranges: of `activation_ranges`.
+        ranges: result of `activation_ranges`.
     """
     with scratch_folder() as folder:
         path = folder / "float.onnx"
@@ -122,7 +121,7 @@ def save_onnx(
     """Write an ONNX file with its metadata, after onnx.checker with full shape inference.
 
     Args:
-        ranges: of an int8 file's tensors, by name.
+        ranges: ranges of an int8 file's tensors, by name.
     """
     import onnx
 
@@ -160,7 +159,8 @@ def _strip(proto: "ModelProto") -> None:
 def load(path: Path, threads: int | None) -> Artifact:
     """Load an ONNX file of `shvit export` in ONNX Runtime."""
     proto = load_onnx(path)
-    spec = spec_from(metadata(proto), path)
+    notes = metadata(proto)
+    spec = spec_from(notes, path)
     check_graph(proto, path)
     session = onnx_session(path, threads)
     check_ports(path, spec, _ports(session.get_inputs()), _ports(session.get_outputs()), INPUT)
@@ -176,25 +176,21 @@ def load(path: Path, threads: int | None) -> Artifact:
         run=partial(_run, session),
         run_layers=partial(_run_layers, path, threads),
         parameters=partial(onnx_parameters, proto),
-        scale_faults=lambda: [
-            *onnx_scale_faults(proto),
-            *range_faults(ranges_from(metadata(proto), path), onnx_steps(proto)),
-        ],
-        labels=labels_from(metadata(proto), path),
+        scale_faults=lambda: onnx_scale_faults(proto) + range_faults(ranges_from(notes, path), onnx_steps(proto)),
+        labels=labels_from(notes, path),
         run_with_defaults=run_with_defaults if spec.precision == "int8" else None,
     )
 
 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
-    return replace(artifact, **RoundedOnnx(load_onnx(artifact.path), threads).changes(artifact))
+    return RoundedOnnx(load_onnx(artifact.path), threads).apply(artifact)
 
 
 def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool = True) -> "InferenceSession":
     """Return an ONNX Runtime session on the CPU, by default with exact 8-bit sums; see `create_session`.
 
-    Raises:
-        InputError: the file is not there or ONNX Runtime refuses it.
+    Raise InputError where the file is not there or ONNX Runtime refuses it.
     """
     name = source if isinstance(source, Path) else "the ONNX file"
     if isinstance(source, Path):
@@ -205,17 +201,16 @@ def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool =
         raise InputError(f"{name}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
-ONNX_TYPES = {"float": "float32", "double": "float64"}
-"""Types for which ONNX Runtime has other names than PyTorch."""
+ONNX_TYPES = {"float": "float32", "double": "float64"}  # types for which ONNX Runtime has other names than PyTorch
 
 
 def _ports(arguments: Sequence["NodeArg"]) -> list[Port]:
     """Return a session's inputs or outputs as ports."""
     ports = []
     for each in arguments:
-        inner = each.type.removeprefix("tensor(").removesuffix(")") if each.type.startswith("tensor(") else each.type
+        dtype = each.type.removeprefix("tensor(").removesuffix(")") if each.type.startswith("tensor(") else each.type
         lengths = tuple(length if isinstance(length, int) else None for length in each.shape)
-        ports.append(Port(each.name, ONNX_TYPES.get(inner, inner), lengths or None))
+        ports.append(Port(each.name, ONNX_TYPES.get(dtype, dtype), lengths or None))
     return ports
 
 
@@ -239,8 +234,7 @@ def _run_layers(path: Path, threads: int | None, batch: torch.Tensor) -> dict[st
     return {name: output.float() for name, output in zip(names.values(), outputs, strict=True)}
 
 
-INPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(uint8)")
-"""Those of which a benchmark makes inputs."""
+INPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(uint8)")  # types that a benchmark creates inputs of
 
 
 def inspect(path: Path) -> ImageInput:
@@ -249,10 +243,10 @@ def inspect(path: Path) -> ImageInput:
     notes = metadata(proto)
     inputs = onnx_session(path, 1).get_inputs()
     precision = spec_from(notes, path).precision if SPEC_KEY in notes else precision_of(proto)
-    found = image_input(path, [each.shape for each in inputs], precision)
+    result = image_input(path, [each.shape for each in inputs], precision)
     if inputs[0].type not in INPUT_TYPES:
         raise InputError(f"{path}: takes {inputs[0].type}; only {', '.join(INPUT_TYPES)} are timed here")
-    return found
+    return result
 
 
 ONNX = Backend(

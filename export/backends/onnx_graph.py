@@ -1,4 +1,4 @@
-"""The graph in an ONNX file: read, checked, its weights, and its computation with rounding."""
+"""Graphs of ONNX files: how they are read, checked and computed with rounding, and their weights."""
 
 import math
 from collections import Counter
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 
-def load_onnx(path: Path) -> Any:
-    """Return an ONNX file's protobuf.
-
-    Raises:
-        InputError: no such file, or not ONNX.
-    """
+def load_onnx(path: Path) -> "ModelProto":
+    """Return an ONNX file's protobuf; raise InputError where it is missing or not ONNX."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -44,8 +40,7 @@ def load_onnx(path: Path) -> Any:
     return proto
 
 
-MAX_BYTES = (2 << 30) - 1
-"""Limit of protobuf, in which ONNX is written."""
+MAX_BYTES = (2 << 30) - 1  # limit of protobuf, in which ONNX is written
 
 
 def _graphs(proto: "ModelProto") -> Iterator[Any]:
@@ -121,7 +116,7 @@ MAX_SHAPE_BYTES = 4096  # of a tensor whose values may be a shape
 
 
 def metadata(proto: "ModelProto") -> dict[str, str]:
-    """Return what an ONNX file says of itself."""
+    """Return an ONNX file's metadata."""
     return {prop.key: prop.value for prop in proto.metadata_props}
 
 
@@ -194,11 +189,8 @@ def onnx_scale_faults(proto: "ModelProto") -> list[str]:
         if node.op_type == "DequantizeLinear":
             source = tensors.makers.get(node.input[0])
             if source is not None and source.op_type == "QuantizeLinear":
-                same = all(
-                    np.array_equal(tensors.array(a), tensors.array(b))
-                    for a, b in zip(source.input[1:], node.input[1:], strict=False)
-                )
-                if not same:
+                pairs = zip(source.input[1:], node.input[1:], strict=False)
+                if not all(np.array_equal(tensors.array(a), tensors.array(b)) for a, b in pairs):
                     faults.append(f"{source.input[0]} is rounded with another scale or zero point than it is read with")
         elif node.op_type in LAYERS and len(node.input) > 2:
             makers = [tensors.makers.get(name) for name in node.input[:3]]
@@ -227,11 +219,7 @@ def onnx_steps(proto: "ModelProto") -> dict[str, tuple[float, float]]:
 
 
 class RoundedOnnx(Rounded):
-    """A float16 ONNX file, rounded to float16 after each node that gives float16.
-
-    Args:
-        proto: of the file; it is not changed.
-        threads: of one operator; ONNX Runtime's choice (all cores) where None.
+    """A float16 ONNX file, rounded to float16 after each node that gives float16; `proto` is not changed.
 
     Raises:
         InputError: ONNX Runtime refuses the graph.
@@ -347,7 +335,6 @@ def _half_values(proto: "ModelProto") -> set[str]:
 
 def _widen(tensor: Any) -> None:
     """Convert a float16 tensor of a file to float32, in place."""
-    import numpy as np
     import onnx
 
     if tensor.data_type == onnx.TensorProto.FLOAT16:

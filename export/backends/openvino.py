@@ -34,6 +34,7 @@ from .openvino_graph import (
     RoundedOpenvino,
     check_model,
     core,
+    lengths,
     load_openvino,
     openvino_parameters,
     openvino_scale_faults,
@@ -67,7 +68,7 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
 
     Args:
         source: the ONNX file.
-        path: of the .xml; the caller moves both files into place.
+        path: the .xml; the caller moves both files into place.
     """
     import openvino as ov
 
@@ -108,8 +109,7 @@ def compile_openvino(
 def saturates() -> bool:
     """Return whether OpenVINO's 8-bit kernels lose what is above 32767 in a sum of two products, without VNNI or AMX.
 
-    It is measured by a convolution of the largest values: older instructions of x86 add up pairs of products in 16
-    bits.
+    It is measured by a convolution of the largest values: older x86 instructions add up pairs of products in 16 bits.
     Source: OpenVINO's and oneDNN's notes on 8-bit inference, "saturation (overflow) issue".
     """
     import numpy as np
@@ -164,25 +164,18 @@ def load(path: Path, threads: int | None) -> Artifact:
 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
-    dtype = HALVES[artifact.spec.precision]
-    return replace(artifact, **RoundedOpenvino(load_openvino(artifact.path)[0], dtype, threads).changes(artifact))
+    model, _ = load_openvino(artifact.path)
+    return RoundedOpenvino(model, HALVES[artifact.spec.precision], threads).apply(artifact)
 
 
-TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}
-"""OpenVINO's names for types."""
-
-
-def _shape(port: "Output") -> list[int | None] | None:
-    """Return a port's lengths, None for an open one; None where not even the rank is declared."""
-    shape = port.partial_shape
-    return [dim.get_length() if dim.is_static else None for dim in shape] if shape.rank.is_static else None
+TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}  # OpenVINO's names for types
 
 
 def _ports(outputs: Sequence["Output"]) -> list[Port]:
     """Return a model's inputs or outputs as ports."""
     ports = []
     for each in outputs:
-        dtype, shape = each.element_type.get_type_name(), _shape(each)
+        dtype, shape = each.element_type.get_type_name(), lengths(each)
         name = each.any_name if each.names else each.node.get_friendly_name()
         ports.append(Port(name, TYPES.get(dtype, dtype), None if shape is None else tuple(shape)))
     return ports
@@ -212,7 +205,7 @@ def inspect(path: Path) -> ImageInput:
     """Return the image input of any IR."""
     model, notes = load_openvino(path)
     precision = spec_from(notes, path).precision if SPEC_KEY in notes else "fp32"
-    return image_input(path, [_shape(port) or () for port in model.inputs], precision)
+    return image_input(path, [lengths(port) or () for port in model.inputs], precision)
 
 
 OPENVINO = Backend(

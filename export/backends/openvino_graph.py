@@ -1,4 +1,4 @@
-"""The graph in an OpenVINO IR: read, checked, its weights, and its computation with rounding."""
+"""Graphs of OpenVINO IRs: how they are read, checked and computed with rounding, and their weights."""
 
 import functools
 import weakref
@@ -37,12 +37,8 @@ def core() -> "Core":
     return ov.Core()
 
 
-def load_openvino(path: Path) -> tuple[Any, dict[str, str]]:
-    """Return an IR and its metadata.
-
-    Raises:
-        InputError: one of its two files is not there or damaged.
-    """
+def load_openvino(path: Path) -> tuple["Model", dict[str, str]]:
+    """Return an IR and its metadata; raise InputError where one of its two files is missing or damaged."""
     for file in (path, path.with_suffix(".bin")):
         if not is_file(file):
             raise InputError(f"{file}: no such file; an OpenVINO IR is an .xml and a .bin of the same name")
@@ -62,10 +58,14 @@ def check_model(model: "Model", path: Path) -> None:
     """Raise InputError for loops, and for tensors that are too large, as far as shapes can be told."""
     check_operators(path, operators(model))
     for op in model.get_ops():
-        shapes = [each.partial_shape for each in map(op.output, range(op.get_output_size()))]
-        lengths = [[dim.get_length() if dim.is_static else None for dim in shape]
-                   for shape in shapes if shape.rank.is_static]  # fmt: skip
-        check_elements(path, [(op.get_friendly_name(), each) for each in lengths])
+        shapes = map(lengths, op.outputs())
+        check_elements(path, [(op.get_friendly_name(), shape) for shape in shapes if shape is not None])
+
+
+def lengths(port: "Output") -> list[int | None] | None:
+    """Return a port's lengths, None for an open one; None where not even the rank is declared."""
+    shape = port.partial_shape
+    return [dim.get_length() if dim.is_static else None for dim in shape] if shape.rank.is_static else None
 
 
 def operators(model: "Model") -> dict[str, int]:
@@ -142,8 +142,8 @@ def _as_stored(node: "Node", values: Mapping[str, np.ndarray]) -> Stored:
     if node.get_type_name() == "Multiply" and types & {"i8", "u8", "i32"}:
         half = torch.from_numpy(np.array(_input(node, 1).data, dtype=np.float32)) / 2
         return Stored(value, half + value.abs() * ROUNDING[torch.float16])
-    kinds = {"f16": torch.float16, "bf16": torch.bfloat16}
-    return stored(value, next((kinds[each] for each in kinds if each in types), torch.float32))
+    halves = {"f16": torch.float16, "bf16": torch.bfloat16}
+    return stored(value, next((halves[each] for each in halves if each in types), torch.float32))
 
 
 def _constants(node: "Node") -> list[Any]:
@@ -183,12 +183,7 @@ PRODUCTS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "Group
 
 
 class RoundedOpenvino(Rounded):
-    """An OpenVINO IR, rounded after each operation; a convolution or linear layer is one with its bias.
-
-    Args:
-        model: of `load_openvino`; it is not changed.
-        dtype: float16 or bfloat16.
-        threads: OpenVINO's choice (all cores) where None.
+    """An OpenVINO IR, which is not changed, rounded after each operation; a layer is one operation with its bias.
 
     Raises:
         InputError: OpenVINO refuses the graph.
@@ -277,7 +272,6 @@ def _constant(op: "Node") -> Any:
 
 def _round_weights(model: "Model", dtype: torch.dtype) -> None:
     """Round the weights of products; other constants stay as they are stored, which is how OpenVINO does it."""
-    import numpy as np
     import openvino as ov
 
     for op in model.get_ordered_ops():

@@ -23,34 +23,30 @@ ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0
 SMALLEST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 """Largest absolute error near zero, half of the smallest number."""
 FOLDING = 1e-5
-"""What folding norms in float32 may differ by from one processor to another, as a share of a tensor's largest value."""
+"""Most that folding norms in float32 may differ between processors, as a share of a tensor's largest value."""
 GAIN_SIGMAS = 6.0
 
 
 class Stored(NamedTuple):
     """A tensor of a file."""
 
-    value: torch.Tensor
-    """float32, what it stands for."""
-    rounding: torch.Tensor
-    """The largest error that rounding made, of the same shape or one that can be spread to it."""
+    value: torch.Tensor  # float32
+    rounding: torch.Tensor  # the largest error that rounding made; its shape broadcasts to the value's
 
 
 @dataclass(frozen=True)
 class LayerParameters:
     """A convolution or linear layer of a file."""
 
-    weight: Stored
-    """(out, in / groups, …)."""
+    weight: Stored  # (out, in / groups, …)
     bias: Stored | None
 
 
 def stored(value: Any, dtype: torch.dtype | None = None) -> Stored:
     """Return a tensor of floats; `dtype` is the type that it was rounded to where that is not its own."""
     value = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-    kind = dtype or value.dtype
-    value = value.float()
-    return Stored(value, (value.abs() * ROUNDING[kind]).clamp_min(SMALLEST.get(kind, 0.0)))
+    dtype, value = dtype or value.dtype, value.float()
+    return Stored(value, (value.abs() * ROUNDING[dtype]).clamp_min(SMALLEST.get(dtype, 0.0)))
 
 
 def quantized(levels: Any, scale: Any, zero_point: Any = 0, axis: int = 0) -> Stored:
@@ -75,12 +71,10 @@ def quantized(levels: Any, scale: Any, zero_point: Any = 0, axis: int = 0) -> St
 class Faults:
     """The result of a comparison of weights."""
 
-    compared: int
-    """Layers of the file that are layers of the model."""
+    compared: int  # layers of the file that are layers of the model
     worst: float
     """The largest error over the largest that rounding explains, of weights, biases and scales; above 1 is a fault."""
-    faults: tuple[str, ...]
-    """What is wrong, the worst first; empty for a sound file."""
+    faults: tuple[str, ...]  # what is wrong, the worst first; empty for a sound file
 
 
 def compare_parameters(file_parameters: Mapping[str, LayerParameters], model: nn.Module) -> Faults:
@@ -107,11 +101,10 @@ def compare_parameters(file_parameters: Mapping[str, LayerParameters], model: nn
         worst.append((abs(gain) / (GAIN_SIGMAS * sigma), f"the scale of {name}'s weights"))
         bias = layer.bias
         if exact and isinstance(bias, torch.Tensor):
-            if parameters.bias is None:
-                if bias.detach().abs().max() > 0:
-                    worst.append((math.inf, f"the bias of {name}, which is missing,"))
-            else:
+            if parameters.bias is not None:
                 worst.append((_excess(bias.detach().float(), parameters.bias), f"a bias of {name}"))
+            elif bias.detach().abs().max() > 0:
+                worst.append((math.inf, f"the bias of {name}, which is missing,"))
     worst.append((_joint_gain(gains), "the scale of all weights"))
     wrong = sorted((each for each in worst if each[0] > 1), key=lambda each: -each[0])
     faults = tuple(f"{what} is {_times(excess)} what rounding explains" for excess, what in wrong)
@@ -127,20 +120,20 @@ def _times(excess: float) -> str:
     return "off by more than" if math.isinf(excess) else f"off by {excess:.1f} times"
 
 
-def _excess(expected: torch.Tensor, got: Stored) -> float:
+def _excess(expected: torch.Tensor, actual: Stored) -> float:
     """Return the largest error over the largest that rounding explains."""
-    if expected.shape != got.value.shape:
+    if expected.shape != actual.value.shape:
         return math.inf
-    allowed = 1.02 * got.rounding + FOLDING * (expected.abs() + 0.1 * expected.abs().max())
-    error = (expected - got.value).abs()
+    allowed = 1.02 * actual.rounding + FOLDING * (expected.abs() + 0.1 * expected.abs().max())
+    error = (expected - actual.value).abs()
     return (error / allowed.clamp_min(1e-30)).max().item() if error.numel() else 0.0
 
 
-def _gain(expected: torch.Tensor, got: Stored) -> tuple[float, float]:
+def _gain(expected: torch.Tensor, actual: Stored) -> tuple[float, float]:
     """Return by how much the file's weights are larger as a whole than the model's, and its standard deviation."""
     power = expected.double().square().sum().clamp_min(1e-300)
-    gain = ((got.value.double() - expected.double()) * expected.double()).sum() / power
-    rounding = got.rounding.double().expand(expected.shape)
+    gain = ((actual.value.double() - expected.double()) * expected.double()).sum() / power
+    rounding = actual.rounding.double().expand(expected.shape)
     sigma = (rounding.square() * expected.double().square()).sum().div(3).sqrt() / power
     return gain.item(), max(sigma.item(), 0.0) + FOLDING / GAIN_SIGMAS
 
@@ -154,9 +147,9 @@ def _joint_gain(gains: list[tuple[float, float]]) -> float:
     return abs(mean) / (GAIN_SIGMAS / math.sqrt(precision) + FOLDING)
 
 
-def _channel_gains(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+def _channel_gains(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
     """Return the factor between each output channel's weights, (out, 1, …)."""
-    flat, other = expected.flatten(1).double(), got.flatten(1).double()
+    flat, other = expected.flatten(1).double(), actual.flatten(1).double()
     gains = (flat * other).sum(1) / flat.square().sum(1).clamp_min(1e-300)
     return gains.float().reshape(-1, *[1] * (expected.dim() - 1))
 
@@ -175,17 +168,11 @@ def convolve(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor | None = No
     return nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-MIN_STEP = 2.0**-14
-"""Core ML's least scale: finer ones say nothing of a range."""
+MIN_STEP = 2.0**-14  # Core ML's least scale: finer ones say nothing of a range
 
 
 def range_faults(learned: Mapping[str, Range], steps: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the 8-bit tensors whose scales and zero points contradict their learned ranges, each as a sentence.
-
-    Args:
-        learned: what the file says of itself; nothing is known of other tensors.
-        steps: scale and zero point that each tensor is read with.
-    """
+    """Return the 8-bit tensors whose `steps`, scale and zero point, contradict their learned ranges, as sentences."""
     faults = []
     for name in learned.keys() & steps.keys():
         (low, high), (scale, zero_point) = learned[name], steps[name]

@@ -1,7 +1,6 @@
 """All backends, and artifacts of any of them. A new backend is a file beside this one and a line here."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,7 @@ BACKENDS: dict[str, Backend[Any]] = {backend.name: backend for backend in (ONNX,
 
 
 def resolve_backend(path: Path) -> Backend[Any]:
-    """Return the backend of an artifact, by its suffix.
-
-    Raises:
-        InputError: no backend has this suffix.
-    """
+    """Return the backend of an artifact, by its suffix; raise InputError where no backend has it."""
     suffixes = {backend.suffix: backend for backend in BACKENDS.values()}
     if path.suffix not in suffixes:
         raise InputError(f"{path}: unknown artifact {path.suffix!r}; choose from {', '.join(suffixes)}")
@@ -43,7 +38,7 @@ def load_artifact(
 
     Args:
         path: an .onnx file, .xml (with its .bin) or .mlpackage.
-        threads: of ONNX Runtime and OpenVINO; their choice (all cores) where None.
+        threads: threads of ONNX Runtime and OpenVINO; their choice (all cores) where None.
         native: run a Core ML package in Core ML, which is part of macOS, in place of our own evaluator.
         rounded: compute half precision in half precision, rounding after each operation, whatever the processor has:
             on a CPU the runtimes compute it in float32. Meant for verification; it is slow.
@@ -84,15 +79,14 @@ def artifact_files(path: Path) -> list[Path]:
 
 def artifact_sha256(path: Path) -> str:
     """Return the digest of an artifact's file; of several, that of their digests one after the other."""
-    digests: Sequence[str] = [sha256(file) for file in artifact_files(path)]
+    digests = [sha256(file) for file in artifact_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def refuse_changed(path: Path) -> None:
     """Raise CheckFailed if a file is not the one that its certificate describes; called before anything reads it.
 
-    Raises:
-        InputError: an unknown suffix, such as that of a folder of anything, which is not hashed.
+    Raise InputError for an unknown suffix, such as that of a folder of anything, which is not hashed.
     """
     if all(is_there(file) for file in artifact_files(path)):
         check_unchanged(path, artifact_sha256(path))

@@ -5,7 +5,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from .registry import Operations
+from .registry import Operation, Operations
 
 UNARY = {
     "abs": torch.abs,
@@ -32,55 +32,23 @@ BINARY = {
     "real_div": operator.truediv,
     "sub": operator.sub,
 }
+OTHERS: dict[str, Operation] = {
+    "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
+    "elu": lambda x, alpha: F.elu(x, alpha),
+    "inverse": lambda x, epsilon: 1 / (x + epsilon),
+    "leaky_relu": lambda x, alpha: F.leaky_relu(x, alpha),
+    "log": lambda x, epsilon: torch.log(x + epsilon),
+    "prelu": lambda x, alpha: F.prelu(x, alpha),
+    "rsqrt": lambda x, epsilon: torch.rsqrt(x + epsilon),
+    "select": lambda cond, a, b: torch.where(cond, a, b),
+    "sigmoid_hard": lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1),
+    "thresholded_relu": lambda x, alpha: torch.where(x >= alpha, x, 0.0),
+}
 OPERATIONS = Operations(
     {name: lambda x, f=function: f(x) for name, function in UNARY.items()}
     | {name: lambda x, y, f=function: f(torch.as_tensor(x), torch.as_tensor(y)) for name, function in BINARY.items()}
+    | OTHERS
 )
-
-
-@OPERATIONS.add
-def rsqrt(x, epsilon):
-    return torch.rsqrt(x + epsilon)
-
-
-@OPERATIONS.add
-def inverse(x, epsilon):
-    return 1 / (x + epsilon)
-
-
-@OPERATIONS.add
-def log(x, epsilon):
-    return torch.log(x + epsilon)
-
-
-@OPERATIONS.add
-def clip(x, alpha, beta):
-    return x.clamp(alpha, beta)
-
-
-@OPERATIONS.add
-def elu(x, alpha):
-    return F.elu(x, alpha)
-
-
-@OPERATIONS.add
-def leaky_relu(x, alpha):
-    return F.leaky_relu(x, alpha)
-
-
-@OPERATIONS.add
-def prelu(x, alpha):
-    return F.prelu(x, alpha)
-
-
-@OPERATIONS.add
-def thresholded_relu(x, alpha):
-    return torch.where(x >= alpha, x, 0.0)
-
-
-@OPERATIONS.add
-def sigmoid_hard(x, alpha, beta):
-    return (alpha * x + beta).clamp(0, 1)
 
 
 @OPERATIONS.add
@@ -94,11 +62,6 @@ def gelu(x, mode):
 def cast(x, dtype):
     types = {"bool": torch.bool, "fp16": torch.float32, "fp32": torch.float32}  # half is rounded to afterwards
     return torch.as_tensor(x).to(types.get(dtype) or getattr(torch, dtype))
-
-
-@OPERATIONS.add
-def select(cond, a, b):
-    return torch.where(cond, a, b)
 
 
 def _along(values: torch.Tensor | float, axis: int, rank: int) -> torch.Tensor | float:

@@ -7,11 +7,16 @@ import torch.nn.functional as F
 
 from .registry import Numbers, Operations, ints
 
-OPERATIONS = Operations()
-
-
-Pads = list[tuple[int, int]]
-"""(before, after) of each spatial dimension."""
+OPERATIONS = Operations(
+    batch_norm=lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(
+        x, mean, variance, gamma, beta, eps=epsilon
+    ),
+    instance_norm=lambda x, gamma, beta, epsilon: F.instance_norm(x, weight=gamma, bias=beta, eps=epsilon),
+    linear=lambda x, weight, bias: F.linear(x, weight, bias),
+    matmul=lambda x, y, transpose_x, transpose_y: torch.matmul(x.mT if transpose_x else x, y.mT if transpose_y else y),
+    softmax=lambda x, axis: x.softmax(int(axis)),
+)
+Pads = list[tuple[int, int]]  # (before, after) of each spatial dimension
 
 
 def pairs(pad: Numbers) -> Pads:
@@ -63,34 +68,14 @@ def conv_transpose(x, weight, bias, pad, output_shape, pad_type, strides, dilati
     if pad_type == "custom":
         pads = pairs(pad)
     elif pad_type != "valid":
-        wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
-        excess = [max(size - want, 0) for size, want in zip(whole.shape[2:], wanted, strict=True)]
+        target = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+        excess = [max(size - length, 0) for size, length in zip(whole.shape[2:], target, strict=True)]
         pads = [(amount // 2, amount - amount // 2) for amount in excess]
     sizes = ints(output_shape)[2:] if output_shape is not None else None
     for dim, (before, after) in enumerate(pads, start=2):
         size = sizes[dim - 2] if sizes else whole.shape[dim] - before - after
         whole = whole.narrow(dim, before, size)
     return whole
-
-
-@OPERATIONS.add
-def linear(x, weight, bias):
-    return F.linear(x, weight, bias)
-
-
-@OPERATIONS.add
-def matmul(x, y, transpose_x, transpose_y):
-    return torch.matmul(x.mT if transpose_x else x, y.mT if transpose_y else y)
-
-
-@OPERATIONS.add
-def batch_norm(x, mean, variance, gamma, beta, epsilon):
-    return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=epsilon)
-
-
-@OPERATIONS.add
-def instance_norm(x, gamma, beta, epsilon):
-    return F.instance_norm(x, weight=gamma, bias=beta, eps=epsilon)
 
 
 @OPERATIONS.add
@@ -102,11 +87,6 @@ def layer_norm(x, axes, gamma, beta, epsilon):
     if gamma is not None:
         x = x * gamma.reshape(shape)
     return x if beta is None else x + beta.reshape(shape)
-
-
-@OPERATIONS.add
-def softmax(x, axis):
-    return x.softmax(int(axis))
 
 
 def _pool_padded(

@@ -3,6 +3,4 @@
 from . import elementwise, layers, resizing, tensors
 from .registry import Operations
 
-OPERATIONS = Operations(
-    {**elementwise.OPERATIONS, **layers.OPERATIONS, **tensors.OPERATIONS, **resizing.OPERATIONS},
-)
+OPERATIONS = Operations({**elementwise.OPERATIONS, **layers.OPERATIONS, **tensors.OPERATIONS, **resizing.OPERATIONS})

@@ -6,7 +6,7 @@ Engine.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,6 @@ from shvit.files import files_below, is_file, is_folder
 from shvit.terminal import quiet
 
 from ..guards import Port, check_elements, one_line
-from ..spec import Spec
 from ..wrappers import MIL_LAYERS as LAYERS
 from .operations import OPERATIONS
 
@@ -30,10 +29,8 @@ if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Function, Operation, Var
     from coremltools.proto.Model_pb2 import FeatureDescription, Model
 
-PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}
-"""PIL's names of Core ML's color spaces."""
-MAIN = "main"
-"""The function that is run, of those that a program may have."""
+PIL_MODES = {"RGB": "RGB", "BGR": "RGB", "GRAYSCALE": "L"}  # PIL's names of Core ML's color spaces
+MAIN = "main"  # the one function that is run; a program may have several
 
 
 @dataclass(frozen=True)
@@ -41,36 +38,26 @@ class ModelInput:
     """An input of a package, as the package describes it."""
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
-    """The shapes allowed, (B, C, H, W); the first is the default."""
-    colors: str | None
-    """RGB, BGR or GRAYSCALE of an image; None for a tensor."""
+    shapes: tuple[tuple[int, ...], ...]  # the shapes allowed, (B, C, H, W); the first is the default
+    colors: str | None  # RGB, BGR or GRAYSCALE of an image; None for a tensor
 
 
 class Program:
-    """The main function of a program of Core ML's intermediate language (MIL), held in memory.
-
-    Args:
-        function: coremltools' object.
-        name: the program's name in errors.
-    """
+    """The main function of a program of Core ML's intermediate language (MIL), in memory; errors call it `name`."""
 
     def __init__(self, function: "Function", name: str):
         self.function = function
         self.name = name
 
-    def values(self, given: Mapping[str, torch.Tensor], half: bool = False) -> dict["Var", Any]:
+    def values(self, inputs: Mapping[str, torch.Tensor], half: bool = False) -> dict["Var", Any]:
         """Return every variable's value, by coremltools' object for it; with gradients where PyTorch records them.
 
-        Args:
-            given: the inputs by name.
-            half: round to float16 wherever the program says float16.
-
-        Raises:
-            InputError: an operation cannot be computed.
+        `half` rounds to float16 wherever the program says float16. Raise InputError if an operation cannot be computed.
         """
-        inputs = self.function.inputs
-        values: dict[Var, Any] = {inputs[name]: _rounded(value, inputs[name], half) for name, value in given.items()}
+        variables = self.function.inputs
+        values: dict[Var, Any] = {
+            variables[name]: _rounded(value, variables[name], half) for name, value in inputs.items()
+        }
         for op in self.function.operations:
             self._compute(op, values, half)
         return values
@@ -83,9 +70,8 @@ class Program:
         try:
             results = OPERATIONS[op.op_type](**arguments)
         except (InputError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise InputError(
-                f"{self.name}: {op.op_type} {op.name!r} cannot be computed here ({first_line(error)})"
-            ) from error
+            fault = f"{op.op_type} {op.name!r} cannot be computed here ({first_line(error)})"
+            raise InputError(f"{self.name}: {fault}") from error
         results = results if isinstance(results, tuple | list) else (results,)
         for var, result in zip(op.outputs, results, strict=False):
             values[var] = _rounded(result, var, half)
@@ -93,30 +79,25 @@ class Program:
     def _argument(self, var: "Var | Sequence[Var] | None", values: Mapping["Var", Any]) -> Any:
         if isinstance(var, tuple | list):
             return [self._argument(each, values) for each in var]
-        if var is None:
-            return None
-        return values[var] if var in values else self._constants.get(var, None)
+        return None if var is None else values[var] if var in values else self._constants.get(var)
 
     @cached_property
     def _constants(self) -> dict["Var", Any]:
         """Weights as float32 tensors, compressed ones decompressed; numbers and strings as Python's."""
-        found: dict[Var, Any] = {}
+        constants: dict[Var, Any] = {}
         for op in self.function.operations:
             if op.op_type == "const":
-                found[op.outputs[0]] = _constant(op.outputs[0].val)
+                constants[op.outputs[0]] = _constant(op.outputs[0].val)
             elif op.op_type.startswith("constexpr_"):
-                found[op.outputs[0]] = _constant(op.materialized_val_inference())
-        return found
+                constants[op.outputs[0]] = _constant(op.materialized_val_inference())
+        return constants
 
 
 class Package:
-    """An opened .mlpackage.
-
-    Args:
-        half: round to float16 wherever the program says float16.
+    """A loaded .mlpackage; `half` rounds to float16 wherever the program says float16.
 
     Raises:
-        InputError: the package is missing, unreadable, no ML Program, or holds an operation that is not known.
+        InputError: the package is missing, unreadable, not an ML Program, or holds an operation that is not known.
     """
 
     def __init__(self, path: Path, half: bool = False):
@@ -137,11 +118,12 @@ class Package:
                 _check_program(path, self.proto)
                 program = load(self.proto, self.proto.specificationVersion, model.weights_dir)
             if MAIN not in program.functions:
-                found = ", ".join(sorted(program.functions)) or "none"
-                raise InputError(f"{path}: has no function {MAIN} (it has {found}); export the model again")
+                names = ", ".join(sorted(program.functions)) or "none"
+                raise InputError(f"{path}: has no function {MAIN} (it has {names}); export the model again")
             self.program = Program(program.functions[MAIN], str(path))
             self.inputs = tuple(_model_input(description) for description in self.proto.description.input)
-        check_elements(path, self._shapes())
+        variables = [var for op in self.program.function.operations for var in op.outputs]  # constants included
+        check_elements(path, [(var.name, _lengths(var)) for var in variables])
         unknown = {name for name in self.operators if name not in OPERATIONS and not name.startswith("constexpr_")}
         if unknown:
             raise InputError(f"{path}: holds operations that are not known here: {', '.join(sorted(unknown))}")
@@ -153,28 +135,10 @@ class Package:
         return dict(counts.most_common())
 
     @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
-        return [var.name for var in self.program.function.outputs]
-
-    @property
     def ports(self) -> tuple[list[Port], list[Port]]:
         """Inputs and outputs as the package declares them."""
         inputs = [Port(each.name, "image" if each.colors else "float32", each.shapes[0]) for each in self.inputs]
         return inputs, [_port(var) for var in self.program.function.outputs]
-
-    def check_sizes(self, spec: Spec) -> None:
-        """Raise InputError where the package does not take one of the sizes that its spec names."""
-        for px in spec.sizes:
-            shape = (1, spec.in_chans, px, px)
-            if shape not in self.inputs[0].shapes:
-                raise InputError(f"{self.path}: says that it takes {px} px, and does not; export the model again")
-
-    def _shapes(self) -> Iterator[tuple[str, list[int | None]]]:
-        """Yield name and shape of every variable, constants included; lengths that depend on the input are None."""
-        for op in self.program.function.operations:
-            for var in op.outputs:
-                yield var.name, _lengths(var)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -184,37 +148,31 @@ class Package:
     @property
     def labels(self) -> tuple[str, ...]:
         """A classifier's labels in the order of its classes; empty for any other model."""
-        for op in self.program.function.operations:
-            if op.op_type == "classify":
-                return tuple(map(str, op.inputs["classes"].val))
-        return ()
+        classifiers = (op for op in self.program.function.operations if op.op_type == "classify")
+        return next((tuple(map(str, op.inputs["classes"].val)) for op in classifiers), ())
 
-    def __call__(self, **given: torch.Tensor | Image.Image) -> dict[str, Any]:
+    def __call__(self, **inputs: torch.Tensor | Image.Image) -> dict[str, Any]:
         """Return all outputs by name.
 
         Args:
-            given: for each input an image, or a tensor of one of its shapes: float32, for images the pixels' values,
+            inputs: for each input an image, or a tensor of one of its shapes: float32, for images the pixels' values,
                 0–255, channels in the input's order.
 
         Raises:
             InputError: an input is missing, or has another shape, or an operation cannot be computed.
         """
-        values = self._values(given)
+        values = self._values(inputs)
         return {var.name: values[var] for var in self.program.function.outputs}
 
-    def layers(self, **given: torch.Tensor | Image.Image) -> dict[str, torch.Tensor]:
-        """Return the output of each convolution and linear layer, by the operation's name.
-
-        Arguments and errors are those of a call.
-        """
-        values = self._values(given)
+    def layers(self, **inputs: torch.Tensor | Image.Image) -> dict[str, torch.Tensor]:
+        """Return the output of each convolution and linear layer, by the operation's name, for inputs as of a call."""
+        values = self._values(inputs)
         return {op.name: values[op.outputs[0]] for op in self.program.function.operations if op.op_type in LAYERS}
 
-    def _values(self, given: Mapping[str, torch.Tensor | Image.Image]) -> dict["Var", Any]:
-        for each in self.inputs:
-            if each.name not in given:
-                raise InputError(f"{self.path}: wants an input {each.name!r}")
-        tensors = {each.name: _tensor(each, given[each.name], self.path) for each in self.inputs}
+    def _values(self, inputs: Mapping[str, torch.Tensor | Image.Image]) -> dict["Var", Any]:
+        if missing := [each.name for each in self.inputs if each.name not in inputs]:
+            raise InputError(f"{self.path}: wants an input {missing[0]!r}")
+        tensors = {each.name: _tensor(each, inputs[each.name], self.path) for each in self.inputs}
         with torch.inference_mode():
             return self.program.values(tensors, self.half)
 
@@ -222,13 +180,9 @@ class Package:
 def _rounded(value: Any, var: "Var", half: bool) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    return value.half().float() if half and _is_half(var) else value.float()
-
-
-def _is_half(var: "Var") -> bool:
     from coremltools.converters.mil.mil import types
 
-    return types.builtin_to_string(var.dtype) == "fp16"
+    return value.half().float() if half and types.builtin_to_string(var.dtype) == "fp16" else value.float()
 
 
 def _lengths(var: "Var") -> list[int | None]:
@@ -244,12 +198,11 @@ def _port(var: "Var") -> Port:
 
     if types.is_dict(var.sym_type):  # a classifier's probabilities by label
         return Port(var.name, "float32", None)
-    kind = types.builtin_to_string(var.dtype)
-    return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(kind, kind), tuple(_lengths(var)) or None)
+    dtype = types.builtin_to_string(var.dtype)
+    return Port(var.name, {"fp32": "float32", "fp16": "float16"}.get(dtype, dtype), tuple(_lengths(var)) or None)
 
 
-MAX_FILES = 1000
-"""Files of a package; `shvit export` writes three."""
+MAX_FILES = 1000  # files of a package; `shvit export` writes three
 MAX_MANIFEST_BYTES = 1 << 20
 
 
@@ -275,11 +228,7 @@ EXPANDING = ("fill", "tile", "range_1d", "one_hot")
 
 
 def _check_program(path: Path, proto: "Model") -> None:
-    """Check a program before it is loaded.
-
-    Raises:
-        InputError: it has weights in a file that the package's hash leaves out, or tensors that are too large.
-    """
+    """Raise InputError where a program has weights in a file that the package's hash leaves out, or huge tensors."""
     numbers: dict[str, list[int]] = {}
     left = [function.block_specializations[function.opset] for function in proto.mlProgram.functions.values()
             if function.opset in function.block_specializations]  # fmt: skip
@@ -315,15 +264,15 @@ def _model_input(description: "FeatureDescription") -> ModelInput:
     return ModelInput(description.name, tuple(dict.fromkeys(shapes)), None)
 
 
-def _tensor(wanted: ModelInput, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
+def _tensor(port: ModelInput, value: torch.Tensor | Image.Image, path: Path) -> torch.Tensor:
     if isinstance(value, Image.Image):
-        if wanted.colors is None:
-            raise InputError(f"{path}: its input {wanted.name!r} is a tensor, and an image was given")
-        pixels = np.asarray(value.convert(PIL_MODES[wanted.colors]), dtype=np.float32)
+        if port.colors is None:
+            raise InputError(f"{path}: its input {port.name!r} is a tensor, and an image was given")
+        pixels = np.asarray(value.convert(PIL_MODES[port.colors]), dtype=np.float32)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if wanted.colors == "BGR" else pixels))[None]
-    if tuple(value.shape) not in wanted.shapes:
-        allowed = " or ".join("×".join(map(str, shape)) for shape in wanted.shapes)
+        value = torch.from_numpy(np.ascontiguousarray(pixels[::-1] if port.colors == "BGR" else pixels))[None]
+    if tuple(value.shape) not in port.shapes:
+        allowed = " or ".join("×".join(map(str, shape)) for shape in port.shapes)
         raise InputError(f"{path}: takes {allowed}, not {'×'.join(map(str, value.shape))}")
     return value.float()
 
@@ -334,6 +283,4 @@ def _constant(value: Any) -> Any:
             return value.tolist()
         tensor = torch.from_numpy(np.ascontiguousarray(value))
         return tensor.float() if tensor.is_floating_point() else tensor
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+    return value.item() if isinstance(value, np.generic) else value

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 Operation = Callable[..., Any]
-Numbers = torch.Tensor | Sequence[int] | int
-"""Whole numbers, which MIL has as a tensor, a list or a single one."""
+Numbers = torch.Tensor | Sequence[int] | int  # whole numbers, which MIL has as a tensor, a list or a single one
 
 
 class Operations(dict[str, Operation]):

@@ -8,7 +8,12 @@ from shvit.errors import InputError
 from .layers import padded, pairs
 from .registry import Operations, ints
 
-OPERATIONS = Operations()
+OPERATIONS = Operations(
+    pixel_shuffle=lambda x, upscale_factor: F.pixel_shuffle(x, int(upscale_factor)),
+    upsample_nearest_neighbor=lambda x, scale_factor_height, scale_factor_width: F.interpolate(
+        x, scale_factor=(float(scale_factor_height), float(scale_factor_width))
+    ),
+)
 
 
 @OPERATIONS.add
@@ -23,16 +28,6 @@ def pad(x, pad, mode, constant_val):
             places = (size - 1) - (places.abs() - (size - 1)).abs()
         x = x.index_select(dim, places.clamp(0, size - 1))
     return x
-
-
-@OPERATIONS.add
-def pixel_shuffle(x, upscale_factor):
-    return F.pixel_shuffle(x, int(upscale_factor))
-
-
-@OPERATIONS.add
-def upsample_nearest_neighbor(x, scale_factor_height, scale_factor_width):
-    return F.interpolate(x, scale_factor=(float(scale_factor_height), float(scale_factor_width)))
 
 
 @OPERATIONS.add

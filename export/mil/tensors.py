@@ -13,21 +13,21 @@ REDUCTIONS: dict[str, Operation] = {
     "reduce_mean": lambda x, dims, keep: x.mean(dims, keep),
     "reduce_sum": lambda x, dims, keep: x.sum(dims, keep),
 }
+OPERATIONS = Operations(
+    {
+        name: lambda x, axes, keep_dims, f=function: f(x, _dims(x, axes), keep_dims)
+        for name, function in REDUCTIONS.items()
+    },
+    reverse=lambda x, axes: x.flip(_dims(x, axes)),
+    shape=lambda x: torch.tensor(x.shape, dtype=torch.int32),
+    squeeze=lambda x, axes: x.squeeze() if axes is None else x.squeeze(ints(axes)),
+    tile=lambda x, reps: x.repeat(ints(reps)),
+    transpose=lambda x, perm: x.permute(ints(perm)),
+)
 
 
-def _reduction(function: Operation) -> Operation:
-    def reduce(x, axes, keep_dims):
-        return function(x, list(range(x.dim())) if axes is None else ints(axes), keep_dims)
-
-    return reduce
-
-
-OPERATIONS = Operations({name: _reduction(function) for name, function in REDUCTIONS.items()})
-
-
-@OPERATIONS.add
-def shape(x):
-    return torch.tensor(x.shape, dtype=torch.int32)
+def _dims(x: torch.Tensor, axes: Numbers | None) -> list[int]:
+    return list(range(x.dim())) if axes is None else ints(axes)
 
 
 @OPERATIONS.add
@@ -37,21 +37,11 @@ def reshape(x, shape):
 
 
 @OPERATIONS.add
-def transpose(x, perm):
-    return x.permute(ints(perm))
-
-
-@OPERATIONS.add
 def expand_dims(x, axes):
     dims = ints(axes)
     for dim in sorted(dim % (x.dim() + len(dims)) for dim in dims):
         x = x.unsqueeze(dim)
     return x
-
-
-@OPERATIONS.add
-def squeeze(x, axes):
-    return x.squeeze() if axes is None else x.squeeze(ints(axes))
 
 
 @OPERATIONS.add
@@ -73,13 +63,9 @@ def split(x, num_splits, split_sizes, axis):
 @OPERATIONS.add
 def slice_by_index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask):
     rank = x.dim()
-
-    def flags(mask: Numbers | None) -> list[int]:
-        return [0] * rank if mask is None else ints(mask)
-
+    masks = (squeeze_mask, begin_mask, end_mask)
+    drop, from_start, to_end = ([0] * rank if mask is None else ints(mask) for mask in masks)
     steps = [1] * rank if stride is None else ints(stride)
-    drop = flags(squeeze_mask)
-    from_start, to_end = flags(begin_mask), flags(end_mask)
     for dim, (first, last, step) in enumerate(zip(ints(begin), ints(end), steps, strict=True)):
         size = x.shape[dim]
         if drop[dim]:
@@ -93,21 +79,11 @@ def slice_by_index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask):
 @OPERATIONS.add
 def gather(x, indices, axis, batch_dims, validate_indices=None):
     dim, batch = int(axis) % x.dim(), int(batch_dims)
-    indices = torch.as_tensor(indices).long()
-    indices = torch.where(indices < 0, indices + x.shape[dim], indices)
     if batch:
         raise InputError("gather along batches")
+    indices = torch.as_tensor(indices).long()
+    indices = torch.where(indices < 0, indices + x.shape[dim], indices)
     return x.index_select(dim, indices.flatten()).reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
-
-
-@OPERATIONS.add
-def tile(x, reps):
-    return x.repeat(ints(reps))
-
-
-@OPERATIONS.add
-def reverse(x, axes):
-    return x.flip(list(range(x.dim())) if axes is None else ints(axes))
 
 
 @OPERATIONS.add

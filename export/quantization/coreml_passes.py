@@ -5,7 +5,7 @@ Importing this module registers them, so it is imported only to convert.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import coremltools as ct
@@ -24,37 +24,29 @@ from ..spec import Spec
 from ..wrappers import MIL_LAYERS
 from .ranges import LEVELS, Range, learn_ranges
 
-MIN_SCALE = 2.0**-14
-"""float16's smallest normal number."""
+MIN_SCALE = 2.0**-14  # float16's smallest normal number
 Evaluator = Callable[[Function], Callable[[torch.Tensor], Mapping[Var, torch.Tensor]]]
 """Takes a function with one input; returns a callable from an input to the values of all variables, with gradients."""
 
 
 class Calibration(NamedTuple):
-    """What ranges are learned from."""
+    """Inputs and evaluator that ranges are learned with."""
 
-    inputs: Sequence[torch.Tensor]
-    """Of the traced graph, (1, C, H, W)."""
-    evaluator: Evaluator
-    """Runs the traced graph on them."""
+    inputs: Sequence[torch.Tensor]  # inputs of the traced graph, (1, C, H, W)
+    evaluator: Evaluator  # runs the traced graph on them
 
 
 def pipeline(
-    spec: Spec,
-    names: Mapping[str, str],
-    calibration: Calibration,
-    excluded: Collection[str],
-    ranges: dict[str, Range],
+    spec: Spec, names: Mapping[str, str], calibration: Calibration, ranges: dict[str, Range]
 ) -> ct.PassPipeline:
     """Return coremltools' own passes followed by ours, as `spec.precision` needs them.
 
     Args:
-        names: of the modules that are layers, by their names in the traced graph.
-        calibration: is used where ranges are missing.
-        excluded: names of layers that are not quantized.
-        ranges: of layers' inputs, by the layer's name; those that are missing are learned and added.
+        names: names of the modules that are layers, by their names in the traced graph.
+        calibration: used where ranges are missing.
+        ranges: ranges of layers' inputs, by the layer's name; missing ones are learned and added.
     """
-    excluded = frozenset(excluded)
+    excluded = frozenset(spec.excluded_layers)
     passes = ct.PassPipeline.DEFAULT
     passes.append_pass("shvit::name_layers")
     passes.set_options("shvit::name_layers", {"names": names, "excluded": excluded})
@@ -87,8 +79,7 @@ class name_layers(AbstractGraphPass):  # noqa: N801  (coremltools calls passes a
         for op, module in zip(layers, modules, strict=True):
             alone = module in self.names and times[module] == 1
             op.name = self.names[module] if alone else written(op.name)
-        unknown = sorted(self.excluded - {op.name for op in layers})
-        if unknown:
+        if unknown := sorted(self.excluded - {op.name for op in layers}):
             some = ", ".join(op.name for op in layers[:3])
             raise InputError(f"no convolution or linear layer is called {unknown[0]!r}; choose from the model's, "
                              f"such as {some}")  # fmt: skip

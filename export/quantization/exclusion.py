@@ -1,4 +1,4 @@
-"""Which layers to exclude from quantization: those whose rounding adds the most noise, and as few as are needed."""
+"""Layers to exclude from quantization: those whose rounding adds the most noise, and as few as are needed."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -50,11 +50,7 @@ def _rounded_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def expected_count(noise: Sequence[float], allowed: float) -> int:
-    """Return how many of the noisiest layers to exclude so that the others' noise is `allowed`, a share of the sum.
-
-    Args:
-        noise: of each layer, the noisiest first.
-    """
+    """Return how many of the noisiest layers, first in `noise`, to exclude so that the rest is `allowed` of the sum."""
     sums = list(accumulate(reversed(noise)))[::-1]  # of the layers from each one on
     return next((count for count, rest in enumerate(sums) if rest <= sum(noise) * min(allowed, 1.0)), len(noise))
 

@@ -25,8 +25,7 @@ from .ranges import Range, flat_outputs, learn_ranges
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-LAYERS = ("Conv", "Gemm")
-"""ONNX operators that are a whole module, bias included."""
+LAYERS = ("Conv", "Gemm")  # ONNX operators that are a whole module, bias included
 FLOAT_OUTPUTS = ("Gemm",)
 """Operators whose 8-bit kernels give float32: logits are not rounded, nor cut at the range of those seen."""
 
@@ -144,8 +143,8 @@ def quantize_onnx(proto: "ModelProto", spec: Spec, ranges: Mapping[str, LayerRan
 
     Args:
         proto: the float model; it is left as it is.
-        spec: of the new model; its `excluded_layers` stay in float32.
-        ranges: of `activation_ranges`, for every layer of the model.
+        spec: spec of the new model; its `excluded_layers` stay in float32.
+        ranges: result of `activation_ranges`, for every layer of the model.
 
     Raises:
         InputError: the model has layers that are no modules of the PyTorch model.

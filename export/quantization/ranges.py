@@ -10,22 +10,16 @@ from typing import TypeVar
 import torch
 
 K = TypeVar("K", bound=Hashable)
-Range = tuple[float, float]
-"""Lowest and highest value; 0 is always within."""
-LEVELS = 255
-"""Steps between 256 levels."""
-BINS = 32
-"""Bins per octave."""
+Range = tuple[float, float]  # lowest and highest value; 0 is always within
+LEVELS = 255  # steps between 256 levels
+BINS = 32  # bins per octave
 MIN_MAGNITUDE, OCTAVES = 2.0**-20, 37
 """The histogram's smallest magnitude, and how far it reaches: beyond float16's largest number."""
-NARROWEST = 28
-"""Eighths of an octave by which a range may be narrower than the values seen: to a tenth of them."""
-CUT = 4.0
-"""Cost of a cut value's squared error: its error counts double, as images to come have values further out."""
+NARROWEST = 28  # eighths of an octave by which a range may be narrower than the values seen: to a tenth of them
+CUT = 4.0  # cost of a cut value's squared error: its error counts double, as images to come have values further out
 
 _magnitudes = MIN_MAGNITUDE * 2.0 ** ((torch.arange(BINS * OCTAVES, dtype=torch.float64) + 0.5) / BINS)
-CENTERS = torch.cat([-_magnitudes.flip(0), _magnitudes])
-"""Each bin's value, ascending."""
+CENTERS = torch.cat([-_magnitudes.flip(0), _magnitudes])  # each bin's value, ascending
 
 
 def histogram(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -88,7 +82,7 @@ def learn_ranges(
     they cause there, to first order.
 
     Args:
-        evaluate: gives the outputs, and the tensors by any key, for a batch; all with gradients.
+        evaluate: function from a batch to the outputs and to the tensors by any key; all with gradients.
         batches: inputs of the network.
     """
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +94,7 @@ def learn_ranges(
         gradients = torch.autograd.grad(total, list(values.values()))
         for (key, value), gradient in zip(values.items(), gradients, strict=True):
             counts[key] = counts.get(key, 0) + histogram(value.detach(), gradient.double().square())
-    return {key: best_range(found) for key, found in counts.items()}
+    return {key: best_range(count) for key, count in counts.items()}
 
 
 def flat_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

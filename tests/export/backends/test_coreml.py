@@ -56,7 +56,7 @@ def w8a8(tmp_path_factory):
     deployed = deploy(model, SIZE)
     spec = spec_of(model, precision="w8a8", uint8_input=True)
     path = tmp_path_factory.mktemp("w8a8") / "w8a8.mlpackage"
-    write_coreml(deployed, path, spec, calibration=list(pixels(24)), keep={kept})
+    write_coreml(deployed, path, replace(spec, excluded_layers=(kept,)), calibration=list(pixels(24)))
     return path, deployed, spec, kept
 
 
@@ -171,7 +171,7 @@ def test_norm_names_the_convolution_that_it_was_folded_into(tmp_path):
 @pytest.mark.parametrize("keep", [(), ("stages.0.blocks.0.conv", "head")])
 def test_int8_weights_are_numpys_per_channel(tmp_path, keep):
     deployed = deploy(create_tiny(), SIZE)
-    write_coreml(deployed, tmp_path / "m.mlpackage", spec_of(deployed, precision="int8"), keep=keep)
+    write_coreml(deployed, tmp_path / "m.mlpackage", spec_of(deployed, precision="int8", excluded_layers=tuple(keep)))
     package, found = Package(tmp_path / "m.mlpackage"), {}
     for op in package.program.function.operations:
         if op.op_type in ("conv", "linear"):
@@ -262,7 +262,7 @@ def test_misfits_are_one_clear_line(tmp_path):
         (eight, {"calibration": [pixels()[0, :1]]}, r"must be uint8 \(3, 64, 64\), not \(1, 64, 64\)"),
         (eight, {"calibration": [pixels()[0].float()]}, "not another type"),
         (replace(eight, other_sizes=(96,)), {"calibration": [pixels()[0]]}, "calibrated for one size, not 64, 96"),
-        (spec, {"keep": ["head.l"]}, "no convolution or linear layer is called 'head.l'"),
+        (replace(spec, excluded_layers=("head.l",)), {}, "no convolution or linear layer is called 'head.l'"),
     ):
         with pytest.raises(InputError, match=message) as error:
             write_coreml(deployed, path, wrong, **options)
