@@ -12,15 +12,7 @@ from shvit.files import scratch_folder
 
 from .records import LayerTime, Measurements, Placement, Scaling
 from .runtimes import DEFAULT_RUNTIMES, describe_runtimes, is_artifact
-from .tables import (
-    console,
-    progress_line,
-    show_layers,
-    show_machine,
-    show_placements,
-    show_results,
-    show_scaling,
-)
+from .tables import console, progress_line, show_layers, show_machine, show_placements, show_results, show_scaling
 
 if TYPE_CHECKING:
     from .cases import Settings

@@ -10,16 +10,7 @@ from shvit import terminal
 from shvit.errors import printable
 from shvit.terminal import right_aligned
 
-from .records import (
-    PROCESSOR,
-    BenchResult,
-    LayerTime,
-    Machine,
-    Measurements,
-    Placement,
-    Scaling,
-    describe_preemption,
-)
+from .records import PROCESSOR, BenchResult, LayerTime, Machine, Measurements, Placement, Scaling, describe_preemption
 
 console = terminal.console()
 
