@@ -17,7 +17,7 @@ from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
 from ..backends.backend import Backend
-from ..backends.onnx import create_int8_writer
+from ..backends.onnx import create_int8_writer, write_onnx
 from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
 from ..images import sample_images
@@ -74,8 +74,6 @@ class BenchModel:
 
     @cached_property
     def onnx(self) -> Path:
-        from ..backends.onnx import write_onnx
-
         path = self._path(".onnx")
         write_onnx(deploy(self.opened[0], self.spec.img_size), path, self.spec, dynamic_batch=True)
         return path
@@ -115,16 +113,9 @@ class BenchModel:
 
         path = self._path(f"-reference-{batch_size}.onnx")
         model = reparameterize_model(create_timm_model(self.name, self.opened[0])).eval()
+        names: dict[str, Any] = {"input_names": [INPUT], "output_names": ["logits"]}
         with torch.no_grad(), quiet():
-            torch.onnx.export(
-                model,
-                (self.spec.blank(batch_size),),
-                str(path),
-                dynamo=False,
-                opset_version=11,
-                input_names=[INPUT],
-                output_names=["logits"],
-            )
+            torch.onnx.export(model, (self.spec.blank(batch_size),), str(path), dynamo=False, opset_version=11, **names)
         return path
 
     def _path(self, ending: str) -> Path:
@@ -180,10 +171,7 @@ class BenchCase:
 
     @property
     def is_one_cpu_thread(self) -> bool:
-        """Whether processor time is the time of its work alone.
-
-        Of several threads the slowest decides how long a call takes, and those that spin while they wait count too.
-        """
+        """Processor time is the work's alone: of several threads, those that spin while they wait count too."""
         runs_on_cpu = self.job["runner"] == "openvino" or "cpu" in (self.job.get("provider"), self.job.get("device"))
         return runs_on_cpu and self.job["threads"] == 1
 
@@ -193,9 +181,8 @@ def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[i
     runtime = RUNTIMES[name]
     job = {**runtime.job(model, batch_size), "threads": model.settings.threads, "cores": list(cores)}
     environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend and runtime.tuned else {}
-    return BenchCase(
-        model.name, name, runtime.precision, model.spec.img_size, batch_size, model.macs, job, environment
-    )  # fmt: skip
+    size, macs = model.spec.img_size, model.macs
+    return BenchCase(model.name, name, runtime.precision, size, batch_size, macs, job, environment)
 
 
 def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Sequence[int], tuned: bool) -> BenchCase:

@@ -26,20 +26,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("gemm", "fullyconnected", "addmm"),
     "reordering": ("reorder", "transpose", "reshape", "split", "concat", "copy_", "cat", "flatten", "slice", "clone"),
     "rounding to 8 bits": ("quantize", "convert"),
-    "element by element": (
-        "add",
-        "mul",
-        "relu",
-        "sigmoid",
-        "subgraph",
-        "eltwise",
-        "sub",
-        "clamp",
-        "hard",
-        "gelu",
-        "div",
-    ),
-}
+    "element by element": ("add", "mul", "relu", "sigmoid", "subgraph", "eltwise", "sub", "clamp", "hard", "gelu",
+                           "div"),
+}  # fmt: skip
 """Parts of operators' names, in lower case, by kind; the first match counts."""
 Events = list[tuple[str, float]]
 """Kind and seconds of each operator."""
@@ -135,8 +124,7 @@ def profile_openvino(model: BenchModel, job: Job, batch_size: int) -> Events:
     for _ in range(RUNS):
         request.infer({0: batch})
         for node in request.profiling_info:
-            seconds = node.real_time.total_seconds()
-            if seconds > 0:
+            if (seconds := node.real_time.total_seconds()) > 0:
                 times[node.node_name].append(seconds)
                 kinds[node.node_name] = _openvino_kind(node.node_type, node.exec_type)
     return [(kinds[name], median(seconds[WARM_UP:] or seconds)) for name, seconds in times.items()]

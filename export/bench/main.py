@@ -33,8 +33,7 @@ RuntimeNames = Annotated[
 class Bench:
     """Measure the latency of models in runtimes, interleaved on pinned cores, and the machine's own peaks.
 
-    `shvit bench phone` measures in a phone's browser, and `shvit bench import` reads what such a page saved; see their
-    --help.
+    `shvit bench phone` measures in a phone's browser, and `shvit bench import` reads the records that its page saved.
     """
 
     models: ModelNames = None
@@ -52,7 +51,7 @@ class Bench:
     pretrained: bool = False
     """Use each model's published weights in place of a checkpoint."""
     against: list[Path] = field(default_factory=list)
-    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults. Ratios are to the
+    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults; ratios are to the
     first of them."""
     rounds: int = 15
     """Rounds in which each case is timed; with more rounds, smaller differences can be told from noise."""
@@ -76,9 +75,8 @@ class Bench:
         runtimes = self.runtimes or list(DEFAULT_RUNTIMES)
         settings = Settings(self.threads, checkpoint, self.img_size, self.compute_units, self.pretrained)
         with progress_line("bench") as progress:
-            machine, results = measure_models(
-                models, runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
-            )
+            sizes, rounds = self.batch_sizes, self.rounds
+            machine, results = measure_models(models, runtimes, sizes, settings, rounds, self.against, progress)
             show_results(results)
             measured = Measurements(
                 machine,
@@ -99,18 +97,14 @@ class Bench:
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not report; leave it "
                              "out")  # fmt: skip
-        if self.compute_units != "all" and not self._uses_coreml():
-            raise InputError(
-                f"--compute-units {self.compute_units} is for Core ML, and nothing here runs in Core ML; "
-                "add --runtimes coreml or an .mlpackage, or leave it out"
-            )
+        paths = [*self.against, *map(Path, self.models or ())]
+        coreml = "coreml" in self.runtimes or any(path.suffix == PACKAGE for path in paths)
+        if self.compute_units != "all" and not coreml:
+            raise InputError(f"--compute-units {self.compute_units} is for Core ML, and nothing here runs in Core ML; "
+                             "add --runtimes coreml or an .mlpackage, or leave it out")  # fmt: skip
         if self.models and all(map(is_artifact, self.models)):
             refuse("all --models are files, which have their weights, size and runtime", runtimes=self.runtimes,
                    checkpoint=self.checkpoint, pretrained=self.pretrained, img_size=self.img_size)  # fmt: skip
-
-    def _uses_coreml(self) -> bool:
-        paths = [*self.against, *map(Path, self.models or ())]
-        return "coreml" in self.runtimes or any(path.suffix == PACKAGE for path in paths)
 
     def _placements(
         self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
