@@ -104,7 +104,7 @@ def draw_pareto(measurements: Measurements) -> Figure | None:
             _point(axis, result, markers[result.form], result in best)
         for result in best:
             forms = [each.latency_ms_p50 for each in shown if _model(each) == _model(result)]
-            look = {"color": _color(result), "alpha": 0.25, "linewidth": 1, "zorder": 0}
+            look: dict[str, Any] = {"color": _color(result), "alpha": 0.25, "linewidth": 1, "zorder": 0}
             axis.hlines(result.top1 or 0, min(forms), max(forms), **look)
         axis.margins(0.09, 0.07)
         _ticks(axis.xaxis)
@@ -335,17 +335,17 @@ def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
     inside = axis.get_window_extent(renderer)
     for result in sorted(best, key=lambda each: (not _ours(each), each not in on_front)):
         point, size = (result.latency_ms_p50, result.top1 or 0), 10 if _ours(result) else 8.5
-        look: dict[str, Any] = {"textcoords": "offset points", "color": _color(result, text=True)}
+        style: dict[str, Any] = {"textcoords": "offset points", "color": _color(result, text=True)}
         for x, y, across, along in PLACES:
             weight = "bold" if _ours(result) else "normal"
             text = axis.annotate(_name(result, shown), point, xytext=(x, y), ha=across, va=along, fontsize=size,
-                                 fontweight=weight, **look)  # fmt: skip
+                                 fontweight=weight, **style)  # fmt: skip
             box = text.get_window_extent(renderer)
             if box.x0 > inside.x0 and box.x1 < inside.x1 and box.count_overlaps(taken) == 0:
                 break
             text.remove()
         else:
-            text = axis.annotate(_name(result, shown), point, xytext=(7, 0), va="center", fontsize=8, **look)
+            text = axis.annotate(_name(result, shown), point, xytext=(7, 0), va="center", fontsize=8, **style)
         taken.append(text.get_window_extent(renderer))
 
 

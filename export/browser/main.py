@@ -35,15 +35,13 @@ class _BrowserOptions:
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
     """Precisions of the models that are given by name."""
     checkpoint: Path | None = None
-    """Weights of the named models: a file, or a name of `shvit weights list`. Random weights, the default, are as
-    fast."""
+    """Weights of the named models: a file, or a name of `shvit weights list`; random ones, as fast, by default."""
     pretrained: bool = False
     """Use each named model's published weights in place of a checkpoint."""
     img_size: int | None = None
-    """Input height and width in pixels of the named models; by default those that the checkpoint was trained for, or
-    each model's own."""
+    """Input height and width in pixels of the named models; by default the checkpoint's, or each model's own."""
     images: Path | None = None
-    """A folder of images. Some of them, resized and cropped, are sent to the browser, and published with a site.
+    """A folder of images, some of which are sent to the browser, resized and cropped, and published with a site;
     scikit-image's bundled images by default."""
     threads: list[int] = field(default_factory=lambda: [1])
     """Numbers of CPU threads that this machine is measured with."""
@@ -92,7 +90,6 @@ class _BrowserOptions:
         return served, create_contents(served, select_images(self.images), runtime, pace, submit)
 
     def _measure_here(self, served: "Sequence[ServedModel]", progress: Progress) -> Measurements:
-        """Return this machine's own measurements of the files."""
         from ..bench.measure import measure_files
 
         files = [(each.path, each.name, each.gmacs) for each in served]
@@ -153,14 +150,7 @@ class BenchPhone(_BrowserOptions):
 
 
 class _Received:
-    """The records received so far; bench.json and report.html are complete after each of them.
-
-    Args:
-        output: the folder of the report.
-        served: the models that a record may be of.
-        measured: this machine's own measurements.
-        expected: number of records to wait for.
-    """
+    """The records received so far, `expected` in the end; bench.json and report.html are complete after each."""
 
     def __init__(self, output: Path, served: "Sequence[ServedModel]", measured: Measurements, expected: int):
         from ..bench.explorer import write_report
@@ -197,10 +187,8 @@ class _Received:
             CheckFailed: no record arrived, or a case was not timed.
         """
         if not self.measured.devices:
-            raise CheckFailed(
-                "no phone has sent a record; open the address while the command runs, with --lan from a phone",
-                asdict(self.measured),
-            )
+            message = "no phone has sent a record; open the address while the command runs, with --lan from a phone"
+            raise CheckFailed(message, asdict(self.measured))
         result = _report(self.measured, self.output)
         if failed := [check for check in self.measured.checks if check.error]:
             first, count = failed[0], "one case was" if len(failed) == 1 else f"{len(failed)} cases were"

@@ -26,11 +26,6 @@ class RuntimeFile:
     size_bytes: int
     sha256: str
 
-    @property
-    def integrity(self) -> str:
-        """The hash in the form that browsers check."""
-        return integrity(self.sha256)
-
 
 @dataclass(frozen=True)
 class Build:
@@ -39,10 +34,6 @@ class Build:
     module: RuntimeFile
     loader: RuntimeFile
     binary: RuntimeFile
-
-    @property
-    def files(self) -> tuple[RuntimeFile, ...]:
-        return self.module, self.loader, self.binary
 
 
 # Sizes and hashes were read from the package that npm's own integrity value, sha512-q0y+JrrtukXS…, belongs to.
@@ -70,7 +61,7 @@ BUILDS = {
         ),
     ),
 }
-FILES = {file.name: file for build in BUILDS.values() for file in build.files}
+FILES: dict[str, RuntimeFile] = {file.name: file for build in BUILDS.values() for file in vars(build).values()}
 
 
 def integrity(sha256_hex: str) -> str:

@@ -28,12 +28,12 @@ class ServerConfig:
     """The address that phones connect to, and for how long it is served."""
 
     lan: bool
-    """Reachable from the network; only from this machine otherwise."""
+    """Accept connections from the network; only from this machine otherwise."""
     host: str | None
     """The name or address by which phones know this machine; guessed where None."""
     tls: bool
     port: int
-    """0: any free port."""
+    """Port to listen on; 0 is any free port."""
     time_limit_s: float
 
     def resolve_host(self) -> str:
@@ -80,27 +80,15 @@ def bind_server(config: ServerConfig) -> BoundServer:
 
     host = config.resolve_host()
     signed = self_signed([host, LOOPBACK, "localhost"]) if config.tls else None
-    ipv6 = ":" in host
-    if config.lan:
-        return BoundServer(host, listen(None if ipv6 else EVERYWHERE, config.port), signed)
-    return BoundServer(host, listen("::1" if ipv6 else LOOPBACK, config.port), signed)
+    everywhere, here = (None, "::1") if ":" in host else (EVERYWHERE, LOOPBACK)
+    return BoundServer(host, listen(everywhere if config.lan else here, config.port), signed)
 
 
 def serve_phones(
-    contents: Mapping[str, Content],
-    policy: str,
-    receive: Callable[[PhoneRecord], int],
-    config: ServerConfig,
-    server: BoundServer,
-    log: Log,
-) -> None:
-    """Serve the page until no more records are awaited, the time is over or the user interrupts.
-
-    Args:
-        policy: the Content-Security-Policy.
-        receive: as in `serve`.
-        server: as from `bind_server`.
-    """
+    contents: Mapping[str, Content], policy: str, receive: Callable[[PhoneRecord], int], config: ServerConfig,
+    server: BoundServer, log: Log,
+) -> None:  # fmt: skip
+    """Serve the page until no more records are awaited, the time is over or the user interrupts; see `serve`."""
     import asyncio
 
     from .server import serve
@@ -125,8 +113,7 @@ def _log_address(server: BoundServer, token: str, config: ServerConfig, log: Log
             log(line)
     log(f"open {url}")
     if server.signed:
-        log("the browser will warn, as the certificate is self-signed; its SHA-256 is "
-            f"{server.signed.fingerprint}")  # fmt: skip
+        log(f"the browser will warn, as the certificate is self-signed; its SHA-256 is {server.signed.fingerprint}")
     elif config.lan:
         log("without --tls a phone's browser has no threads, no WebGPU and no camera here, as the page explains")
     else:
