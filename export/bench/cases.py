@@ -7,16 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import timm.models.shvit
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shvit.deployment import deploy
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
+from shvit.shvit import SHViT
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
 from ..backends.backend import Backend
+from ..backends.coreml import write_coreml
 from ..backends.onnx import create_int8_writer, write_onnx
 from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
@@ -66,8 +71,6 @@ class BenchModel:
     @cached_property
     def macs(self) -> int:
         """Multiply-adds for one image (convolutions and matrix products)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.opened[0](self.spec.blank())
         return counter.get_total_flops() // 2
@@ -100,8 +103,6 @@ class BenchModel:
 
     @cached_property
     def coreml(self) -> Path:
-        from ..backends.coreml import write_coreml
-
         path = self._path(".mlpackage")
         spec = replace(self.spec, precision="fp16", uint8_input=True)
         write_coreml(deploy(self.opened[0], spec.img_size), path, spec)
@@ -109,8 +110,6 @@ class BenchModel:
 
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""
-        from timm.utils import reparameterize_model
-
         path = self._path(f"-reference-{batch_size}.onnx")
         model = reparameterize_model(create_timm_model(self.name, self.opened[0])).eval()
         names: dict[str, Any] = {"input_names": [INPUT], "output_names": ["logits"]}
@@ -125,10 +124,6 @@ class BenchModel:
 
 def create_timm_model(name: str, model: nn.Module) -> nn.Module:
     """Return timm's port of a SHViT with the weights of ours; any other model as it is."""
-    import timm.models.shvit
-
-    from shvit.shvit import SHViT
-
     if not isinstance(model, SHViT) or model.distilled:
         return model
     port = getattr(timm.models.shvit, name)(num_classes=model.num_classes, in_chans=model.in_chans)

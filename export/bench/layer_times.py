@@ -9,14 +9,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from shvit.deployment import deploy
 from shvit.files import scratch_folder
 from shvit.sessions import create_session
 
+from ..backends.onnx_graph import load_onnx
+from ..backends.openvino_graph import core
 from .cases import BenchModel
 from .records import LayerTime
 from .runtimes import RUNTIMES, Job
 
+PROFILE_ENDING = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")  # ONNX Runtime adds it to a node's name
 RUNS = 20
 WARM_UP = 3  # runs at the beginning that do not count
 KINDS: dict[str, tuple[str, ...]] = {
@@ -87,14 +92,8 @@ def profile_onnx(model: BenchModel, job: Job, batch_size: int) -> Events:
     return [(kinds[node], median(seconds[WARM_UP:])) for node, seconds in times.items()]
 
 
-PROFILE_ENDING = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")
-"""The ending that ONNX Runtime adds to a node's name in its profile."""
-
-
 def _weight_shapes(path: Path) -> dict[str, list[int]]:
     """Return each convolution's weight shape by node name; the profile has none where the runtime packed it."""
-    from ..backends.onnx_graph import load_onnx
-
     graph = load_onnx(path).graph
     shapes = {each.name: list(each.dims) for each in graph.initializer}
     for node in graph.node:
@@ -107,8 +106,6 @@ def profile_openvino(model: BenchModel, job: Job, batch_size: int) -> Events:
     """Return kind and median seconds of each node, from OpenVINO's counters."""
     import openvino as ov
     from openvino import properties
-
-    from ..backends.openvino_graph import core
 
     network = core().read_model(job["path"])
     network.reshape([batch_size, *model.spec.shape])
@@ -141,10 +138,6 @@ def _openvino_kind(node_type: str, exec_type: str) -> str:
 def profile_torch(model: BenchModel, job: Job, batch_size: int) -> Events:
     """Return kind and seconds of each operator of eager PyTorch, from torch.profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message about GPUs on stderr
-    from torch.profiler import ProfilerActivity, profile
-
-    from shvit.deployment import deploy
-
     dtype = torch.bfloat16 if job["bf16"] else torch.float32
     layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
     deployed = deploy(model.opened[0], model.spec.img_size).to(dtype).to(memory_format=layout)

@@ -28,14 +28,14 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
     models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
-    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them; by default the
-    checkpoint's model, or else shvit_s1 to shvit_s4."""
+    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them;
+    by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     baselines: list[str] = field(default_factory=list)
     """Names of baseline models to compare with; their weights are random."""
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
     """Precisions of the models that are given by name."""
     checkpoint: Path | None = None
-    """Weights of the named models: a file, or a name of `shvit weights list`; random ones, as fast, by default."""
+    """Weights of the named models, a file or a name of `shvit weights list`; random ones, equally fast, by default."""
     pretrained: bool = False
     """Use each named model's published weights in place of a checkpoint."""
     img_size: int | None = None
@@ -50,8 +50,8 @@ class _BrowserOptions:
     sustained: int = 30
     """Seconds that a browser runs one model without a pause."""
     ort_web: str | None = None
-    """Location of ONNX Runtime for browsers: a folder, where missing files are downloaded from npm (by default one in
-    the cache), or `cdn`, from which the browser downloads it. Hashes are always checked."""
+    """Location of ONNX Runtime for browsers: a folder, by default in the cache, to which missing files are downloaded
+    from npm, or `cdn`, from which the browser downloads it; hashes are always checked."""
 
     @property
     def _hosted(self) -> bool:
@@ -107,20 +107,18 @@ class BenchPhone(_BrowserOptions):
     host: str | None = None
     """The name or address by which phones know this machine; guessed by default."""
     tls: bool = False
-    """Serve HTTPS with a self-signed certificate, of which the browser warns. Without HTTPS a phone has no threads, no
-    WebGPU and no camera for the page."""
+    """Serve HTTPS with a self-signed certificate, about which the browser warns.
+    Without HTTPS a phone's browser has no threads, no WebGPU and no camera for the page."""
     port: int = 0
     """Port to listen on; any free port by default."""
     records: int = 1
     """Stop when this many records have arrived."""
     minutes: float = 60.0
-    """Stop after this time in any case."""
+    """Stop after this many minutes, even if records are missing."""
     output: Path = Path("phone")
     """A folder for the files, the records, bench.json, plots, and report.html."""
 
     def run(self) -> dict[str, Any]:
-        import segno  # noqa: F401  (a missing extra is reported before anything long begins)
-
         from .phone import ServerConfig, bind_server, serve_phones
         from .served import policy
         from .server import RECORDS
@@ -199,10 +197,10 @@ class _Received:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchImport:
-    """Make a report of records that the page saved as JSON."""
+    """Write a report of the records that the page of `shvit bench phone`, or of a site, saved in a browser."""
 
     records: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that the page saved."""
+    """JSON files that the page saved."""
     output: Path
     """A folder for bench.json, plots, and report.html."""
     beside: Path | None = None
