@@ -204,8 +204,8 @@ FIGURES = ("tokens", "MMACs", "params", "activations MB", "weights MB", "FLOP/by
 
 def tables(description: Description) -> list[Table | str]:
     """Return a description for people: tables and, below each, a sentence or two."""
-    shown = [_layer_table(description), *_total_lines(description), _operator_table(description), description.summary]
-    return [*shown, *_comparison_tables(description)]
+    costs: list[Table | str] = [_layer_table(description), *_total_lines(description)]
+    return [*costs, _operator_table(description), description.summary, *_comparison_tables(description)]
 
 
 def _layer_table(description: Description) -> Table:
@@ -249,7 +249,8 @@ def _comparison_tables(description: Description) -> list[Table | str]:
         for design in (description.macro.own, description.macro.other):
             assert isinstance(design, MacroDesign)
             name = f"stride {design.stride}, {len(design.depth)} stages"
-            table.add_row(name, _list(design.embed_dim), *_figures(_list(design.tokens), design.cost))
+            widths, tokens = (", ".join(map(str, sizes)) for sizes in (design.embed_dim, design.tokens))
+            table.add_row(name, widths, *_figures(tokens, design.cost))
         shown += [table, description.macro.summary]
     if description.micro:
         table = Table("attention", *right_aligned("heads", "channels", *FIGURES))
@@ -271,7 +272,3 @@ def _figures(tokens: int | str, cost: Cost) -> list[str]:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.2f}"
-
-
-def _list(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))

@@ -35,8 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
                            "div"),
 }  # fmt: skip
 """Parts of operators' names, in lower case, by kind; the first match counts."""
-Events = list[tuple[str, float]]
-"""Kind and seconds of each operator."""
+Events = list[tuple[str, float]]  # kind and seconds of each operator
 
 
 def measure_layers(model: BenchModel, runtime: str, batch_size: int) -> list[LayerTime]:

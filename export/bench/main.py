@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PACKAGE = ".mlpackage"
 Progress = Callable[[str], None]
-ModelNames = Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")]
-"""None where the option is not given; an empty list is an error."""
 RuntimeNames = Annotated[
     list[str],
     tyro.conf.arg(
@@ -36,7 +34,7 @@ class Bench:
     `shvit bench phone` measures in a phone's browser, and `shvit bench import` reads the records that its page saved.
     """
 
-    models: ModelNames = None
+    models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
     """Names that timm knows, or files of `shvit export`, which run in the runtime of their format;
     by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     runtimes: RuntimeNames = field(default_factory=list)

@@ -39,9 +39,6 @@ SWEEP_ROUNDS = 5
 Progress = Callable[[str], None]
 
 
-# --- workers ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class RunningCase:
     """A case with its worker process, and the times measured so far."""
@@ -137,9 +134,6 @@ def run_rounds(cases: Sequence[BenchCase], rounds: int, progress: Progress = lam
     return running
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
 def summarize(running: Sequence[RunningCase], machine: Machine) -> list[BenchResult]:
     """Return percentiles, spread and ratios to the first case, for cases of one batch size."""
     return [_summarize_case(each, running[0], machine) for each in running]
@@ -218,9 +212,6 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
     if not (np.isfinite(low) and np.isfinite(high)):
         return None, min(ratios), max(ratios)
     return (middle if high - low <= MAX_INTERVAL * middle else None), low, high
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def benchmark(
@@ -346,9 +337,6 @@ def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
         if cores:
             os.sched_setaffinity(0, cores_before)
-
-
-# --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
 def measure_scaling(

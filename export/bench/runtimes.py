@@ -13,8 +13,7 @@ from shvit.errors import InputError
 
 from ..backends.compute_plan import COMPUTE_UNITS, MIN_MACOS
 
-Job = dict[str, Any]
-"""Options of worker.py, sent to it as JSON."""
+Job = dict[str, Any]  # options of worker.py, sent to it as JSON
 
 
 @dataclass(frozen=True)

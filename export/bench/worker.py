@@ -20,8 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 Call = Callable[[], Any]
-Prepare = Callable[[int], Call]
-"""Function of a batch size that returns a call which runs one batch, on random inputs that stay the same."""
+Prepare = Callable[[int], Call]  # takes a batch size; the call runs one batch, on random inputs that stay the same
 
 
 def run_onnx(job: dict[str, Any]) -> Prepare:

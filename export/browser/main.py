@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .phone_record import PhoneRecord
     from .served import ServedModel
 
-CDN_NAME = "cdn"
 MAX_MINUTES = 1440
 MAX_RECORDS = 32
 Progress = Callable[[str], None]
@@ -55,7 +54,7 @@ class _BrowserOptions:
 
     @property
     def _hosted(self) -> bool:
-        return self.ort_web != CDN_NAME
+        return self.ort_web != "cdn"
 
     def _check(self) -> None:
         from .phone_record import MAX_ROUNDS, MAX_SECONDS

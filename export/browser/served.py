@@ -66,9 +66,6 @@ class Pace:
     sustained_s: int = 30
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def prepare_models(
     models: Sequence[str],
     precisions: Sequence[Precision],
@@ -171,9 +168,6 @@ def _export(bench_model: BenchModel, precision: Precision, images: Path | None) 
 def select_images(folder: Path | None) -> list[ImageFile]:
     """Return a few of a folder's images, spread evenly; scikit-image's where None."""
     return sample_images(folder, limit=MAX_SERVED_IMAGES)
-
-
-# --- what is served ---------------------------------------------------------------------------------------------------
 
 
 def create_contents(
