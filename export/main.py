@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from rich.table import Column, Table
+from rich.table import Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, read_origin
@@ -154,7 +154,7 @@ class Eval:
         rest += f"; {loader.damaged} damaged ones are left out" if loader.damaged else ""
         console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} images{rest}")
         if len(classes) <= MAX_CLASSES_PRINTED:
-            table = Table("class", Column("images", justify="right"), Column("top-1 %", justify="right"))
+            table = Table("class", *terminal.right_aligned("images", "top-1 %"))
             seen = counts.confusion.sum(1).tolist()
             for name, images, top1 in zip(classes, seen, result.per_class, strict=True):
                 table.add_row(name, str(images), f"{top1:.1f}" if images else "")

@@ -16,15 +16,12 @@ from tyro.conf import Positional, arg
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError
 from shvit.files import atomic_write, check_replaceable, is_file, is_folder, is_there, sha256
+from shvit.terminal import right_aligned
 
 from .address import shown_address
 from .cache import cache_folder, expected_hash, obtain, read_lock
 from .download import Report
 from .manifest import Published, find, read_manifest
-
-
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
 
 
 def _pixels(img_size: tuple[int, int] | None) -> str:
@@ -46,7 +43,7 @@ class List:
 
         console = terminal.console()
         rows = [describe(name) for name in names(self.pattern)]
-        table = Table("model", *_right("params", "GMACs", "input px", "top-1 %"), "weights")
+        table = Table("model", *right_aligned("params", "GMACs", "input px", "top-1 %"), "weights")
         for row in rows:
             table.add_row(
                 row.model,
@@ -182,7 +179,9 @@ class Check:
             raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` downloads one, or name a file")
         found = [(target, *_locate(target, cache)) for target in targets]
         checks = [_check(target, path, entry, cache) for target, path, entry in found]
-        table = Table("checkpoint", "hash", "layout", "model", *_right("classes", "params"), "distilled", "holds")
+        table = Table(
+            "checkpoint", "hash", "layout", "model", *right_aligned("classes", "params"), "distilled", "holds"
+        )
         for check in checks:
             figures = ("layout", "model", "num_classes", "params", "distilled")
             identity = [str((check.identity or {}).get(key, "")) for key in figures]

@@ -50,15 +50,15 @@ class Cost:
     """Multiply-adds of convolutions and matrix products; other operators have none, as in the paper's counts."""
     params: int
     activation_bytes: int
-    """Read and written: all but the parameters and statistics of the model."""
+    """Bytes read and written, except the model's parameters and statistics."""
     weight_bytes: int
-    """Read: parameters and statistics, which a batch of many images shares."""
+    """Bytes read of parameters and statistics, which a batch of many images shares."""
     flop_per_byte: float
     """Arithmetic intensity: 2·macs / bytes."""
     memory_bound_bytes: int
     """Activations and weights of operators without multiply-adds: normalization, activation, softmax, copies …"""
     memory_bound_percent: float
-    """Their share of all bytes."""
+    """Percent of all bytes."""
 
     @classmethod
     def of(cls, operations: Iterable[Operation], params: int = 0) -> "Cost":
@@ -81,7 +81,6 @@ class Cost:
     def _create(
         cls, macs: int, params: int, activation_bytes: int, weight_bytes: int, memory_bound_bytes: int
     ) -> "Cost":
-        """Return a cost with the figures that follow from the counts."""
         total = max(activation_bytes + weight_bytes, 1)  # 0 without any operator
         return cls(
             macs=macs,
@@ -138,17 +137,15 @@ class _Counter(TorchDispatchMode):
         if inputs and outputs and not _is_view(func, inputs, outputs):
             flops = flop_registry.get(func.overloadpacket)
             weights = [tensor for tensor in inputs if _storage(tensor) in self.weights]
-            self.operations.append(
-                Operation(
-                    kind=_kind(func, args, multiplies=flops is not None),
-                    modules=frozenset(
-                        name.removeprefix(self.root).removeprefix(".") for name in self.tracker.parents - {"Global"}
-                    ),
-                    macs=flops(*args, **kwargs, out_val=out) // 2 if flops else 0,
-                    activation_bytes=sum(map(_bytes, inputs + outputs)) - sum(map(_bytes, weights)),
-                    weight_bytes=sum(map(_bytes, weights)),
-                )
+            names = self.tracker.parents - {"Global"}
+            operation = Operation(
+                kind=_kind(func, args, multiplies=flops is not None),
+                modules=frozenset(name.removeprefix(self.root).removeprefix(".") for name in names),
+                macs=flops(*args, **kwargs, out_val=out) // 2 if flops else 0,
+                activation_bytes=sum(map(_bytes, inputs + outputs)) - sum(map(_bytes, weights)),
+                weight_bytes=sum(map(_bytes, weights)),
             )
+            self.operations.append(operation)
         return out
 
 

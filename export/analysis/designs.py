@@ -23,7 +23,7 @@ class MacroDesign:
     """A stem and its stages."""
 
     stride: int
-    """Pixels of the image per token of the first stage, in each direction."""
+    """Pixels per token of the first stage, in each direction."""
     embed_dim: tuple[int, ...]
     depth: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -62,8 +62,7 @@ def compare_macro(model: SHViT, x: torch.Tensor) -> Comparison:
 def compare_micro(model: SHViT, x: torch.Tensor) -> list[Comparison]:
     """Compare the attention layer of each stage that has one with a multi-head layer, on one image `x`."""
     comparisons = []
-    maps = _maps(model, x)
-    for index, (stage, features) in enumerate(zip(model.stages, maps, strict=True), start=1):
+    for index, (stage, features) in enumerate(zip(model.stages, _maps(model, x), strict=True), start=1):
         layer = _attention(stage)
         if layer is None:
             continue

@@ -14,13 +14,12 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from shvit import terminal
 from shvit.deployment import deploy
 from shvit.environment import EXTRAS, advise, versions
 from shvit.errors import InputError, first_line
 from shvit.files import scratch_folder
 from shvit.sessions import create_session
-from shvit.terminal import quiet
+from shvit.terminal import console, quiet, right_aligned
 
 from ..backends.backend import Backend
 from ..backends.registry import BACKENDS, load_artifact
@@ -32,9 +31,7 @@ from ..verify import Reference
 
 TINY: dict[str, Any] = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "partial_dim": (8, 6, 8), "num_classes": 10}
 IMG_SIZE = 64
-MAX_ERROR = 2e-2
-"""Largest error of a runtime that works, relative to the spread of the outputs; float16 needs some of it."""
-console = terminal.console()
+MAX_ERROR = 2e-2  # of a runtime that works, relative to the spread of the outputs; float16 needs some of it
 
 
 @dataclass(frozen=True)
@@ -52,21 +49,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A tiny SHViT with random weights, one image, and a folder for exported files."""
+    """A tiny SHViT with random weights, one image as uint8 (1, C, H, W) and normalized, and a folder for its files."""
 
     model: nn.Module
     spec: Spec
     pixels: torch.Tensor
-    """uint8 (1, C, H, W)."""
+    batch: torch.Tensor
     folder: Path
-
-    @property
-    def deployed(self) -> nn.Module:
-        return deploy(self.model, IMG_SIZE)
-
-    @property
-    def batch(self) -> torch.Tensor:
-        return self.spec.normalize(self.pixels)
 
     def write(self, backend: Backend[Any]) -> Path:
         """Return a file of the model, written once."""
@@ -82,18 +71,19 @@ class Doctor:
     """Check this machine: hardware, versions, installed extras, and each runtime, tried with a tiny SHViT."""
 
     def run(self) -> dict[str, Any]:
+        show = console().print
         machine, installed, extras = describe_machine(), versions(*PACKAGES), missing_packages()
         for title, rows in (("machine", machine), ("versions", installed)):
-            console.print(f"{title}: " + ", ".join(f"{name} {value}" for name, value in rows.items()))
+            show(f"{title}: " + ", ".join(f"{name} {value}" for name, value in rows.items()))
         for extra, missing in extras.items():
             hint = f"lacks {', '.join(missing)}; pip install 'shvit[{extra}]'" if missing else "installed"
-            console.print(f"extra {extra}: {hint}")
-        trials = try_runtimes(console.print)
-        table = Table("runtime", "works", *terminal.right_aligned("error", "seconds"), "reason")
+            show(f"extra {extra}: {hint}")
+        trials = try_runtimes(show)
+        table = Table("runtime", "works", *right_aligned("error", "seconds"), "reason")
         for each in trials:
             error = "–" if each.error is None else f"{each.error:.1e}"
             table.add_row(each.runtime, "yes" if each.works else "no", error, f"{each.seconds:.1f}", each.reason)
-        console.print(table)
+        show(table)
         return {"machine": machine, "versions": installed, "extras": extras, "runtimes": [asdict(t) for t in trials]}
 
 
@@ -115,11 +105,12 @@ def describe_machine() -> dict[str, str]:
 
 def missing_packages() -> dict[str, list[str]]:
     """Return the packages that each extra lacks here; none where it is installed."""
-    extras = sorted({extra for each in EXTRAS.values() for extra in each})
-    return {
-        extra: [name for name, each in EXTRAS.items() if extra in each and importlib.util.find_spec(name) is None]
-        for extra in extras
-    }
+    missing: dict[str, list[str]] = {extra: [] for extra in sorted({name for each in EXTRAS.values() for name in each})}
+    for package, extras in EXTRAS.items():
+        if importlib.util.find_spec(package) is None:
+            for extra in extras:
+                missing[extra].append(package)
+    return missing
 
 
 def try_runtimes(log: Callable[[str], None] = lambda _: None) -> list[Trial]:
@@ -129,20 +120,20 @@ def try_runtimes(log: Callable[[str], None] = lambda _: None) -> list[Trial]:
         model = timm.create_model("shvit_s1", **TINY).eval()
         randomize_norms(model)
         spec = Spec.of("shvit_s1", model, IMG_SIZE)
-        tiny = TinyModel(model, spec, torch.randint(256, (1, *spec.shape), dtype=torch.uint8), folder)
+        pixels = torch.randint(256, (1, *spec.shape), dtype=torch.uint8)
+        tiny = TinyModel(model, spec, pixels, spec.normalize(pixels), folder)
         expected = model(tiny.batch)
-        return [_try(name, run, tiny, expected, log) for name, run in RUNTIMES.items()]
+        return [_try(name, tiny, expected, log) for name in RUNTIMES]
 
 
-def _try(
-    name: str, run: Callable[[TinyModel], torch.Tensor], tiny: TinyModel, expected: torch.Tensor,
-    log: Callable[[str], None],
-) -> Trial:  # fmt: skip
+def _try(name: str, tiny: TinyModel, expected: torch.Tensor, log: Callable[[str], None]) -> Trial:
     log(f"trying {name}")
     start, error, reason = time.perf_counter(), None, ""
     try:
+        if name.endswith("on CUDA") and not torch.cuda.is_available():
+            raise InputError("PyTorch finds no CUDA device here")
         with quiet():
-            output = run(tiny)
+            output = RUNTIMES[name](tiny)
         error = float((output.float().cpu() - expected).abs().max() / expected.std())
         if not error <= MAX_ERROR:
             reason = "its outputs differ from the model's; please report it with the versions above"
@@ -159,43 +150,30 @@ def _compile(tiny: TinyModel) -> torch.Tensor:
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
-    deployed = tiny.deployed
+    deployed = deploy(tiny.model, IMG_SIZE)
     next(deployed.stages.children()).compile()  # type: ignore[union-attr]
     with inductor.patch(compile_threads=1):
         return deployed(tiny.batch)
 
 
-def _run_cuda(tiny: TinyModel) -> torch.Tensor:
-    if not torch.cuda.is_available():
-        raise InputError("PyTorch finds no CUDA device here")
-    return tiny.deployed.cuda()(tiny.batch.cuda())
-
-
 def _run_onnx_cuda(tiny: TinyModel) -> torch.Tensor:
-    if not torch.cuda.is_available():
-        raise InputError("PyTorch finds no CUDA device here")
     session = create_session(tiny.write(BACKENDS["onnx"]), provider="cuda")
     return torch.from_numpy(session.run(None, {INPUT: tiny.batch.numpy()})[0])
 
 
-def _run_coreml(tiny: TinyModel) -> torch.Tensor:
-    return load_artifact(tiny.write(BACKENDS["coreml"]), native=True)(tiny.pixels)
-
-
-def _run_backend(backend: Backend[Any]) -> Callable[[TinyModel], torch.Tensor]:
-    return lambda tiny: load_artifact(tiny.write(backend))(tiny.pixels)
+def _run_backend(backend: Backend[Any], native: bool = False) -> Callable[[TinyModel], torch.Tensor]:
+    return lambda tiny: load_artifact(tiny.write(backend), native=native)(tiny.pixels)
 
 
 RUNTIMES: dict[str, Callable[[TinyModel], torch.Tensor]] = {
-    "torch": lambda tiny: tiny.deployed(tiny.batch),
+    "torch": lambda tiny: deploy(tiny.model, IMG_SIZE)(tiny.batch),
     "torch.compile": _compile,
-    "torch on CUDA": _run_cuda,
+    "torch on CUDA": lambda tiny: deploy(tiny.model, IMG_SIZE).cuda()(tiny.batch.cuda()),
     **{f"{backend.title} files": _run_backend(backend) for backend in BACKENDS.values()},
     "ONNX Runtime on CUDA": _run_onnx_cuda,
-    "Core ML of macOS": _run_coreml,
+    "Core ML of macOS": _run_backend(BACKENDS["coreml"], native=True),
 }
-ADVICE = {
+ADVICE = {  # for a runtime that is installed, and fails
     "torch.compile": "install a C++ compiler (g++ or clang)",
     **{f"{backend.title} files": f"pip install 'shvit[{backend.extra}]'" for backend in BACKENDS.values()},
 }
-"""A remedy for a runtime that is installed, and fails."""

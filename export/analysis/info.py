@@ -1,8 +1,7 @@
 """Cost of a model: MACs, parameters, bytes moved and tokens, by stage, kind of layer and operator."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 
@@ -31,8 +30,7 @@ class Row:
     kind: str
     layers: int
     tokens: int
-    """Positions in the grid of the layers' output, of the first output if there are several; 1 after pooling, 0 for a
-    module that returns no tensor."""
+    """Positions in the grid of the layers' first output; 1 after pooling, 0 for a module that returns no tensor."""
     cost: Cost
 
 
@@ -76,7 +74,9 @@ def describe(model: nn.Module, spec: Spec) -> Description:
     """Count the cost of a model in eval mode on a blank image."""
     x = spec.blank()
     parts = _parts(model)
-    with _recorded(parts):
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(part.module.register_forward_hook(part.hook))
         operations = count(model, x)
     params = sum(p.numel() for p in model.parameters())
     total = Cost.of(operations, params)
@@ -113,17 +113,8 @@ class _Part:
     """Shape of the first tensor that the module returns."""
 
     def hook(self, module: nn.Module, inputs: object, output: object) -> None:
-        """Remember the shape of the output, as a forward hook."""
+        """Record the shape of the output, as a forward hook."""
         self.shape = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), ())
-
-
-@contextmanager
-def _recorded(parts: list[_Part]) -> Iterator[None]:
-    """Record the shapes of the parts' outputs."""
-    with ExitStack() as hooks:
-        for part in parts:
-            hooks.enter_context(part.module.register_forward_hook(part.hook))
-        yield
 
 
 def _rows(model: nn.Module, parts: list[_Part], operations: list[Operation]) -> list[Row]:
@@ -142,16 +133,11 @@ def _rows(model: nn.Module, parts: list[_Part], operations: list[Operation]) -> 
         params = sum(p.numel() for p in own)
         if params or part.operations:
             merged[part.stage, part.kind, _tokens(part, channels_last)].append((part, params))
-    return [
-        Row(
-            stage,
-            kind,
-            sum(part.layers for part, _ in group),
-            tokens,
-            Cost.of((o for part, _ in group for o in part.operations), sum(params for _, params in group)),
-        )
-        for (stage, kind, tokens), group in merged.items()
-    ]
+    rows = []
+    for (stage, kind, tokens), group in merged.items():
+        total = Cost.of((o for part, _ in group for o in part.operations), sum(params for _, params in group))
+        rows.append(Row(stage, kind, sum(part.layers for part, _ in group), tokens, total))
+    return rows
 
 
 def _tokens(part: _Part, channels_last: bool) -> int:
@@ -203,15 +189,14 @@ def _operators(operations: list[Operation], total: Cost) -> list[OperatorRow]:
 
 
 def _summarize(operators: list[OperatorRow], total: Cost) -> str:
-    depthwise = next((row for row in operators if row.operator == "depthwise convolution"), None)
-    bound = [row.operator for row in operators if row.operator not in MULTIPLIES]
-    sentence = (
-        f"Memory-bound operators ({', '.join(bound)}) do none of the multiply-adds and move "
-        f"{total.memory_bound_percent:.0f} % of the bytes"
-    )
-    if depthwise is None:
-        return sentence + "."
-    return sentence + f"; depthwise convolutions {depthwise.mac_percent:.1f} % and {depthwise.byte_percent:.1f} %."
+    bound = ", ".join(row.operator for row in operators if row.operator not in MULTIPLIES)
+    share = f"{total.memory_bound_percent:.0f} % of the bytes"
+    depthwise = [
+        f"; depthwise convolutions {row.mac_percent:.1f} % and {row.byte_percent:.1f} %"
+        for row in operators
+        if row.operator == "depthwise convolution"
+    ]
+    return f"Memory-bound operators ({bound}) do none of the multiply-adds and move {share}{''.join(depthwise)}."
 
 
 FIGURES = ("tokens", "MMACs", "params", "activations MB", "weights MB", "FLOP/byte", "memory-bound %")
@@ -219,17 +204,12 @@ FIGURES = ("tokens", "MMACs", "params", "activations MB", "weights MB", "FLOP/by
 
 def tables(description: Description) -> list[Table | str]:
     """Return a description for people: tables and, below each, a sentence or two."""
-    return [
-        _layer_table(description),
-        *_total_lines(description),
-        _operator_table(description),
-        description.summary,
-        *_comparison_tables(description),
-    ]
+    costs: list[Table | str] = [_layer_table(description), *_total_lines(description)]
+    return [*costs, _operator_table(description), description.summary, *_comparison_tables(description)]
 
 
 def _layer_table(description: Description) -> Table:
-    table = _table("stage", "layer", right=("n", *FIGURES))
+    table = Table("stage", "layer", *right_aligned("n", *FIGURES))
     subtotals = {row.stage: row for row in description.subtotals}
     for index, row in enumerate(description.rows):
         last = index + 1 == len(description.rows) or description.rows[index + 1].stage != row.stage
@@ -245,21 +225,17 @@ def _layer_table(description: Description) -> Table:
 
 
 def _total_lines(description: Description) -> list[str]:
-    total, now = description.total, description.deployed
-    lines = [
-        f"{description.model} at {description.img_size} px: {description.macs / 1e9:.3f} GMACs, "
-        f"{description.params:,} parameters, {_mb(total.bytes)} MB moved for one image in float32 without fusion"
-    ]
+    now, size = description.deployed, f"{description.macs / 1e9:.3f} GMACs, {description.params:,} parameters"
+    moved = f"{_mb(description.total.bytes)} MB moved for one image in float32 without fusion"
+    lines = [f"{description.model} at {description.img_size} px: {size}, {moved}"]
     if now is not None:
-        lines.append(
-            f"deployed: {_mb(now.bytes)} MB moved, {now.flop_per_byte:.1f} FLOP/byte, "
-            f"{now.memory_bound_percent:.0f} % memory-bound"
-        )
+        bound = f"{now.memory_bound_percent:.0f} % memory-bound"
+        lines.append(f"deployed: {_mb(now.bytes)} MB moved, {now.flop_per_byte:.1f} FLOP/byte, {bound}")
     return lines
 
 
 def _operator_table(description: Description) -> Table:
-    table = _table("operator", right=("calls", "MACs %", "bytes %", "FLOP/byte"))
+    table = Table("operator", *right_aligned("calls", "MACs %", "bytes %", "FLOP/byte"))
     for row in description.operators:
         shares = f"{row.mac_percent:.1f}", f"{row.byte_percent:.1f}"
         table.add_row(row.operator, str(row.calls), *shares, f"{row.cost.flop_per_byte:.1f}")
@@ -269,14 +245,15 @@ def _operator_table(description: Description) -> Table:
 def _comparison_tables(description: Description) -> list[Table | str]:
     shown: list[Table | str] = []
     if description.macro is not None:
-        table = _table("stem and stages", "embed_dim", right=FIGURES)
+        table = Table("stem and stages", "embed_dim", *right_aligned(*FIGURES))
         for design in (description.macro.own, description.macro.other):
             assert isinstance(design, MacroDesign)
             name = f"stride {design.stride}, {len(design.depth)} stages"
-            table.add_row(name, _list(design.embed_dim), *_figures(_list(design.tokens), design.cost))
+            widths, tokens = (", ".join(map(str, sizes)) for sizes in (design.embed_dim, design.tokens))
+            table.add_row(name, widths, *_figures(tokens, design.cost))
         shown += [table, description.macro.summary]
     if description.micro:
-        table = _table("attention", right=("heads", "channels", *FIGURES))
+        table = Table("attention", *right_aligned("heads", "channels", *FIGURES))
         for pair in description.micro:
             for design in (pair.own, pair.other):
                 assert isinstance(design, MicroDesign)
@@ -295,11 +272,3 @@ def _figures(tokens: int | str, cost: Cost) -> list[str]:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.2f}"
-
-
-def _list(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _table(*left: str, right: tuple[str, ...]) -> Table:
-    return Table(*left, *right_aligned(*right))

@@ -16,7 +16,7 @@ class Info:
     """Show what a model costs, by stage, kind of layer and operator; a SHViT also compared with other designs."""
 
     model: tyro.conf.Positional[str]
-    """A name that timm knows."""
+    """Model name that timm knows."""
     img_size: int | None = None
     """Input height and width in pixels; the model's own by default."""
 

@@ -7,17 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import timm.models.shvit
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shvit.deployment import deploy
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
+from shvit.shvit import SHViT
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
 from ..backends.backend import Backend
-from ..backends.onnx import create_int8_writer
+from ..backends.coreml import write_coreml
+from ..backends.onnx import create_int8_writer, write_onnx
 from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
 from ..images import sample_images
@@ -66,16 +71,12 @@ class BenchModel:
     @cached_property
     def macs(self) -> int:
         """Multiply-adds for one image (convolutions and matrix products)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.opened[0](self.spec.blank())
         return counter.get_total_flops() // 2
 
     @cached_property
     def onnx(self) -> Path:
-        from ..backends.onnx import write_onnx
-
         path = self._path(".onnx")
         write_onnx(deploy(self.opened[0], self.spec.img_size), path, self.spec, dynamic_batch=True)
         return path
@@ -102,8 +103,6 @@ class BenchModel:
 
     @cached_property
     def coreml(self) -> Path:
-        from ..backends.coreml import write_coreml
-
         path = self._path(".mlpackage")
         spec = replace(self.spec, precision="fp16", uint8_input=True)
         write_coreml(deploy(self.opened[0], spec.img_size), path, spec)
@@ -111,20 +110,11 @@ class BenchModel:
 
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""
-        from timm.utils import reparameterize_model
-
         path = self._path(f"-reference-{batch_size}.onnx")
         model = reparameterize_model(create_timm_model(self.name, self.opened[0])).eval()
+        names: dict[str, Any] = {"input_names": [INPUT], "output_names": ["logits"]}
         with torch.no_grad(), quiet():
-            torch.onnx.export(
-                model,
-                (self.spec.blank(batch_size),),
-                str(path),
-                dynamo=False,
-                opset_version=11,
-                input_names=[INPUT],
-                output_names=["logits"],
-            )
+            torch.onnx.export(model, (self.spec.blank(batch_size),), str(path), dynamo=False, opset_version=11, **names)
         return path
 
     def _path(self, ending: str) -> Path:
@@ -134,10 +124,6 @@ class BenchModel:
 
 def create_timm_model(name: str, model: nn.Module) -> nn.Module:
     """Return timm's port of a SHViT with the weights of ours; any other model as it is."""
-    import timm.models.shvit
-
-    from shvit.shvit import SHViT
-
     if not isinstance(model, SHViT) or model.distilled:
         return model
     port = getattr(timm.models.shvit, name)(num_classes=model.num_classes, in_chans=model.in_chans)
@@ -180,10 +166,7 @@ class BenchCase:
 
     @property
     def is_one_cpu_thread(self) -> bool:
-        """Whether processor time is the time of its work alone.
-
-        Of several threads the slowest decides how long a call takes, and those that spin while they wait count too.
-        """
+        """Processor time is the work's alone: of several threads, those that spin while they wait count too."""
         runs_on_cpu = self.job["runner"] == "openvino" or "cpu" in (self.job.get("provider"), self.job.get("device"))
         return runs_on_cpu and self.job["threads"] == 1
 
@@ -193,9 +176,8 @@ def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[i
     runtime = RUNTIMES[name]
     job = {**runtime.job(model, batch_size), "threads": model.settings.threads, "cores": list(cores)}
     environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend and runtime.tuned else {}
-    return BenchCase(
-        model.name, name, runtime.precision, model.spec.img_size, batch_size, model.macs, job, environment
-    )  # fmt: skip
+    size, macs = model.spec.img_size, model.macs
+    return BenchCase(model.name, name, runtime.precision, size, batch_size, macs, job, environment)
 
 
 def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Sequence[int], tuned: bool) -> BenchCase:

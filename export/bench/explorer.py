@@ -35,7 +35,7 @@ def write_report(measured: Measurements, output: Path, plots: bool = True) -> li
 
 def write_explorer(path: Path, measurements: Measurements) -> None:
     """Write the page, one HTML file that needs nothing else and may reach no network, atomically."""
-    style, script = explorer_style(), explorer_script()
+    style, script = _read("explorer.css"), explorer_script()
     page = Template(_read("explorer.html")).substitute(
         policy=policy(style, script), style=style, script=script, explorer=explorer_body(measurements)
     )
@@ -50,11 +50,6 @@ def explorer_body(measurements: Measurements) -> str:
         '<main class="explorer" id="shvit-explorer"><noscript>This page needs JavaScript.</noscript></main>\n'
         f'<script type="application/json" id="shvit-measurements">{data}</script>'
     )
-
-
-def explorer_style() -> str:
-    """Return the explorer's CSS."""
-    return _read("explorer.css")
 
 
 def explorer_script() -> str:

@@ -9,14 +9,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from shvit.deployment import deploy
 from shvit.files import scratch_folder
 from shvit.sessions import create_session
 
+from ..backends.onnx_graph import load_onnx
+from ..backends.openvino_graph import core
 from .cases import BenchModel
 from .records import LayerTime
 from .runtimes import RUNTIMES, Job
 
+PROFILE_ENDING = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")  # ONNX Runtime adds it to a node's name
 RUNS = 20
 WARM_UP = 3  # runs at the beginning that do not count
 KINDS: dict[str, tuple[str, ...]] = {
@@ -26,23 +31,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("gemm", "fullyconnected", "addmm"),
     "reordering": ("reorder", "transpose", "reshape", "split", "concat", "copy_", "cat", "flatten", "slice", "clone"),
     "rounding to 8 bits": ("quantize", "convert"),
-    "element by element": (
-        "add",
-        "mul",
-        "relu",
-        "sigmoid",
-        "subgraph",
-        "eltwise",
-        "sub",
-        "clamp",
-        "hard",
-        "gelu",
-        "div",
-    ),
-}
+    "element by element": ("add", "mul", "relu", "sigmoid", "subgraph", "eltwise", "sub", "clamp", "hard", "gelu",
+                           "div"),
+}  # fmt: skip
 """Parts of operators' names, in lower case, by kind; the first match counts."""
-Events = list[tuple[str, float]]
-"""Kind and seconds of each operator."""
+Events = list[tuple[str, float]]  # kind and seconds of each operator
 
 
 def measure_layers(model: BenchModel, runtime: str, batch_size: int) -> list[LayerTime]:
@@ -98,14 +91,8 @@ def profile_onnx(model: BenchModel, job: Job, batch_size: int) -> Events:
     return [(kinds[node], median(seconds[WARM_UP:])) for node, seconds in times.items()]
 
 
-PROFILE_ENDING = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")
-"""The ending that ONNX Runtime adds to a node's name in its profile."""
-
-
 def _weight_shapes(path: Path) -> dict[str, list[int]]:
     """Return each convolution's weight shape by node name; the profile has none where the runtime packed it."""
-    from ..backends.onnx_graph import load_onnx
-
     graph = load_onnx(path).graph
     shapes = {each.name: list(each.dims) for each in graph.initializer}
     for node in graph.node:
@@ -118,8 +105,6 @@ def profile_openvino(model: BenchModel, job: Job, batch_size: int) -> Events:
     """Return kind and median seconds of each node, from OpenVINO's counters."""
     import openvino as ov
     from openvino import properties
-
-    from ..backends.openvino_graph import core
 
     network = core().read_model(job["path"])
     network.reshape([batch_size, *model.spec.shape])
@@ -135,8 +120,7 @@ def profile_openvino(model: BenchModel, job: Job, batch_size: int) -> Events:
     for _ in range(RUNS):
         request.infer({0: batch})
         for node in request.profiling_info:
-            seconds = node.real_time.total_seconds()
-            if seconds > 0:
+            if (seconds := node.real_time.total_seconds()) > 0:
                 times[node.node_name].append(seconds)
                 kinds[node.node_name] = _openvino_kind(node.node_type, node.exec_type)
     return [(kinds[name], median(seconds[WARM_UP:] or seconds)) for name, seconds in times.items()]
@@ -153,10 +137,6 @@ def _openvino_kind(node_type: str, exec_type: str) -> str:
 def profile_torch(model: BenchModel, job: Job, batch_size: int) -> Events:
     """Return kind and seconds of each operator of eager PyTorch, from torch.profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message about GPUs on stderr
-    from torch.profiler import ProfilerActivity, profile
-
-    from shvit.deployment import deploy
-
     dtype = torch.bfloat16 if job["bf16"] else torch.float32
     layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
     deployed = deploy(model.opened[0], model.spec.img_size).to(dtype).to(memory_format=layout)

@@ -12,23 +12,13 @@ from shvit.files import scratch_folder
 
 from .records import LayerTime, Measurements, Placement, Scaling
 from .runtimes import DEFAULT_RUNTIMES, describe_runtimes, is_artifact
-from .tables import (
-    console,
-    progress_line,
-    show_layers,
-    show_machine,
-    show_placements,
-    show_results,
-    show_scaling,
-)
+from .tables import console, progress_line, show_layers, show_machine, show_placements, show_results, show_scaling
 
 if TYPE_CHECKING:
     from .cases import Settings
 
 PACKAGE = ".mlpackage"
 Progress = Callable[[str], None]
-ModelNames = Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")]
-"""None where the option is not given; an empty list is an error."""
 RuntimeNames = Annotated[
     list[str],
     tyro.conf.arg(
@@ -41,13 +31,12 @@ RuntimeNames = Annotated[
 class Bench:
     """Measure the latency of models in runtimes, interleaved on pinned cores, and the machine's own peaks.
 
-    `shvit bench phone` measures in a phone's browser, and `shvit bench import` reads what such a page saved; see their
-    --help.
+    `shvit bench phone` measures in a phone's browser, and `shvit bench import` reads the records that its page saved.
     """
 
-    models: ModelNames = None
-    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format; by default the
-    checkpoint's model, or else shvit_s1 to shvit_s4."""
+    models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
+    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format;
+    by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     runtimes: RuntimeNames = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     """Numbers of images in a batch."""
@@ -60,8 +49,8 @@ class Bench:
     pretrained: bool = False
     """Use each model's published weights in place of a checkpoint."""
     against: list[Path] = field(default_factory=list)
-    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults. Ratios are to the
-    first of them."""
+    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults;
+    ratios are to the first of them."""
     rounds: int = 15
     """Rounds in which each case is timed; with more rounds, smaller differences can be told from noise."""
     profile: bool = False
@@ -84,9 +73,8 @@ class Bench:
         runtimes = self.runtimes or list(DEFAULT_RUNTIMES)
         settings = Settings(self.threads, checkpoint, self.img_size, self.compute_units, self.pretrained)
         with progress_line("bench") as progress:
-            machine, results = measure_models(
-                models, runtimes, self.batch_sizes, settings, self.rounds, self.against, progress
-            )
+            sizes, rounds = self.batch_sizes, self.rounds
+            machine, results = measure_models(models, runtimes, sizes, settings, rounds, self.against, progress)
             show_results(results)
             measured = Measurements(
                 machine,
@@ -107,18 +95,14 @@ class Bench:
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not report; leave it "
                              "out")  # fmt: skip
-        if self.compute_units != "all" and not self._uses_coreml():
-            raise InputError(
-                f"--compute-units {self.compute_units} is for Core ML, and nothing here runs in Core ML; "
-                "add --runtimes coreml or an .mlpackage, or leave it out"
-            )
+        paths = [*self.against, *map(Path, self.models or ())]
+        coreml = "coreml" in self.runtimes or any(path.suffix == PACKAGE for path in paths)
+        if self.compute_units != "all" and not coreml:
+            raise InputError(f"--compute-units {self.compute_units} is for Core ML, and nothing here runs in Core ML; "
+                             "add --runtimes coreml or an .mlpackage, or leave it out")  # fmt: skip
         if self.models and all(map(is_artifact, self.models)):
             refuse("all --models are files, which have their weights, size and runtime", runtimes=self.runtimes,
                    checkpoint=self.checkpoint, pretrained=self.pretrained, img_size=self.img_size)  # fmt: skip
-
-    def _uses_coreml(self) -> bool:
-        paths = [*self.against, *map(Path, self.models or ())]
-        return "coreml" in self.runtimes or any(path.suffix == PACKAGE for path in paths)
 
     def _placements(
         self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress

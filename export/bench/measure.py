@@ -39,9 +39,6 @@ SWEEP_ROUNDS = 5
 Progress = Callable[[str], None]
 
 
-# --- workers ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class RunningCase:
     """A case with its worker process, and the times measured so far."""
@@ -137,11 +134,8 @@ def run_rounds(cases: Sequence[BenchCase], rounds: int, progress: Progress = lam
     return running
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
 def summarize(running: Sequence[RunningCase], machine: Machine) -> list[BenchResult]:
-    """Return percentiles, spread and ratios to the first case, of cases of one batch size."""
+    """Return percentiles, spread and ratios to the first case, for cases of one batch size."""
     return [_summarize_case(each, running[0], machine) for each in running]
 
 
@@ -220,9 +214,6 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
     return (middle if high - low <= MAX_INTERVAL * middle else None), low, high
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
 def benchmark(
     models: Sequence[str | Path],
     runtimes: Sequence[str] = DEFAULT_RUNTIMES,
@@ -253,9 +244,8 @@ def benchmark(
     Raises:
         InputError: as `measure_models` and `resolve_models`.
     """
-    names, weights = resolve_models(
-        [str(model) for model in models], None if checkpoint is None else Path(checkpoint), pretrained, progress
-    )
+    file = None if checkpoint is None else Path(checkpoint)
+    names, weights = resolve_models(list(map(str, models)), file, pretrained, progress)
     settings = Settings(threads, weights, img_size, pretrained=pretrained)
     machine, results = measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
     return Measurements(machine, tuple(results))
@@ -270,14 +260,9 @@ def measure_models(
     against: Sequence[Path] = (),
     progress: Progress = lambda _: None,
 ) -> tuple[Machine, list[BenchResult]]:
-    """Time every model in every runtime at every batch size.
+    """Time every model in every runtime at every batch size; the arguments are those of `benchmark`.
 
-    Args:
-        models: timm names, or files of `shvit export`, each of which runs in the runtime of its format.
-        runtimes: keys of `RUNTIMES`.
-        against: third-party files; they come first, so that ratios are to the first of them, and run with their
-            runtime's defaults.
-        progress: receives a line for each step.
+    Files in `against` come first, so that ratios are to the first of them, and run with their runtime's defaults.
 
     Raises:
         InputError: an unknown model or runtime, one that does not run here, a file that cannot be read, or an option
@@ -328,9 +313,8 @@ def measure_files(
     with pinned(choose_cores(max(threads)), max(threads)):
         cases = []
         for count in dict.fromkeys(threads):
-            cores = choose_cores(count)
             for path, name, gmacs in files:
-                case = create_file_case(path, 1, Settings(count), cores, tuned=True)
+                case = create_file_case(path, 1, Settings(count), choose_cores(count), tuned=True)
                 runtime = f"{case.runtime}-{count}-threads" if count > 1 else case.runtime
                 macs = None if gmacs is None else round(1e9 * gmacs)
                 cases.append(replace(case, model=name, runtime=runtime, macs=macs))
@@ -341,10 +325,7 @@ def measure_files(
 
 @contextmanager
 def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
-    """Keep this process on these cores, where the operating system allows it, with as many threads of PyTorch.
-
-    The workers pin themselves.
-    """
+    """Keep this process on these cores, where the operating system allows it, with as many threads of PyTorch."""
     threads_before = torch.get_num_threads()
     cores_before = os.sched_getaffinity(0) if cores else set()
     torch.set_num_threads(threads)
@@ -358,27 +339,18 @@ def pinned(cores: Sequence[int], threads: int) -> Iterator[None]:
             os.sched_setaffinity(0, cores_before)
 
 
-# --- sweeps -----------------------------------------------------------------------------------------------------------
-
-
 def measure_scaling(
     name: str, runtime: str, settings: Settings, folder: Path, progress: Progress = lambda _: None
 ) -> list[Scaling]:
-    """Time a model over image sizes, one image at a time, and over batch sizes, at the model's own size.
-
-    Args:
-        folder: for the files that are made on the way.
-    """
+    """Time a model over image sizes, one image at a time, and over batch sizes, at the model's own size."""
     cores = choose_cores(settings.threads)
     with pinned(cores, settings.threads):
         by_size = [BenchModel(name, replace(settings, img_size=side), folder) for side in SWEEP_SIDES]
         own = BenchModel(name, settings, folder)
         sizes = [create_case(model, runtime, 1, cores) for model in by_size]
         batches = [create_case(own, runtime, batch, cores) for batch in SWEEP_BATCHES]
-        return [
-            _measure_sweep("pixels", [side * side for side in SWEEP_SIDES], sizes, progress),
-            _measure_sweep("batch_size", SWEEP_BATCHES, batches, progress),
-        ]
+        by_pixels = _measure_sweep("pixels", [side * side for side in SWEEP_SIDES], sizes, progress)
+        return [by_pixels, _measure_sweep("batch_size", SWEEP_BATCHES, batches, progress)]
 
 
 def _measure_sweep(over: str, values: Sequence[int], cases: Sequence[BenchCase], progress: Progress) -> Scaling:

@@ -3,25 +3,25 @@
 The first eight colors are Okabe and Ito's, which color-blind readers can tell apart.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice, pairwise
+from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from shvit.files import atomic_write
 
 from .records import BenchResult, LayerTime, Measurements, Scaling, describe_preemption
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-    from matplotlib.transforms import Bbox
 
 INK, MUTED, FAINT = "#1c2733", "#6b7785", "#d7dde3"
 OURS = "#c2410c"
@@ -41,10 +41,8 @@ PLACES = (
 )
 """Places of a name beside its point: offset to the right and up, and alignment there."""
 NOISY = "too noisy, or too few rounds, to compare"
-MAX_NAME = 48
-"""Characters of a name in a plot."""
-MAX_CASES = 60
-"""Bars in one panel of bench.png; further cases are in bench.json."""
+MAX_NAME = 48  # characters of a name in a plot
+MAX_CASES = 60  # bars in one panel of bench.png; further cases are in bench.json
 
 
 def draw_plots(measurements: Measurements, folder: Path) -> list[Path]:
@@ -71,12 +69,10 @@ def front(results: Sequence[BenchResult]) -> list[BenchResult]:
 
 def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
     """Return the result of the fastest runtime and precision of each model at each size and batch size."""
-    best: dict[tuple[str, int, int], BenchResult] = {}
+    forms: dict[tuple[str, int, int], list[BenchResult]] = {}
     for result in results:
-        key = (result.model, result.img_size, result.batch_size)
-        if key not in best or result.latency_ms_p50 < best[key].latency_ms_p50:
-            best[key] = result
-    return list(best.values())
+        forms.setdefault((result.model, result.img_size, result.batch_size), []).append(result)
+    return [min(each, key=lambda form: form.latency_ms_p50) for each in forms.values()]
 
 
 def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchResult]]:
@@ -87,18 +83,13 @@ def panels(results: Sequence[BenchResult]) -> dict[tuple[str, int], list[BenchRe
     return dict(islice(groups.items(), MAX_PANELS))
 
 
-def form_name(result: BenchResult) -> str:
-    """Return the runtime, with the precision where the runtime's name does not end with it."""
-    return result.runtime if result.runtime.endswith(result.precision) else f"{result.runtime} {result.precision}"
-
-
 def draw_pareto(measurements: Measurements) -> Figure | None:
     """Return published accuracy against latency, a panel for each device and batch size."""
     rated = [result for result in measurements.results if result.top1 is not None and result.latency_ms_p50 > 0]
     if not rated:
         return None
     groups = panels(rated)
-    markers = dict(zip(_unique(map(form_name, rated)), cycle(MARKERS), strict=False))
+    markers = dict(zip(_unique(result.form for result in rated), cycle(MARKERS), strict=False))
     figure, axes = _panels(1, len(groups), 7.4, 6.2)
     for axis, ((device, size), shown) in zip(axes, groups.items(), strict=True):
         best = best_forms(shown)
@@ -110,24 +101,21 @@ def draw_pareto(measurements: Measurements) -> Figure | None:
             where="post", color=INK, linewidth=1.2, alpha=0.55, gid="front", zorder=1,
         )  # fmt: skip
         for result in shown:
-            _point(axis, result, markers[form_name(result)], result in best)
+            _point(axis, result, markers[result.form], result in best)
         for result in best:
             forms = [each.latency_ms_p50 for each in shown if _model(each) == _model(result)]
-            axis.hlines(
-                result.top1 or 0, min(forms), max(forms), color=_color(result), alpha=0.25, linewidth=1, zorder=0
-            )
+            look: dict[str, Any] = {"color": _color(result), "alpha": 0.25, "linewidth": 1, "zorder": 0}
+            axis.hlines(result.top1 or 0, min(forms), max(forms), **look)
         axis.margins(0.09, 0.07)
         _ticks(axis.xaxis)
         _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image (median, log), batch {size}, {_threads(shown)}{_disturbed(shown)}")
         axis.set_ylabel("published ImageNet top-1, % (of the float32 weights)")
-    handles = [_handle(marker=mark, color=MUTED, label=name, linestyle="") for name, mark in markers.items()]
-    handles.append(_handle(color=INK, alpha=0.55, label="nothing is faster and more accurate"))
+    handles = [_handle(name, MUTED, marker=mark, linestyle="") for name, mark in markers.items()]
+    handles.append(_handle("nothing is faster and more accurate", INK, alpha=0.55))
     if any(result.ratio_to_first is None for result in rated):
-        handles.append(
-            _handle(marker="o", color=MUTED, markerfacecolor="white", label="hollow: " + NOISY, linestyle="")
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+        handles.append(_handle("hollow: " + NOISY, MUTED, marker="o", markerfacecolor="white", linestyle=""))
+    _legend(figure, handles)
     for axis, shown in zip(axes, groups.values(), strict=True):
         _label(figure, axis, shown)
     return figure
@@ -138,7 +126,7 @@ def draw_latency(measurements: Measurements) -> Figure | None:
     if not measurements.results:
         return None
     cases = {key: shown[:MAX_CASES] for key, shown in panels(measurements.results).items()}
-    colors = dict(zip(_unique(map(form_name, measurements.results)), cycle(COLORS), strict=False))
+    colors = dict(zip(_unique(result.form for result in measurements.results), cycle(COLORS), strict=False))
     rows = max(len(shown) + 0.8 * len(_unique(map(_model, shown))) for shown in cases.values())
     figure, axes = _panels(1, len(cases), 6.8, 1.3 + 0.19 * rows)
     for axis, ((device, size), shown) in zip(axes, cases.items(), strict=True):
@@ -148,25 +136,22 @@ def draw_latency(measurements: Measurements) -> Figure | None:
             forms = [result for result in shown if _model(result) == model]
             ticks.append((y + (len(forms) - 1) / 2, _name(forms[0], shown)))
             for result in forms:
-                _bar(axis, y, result, colors[form_name(result)], widest)
+                _bar(axis, y, result, colors[result.form], widest)
                 y += 1
             y += 0.8
         axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
         for tick, (_, name) in zip(axis.get_yticklabels(), ticks, strict=True):
-            tick.set(
-                color=OURS if name.startswith("shvit") else INK, fontweight="bold" if name.startswith("shvit") else 400
-            )
+            ours = name.startswith("shvit")
+            tick.set(color=OURS if ours else INK, fontweight="bold" if ours else 400)
         axis.set_ylim(y - 0.9, -0.9)
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, widest * 1.18)
         _title(axis, device, measurements)
         axis.set_xlabel(f"ms per image, median and 90th percentile; batch {size}, {_threads(shown)}{_disturbed(shown)}")
-    handles: list[Artist] = [
-        _handle(marker="s", color=color, label=name, linestyle="") for name, color in colors.items()
-    ]
+    handles: list[Artist] = [_handle(name, color, marker="s", linestyle="") for name, color in colors.items()]
     if any(result.ratio_to_first is None for result in measurements.results):
-        handles.append(_patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+        handles.append(Patch(facecolor=MUTED, alpha=0.45, hatch="////", edgecolor="white", label=NOISY))
+    _legend(figure, handles)
     return figure
 
 
@@ -177,9 +162,8 @@ def draw_batch(measurements: Measurements) -> Figure | None:
 
 def draw_resolution(measurements: Measurements) -> Figure | None:
     """Return time and memory against the number of pixels."""
-    return _scaling(
-        [each for each in measurements.scaling if each.over == "pixels"], "pixels (height × width)", "pixels"
-    )
+    sweeps = [each for each in measurements.scaling if each.over == "pixels"]
+    return _scaling(sweeps, "pixels (height × width)", "pixels")
 
 
 def draw_layers(measurements: Measurements) -> Figure | None:
@@ -210,10 +194,8 @@ def draw_layers(measurements: Measurements) -> Figure | None:
     axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.set_xlim(0, widest * 1.09)
     axis.set_xlabel("ms per image, by kind of layer, from the runtime's own profiler")
-    handles = [
-        _handle(marker="s", color=COLORS[i % len(COLORS)], label=kind, linestyle="") for i, kind in enumerate(kinds)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(kinds)), frameon=False)
+    colors = zip(kinds, cycle(COLORS), strict=False)
+    _legend(figure, [_handle(kind, color, marker="s", linestyle="") for kind, color in colors])
     return figure
 
 
@@ -228,9 +210,6 @@ FIGURES: dict[str, Callable[[Measurements], Figure | None]] = {
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """Return a figure that needs no display, and its panels of `width` by `height` inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -256,22 +235,17 @@ def _disturbed(results: Sequence[BenchResult]) -> str:
     return f"\nwall time; {disturbed}" if disturbed else ""
 
 
-def _handle(**look: Any) -> Line2D:
-    from matplotlib.lines import Line2D
+def _handle(label: str, color: str, **look: Any) -> Line2D:
+    """Return an entry of a legend."""
+    return Line2D([], [], label=label, color=color, **look)
 
-    return Line2D([], [], **look)
 
-
-def _patch(**look: Any) -> Patch:
-    from matplotlib.patches import Patch
-
-    return Patch(**look)
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
 
 
 def _ticks(axis: Axis) -> None:
     """Set plain numbers on a logarithmic axis: 1, 2, 5, 10, …"""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -321,9 +295,9 @@ def _scaling(sweeps: list[Scaling], quantity: str, short: str) -> Figure | None:
             ends.append((*points[-1], label, color))
         ticks = sorted({value for each in sweeps for value in each.values})
         if short == "batch":
-            axis.set_xticks(ticks, [str(value) for value in ticks])
+            axis.set_xticks(ticks, list(map(str, ticks)))
         else:
-            axis.set_xticks(ticks, [_square(value) for value in ticks], rotation=30, ha="right")
+            axis.set_xticks(ticks, list(map(_square, ticks)), rotation=30, ha="right")
         axis.set_xticks([], minor=True)
         axis.set_xlabel(f"{quantity}, log")
         axis.set_ylabel(f"{unit}, log")
@@ -339,8 +313,6 @@ def _square(pixels: int) -> str:
 
 def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each line's name right of its last point, moved apart where two would touch."""
-    from math import log
-
     low, high = axis.get_ylim()
     step = 0.055 * log(high / low)
     at = float("-inf")
@@ -356,42 +328,36 @@ def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
     """Write names beside the points, ours first; where a name would overlap another it takes the next place."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken = [_box(axis, result) for result in shown]
     best = best_forms(shown)
     on_front = front(best)
-    taken += _steps(axis, on_front)
+    points = [_position(axis, result) for result in shown]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in points] + _steps(axis, on_front)
+    inside = axis.get_window_extent(renderer)
     for result in sorted(best, key=lambda each: (not _ours(each), each not in on_front)):
+        point, size = (result.latency_ms_p50, result.top1 or 0), 10 if _ours(result) else 8.5
+        style: dict[str, Any] = {"textcoords": "offset points", "color": _color(result, text=True)}
         for x, y, across, along in PLACES:
-            text = axis.annotate(
-                _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(x, y), ha=across, va=along,
-                textcoords="offset points", fontsize=10 if _ours(result) else 8.5, color=_color(result, text=True),
-                fontweight="bold" if _ours(result) else "normal",
-            )  # fmt: skip
+            weight = "bold" if _ours(result) else "normal"
+            text = axis.annotate(_name(result, shown), point, xytext=(x, y), ha=across, va=along, fontsize=size,
+                                 fontweight=weight, **style)  # fmt: skip
             box = text.get_window_extent(renderer)
-            inside = axis.get_window_extent(renderer)
             if box.x0 > inside.x0 and box.x1 < inside.x1 and box.count_overlaps(taken) == 0:
                 break
             text.remove()
         else:
-            text = axis.annotate(
-                _name(result, shown), (result.latency_ms_p50, result.top1 or 0), xytext=(7, 0), va="center",
-                textcoords="offset points", fontsize=8, color=_color(result, text=True),
-            )  # fmt: skip
+            text = axis.annotate(_name(result, shown), point, xytext=(7, 0), va="center", fontsize=8, **style)
         taken.append(text.get_window_extent(renderer))
 
 
-def _box(axis: Axes, result: BenchResult) -> Bbox:
-    from matplotlib.transforms import Bbox
-
+def _position(axis: Axes, result: BenchResult) -> tuple[float, float]:
+    """Return a result's x and y in pixels."""
     x, y = axis.transData.transform((result.latency_ms_p50, result.top1 or 0))
-    return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+    return float(x), float(y)
 
 
 def _steps(axis: Axes, on_front: list[BenchResult]) -> list[Bbox]:
     """Return boxes along the front's line."""
-    from matplotlib.transforms import Bbox
-
-    at = [axis.transData.transform((result.latency_ms_p50, result.top1 or 0)) for result in on_front]
+    at = [_position(axis, result) for result in on_front]
     across = [Bbox.from_extents(a[0], a[1] - 1, b[0], a[1] + 1) for a, b in pairwise(at)]
     return across + [Bbox.from_extents(b[0] - 1, a[1], b[0] + 1, b[1]) for a, b in pairwise(at)]
 
@@ -432,5 +398,5 @@ def _threads(results: Sequence[BenchResult]) -> str:
     return f"{' or '.join(map(str, counts))} thread{'s' if counts != [1] else ''}"
 
 
-def _unique(items: Any) -> list[Any]:
+def _unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))

@@ -16,10 +16,8 @@ from shvit.files import atomic_write
 from shvit.weights.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
-PREEMPTED_PERCENT = 5.0
-"""Percent of a case's wall time; while other programs take more than that, wall time measures them too."""
-MAX_NUMBER = 1e12
-"""Upper bound of anything that is measured here, whatever its unit."""
+PREEMPTED_PERCENT = 5.0  # of a case's wall time; while other programs take more, wall time measures them too
+MAX_NUMBER = 1e12  # of anything that is measured here, whatever its unit
 
 
 def _check_text(text: str) -> str:
@@ -85,7 +83,7 @@ class BenchResult:
     `ratio_basis`; None if too noisy."""
     ratio_low: Number
     ratio_high: Number
-    """Ends of the ratio's 95 % confidence interval, from the same rounds' ratios by the same `ratio_basis`."""
+    """Ends of the ratio's 95 % confidence interval."""
     load_ms: Number
     """Loading the file, or the model's weights, until it is ready."""
     first_ms: Number
@@ -107,6 +105,11 @@ class BenchResult:
     preempted_percent: Number | None = None
     """Percent of the calls' wall time during which the processor worked for other programs; None for a case of several
     threads, whose processor time also counts those that spin while they wait, and for one that is not the CPU's."""
+
+    @property
+    def form(self) -> str:
+        """The runtime, with the precision where the runtime's name does not end with it."""
+        return self.runtime if self.runtime.endswith(self.precision) else f"{self.runtime} {self.precision}"
 
     @property
     def preempted(self) -> bool:
@@ -265,13 +268,11 @@ class Measurements:
     @model_validator(mode="after")
     def _check_devices(self) -> "Measurements":
         devices = {each.name for each in self.devices}
-        local = {""} if self.machine else set()
         rows: tuple[BenchResult | Check | Sustained, ...] = (*self.results, *self.checks, *self.sustained)
         for row in rows:
-            allowed = devices | local if isinstance(row, BenchResult) else devices
-            if row.device not in allowed:
-                kind = type(row).__name__
-                raise ValueError(f"device {row.device!r} of the {kind} of {row.model} is not described")
+            here = isinstance(row, BenchResult) and row.device == "" and self.machine
+            if not here and row.device not in devices:
+                raise ValueError(f"device {row.device!r} of the {type(row).__name__} of {row.model} is not described")
         return self
 
 

@@ -13,8 +13,7 @@ from shvit.errors import InputError
 
 from ..backends.compute_plan import COMPUTE_UNITS, MIN_MACOS
 
-Job = dict[str, Any]
-"""Options of worker.py, sent to it as JSON."""
+Job = dict[str, Any]  # options of worker.py, sent to it as JSON
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,11 @@ RUNTIMES = {
     "torch-bf16": Runtime("eager PyTorch, channels last", "bf16", _torch(channels_last=True, bf16=True)),
     "torch-compiled": Runtime("torch.compile with frozen weights", "fp32", _torch(compiled=True)),
     "torch-compiled-bf16": Runtime(
-        "torch.compile with frozen weights, channels last",
-        "bf16",
-        _torch(compiled=True, channels_last=True, bf16=True),
+        "torch.compile with frozen weights, channels last", "bf16", _torch(compiled=True, channels_last=True, bf16=True)
     ),
     "reference": Runtime(
-        "reference export: timm's model with fused norms, opset 11, ONNX Runtime's defaults",
-        "fp32",
-        lambda model, batch_size: _onnx(model.reference(batch_size)),
-        "onnx",
+        "reference export: timm's model with fused norms, opset 11, ONNX Runtime's defaults", "fp32",
+        lambda model, batch_size: _onnx(model.reference(batch_size)), "onnx",
     ),
     "onnxruntime": Runtime(
         "the file of `shvit export onnx` in ONNX Runtime", "fp32", lambda model, _: _onnx(model.onnx), "onnx", True
@@ -80,17 +75,14 @@ RUNTIMES = {
         "the ONNX file in OpenVINO", "fp32", lambda model, batch: _openvino(model.onnx, batch), "openvino", True
     ),
     "openvino-bf16": Runtime(
-        "the ONNX file in OpenVINO", "bf16", lambda model, batch: _openvino(model.onnx, batch, bf16=True), "openvino",
-        True,
+        "the ONNX file in OpenVINO", "bf16", lambda model, batch: _openvino(model.onnx, batch, True), "openvino", True
     ),
     "openvino-int8": Runtime(
         "an int8 file in OpenVINO", "int8", lambda model, batch: _openvino(model.openvino_int8, batch), "openvino", True
     ),
     "coreml": Runtime(
-        "the package of `shvit export coreml` in Core ML, on a Mac",
-        "fp16",
-        lambda model, _: _coreml(model.coreml, model.settings.compute_units),
-        "coreml",
+        "the package of `shvit export coreml` in Core ML, on a Mac", "fp16",
+        lambda model, _: _coreml(model.coreml, model.settings.compute_units), "coreml",
     ),
     "cuda": Runtime("PyTorch on a GPU, one CUDA graph", "fp32", _torch(device="cuda", channels_last=True)),
     "cuda-bf16": Runtime(
@@ -141,23 +133,16 @@ def check_runtimes(names: Sequence[str]) -> None:
         if name == "coreml":
             _check_macos()
         if name.startswith("cuda"):
-            _check_cuda(name)
+            import torch
+
+            if not torch.cuda.is_available():
+                raise InputError(f"runtime {name} needs a CUDA device, and PyTorch finds none here; leave it out")
 
 
 def _check_macos() -> None:
     if sys.platform != "darwin":
         raise InputError("runtime coreml needs macOS, of which Core ML is a part; leave it out here")
-    version = platform.mac_ver()[0]
+    version, oldest = platform.mac_ver()[0], ".".join(map(str, MIN_MACOS))
     if tuple(map(int, version.split("."))) < MIN_MACOS:
-        oldest = ".".join(map(str, MIN_MACOS))
-        raise InputError(
-            f"runtime coreml needs macOS {oldest} or newer, where Core ML reports its compute plan, "
-            f"and this is {version}; leave it out here"
-        )
-
-
-def _check_cuda(name: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(f"runtime {name} needs a CUDA device, and PyTorch finds none here; leave it out")
+        raise InputError(f"runtime coreml needs macOS {oldest} or newer, where Core ML reports its compute plan, and "
+                         f"this is {version}; leave it out here")  # fmt: skip

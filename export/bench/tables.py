@@ -10,16 +10,7 @@ from shvit import terminal
 from shvit.errors import printable
 from shvit.terminal import right_aligned
 
-from .records import (
-    PROCESSOR,
-    BenchResult,
-    LayerTime,
-    Machine,
-    Measurements,
-    Placement,
-    Scaling,
-    describe_preemption,
-)
+from .records import PROCESSOR, BenchResult, LayerTime, Machine, Measurements, Placement, Scaling, describe_preemption
 
 console = terminal.console()
 
@@ -36,15 +27,13 @@ def progress_line(command: str, lines: bool = False) -> Iterator[Callable[[str],
 
 def show_results(results: Sequence[BenchResult]) -> None:
     """Print latencies, and what noise left undecided."""
-    from .plots import form_name
-
     phones = any(each.device for each in results)
     precisions = _names_precisions(results) or phones
     names = ("model", "runtime", "device") if phones else ("model", "runtime")
     latency = Table(*names, *right_aligned("px", "batch", "ms/image", "p90", "p99", "ratio", "95 %", "% of peak"))
     costs = Table(*names, *right_aligned("batch", "CPU ms/image", "load ms", "first ms", "MB"))
     for each in results:
-        case = [each.model, form_name(each) if precisions else each.runtime]
+        case = [each.model, each.form if precisions else each.runtime]
         case += [each.device or "this machine"] if phones else []
         latency.add_row(*case, *_latency_cells(each))
         costs.add_row(*case, *_cost_cells(each))
@@ -53,10 +42,8 @@ def show_results(results: Sequence[BenchResult]) -> None:
     if preemption := describe_preemption(results):
         console.print(f"CPU: a ratio of processor times, as {preemption}; ms/image, p90 and p99 are wall times")
     if any(each.ratio_to_first is None for each in results):
-        console.print(
-            "too noisy: the interval is wider than 10 % of its ratio, or rounds are too few for one; "
-            "try more --rounds or a quieter machine"
-        )
+        console.print("too noisy: the interval is wider than 10 % of its ratio, or rounds are too few for one; try "
+                      "more --rounds or a quieter machine")  # fmt: skip
     if any(each.ratio_to_first is None and each.threads > 1 for each in results):
         console.print("several threads are compared by wall time alone: their processor time counts spinning, too")
 
@@ -70,18 +57,12 @@ def _names_precisions(results: Sequence[BenchResult]) -> bool:
 
 
 def _latency_cells(result: BenchResult) -> list[str]:
-    times = (result.latency_ms_p50, result.latency_ms_p90, result.latency_ms_p99)
-    ratio = "too noisy" if result.ratio_to_first is None else f"{result.ratio_to_first:.2f}"
-    if result.ratio_to_first is not None and result.ratio_basis == PROCESSOR:
-        ratio += " CPU"
-    return [
-        str(result.img_size),
-        str(result.batch_size),
-        *(f"{value:.2f}" for value in times),
-        ratio,
-        f"{result.ratio_low:.2f}–{result.ratio_high:.2f}",
-        "" if result.percent_of_peak is None else f"{result.percent_of_peak:.0f}",
-    ]
+    times = [f"{value:.2f}" for value in (result.latency_ms_p50, result.latency_ms_p90, result.latency_ms_p99)]
+    clock = " CPU" if result.ratio_basis == PROCESSOR else ""
+    ratio = "too noisy" if result.ratio_to_first is None else f"{result.ratio_to_first:.2f}{clock}"
+    interval = f"{result.ratio_low:.2f}–{result.ratio_high:.2f}"
+    peak = "" if result.percent_of_peak is None else f"{result.percent_of_peak:.0f}"
+    return [str(result.img_size), str(result.batch_size), *times, ratio, interval, peak]
 
 
 def _cost_cells(result: BenchResult) -> list[str]:

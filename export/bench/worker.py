@@ -20,8 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 Call = Callable[[], Any]
-Prepare = Callable[[int], Call]
-"""Function of a batch size that returns a call which runs one batch, on random inputs that stay the same."""
+Prepare = Callable[[int], Call]  # takes a batch size; the call runs one batch, on random inputs that stay the same
 
 
 def run_onnx(job: dict[str, Any]) -> Prepare:
@@ -49,10 +48,8 @@ class OpenVINO:
         core = ov.Core()
         model = core.read_model(job["path"])
         precision = properties.hint.inference_precision()
-        options = {
-            precision: ov.Type.bf16 if job["bf16"] else ov.Type.f32,
-            properties.inference_num_threads(): job["threads"],
-        }
+        kind = ov.Type.bf16 if job["bf16"] else ov.Type.f32
+        options = {precision: kind, properties.inference_num_threads(): job["threads"]}
         self.shapes = {port.any_name: [dim.get_length() if dim.is_static else None for dim in port.partial_shape]
                        for port in model.inputs}  # fmt: skip
         self.types = {port.any_name: port.element_type.to_dtype().name for port in model.inputs}
@@ -145,9 +142,7 @@ def run_torch(job: dict[str, Any]) -> Prepare:
             with torch.inference_mode():
                 return predict(x)
 
-        if device.type == "cpu":
-            return call
-        return cuda_graph(call)
+        return call if device.type == "cpu" else cuda_graph(call)
 
     return prepare
 
@@ -189,8 +184,7 @@ def random(shape: list[Any], dtype: str, batch: int) -> Any:
     return generator.standard_normal(sizes, dtype=np.float32).astype(dtype)
 
 
-MAX_WALL_RATIO = 4
-"""Upper bound of wall time over processor time in a round that is measured by processor time."""
+MAX_WALL_RATIO = 4  # wall time over processor time in a round that is measured by processor time
 
 
 def time_calls(
@@ -206,10 +200,8 @@ def time_calls(
     cpu, start = time.process_time(), time.perf_counter()
 
     def lasts() -> bool:
-        waited = time.perf_counter() - start
-        return waited < seconds or (
-            processor and waited < MAX_WALL_RATIO * seconds and time.process_time() - cpu < seconds
-        )
+        waited, used = time.perf_counter() - start, time.process_time() - cpu
+        return waited < seconds or (processor and waited < MAX_WALL_RATIO * seconds and used < seconds)
 
     while len(times) < 2 or lasts():
         times.append(time_one(call))
@@ -240,12 +232,6 @@ def reported_time(call: Call) -> float:
     return call()
 
 
-def synchronize() -> None:
-    import torch
-
-    torch.cuda.synchronize()
-
-
 def peak_memory() -> int | None:
     """Return the peak memory of the process so far, in bytes; None where the system does not report it (Windows)."""
     if os.path.exists("/proc/self/status"):  # noqa: PTH110  (getrusage counts the parent's memory before exec, too)
@@ -271,9 +257,7 @@ def main() -> None:
         if job["cores"]:
             os.sched_setaffinity(0, job["cores"])
         on_gpu = job.get("device") == "cuda"
-        time_one, wait = (gpu_time, synchronize) if on_gpu else (wall_time, lambda: None)
-        if job["runner"] == "coreml":
-            time_one = reported_time
+        time_one = gpu_time if on_gpu else reported_time if job["runner"] == "coreml" else wall_time
         start = time.perf_counter()
         prepare = RUNNERS[job["runner"]](job)
         load = prepare.load if isinstance(prepare, CoreML) else time.perf_counter() - start
@@ -284,7 +268,8 @@ def main() -> None:
                 call = prepare(command["batch"])
                 start = time.perf_counter()
                 call()
-                wait()
+                if on_gpu:
+                    gpu_time(lambda: None)  # waits for the GPU
                 respond(first=time.perf_counter() - start)
                 call()
             else:

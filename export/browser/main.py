@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .phone_record import PhoneRecord
     from .served import ServedModel
 
-CDN_NAME = "cdn"
 MAX_MINUTES = 1440
 MAX_RECORDS = 32
 Progress = Callable[[str], None]
@@ -28,22 +27,20 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
     models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
-    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them; by default the
-    checkpoint's model, or else shvit_s1 to shvit_s4."""
+    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them;
+    by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     baselines: list[str] = field(default_factory=list)
     """Names of baseline models to compare with; their weights are random."""
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
     """Precisions of the models that are given by name."""
     checkpoint: Path | None = None
-    """Weights of the named models: a file, or a name of `shvit weights list`. Random weights, the default, are as
-    fast."""
+    """Weights of the named models, a file or a name of `shvit weights list`; random ones, equally fast, by default."""
     pretrained: bool = False
     """Use each named model's published weights in place of a checkpoint."""
     img_size: int | None = None
-    """Input height and width in pixels of the named models; by default those that the checkpoint was trained for, or
-    each model's own."""
+    """Input height and width in pixels of the named models; by default the checkpoint's, or each model's own."""
     images: Path | None = None
-    """A folder of images. Some of them, resized and cropped, are sent to the browser, and published with a site.
+    """A folder of images, some of which are sent to the browser, resized and cropped, and published with a site;
     scikit-image's bundled images by default."""
     threads: list[int] = field(default_factory=lambda: [1])
     """Numbers of CPU threads that this machine is measured with."""
@@ -52,12 +49,12 @@ class _BrowserOptions:
     sustained: int = 30
     """Seconds that a browser runs one model without a pause."""
     ort_web: str | None = None
-    """Location of ONNX Runtime for browsers: a folder, where missing files are downloaded from npm (by default one in
-    the cache), or `cdn`, from which the browser downloads it. Hashes are always checked."""
+    """Location of ONNX Runtime for browsers: a folder, by default in the cache, to which missing files are downloaded
+    from npm, or `cdn`, from which the browser downloads it; hashes are always checked."""
 
     @property
     def _hosted(self) -> bool:
-        return self.ort_web != CDN_NAME
+        return self.ort_web != "cdn"
 
     def _check(self) -> None:
         from .phone_record import MAX_ROUNDS, MAX_SECONDS
@@ -92,7 +89,6 @@ class _BrowserOptions:
         return served, create_contents(served, select_images(self.images), runtime, pace, submit)
 
     def _measure_here(self, served: "Sequence[ServedModel]", progress: Progress) -> Measurements:
-        """Return this machine's own measurements of the files."""
         from ..bench.measure import measure_files
 
         files = [(each.path, each.name, each.gmacs) for each in served]
@@ -110,20 +106,18 @@ class BenchPhone(_BrowserOptions):
     host: str | None = None
     """The name or address by which phones know this machine; guessed by default."""
     tls: bool = False
-    """Serve HTTPS with a self-signed certificate, of which the browser warns. Without HTTPS a phone has no threads, no
-    WebGPU and no camera for the page."""
+    """Serve HTTPS with a self-signed certificate, about which the browser warns.
+    Without HTTPS a phone's browser has no threads, no WebGPU and no camera for the page."""
     port: int = 0
     """Port to listen on; any free port by default."""
     records: int = 1
     """Stop when this many records have arrived."""
     minutes: float = 60.0
-    """Stop after this time in any case."""
+    """Stop after this many minutes, even if records are missing."""
     output: Path = Path("phone")
     """A folder for the files, the records, bench.json, plots, and report.html."""
 
     def run(self) -> dict[str, Any]:
-        import segno  # noqa: F401  (a missing extra is reported before anything long begins)
-
         from .phone import ServerConfig, bind_server, serve_phones
         from .served import policy
         from .server import RECORDS
@@ -153,14 +147,7 @@ class BenchPhone(_BrowserOptions):
 
 
 class _Received:
-    """The records received so far; bench.json and report.html are complete after each of them.
-
-    Args:
-        output: the folder of the report.
-        served: the models that a record may be of.
-        measured: this machine's own measurements.
-        expected: number of records to wait for.
-    """
+    """The records received so far, `expected` in the end; bench.json and report.html are complete after each."""
 
     def __init__(self, output: Path, served: "Sequence[ServedModel]", measured: Measurements, expected: int):
         from ..bench.explorer import write_report
@@ -197,10 +184,8 @@ class _Received:
             CheckFailed: no record arrived, or a case was not timed.
         """
         if not self.measured.devices:
-            raise CheckFailed(
-                "no phone has sent a record; open the address while the command runs, with --lan from a phone",
-                asdict(self.measured),
-            )
+            message = "no phone has sent a record; open the address while the command runs, with --lan from a phone"
+            raise CheckFailed(message, asdict(self.measured))
         result = _report(self.measured, self.output)
         if failed := [check for check in self.measured.checks if check.error]:
             first, count = failed[0], "one case was" if len(failed) == 1 else f"{len(failed)} cases were"
@@ -211,10 +196,10 @@ class _Received:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchImport:
-    """Make a report of records that the page saved as JSON."""
+    """Write a report of the records that the page of `shvit bench phone`, or of a site, saved in a browser."""
 
     records: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that the page saved."""
+    """JSON files that the page saved."""
     output: Path
     """A folder for bench.json, plots, and report.html."""
     beside: Path | None = None

@@ -26,11 +26,6 @@ class RuntimeFile:
     size_bytes: int
     sha256: str
 
-    @property
-    def integrity(self) -> str:
-        """The hash in the form that browsers check."""
-        return integrity(self.sha256)
-
 
 @dataclass(frozen=True)
 class Build:
@@ -40,37 +35,25 @@ class Build:
     loader: RuntimeFile
     binary: RuntimeFile
 
-    @property
-    def files(self) -> tuple[RuntimeFile, ...]:
-        return self.module, self.loader, self.binary
-
 
 # Sizes and hashes were read from the package that npm's own integrity value, sha512-q0y+JrrtukXS…, belongs to.
 BUILDS = {
     "wasm": Build(
         RuntimeFile("ort.wasm.min.mjs", 50126, "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b"),
-        RuntimeFile(
-            "ort-wasm-simd-threaded.mjs", 24381, "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b"
-        ),
-        RuntimeFile(
-            "ort-wasm-simd-threaded.wasm", 14239897, "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
-        ),
+        RuntimeFile("ort-wasm-simd-threaded.mjs", 24381,
+                    "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b"),
+        RuntimeFile("ort-wasm-simd-threaded.wasm", 14239897,
+                    "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
     ),
     "webgpu": Build(  # which has WebNN, too
         RuntimeFile("ort.webgpu.min.mjs", 66349, "3dffff71811bc13a3a3d9591c57ca5ee5735b8f5f3eaf789510b02bb040ae3a0"),
-        RuntimeFile(
-            "ort-wasm-simd-threaded.asyncify.mjs",
-            53057,
-            "3d1c85995364bb643302fc6fd877a0c3ba5ae72401815e0f24828a53d9191e28",
-        ),
-        RuntimeFile(
-            "ort-wasm-simd-threaded.asyncify.wasm",
-            26781914,
-            "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",
-        ),
+        RuntimeFile("ort-wasm-simd-threaded.asyncify.mjs", 53057,
+                    "3d1c85995364bb643302fc6fd877a0c3ba5ae72401815e0f24828a53d9191e28"),
+        RuntimeFile("ort-wasm-simd-threaded.asyncify.wasm", 26781914,
+                    "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da"),
     ),
-}
-FILES = {file.name: file for build in BUILDS.values() for file in build.files}
+}  # fmt: skip
+FILES: dict[str, RuntimeFile] = {file.name: file for build in BUILDS.values() for file in vars(build).values()}
 
 
 def integrity(sha256_hex: str) -> str:

@@ -1,5 +1,6 @@
 """Serving the page to phones: an address with a QR code, log lines meanwhile, and the end of serving."""
 
+import asyncio
 import io
 import logging
 import secrets
@@ -8,15 +9,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import segno
 
 from shvit.errors import InputError
 
 from ..web import Content
+from . import tls
 from .phone_record import PhoneRecord
-
-if TYPE_CHECKING:
-    from .tls import SelfSigned
+from .server import LOGGER, listen, serve
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
@@ -28,12 +29,12 @@ class ServerConfig:
     """The address that phones connect to, and for how long it is served."""
 
     lan: bool
-    """Reachable from the network; only from this machine otherwise."""
+    """Accept connections from the network; only from this machine otherwise."""
     host: str | None
     """The name or address by which phones know this machine; guessed where None."""
     tls: bool
     port: int
-    """0: any free port."""
+    """Port to listen on; 0 is any free port."""
     time_limit_s: float
 
     def resolve_host(self) -> str:
@@ -42,11 +43,9 @@ class ServerConfig:
         Raises:
             InputError: there is no network, or `host` is not a name or address that a phone can open.
         """
-        from .tls import check_host, lan_address
-
         if self.host is not None:
-            return check_host(self.host)
-        host = lan_address() if self.lan else LOOPBACK
+            return tls.check_host(self.host)
+        host = tls.lan_address() if self.lan else LOOPBACK
         if host is None:
             raise InputError("--lan: this machine has no network; join one, or give the name that phones use with "
                              "--host")  # fmt: skip
@@ -60,7 +59,7 @@ class BoundServer:
     host: str
     """Host in the address; an IPv6 address without brackets."""
     sockets: Sequence[socket.socket]
-    signed: "SelfSigned | None"
+    signed: tls.SelfSigned | None
     """None without TLS."""
 
     def url(self, token: str) -> str:
@@ -75,41 +74,22 @@ def bind_server(config: ServerConfig) -> BoundServer:
     Raises:
         InputError: the port is taken, there is no network, or the host is not valid.
     """
-    from .server import listen
-    from .tls import self_signed
-
     host = config.resolve_host()
-    signed = self_signed([host, LOOPBACK, "localhost"]) if config.tls else None
-    ipv6 = ":" in host
-    if config.lan:
-        return BoundServer(host, listen(None if ipv6 else EVERYWHERE, config.port), signed)
-    return BoundServer(host, listen("::1" if ipv6 else LOOPBACK, config.port), signed)
+    signed = tls.self_signed([host, LOOPBACK, "localhost"]) if config.tls else None
+    everywhere, here = (None, "::1") if ":" in host else (EVERYWHERE, LOOPBACK)
+    return BoundServer(host, listen(everywhere if config.lan else here, config.port), signed)
 
 
 def serve_phones(
-    contents: Mapping[str, Content],
-    policy: str,
-    receive: Callable[[PhoneRecord], int],
-    config: ServerConfig,
-    server: BoundServer,
-    log: Log,
-) -> None:
-    """Serve the page until no more records are awaited, the time is over or the user interrupts.
-
-    Args:
-        policy: the Content-Security-Policy.
-        receive: as in `serve`.
-        server: as from `bind_server`.
-    """
-    import asyncio
-
-    from .server import serve
-
+    contents: Mapping[str, Content], policy: str, receive: Callable[[PhoneRecord], int], config: ServerConfig,
+    server: BoundServer, log: Log,
+) -> None:  # fmt: skip
+    """Serve the page until no more records are awaited, the time is over or the user interrupts; see `serve`."""
     token, minutes = secrets.token_urlsafe(16), f"{config.time_limit_s / 60:g} minutes"
     _log_address(server, token, config, log)
     log(f"waiting for {minutes} at most, or until Ctrl-C")
-    tls = server.signed.context if server.signed else None
-    serving = serve(contents, policy, token, receive, server.sockets, tls, config.time_limit_s)
+    context = server.signed.context if server.signed else None
+    serving = serve(contents, policy, token, receive, server.sockets, context, config.time_limit_s)
     with _logging(log):
         try:
             if not asyncio.run(serving):
@@ -125,8 +105,7 @@ def _log_address(server: BoundServer, token: str, config: ServerConfig, log: Log
             log(line)
     log(f"open {url}")
     if server.signed:
-        log("the browser will warn, as the certificate is self-signed; its SHA-256 is "
-            f"{server.signed.fingerprint}")  # fmt: skip
+        log(f"the browser will warn, as the certificate is self-signed; its SHA-256 is {server.signed.fingerprint}")
     elif config.lan:
         log("without --tls a phone's browser has no threads, no WebGPU and no camera here, as the page explains")
     else:
@@ -136,8 +115,6 @@ def _log_address(server: BoundServer, token: str, config: ServerConfig, log: Log
 @contextmanager
 def _logging(log: Log) -> Iterator[None]:
     """Pass what the server, Tornado and asyncio log to `log`."""
-    from .server import LOGGER
-
     handler = logging.StreamHandler(_Lines(log))
     loggers = (LOGGER, *map(logging.getLogger, ("tornado.general", "tornado.application", "asyncio")))
     before = [(logger.level, logger.propagate) for logger in loggers]
@@ -168,8 +145,6 @@ class _Lines(io.TextIOBase):
 
 def qr_code(text: str) -> str:
     """Return a QR code of half-block characters, for a terminal."""
-    import segno
-
     drawn = io.StringIO()
     segno.make(text, error="l", micro=False).terminal(drawn, compact=True)
     return drawn.getvalue()

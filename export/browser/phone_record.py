@@ -73,15 +73,13 @@ class CaseRecord(_Strict):
     backend: Backend
     threads: Annotated[int, Field(ge=1, le=64)]
     cpu_fallback: bool
-    """Whether some operators ran on the CPU, in a backend of another device."""
+    """True if some operators ran on the CPU, in a backend of another device."""
     check: CheckRecord | None
     error: Text
     load_ms: Ms | None
     """Milliseconds of the first opening."""
     first_ms: Ms | None
-    rounds: Annotated[
-        list[Annotated[list[Ms], Field(min_length=1, max_length=MAX_CALLS)]], Field(max_length=MAX_ROUNDS)
-    ]
+    rounds: Annotated[list[Calls], Field(max_length=MAX_ROUNDS)]
     """Milliseconds of each call, in each round."""
 
 
@@ -89,7 +87,7 @@ class SustainedRecord(_Strict):
     """One case run without a pause."""
 
     case: Annotated[int, Field(ge=0, le=511)]
-    """Index among the cases."""
+    """Index of the case in the record."""
     seconds: Annotated[list[Ms], Field(min_length=2, max_length=MAX_SECONDS)]
     """The median of each second, in milliseconds."""
 
@@ -153,11 +151,11 @@ def runtime_of(case: CaseRecord) -> str:
 def add_record(measured: Measurements, record: PhoneRecord) -> Measurements:
     """Return the measurements with one more device; if its name is taken, it gets a number."""
     names = {device.name for device in measured.devices}
-    given, name, number = record.device, record.device.name, 1
+    name, number = record.device.name, 1
     while name in names:
         number += 1
-        name = f"{given.name} ({number})"
-    device = Device(name, given.browser, given.cores, given.memory_gb, given.gpu, dict(given.missing), record.runtime)
+        name = f"{record.device.name} ({number})"
+    device = Device(**{**record.device.model_dump(), "name": name}, runtime=record.runtime)
     return replace(
         measured,
         results=(*measured.results, *_results(name, record.cases)),
@@ -175,10 +173,9 @@ def is_timed(case: CaseRecord) -> bool:
 def _results(device: str, cases: Sequence[CaseRecord]) -> list[BenchResult]:
     """Return results of the timed cases; the first that ran in every round comes first, as all ratios are to it."""
     counted = list(filter(is_timed, cases))
-    most = max((len(case.rounds) for case in counted), default=0)
-    first = next((case for case in counted if len(case.rounds) == most), None)
-    if first is None:
+    if not counted:
         return []
+    first = max(counted, key=lambda case: len(case.rounds))
     return [_result(device, case, first) for case in (first, *(case for case in counted if case is not first))]
 
 
@@ -239,11 +236,8 @@ def describe_record(record: PhoneRecord) -> str:
     counted = list(filter(is_timed, record.cases))
     runtimes = ", ".join(dict.fromkeys(map(runtime_of, counted)))
     missing = "; ".join(f"no {name}: {why}" for name, why in record.device.missing.items())
-    return (
-        f"{record.device.name}: {len(counted)} of {len(record.cases)} cases timed"
-        + (f" in {runtimes}" if runtimes else "")
-        + (f" ({missing})" if missing else "")
-    )
+    line = f"{record.device.name}: {len(counted)} of {len(record.cases)} cases timed"
+    return line + (f" in {runtimes}" if runtimes else "") + (f" ({missing})" if missing else "")
 
 
 def save_record(record: PhoneRecord, folder: Path) -> Path:

@@ -44,7 +44,7 @@ class ServedModel:
     spec: Spec
     labels: tuple[str, ...]
     certified: bool
-    """Whether its outputs were compared with its model's; those of int8 with random weights are not."""
+    """True if its outputs were compared with its model's, as all are but those of int8 with random weights."""
     trained: bool
     gmacs: float | None
     top1: float | None
@@ -52,7 +52,7 @@ class ServedModel:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Name and precision, which are unique among the served models."""
+        """Name and precision, unique among the served models."""
         return self.name, self.spec.precision
 
 
@@ -64,9 +64,6 @@ class Pace:
     round_s: float = 0.5
     """Seconds that each case is timed in a round."""
     sustained_s: int = 30
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def prepare_models(
@@ -138,8 +135,7 @@ def load_served(path: Path) -> ServedModel:
 
 
 def _export(bench_model: BenchModel, precision: Precision, images: Path | None) -> ServedModel:
-    model, spec = bench_model.opened
-    weights = bench_model.weights
+    (model, spec), weights = bench_model.opened, bench_model.weights
     checkpoint = weights.checkpoint
     path = bench_model.folder / f"{bench_model.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes, weights.classes)
@@ -148,16 +144,14 @@ def _export(bench_model: BenchModel, precision: Precision, images: Path | None) 
     certified = precision != "int8" or checkpoint is not None
     if certified:
         samples = sample_images(images, spec.num_classes, classes=labels)
-        reference = Reference(
-            model, spec, samples, str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema
-        )
+        origin = (str(images or BUNDLED), labels, checkpoint, weights.name, weights.ema)
+        reference = Reference(model, spec, samples, *origin)
         spec = export(ONNX, path, Source(reference, spec, calibration), GraphOptions()).spec
     else:  # speed does not depend on the int8 accuracy of random weights
         spec = replace(spec, excluded_layers=ONNX.float_layers(deploy(model)))
         certificate_path(path).unlink(missing_ok=True)  # of an earlier file
         with atomic_write(path) as partial:
-            reference = Reference(model, spec, [], "", labels)
-            source = Source(reference, spec, calibration)
+            source = Source(Reference(model, spec, [], "", labels), spec, calibration)
             create_int8_writer(source.unfolded(), spec, source.ranges(), False, labels)(partial, spec)
     return ServedModel(
         name=bench_model.name,
@@ -174,9 +168,6 @@ def _export(bench_model: BenchModel, precision: Precision, images: Path | None) 
 def select_images(folder: Path | None) -> list[ImageFile]:
     """Return a few of a folder's images, spread evenly; scikit-image's where None."""
     return sample_images(folder, limit=MAX_SERVED_IMAGES)
-
-
-# --- what is served ---------------------------------------------------------------------------------------------------
 
 
 def create_contents(
@@ -208,11 +199,7 @@ def create_contents(
 
 
 def policy(hosted: bool) -> str:
-    """Return a Content-Security-Policy: the page's own files, and ONNX Runtime after its hash was checked.
-
-    Args:
-        hosted: whether ONNX Runtime comes from the page's own host.
-    """
+    """Return a Content-Security-Policy: the page's files, and ONNX Runtime from the same host, or else the CDN."""
     elsewhere = "" if hosted else " " + CDN
     return (
         "default-src 'none'; script-src 'self' blob: 'wasm-unsafe-eval'; worker-src 'self' blob:; style-src 'self'; "
@@ -224,13 +211,11 @@ def policy(hosted: bool) -> str:
 def _runtime(hosted: bool) -> dict[str, Any]:
     """Return the addresses of the runtime's builds, with their hashes."""
     base = "ort/" if hosted else CDN
-    builds = {
-        name: {
-            role: {"url": base + file.name, "integrity": file.integrity, "bytes": file.size_bytes}
-            for role, file in vars(build).items()
-        }
-        for name, build in BUILDS.items()
-    }
+    builds: dict[str, dict[str, Any]] = {name: {} for name in BUILDS}
+    for name, build in BUILDS.items():
+        for role, file in vars(build).items():
+            entry = {"url": base + file.name, "integrity": integrity(file.sha256), "bytes": file.size_bytes}
+            builds[name][role] = entry
     return {"version": VERSION, "builds": builds}
 
 
@@ -270,11 +255,7 @@ def tolerance(precision: Precision, images: int) -> dict[str, float]:
 
 
 def expected_outputs(model: ServedModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the file's outputs in ONNX Runtime on this machine, as its certificate compared them with its model.
-
-    Args:
-        pixels: uint8 (n, C, H, W).
-    """
+    """Return the file's outputs for pixels, uint8 (n, C, H, W), in ONNX Runtime on this machine."""
     return load_artifact(model.path)(pixels).float()
 
 

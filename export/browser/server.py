@@ -82,17 +82,10 @@ async def serve(
         return awaited
 
     known = {"contents": contents, "policy": policy, "token": token, "accept": accept}
-    application = Application(
-        [(r"(.*)", _Page, known)], default_handler_class=_Page, default_handler_args=known, log_function=_log
-    )
-    server = _Server(
-        application,
-        ssl_options=tls,
-        max_header_size=MAX_HEADER_BYTES,
-        max_body_size=MAX_BYTES,
-        idle_connection_timeout=WAIT_S,
-        body_timeout=WAIT_S,
-    )
+    fallback: dict[str, Any] = {"default_handler_class": _Page, "default_handler_args": known}
+    application = Application([(r"(.*)", _Page, known)], log_function=_log, **fallback)
+    limits = {"max_header_size": MAX_HEADER_BYTES, "max_body_size": MAX_BYTES}
+    server = _Server(application, ssl_options=tls, idle_connection_timeout=WAIT_S, body_timeout=WAIT_S, **limits)
     server.add_sockets(sockets)
     try:
         await asyncio.wait_for(done.wait(), time_limit_s)
@@ -110,13 +103,11 @@ class _Server(HTTPServer):
 
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
         contexts: list[Any] = [connection.context for connection in self._connections]
-        if (
-            sum(context.address[0] == address[0] for context in contexts) >= MAX_PER_ADDRESS
-            or len(contexts) >= MAX_CONNECTIONS
-        ):
+        from_here = sum(context.address[0] == address[0] for context in contexts)
+        if from_here >= MAX_PER_ADDRESS or len(contexts) >= MAX_CONNECTIONS:
             stream.close()
-            return
-        super().handle_stream(stream, address)
+        else:
+            super().handle_stream(stream, address)
 
     def on_close(self, server_conn: Any) -> None:
         super().on_close(server_conn)
@@ -195,14 +186,11 @@ class _Page(RequestHandler):
     def log_exception(
         self, typ: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
+        request = (self.request.remote_ip, self.request.method)
         if isinstance(value, HTTPError):
-            reason = _message(value) or value.reason or ""
-            LOGGER.warning(
-                "refused %s %s: %d %s", self.request.remote_ip, self.request.method, value.status_code, reason
-            )
+            LOGGER.warning("refused %s %s: %d %s", *request, value.status_code, _message(value) or value.reason or "")
         else:
-            failed = f"{type(value).__name__}: {value}"
-            LOGGER.error("failed for %s %s: %s", self.request.remote_ip, self.request.method, failed)
+            LOGGER.error("failed for %s %s: %s", *request, f"{type(value).__name__}: {value}")
 
 
 def _message(error: object) -> str:

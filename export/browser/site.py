@@ -10,7 +10,7 @@ from shvit.files import atomic_write, is_file, is_there, sha256
 
 from ..bench.explorer import write_explorer
 from ..bench.records import Measurements
-from ..web import FRONT_TITLE, WEB, Content, is_page
+from ..web import WEB, Content, is_page
 from .served import SCRIPTS, ServedModel, policy
 
 ISOLATION = "isolation.js"
@@ -24,19 +24,14 @@ HEADERS = """/*
 OURS = re.compile(r"[0-9a-f]{64}\.(onnx|bin|json)")
 FRONT = "index.html"
 OWN_NAMES = (FRONT, "measure.html", "explorer.html", "served.json", "_headers", ISOLATION, "files", "ort", *SCRIPTS)
-"""Names of files and folders in a site's folder."""
 
 
 def check_site_folder(folder: Path) -> None:
-    """Raise InputError where a site would overwrite files that no site wrote; for the beginning of a command.
-
-    Raises:
-        InputError: the folder holds a name of `OWN_NAMES`, and is not an earlier site.
-    """
+    """Raise InputError where a site would overwrite files that no site wrote; for the beginning of a command."""
     for name in ("files", "ort"):
         if (folder / name).is_symlink():
             raise InputError(f"{folder / name}: is a symbolic link; choose another folder for --output")
-    if is_page(folder / FRONT, FRONT_TITLE):
+    if is_page(folder / FRONT, "SHViT: models, and how fast they are on your device"):
         return
     for name in OWN_NAMES:
         if (folder / name).is_symlink() or is_there(folder / name):

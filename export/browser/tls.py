@@ -51,14 +51,13 @@ def self_signed(hosts: Sequence[str]) -> SelfSigned:
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     with tempfile.TemporaryDirectory() as folder:  # for its owner alone; ssl reads files only
         path = Path(folder) / "server.pem"
-        path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+        path.write_bytes(private + certificate.public_bytes(pem))
         context.load_cert_chain(path)
     return SelfSigned(context, certificate.fingerprint(hashes.SHA256()).hex(":").upper())
 

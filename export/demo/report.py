@@ -52,9 +52,8 @@ def gallery(predictions: Sequence[Prediction]) -> str:
     """Return images with their predictions as HTML; mistakes are marked."""
     figures = []
     for item in predictions:
-        right = item.predicted == item.truth
-        caption = f"{item.predicted} {100 * item.probability:.0f} %" + ("" if right else f", is {item.truth}")
-        mark = "right" if right else "wrong"
+        mark, note = ("right", "") if item.predicted == item.truth else ("wrong", f", is {item.truth}")
+        caption = f"{item.predicted} {100 * item.probability:.0f} %{note}"
         figures.append(
             f'<figure class="{mark}"><img alt="{escape(item.truth)}" src="{_thumbnail(item.image)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shvit import terminal
 from shvit.cli import run
+from shvit.create import create_model
 from shvit.errors import CheckFailed
 from shvit.files import check_output_folder, check_replaceable
 from shvit.train.data.datasets import open_dataset
@@ -38,14 +37,11 @@ class Accuracy:
 
 
 def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> dict[str, Any]:
-    """Run the pipeline in the folder `output`, write `output`/report.html, and return the results.
+    """Run the pipeline in the folder `output`, write `output`/report.html, and return figures and each step's seconds.
 
     Args:
         data: a folder of class folders; elpv-dataset's solar cells where None.
         epochs: training epochs; the recipe's where None.
-
-    Returns:
-        The results of the steps, and the seconds that each took.
 
     Raises:
         CheckFailed: an artifact exceeds its tolerance, or the ONNX file's accuracy differs from PyTorch's by more than
@@ -69,7 +65,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     source = ["--checkpoint", trained["checkpoint"], "--images", data or _cells()]  # others hardly move its outputs
     onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")
     coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
-    model = torch_predict(_model(trained))
+    model = torch_predict(create_model(trained["model"], trained["checkpoint"]))
     accuracy = _evaluate(output / "model.onnx", model, data)
     console.print(f"validation images: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
     models = [*TIMED, output / "model.onnx"]
@@ -94,12 +90,6 @@ def _cells() -> Path:
     return Path(elpv_dataset.__file__).parent / "data"
 
 
-def _model(trained: dict[str, Any]) -> torch.nn.Module:
-    from shvit.create import create_model
-
-    return create_model(trained["model"], trained["checkpoint"])
-
-
 def _evaluate(artifact: Path, model: Predict, data: Path | None) -> Accuracy:
     """Return both accuracies on the same validation images.
 
@@ -113,11 +103,8 @@ def _evaluate(artifact: Path, model: Predict, data: Path | None) -> Accuracy:
         evaluate(exported, eval_loader(dataset, spec.transform(normalize=False), batch_size=32), spec.num_classes),
     )
     if abs(accuracy.torch.top1 - accuracy.onnx.top1) > MAX_DIFFERENCE:
-        raise CheckFailed(
-            f"{artifact} is right on {accuracy.onnx.top1:.2f} % of the validation images, its model on "
-            f"{accuracy.torch.top1:.2f} %",
-            asdict(accuracy),
-        )
+        raise CheckFailed(f"{artifact} is right on {accuracy.onnx.top1:.2f} % of the validation images, its model on "
+                          f"{accuracy.torch.top1:.2f} %", asdict(accuracy))  # fmt: skip
     return accuracy
 
 
@@ -134,24 +121,18 @@ def _predictions(artifact: Path, data: Path | None) -> list[report.Prediction]:
 
     shown = spread([index for index, hit in enumerate(right) if not hit], MAX_SHOWN_WRONG)
     shown += spread([index for index, hit in enumerate(right) if hit], MAX_SHOWN - len(shown))
-    names = dataset.classes
-    return [
-        report.Prediction(
-            dataset[index][0], names[targets[index]], names[int(outputs[index].argmax())], float(outputs[index].max())
-        )
-        for index in sorted(shown)
-    ]
+    predictions = []
+    for index in sorted(shown):
+        probability, predicted = outputs[index].max(dim=0)
+        classes = dataset.classes[targets[index]], dataset.classes[int(predicted)]
+        predictions.append(report.Prediction(dataset[index][0], *classes, float(probability)))
+    return predictions
 
 
 def _write_report(
-    output: Path,
-    data: Path | None,
-    trained: dict[str, Any],
-    onnx: dict[str, Any],
-    coreml: dict[str, Any],
-    accuracy: Accuracy,
-    timed: dict[str, Any],
-) -> None:
+    output: Path, data: Path | None, trained: dict[str, Any], onnx: dict[str, Any], coreml: dict[str, Any],
+    accuracy: Accuracy, timed: dict[str, Any],
+) -> None:  # fmt: skip
     """Write report.html from the results of the steps."""
     measured = parse_measurements(timed)
     assert measured.machine is not None  # nothing was measured elsewhere

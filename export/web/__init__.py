@@ -44,13 +44,9 @@ class Content:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
 
-FRONT_TITLE = "SHViT: models, and how fast they are on your device"
-MAX_HEAD_BYTES = 4096
-
-
 def is_page(path: Path, title: str) -> bool:
     """Return whether a page of ours with this title is there."""
     if not is_file(path):
         return False
     with open_file(path) as file:
-        return f"<title>{title}</title>".encode() in file.read(MAX_HEAD_BYTES)
+        return f"<title>{title}</title>".encode() in file.read(4096)
