@@ -146,7 +146,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
                 return dict(file.metadata() or {})
         except (SafetensorError, OSError, ValueError) as error:
             raise _not_safetensors(path, error) from error
-    if not _is_archive(path):
+    if not is_archive(path):
         return {}  # a pickle from before PyTorch 1.6, older than any file of ours
     content = _read_torch(path, mmap=True)
     texts = content.items() if isinstance(content, Mapping) else ()
@@ -220,13 +220,13 @@ def _check_size(path: Path) -> None:
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     check_file(path)
     size = path.stat().st_size
-    if path.suffix != ".safetensors" and _is_archive(path):
+    if path.suffix != ".safetensors" and is_archive(path):
         size = max(size, _unpacked_bytes(path))
     if size > MAX_BYTES:
         raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Return whether a file begins as torch.save's zip archives do."""
     with open_file(path) as file:
         return file.read(2) == b"PK"

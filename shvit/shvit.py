@@ -43,7 +43,7 @@ class FFN(nn.Module):
 
 
 class SHSA(nn.Module):
-    """Single-head self-attention on the first `partial_dim` channels, normalized together; the others pass beside it."""
+    """Single-head self-attention on the first `partial_dim` channels, normalized together; the others pass by it."""
 
     def __init__(
         self,
