@@ -56,7 +56,6 @@ def evaluate(
     Args:
         detectors: one or two, by name.
         pipeline: transforms that prepare an image for them.
-        progress: wraps an iterable and shows how far it is.
 
     Raises:
         InputError: the dataset is empty.

@@ -80,11 +80,7 @@ def read_certificate(artifact: Path) -> Envelope | None:
 
 
 def read_origin(artifact: Path) -> Envelope | None:
-    """Return the certificate beside an artifact, which must name its model; None where there is no certificate.
-
-    Raises:
-        InputError: as `read_certificate`, or it names no model.
-    """
+    """Return what `read_certificate` does; raise InputError also for a certificate that names no model."""
     certificate = read_certificate(artifact)
     if certificate is not None and certificate.model is None:
         raise InputError(f"{certificate_path(artifact)}: does not name the model; export again, or remove it")

@@ -24,13 +24,7 @@ from .errors import InputError, first_line, some
 from .files import atomic_write, check_file, is_folder, open_file
 from .shvit import rename_reference_keys
 
-__all__ = [
-    "Checkpoint",
-    "load_checkpoint",
-    "read_checkpoint",
-    "read_metadata",
-    "write_checkpoint",
-]
+__all__ = ["Checkpoint", "load_checkpoint", "read_checkpoint", "read_metadata", "write_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 
@@ -131,11 +125,7 @@ def holds_ema(path: str | os.PathLike) -> bool:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Return the texts that a file holds beside its tensors, by name, without reading the tensors.
-
-    Raises:
-        InputError: as `read_checkpoint`, where the file cannot be read.
-    """
+    """Return the texts that a file holds beside its tensors, by name; raises as `read_checkpoint`."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)

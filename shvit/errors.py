@@ -1,4 +1,4 @@
-"""The two exceptions that end a command with a message, and other errors' messages in one line."""
+"""The exceptions that end a command with a message, and other errors' messages in one line."""
 
 import re
 import unicodedata

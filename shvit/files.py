@@ -36,8 +36,7 @@ def is_file(path: str | os.PathLike) -> bool:
     """Return whether a regular file is there, links followed.
 
     Raises:
-        InputError: a permission or the name does not allow to find out, or it is neither a file nor a
-            folder.
+        InputError: a permission or the name does not allow to find out, or it is neither a file nor a folder.
     """
     return stat.S_ISREG(_mode(path))
 
@@ -53,11 +52,7 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 def check_file(path: str | os.PathLike) -> Path:
-    """Return the path of a regular file.
-
-    Raises:
-        InputError: nothing is there, or something else is.
-    """
+    """Return the path of a regular file; raise InputError where nothing, or something else, is there."""
     mode = _mode(path)
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder; name a file")
@@ -67,11 +62,7 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """Return a regular file, open for reading; nothing else is waited for.
-
-    Raises:
-        InputError: as `check_file`, or it cannot be opened.
-    """
+    """Return a regular file, open for reading; raise InputError as `check_file`, or if it cannot be opened."""
     check_file(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -84,11 +75,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
-    """Return a file's content, of at most `limit` bytes.
-
-    Raises:
-        InputError: as `open_file`, or the file is larger.
-    """
+    """Return a file's content; raise InputError as `open_file`, or if it has more than `limit` bytes."""
     content = bytearray()
     with open_file(path) as file:
         try:
@@ -384,11 +371,7 @@ BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
 
 
 def check_output_folder(path: Path | None) -> None:
-    """Raise, before a command begins, where its results could not be written to the folder `path`.
-
-    Raises:
-        InputError: a file lies where the folder of `--output` is to be.
-    """
+    """Raise InputError, before a command begins, where a file is in the place of its output folder `path`."""
     for each in (path, *path.parents) if path is not None else ():
         if is_there(each) and not is_folder(each):
             raise InputError(f"{each}: is a file; choose another folder for --output")

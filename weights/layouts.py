@@ -44,11 +44,7 @@ def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def identify(path: str | os.PathLike, ema: bool = False) -> Identity:
-    """Read a SHViT checkpoint and load it strictly.
-
-    Raises:
-        InputError: as `read_checkpoint`, or it fits none of the variants.
-    """
+    """Read a SHViT checkpoint and load it strictly; raise InputError also where it fits none of the variants."""
     return _open(path, ema)[0]
 
 

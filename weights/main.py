@@ -23,10 +23,6 @@ from .download import Report
 from .manifest import Published, find, read_manifest
 
 
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
-
-
 def _pixels(img_size: tuple[int, int] | None) -> str:
     return "×".join(str(side) for side in dict.fromkeys(img_size or ()))
 
@@ -46,7 +42,7 @@ class List:
 
         console = terminal.console()
         rows = [describe(name) for name in names(self.pattern)]
-        table = Table("model", *_right("params", "GMACs", "input px", "top-1 %"), "weights")
+        table = Table("model", *terminal.right_aligned("params", "GMACs", "input px", "top-1 %"), "weights")
         for row in rows:
             table.add_row(
                 row.model,
@@ -180,9 +176,11 @@ class Check:
         targets = self.targets or tuple(e.name for e in read_manifest() if is_file(cache / e.file_name))
         if not targets:
             raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` downloads one, or name a file")
-        found = [(target, *_locate(target, cache)) for target in targets]
-        checks = [_check(target, path, entry, cache) for target, path, entry in found]
-        table = Table("checkpoint", "hash", "layout", "model", *_right("classes", "params"), "distilled", "holds")
+        files = [(target, *_locate(target, cache)) for target in targets]
+        checks = [_check(target, path, entry, cache) for target, path, entry in files]
+        table = Table(
+            "checkpoint", "hash", "layout", "model", *terminal.right_aligned("classes", "params"), "distilled", "holds"
+        )
         for check in checks:
             figures = ("layout", "model", "num_classes", "params", "distilled")
             identity = [str((check.identity or {}).get(key, "")) for key in figures]

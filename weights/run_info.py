@@ -119,11 +119,7 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
 
 
 def read_recipe_file(path: Path) -> RunInfo | None:
-    """Return what a run folder's recipe.yaml says; None where it is not a run's.
-
-    Raises:
-        InputError: it cannot be read, or says what no run does.
-    """
+    """Return what a run folder's recipe.yaml says; None where it is not a run's. Raise InputError if unusable."""
     try:
         content = load_yaml(path, MAX_BYTES)
     except InputError as error:

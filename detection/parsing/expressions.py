@@ -63,11 +63,7 @@ class TooMuch(ValueError):
 
 
 def parse(text: str) -> ast.Module:
-    """Return the text's syntax tree.
-
-    Raises:
-        InputError: it is not Python, or nested too deeply; the message begins with the line.
-    """
+    """Return the text's syntax tree; raise InputError, whose message begins with the line, for what is not Python."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -115,11 +111,7 @@ def _problem(node: ast.AST, assigned: set[int]) -> str | None:
 
 
 def base_files(tree: ast.Module) -> list[Any]:
-    """Return the names of the file's bases.
-
-    Raises:
-        InputError: the value cannot be computed.
-    """
+    """Return the names of the file's bases; raise InputError where they cannot be computed."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and _is_base(statement.targets[0]):
             value = _Interpreter({}).run(statement.value)

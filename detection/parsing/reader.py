@@ -136,11 +136,7 @@ def _evaluate(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]
 
 
 def check_is_data(text: str, path: Path) -> ast.Module:
-    """Return a config's syntax tree.
-
-    Raises:
-        InputError: at the first thing in it that is neither a name nor a value, and so might run code.
-    """
+    """Return a config's syntax tree; raise InputError at the first thing in it that might run code."""
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
     with _located(path):

@@ -340,11 +340,7 @@ class _Checker:
 
 
 def check_type(value: Any, where: str, types: Iterable[str] = TYPES) -> str:
-    """Return a type's name without its scope.
-
-    Raises:
-        Refused: it is none of the types that may be built there.
-    """
+    """Return a type's name without its scope; raise Refused if it is none of the types that may be built there."""
     if not isinstance(value, str):
         raise Refused(f"type {_short(value)} of {where} is not a text")
     scope, _, name = value.rpartition(".")

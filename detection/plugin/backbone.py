@@ -21,11 +21,7 @@ from shvit.weights.resolve import find_weights
 
 
 def resolve_weights(checkpoint: str | Path) -> Path:
-    """Return a file of weights, or that of a name of `shvit weights list`, which is downloaded and checked once.
-
-    Raises:
-        InputError: there is neither, or it cannot be downloaded.
-    """
+    """Return a file of weights, or that of a published name; raises as `find_weights`."""
     return find_weights(checkpoint, lambda line: print_log(line, "current"))[0]
 
 
