@@ -43,7 +43,7 @@ class Evaluation:
     n: int
     results: dict[str, DetectionResult]
     match: Match | None
-    """How the second detector matches the first, where there are two and the first detects anything."""
+    """Match of the second detector with the first; None unless there are two and the first detects anything."""
     latency_ratio: float | None
     """Median over the images of the second detector's time divided by the first's, measured in alternation."""
 

@@ -47,7 +47,7 @@ def _check_names(outputs: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What an exported detector takes and gives; it is written into the file.
+    """The inputs and outputs of an exported detector, as written into its file.
 
     Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the image as large as fits with its aspect kept, at the top
     left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the image in it.

@@ -36,7 +36,7 @@ LONGEST = 16  # lines of one message that are worth a reader's time; a dump of t
 MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint
 REFUSED = "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
 WRITTEN = "# Written by shvit detect train.\n"
-"""How the configs in run folders begin; what begins otherwise is somebody's own."""
+"""First line of the configs in run folders; a file that begins otherwise is the user's own."""
 WEIGHTS = re.compile(r"(epoch|iter)_\d+\.pth|best_")
 """Names of the checkpoints that a run writes."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -69,8 +69,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     reports = check_datasets(config, ("train", "val"))
     show(reports, terminal.console(quiet=rank != 0))
     model = create_detector(config)  # which says what does not fit; the Runner builds its own
-    given = config
-    config = copy.deepcopy(config)
+    original, config = config, copy.deepcopy(config)
     for split in ("train", "val"):
         if (loader := config.get(f"{split}_dataloader")) is not None:
             name_images(innermost(loader.dataset))
@@ -91,7 +90,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     with plainly(), weights_only(), redirect_stdout(_ShortMessages(sys.stdout)):
         runner = _Runner.from_cfg(config)
         if rank == 0:
-            write_config(given, output)
+            write_config(original, output)
         runner.register_hook(progress, priority="VERY_LOW")
         try:
             runner.train()

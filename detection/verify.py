@@ -51,7 +51,7 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionCertificate(Envelope):
-    """How far an exported detector is from its model, and what it is."""
+    """Certificate of an exported detector: its description, and its differences from its model."""
 
     spec: DetectorSpec
     match: Match

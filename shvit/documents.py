@@ -160,9 +160,9 @@ def describe_problem(problem: "ErrorDetails") -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {place!r}"
     message = message.removeprefix("Value error, ")
-    found = repr(problem["input"])
-    found = found if len(found) <= 80 else f"{found[:80]}…"
-    return f"{place or 'it'} is {found}; {message[:1].lower()}{message[1:]}"
+    value = repr(problem["input"])
+    value = value if len(value) <= 80 else f"{value[:80]}…"
+    return f"{place or 'it'} is {value}; {message[:1].lower()}{message[1:]}"
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------

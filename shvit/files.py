@@ -223,9 +223,9 @@ def _remove_scratch() -> None:
     user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has 0 for all files
     with suppress(OSError):
         for each in Path(tempfile.gettempdir()).glob("shvit.*.partial.*"):
-            found, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
+            match, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
             own = stat.S_ISDIR(status.st_mode) and status.st_uid == user
-            if found and own and _was_left_behind(each, found):
+            if match and own and _was_left_behind(each, match):
                 remove(each)
 
 
@@ -290,18 +290,18 @@ def _remove_left_behind(path: Path) -> None:
     stem = _short_stem(path)
     for each in path.parent.glob(f".{glob.escape(stem)}.*.partial*"):
         rest = each.name.removeprefix(f".{stem}")
-        found = PARTIAL.match(rest)
-        if not found or not _was_left_behind(each, found):
+        match = PARTIAL.match(rest)
+        if not match or not _was_left_behind(each, match):
             continue
-        if rest[found.end() :] == f"{path.suffix}.old" and not path.exists():
+        if rest[match.end() :] == f"{path.suffix}.old" and not path.exists():
             each.replace(path)  # killed between two renames
-        elif rest[found.end() :].removesuffix(".old") == path.suffix:
+        elif rest[match.end() :].removesuffix(".old") == path.suffix:
             remove(each)
 
 
-def _was_left_behind(each: Path, found: re.Match[str]) -> bool:
-    if found["host"] == _host() and os.name == "posix":  # elsewhere asking for a process may end it
-        return not _lives(int(found["pid"]))
+def _was_left_behind(each: Path, match: re.Match[str]) -> bool:
+    if match["host"] == _host() and os.name == "posix":  # elsewhere asking for a process may end it
+        return not _lives(int(match["pid"]))
     return time.time() - each.lstat().st_mtime > STALE_S
 
 
@@ -409,15 +409,15 @@ def sha256(path: str | os.PathLike) -> str:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files of a folder that is one artifact, in order, links followed; raises as `sha256`."""
-    found = []
+    files = []
     for parent, folders, names in os.walk(folder, followlinks=True):  # rglob does not go into links
         folders[:] = [name for name in folders if not _is_clutter(Path(name))]
         if len(Path(parent).relative_to(folder).parts) > MAX_PACKAGE_DEPTH:
             raise InputError(
                 f"{folder}: its folders are nested more than {MAX_PACKAGE_DEPTH} deep, or a link leads back"
             )
-        found += [Path(parent, name) for name in names if not _is_clutter(Path(name))]
-    return sorted(each for each in found if is_file(each))
+        files += [Path(parent, name) for name in names if not _is_clutter(Path(name))]
+    return sorted(each for each in files if is_file(each))
 
 
 MAX_PACKAGE_DEPTH = 8  # a Core ML package has 3

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, and the same parameters in another layout."""
+"""Identification of a checkpoint file, and conversion of its parameters to another layout."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["Identity", "convert", "identify", "variant_of"]
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file holds; it loads strictly into the model described here."""
+    """Content of a checkpoint file, which loads strictly into the model described here."""
 
     layout: Layout
     model: str

@@ -41,7 +41,7 @@ def _matching(pattern: str, problem: str) -> AfterValidator:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Sha256 = Annotated[str, _matching(r"[0-9a-f]{64}", "it is no sha256, which has 64 lower-case hex digits")]
+Sha256 = Annotated[str, _matching(r"[0-9a-f]{64}", "it is not a SHA-256, which has 64 lower-case hex digits")]
 Name = Annotated[str, _matching(r"[\w.-]+", "it may have letters, digits and ._- alone")]
 Url = Annotated[
     str, _matching(r"https://.+\.(safetensors|pth)", "it must be an https address of a .safetensors or .pth")

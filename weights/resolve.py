@@ -36,7 +36,7 @@ class Weights:
     ema: bool
     """Take the file's EMA weights."""
     info: RunInfo | None
-    """What is known about the training run; for published weights, what their publisher says."""
+    """Metadata of the training run; for published weights, the publisher's."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """An interpreter that computes a config's values: of the syntax of data alone, and within limits.
 
-Python's `eval` never sees the text of somebody else's config. What is not in `check_syntax`'s list is refused before
-anything is computed, and every value's size is known before it is made: `[0] * 10**11` takes no memory.
+Python's `eval` never sees the text of a third-party config. What is not in `NODES` is refused before anything is
+computed, and every value's size is known before it is made: `[0] * 10**11` takes no memory.
 """
 
 import ast
