@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import tyro
 from mmengine.config import Config
 from rich.progress import track
 from rich.table import Table
+from tyro.conf import Positional, arg
 
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged, write_certificate
@@ -41,7 +41,7 @@ console = terminal.console()
 
 @dataclass(frozen=True, kw_only=True)
 class _Command:
-    config: tyro.conf.Positional[str]
+    config: Positional[Annotated[str, arg(metavar="CONFIG")]]
     """Name of a bundled config (`shvit detect configs` lists them), or a config's .py file."""
     options: tuple[str, ...] = ()
     """Fields that replace the config's, such as `train_cfg.max_epochs=3 train_dataloader.batch_size=4`."""

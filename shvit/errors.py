@@ -68,10 +68,8 @@ def refuse(reason: str, **given: object) -> None:
         reason: why they do not apply.
         given: options by their names in Python.
     """
-    absent = (None, (), [], "")
-    names = [
-        f"--{each.replace('_', '-')}" for each, value in given.items() if value is not False and value not in absent
-    ]
+    present = (name for name, value in given.items() if value is not False and value not in (None, (), [], ""))
+    names = [f"--{name.replace('_', '-')}" for name in present]
     if names:
         one = len(names) == 1
         raise InputError(
