@@ -175,8 +175,8 @@ RUNTIME_PAGE = """# Formats and runtimes
 
 ## Runtimes
 
-| `shvit bench --runtimes` | what runs | precision | extra |
-| --- | --- | --- | --- |
+| `shvit bench --runtimes` | what runs | precision |
+| --- | --- | --- |
 {runtimes}
 """
 
@@ -188,8 +188,7 @@ def runtime_page() -> str:
         for name, each in BACKENDS.items()
     ]
     runtimes = [
-        f"| `{name}` | {each.help[0].upper()}{each.help[1:]} | {each.precision} | `{each.extra}` |"
-        for name, each in RUNTIMES.items()
+        f"| `{name}` | {each.help[0].upper()}{each.help[1:]} | {each.precision} |" for name, each in RUNTIMES.items()
     ]
     return RUNTIME_PAGE.format(formats="\n".join(formats), runtimes="\n".join(runtimes))
 

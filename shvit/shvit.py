@@ -43,7 +43,7 @@ class FFN(nn.Module):
 
 
 class SHSA(nn.Module):
-    """Single-head self-attention on the first `partial_dim` channels, normalized together; the others pass by it."""
+    """Single-head self-attention on the first `partial_dim` channels, normalized as one; the others pass beside it."""
 
     def __init__(
         self,

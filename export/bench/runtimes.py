@@ -25,7 +25,7 @@ class Runtime:
     """Description in `shvit bench --help`."""
     precision: str
     job: Callable[..., Job]
-    """Function of a `cases.BenchModel` and a batch size that returns the worker's options, besides threads and cores."""
+    """Function of a `BenchModel` and a batch size that returns the worker's options, besides threads and cores."""
     backend: str | None = None
     """Key of `BACKENDS` whose packages it needs; None for PyTorch."""
     tuned: bool = False

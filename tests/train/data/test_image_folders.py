@@ -169,7 +169,8 @@ def test_a_class_without_validation_images_is_said(tmp_path):
           "seg_pred/seg_pred"], "look like splits"),
         (["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"], "look like splits"),
         (["train/1", "test2"], "holds train but neither val"),
-        (["train/cat", "train/dog", "dev/cat", "dev/dog"], "dev is the other split, rename it to val, or --data.root"),
+        (["train/cat", "train/dog", "dev/cat", "dev/dog"],
+         "if dev is the other split, rename it to val, or --data.root"),
         (["train/cat", "train/dog", "eval_set/cat", "more/dog"], "if eval_set is the other split, rename it to val"),
         (["trn/cat", "trn/dog", "val/cat", "val/dog"], "if trn is the other split, rename it to train"),
         (["cat/train", "cat/val", "dog/train", "dog/val"], "cat/train and cat/val are splits inside a class; put "
