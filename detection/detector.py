@@ -74,11 +74,7 @@ Detect = Callable[[PreparedImage], Detections]
 
 
 def create_detector(config: Config) -> "BaseDetector":
-    """Return a config's detector in eval mode, with random weights.
-
-    Raises:
-        InputError: its parts do not fit together.
-    """
+    """Return a config's detector in eval mode, with random weights; raise InputError if its parts do not fit."""
     from mmdet.registry import MODELS
 
     config = copy.deepcopy(config)
@@ -195,11 +191,8 @@ def fixed_pipeline(img_size: tuple[int, int]) -> list[dict[str, Any]]:
         {"type": "LoadImage"},
         {"type": "Resize", "scale": (width, height), "keep_ratio": True},
         {"type": "Border", "size": (width, height), "pad_val": {"img": blue_first}},
-        _PACK,
+        {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
     ]
-
-
-_PACK = {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")}
 
 
 def own_pipeline(config: Config) -> list[Any]:
@@ -227,11 +220,7 @@ def preparation(pipeline: Sequence[Any]) -> Callable[[Path], PreparedImage]:
 
 
 def check_img_size(sides: Sequence[int]) -> tuple[int, int]:
-    """Return (height, width), given one or two numbers.
-
-    Raises:
-        InputError: not one or two, out of range, or no multiples of `STEP`.
-    """
+    """Return (height, width), given one or two numbers; raise InputError unless multiples of `STEP` in range."""
     if len(sides) not in (1, 2):
         raise InputError(f"--img-size takes one number, or height and width, not {len(sides)}")
     height, width = sides[0], sides[-1]

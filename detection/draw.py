@@ -9,11 +9,7 @@ from .detector import Detections
 
 
 def draw(path: Path, detections: Detections, classes: tuple[str, ...], output: Path) -> None:
-    """Write an image with boxes, names, scores and masks as a .png.
-
-    Raises:
-        InputError: `output` cannot be written.
-    """
+    """Write an image with boxes, names, scores and masks as a .png; raise InputError if `output` cannot be written."""
     import mmcv
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer

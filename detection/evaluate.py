@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 """COCO's figures, for boxes and for masks; s, m and l are the objects' sizes."""
 
-
 Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps an iterable and shows a progress bar
 
 
@@ -44,7 +43,7 @@ class Evaluation:
     n: int
     results: dict[str, DetectionResult]
     match: Match | None
-    """How the second detector matches the first, where there are two and the first detects anything."""
+    """Match of the second detector with the first; None unless there are two and the first detects anything."""
     latency_ratio: float | None
     """Median over the images of the second detector's time divided by the first's, measured in alternation."""
 
@@ -57,7 +56,6 @@ def evaluate(
     Args:
         detectors: one or two, by name.
         pipeline: transforms that prepare an image for them.
-        progress: wraps an iterable and shows how far it is.
 
     Raises:
         InputError: the dataset is empty.
@@ -77,9 +75,8 @@ def evaluate(
     matching = Matching() if len(detectors) == 2 else None
     for index in progress(range(len(dataset))):
         image = dataset[index]
-        turn = list(detectors)[:: 1 if index % 2 else -1]
         by_name = {}
-        for name in turn:
+        for name in list(detectors)[:: 1 if index % 2 else -1]:
             begin = time.perf_counter()
             by_name[name] = detectors[name](image)
             seconds[name].append(time.perf_counter() - begin)
@@ -90,7 +87,8 @@ def evaluate(
     results = {}
     for name, metric in metrics.items():
         with quiet():
-            scores = metric.evaluate(size=len(dataset)) or _nothing(metric)
+            scores = metric.evaluate(size=len(dataset))  # empty for a detector without detections
+        scores = scores or {f"{kind}_{figure}": 0.0 for kind in metric.metrics for figure in FIGURES}
         ap = {key.removeprefix("coco/"): percent(value) for key, value in scores.items()}
         results[name] = DetectionResult(ap, 1000 * statistics.median(seconds[name]))
     if matching is None:
@@ -109,11 +107,6 @@ def _metric(config: Config, dataset: "CocoDataset") -> "CocoMetric":
     metric = METRICS.build(metrics[0])
     metric.dataset_meta = dataset.metainfo
     return metric
-
-
-def _nothing(metric: "CocoMetric") -> dict[str, float]:
-    """Return the figures of a detector without detections, which mmdet leaves out."""
-    return {f"{kind}_{name}": 0.0 for kind in metric.metrics for name in FIGURES}
 
 
 def _sample(detections: Detections, sample: "DetDataSample") -> dict[str, Any]:

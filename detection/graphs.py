@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.config import ConfigDict
 from torch import nn
+from torchvision.ops import nms, roi_align
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
@@ -85,8 +86,6 @@ def _suppress(
     boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, iou: float, limit: int, side: int
 ) -> torch.Tensor:
     """Return the indices of up to `limit` boxes, best first, without those that overlap a better one of their group."""
-    from torchvision.ops import nms
-
     apart = boxes + (groups * (side + 1))[:, None].to(boxes)
     return nms(apart, scores, iou)[:limit]
 
@@ -94,11 +93,6 @@ def _suppress(
 def _is_large(boxes: torch.Tensor, cfg: ConfigDict) -> torch.Tensor:
     """Return where both sides are longer than the configured minimum; a box that is clipped to nothing is not."""
     return (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) > cfg.get("min_bbox_size", -1)
-
-
-def _chosen(mask: torch.Tensor) -> torch.Tensor:
-    """Return the indices of True."""
-    return mask.nonzero()[:, 0]
 
 
 class _Rois(nn.Module):
@@ -113,14 +107,12 @@ class _Rois(nn.Module):
 
     def forward(self, features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
         """L maps (1, channels, H, W) and (n, 4) → (n, channels, size, size)."""
-        from torchvision.ops import roi_align
-
         layers = self.extractor.roi_layers
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # (n, 5), all of image 0
         level_of = self.extractor.map_roi_levels(rois, len(layers))
         pooled = boxes.new_zeros(boxes.shape[0], self.channels, *layers[0].output_size)
         for level, layer in enumerate(layers):
-            index = _chosen(level_of == level)
+            index = (level_of == level).nonzero()[:, 0]
             ratio = layer.sampling_ratio
             part = roi_align(features[level], rois[index], layer.output_size, layer.spatial_scale, ratio, layer.aligned)
             pooled = pooled.index_put((index,), part)
@@ -174,7 +166,7 @@ class RetinaNetGraph(_Graph):
     def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
         boxes, scores, labels, _ = self.anchors(*self.head(self.features(pixels)), size)
         cfg = self.test_cfg
-        keep = _chosen((scores > cfg.score_thr) & _is_large(boxes, cfg))
+        keep = ((scores > cfg.score_thr) & _is_large(boxes, cfg)).nonzero()[:, 0]
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         keep = _suppress(boxes, scores, labels, cfg.nms.iou_threshold, cfg.max_per_img, max(self.img_size))
         return boxes[keep], scores[keep], labels[keep]
@@ -210,7 +202,7 @@ class MaskRCNNGraph(_Graph):
     def _propose(self, features: Sequence[torch.Tensor], size: torch.Tensor) -> torch.Tensor:
         """Return boxes (n, 4) that may contain an object, from the region proposal network."""
         boxes, scores, _, levels = self.anchors(*self.rpn(features), size)
-        keep = _chosen(_is_large(boxes, self.rpn_cfg))
+        keep = _is_large(boxes, self.rpn_cfg).nonzero()[:, 0]
         boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
         iou, limit = self.rpn_cfg.nms.iou_threshold, self.rpn_cfg.max_per_img
         return boxes[_suppress(boxes, scores, levels, iou, limit, max(self.img_size))]
@@ -224,7 +216,7 @@ class MaskRCNNGraph(_Graph):
         deltas = deltas.reshape(-1, 1 if self.bbox_head.reg_class_agnostic else classes, 4)
         boxes = self.decode(proposals[:, None], deltas, size).expand(-1, classes, 4).reshape(-1, 4)  # (n·C, 4)
         scores = scores.reshape(-1)
-        keep = _chosen(scores > self.rcnn_cfg.score_thr)
+        keep = (scores > self.rcnn_cfg.score_thr).nonzero()[:, 0]
         boxes, scores, labels = boxes[keep], scores[keep], keep % classes
         iou, limit = self.rcnn_cfg.nms.iou_threshold, self.rcnn_cfg.max_per_img
         keep = _suppress(boxes, scores, labels, iou, limit, max(self.img_size))
@@ -239,25 +231,27 @@ class MaskRCNNGraph(_Graph):
         return masks.gather(1, index)[:, 0].sigmoid()
 
 
+GRAPHS: dict[str, type[RetinaNetGraph | MaskRCNNGraph]] = {
+    "RetinaNet": RetinaNetGraph,
+    "MaskRCNN": MaskRCNNGraph,
+    "FasterRCNN": MaskRCNNGraph,
+}
+
+
 def create_graph(model: "BaseDetector", img_size: tuple[int, int]) -> RetinaNetGraph | MaskRCNNGraph:
-    """Return a detector as a graph for images of one size.
+    """Return a Mask R-CNN, Faster R-CNN or RetinaNet with MMDetection's own heads as a graph for images of one size.
 
     Raises:
-        InputError: it is another detector than Mask R-CNN, Faster R-CNN and RetinaNet with MMDetection's own heads.
+        InputError: it is another detector.
     """
     kind = type(model).__name__
-    graphs: dict[str, type[RetinaNetGraph] | type[MaskRCNNGraph]] = {
-        "RetinaNet": RetinaNetGraph,
-        "MaskRCNN": MaskRCNNGraph,
-        "FasterRCNN": MaskRCNNGraph,
-    }
-    if kind not in graphs:
-        raise InputError(f"{kind} cannot be exported; choose from {', '.join(graphs)}")
+    if kind not in GRAPHS:
+        raise InputError(f"{kind} cannot be exported; choose from {', '.join(GRAPHS)}")
     _check_parts(dict(model.named_modules()))
     if not model.data_preprocessor._channel_conversion:
         raise InputError("a detector that is fed BGR cannot be exported; set bgr_to_rgb=True of its data_preprocessor")
     _check_test_cfg(model.test_cfg)
-    return graphs[kind](model, img_size).eval()
+    return GRAPHS[kind](model, img_size).eval()
 
 
 PARTS = {
@@ -276,9 +270,8 @@ def _check_parts(modules: dict[str, nn.Module]) -> None:
     """Raise InputError where a part does something that the graphs do not."""
     for name, kinds in PARTS.items():
         if name in modules and type(modules[name]).__name__ not in kinds:
-            raise InputError(
-                f"{type(modules[name]).__name__} as {name} cannot be exported; choose {' or '.join(kinds)}"
-            )
+            other = type(modules[name]).__name__
+            raise InputError(f"{other} as {name} cannot be exported; choose {' or '.join(kinds)}")
     for name, module in modules.items():
         coder = getattr(module, "bbox_coder", None)
         if coder is not None and type(coder).__name__ != "DeltaXYWHBBoxCoder":

@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import tyro
 from mmengine.config import Config
 from rich.progress import track
 from rich.table import Table
+from tyro.conf import Positional, arg
 
 from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
+from shvit.train.data.image_folders import image_files
 from shvit.weights.run_info import read_run_info, same_name
 
 from .detector import (
@@ -36,12 +37,11 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 console = terminal.console()
-DEFAULT_SIZE = (512, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Command:
-    config: tyro.conf.Positional[str]
+    config: Positional[Annotated[str, arg(metavar="CONFIG")]]
     """Name of a bundled config (`shvit detect configs` lists them), or a config's .py file."""
     options: tuple[str, ...] = ()
     """Fields that replace the config's, such as `train_cfg.max_epochs=3 train_dataloader.batch_size=4`."""
@@ -101,11 +101,7 @@ def _set_pretrained(config: Config, pretrained: str) -> None:
 
 
 def check_backbone(config: Config, pretrained: str) -> None:
-    """Compare what is known of a classifier's run with the config that takes its weights.
-
-    Raises:
-        InputError: the weights are of another model than the config's backbone.
-    """
+    """Raise InputError where a classifier's weights are of another model than the config's backbone."""
     info = read_run_info(resolve_weights(pretrained))
     model = config.model.backbone.get("model")
     if info is None or model is None:
@@ -228,7 +224,7 @@ class Export(_Command):
     """Weights of the detector: a file, or a name of `shvit weights list`."""
     output: Path
     """File to write, which ends in .onnx or .mlpackage."""
-    img_size: tuple[int, ...] = DEFAULT_SIZE
+    img_size: tuple[int, ...] = (512, 512)
     """Height and width in pixels, or one number for both; multiples of 32."""
     precision: Literal["fp32", "fp16", "int8", "w8a8"] = "fp32"
     """Precision of an .mlpackage, as in `shvit export coreml`; an .onnx is fp32."""
@@ -274,7 +270,7 @@ class Export(_Command):
         graph = create_graph(model, img_size)
         name = type(model).__name__
         spec = DetectorSpec(Path(self.config).stem, name, img_size, classes, graph.outputs, graph.mask_threshold)
-        images = map(preparation(fixed_pipeline(img_size)), _images(self.images))
+        images = map(preparation(fixed_pipeline(img_size)), image_files(self.images))
         source = str(self.images or "scikit-image")
         with atomic_write(certificate_path(self.output)) as certified, atomic_write(self.output) as partial:
             write_onnx(graph, partial, spec)
@@ -330,7 +326,7 @@ class Predict(_Detects):
         labels: dict[str, list[str]] = {}
         skipped: dict[str, str] = {}
         with plainly():
-            for path in _progress(_images(self.images)):
+            for path in _progress(image_files(self.images)):
                 name = path.name if self.images is None else str(path.relative_to(self.images))
                 try:
                     image = prepare(path)
@@ -361,12 +357,6 @@ class Configs:
 
 
 DETECT = {"train": Train, "eval": Eval, "export": Export, "predict": Predict, "configs": Configs}
-
-
-def _images(folder: Path | None) -> list[Path]:
-    from shvit.train.data.image_folders import image_files
-
-    return image_files(folder)
 
 
 def _progress(items: Iterable[Item]) -> Iterator[Item]:

@@ -47,7 +47,7 @@ def _check_names(outputs: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What an exported detector takes and gives; it is written into the file.
+    """The inputs and outputs of an exported detector, as written into its file.
 
     Inputs: `pixels`, uint8 (1, height, width, 3), RGB: the image as large as fits with its aspect kept, at the top
     left, the rest filled with `padding`; and `size`, int64 (2,): height and width of the image in it.
@@ -69,11 +69,7 @@ class DetectorSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "DetectorSpec":
-        """Return the description that `write_onnx` wrote.
-
-        Raises:
-            InputError: it is anything else.
-        """
+        """Return the description that `write_onnx` wrote; raise InputError for anything else."""
         name = "the file's description of its detector"
         return parse_model(cls, parse_json(text, name), name, AGAIN)
 
@@ -121,14 +117,7 @@ class OnnxDetector:
     """Number of nodes by operator, most frequent first."""
 
     def run(self, pixels: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the file's outputs by name.
-
-        Args:
-            pixels, size: the inputs that `DetectorSpec` describes.
-
-        Raises:
-            InputError: ONNX Runtime fails.
-        """
+        """Return outputs by name for the inputs that `DetectorSpec` describes; InputError where ONNX Runtime fails."""
         try:
             outputs = self.session.run(list(self.spec.outputs), dict(zip(INPUTS, (pixels, size), strict=True)))
         except Exception as error:  # onnxruntime's own exception types are not public
@@ -149,18 +138,12 @@ class OnnxDetector:
         """Return masks of the image's size, which is (height, width)."""
         number = len(boxes) * math.prod(shape)
         if number > MAX_MASK_PIXELS:
-            raise InputError(
-                f"{self.path}: finds {len(boxes):,} objects, whose masks take {number:,} bytes; give smaller images, "
-                "or a detector that finds fewer"
-            )
+            raise InputError(f"{self.path}: finds {len(boxes):,} objects, whose masks take {number:,} bytes; give "
+                             "smaller images, or a detector that finds fewer")  # fmt: skip
         return paste(masks, boxes, shape, self.spec.mask_threshold)
 
     def _checked(self, outputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Return the outputs, boxes clipped to the image; the file may be a third party's.
-
-        Raises:
-            InputError: other shapes or types than described, boxes or scores out of range, or labels without a class.
-        """
+        """Return the outputs, boxes clipped to the image; raise InputError for what is not as described or in range."""
         if not _has_described_shapes(outputs):
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items())
             raise InputError(f"{self.path}: gives other outputs than it says ({shapes}); {AGAIN}")
@@ -204,15 +187,14 @@ def _is_in_range(outputs: dict[str, np.ndarray]) -> bool:
 
 
 def load_onnx(path: Path, threads: int | None = None) -> OnnxDetector:
-    """Load a file that `shvit detect export` wrote.
-
-    Raises:
-        InputError: no such file, not one of them, or ONNX Runtime refuses it.
-    """
+    """Load a file that `shvit detect export` wrote; raise InputError for any other, or if ONNX Runtime refuses it."""
     proto = _load_proto(path)
     spec = _read_spec(proto, path)
     _check_weights_inside(proto, path)
-    session = _open_session(path, threads)
+    try:
+        session = create_session(path, threads)
+    except Exception as error:  # onnxruntime's own exception types are not public
+        raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
     _check_interface(session, spec, path)
     counts = Counter(node.op_type for node in proto.graph.node)
     return OnnxDetector(path, spec, session, dict(counts.most_common()))
@@ -245,8 +227,7 @@ def _check_weights_inside(proto: "onnx.ModelProto", path: Path) -> None:
     import onnx
 
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    tensors = _tensors(nodes, proto.graph.initializer)
-    if any(each.data_location == onnx.TensorProto.EXTERNAL for each in tensors):
+    if any(each.data_location == onnx.TensorProto.EXTERNAL for each in _tensors(nodes, proto.graph.initializer)):
         raise InputError(f"{path}: has weights in another file, which `shvit detect export` never writes; {AGAIN}")
 
 
@@ -260,13 +241,6 @@ def _tensors(
             yield from (attribute.t, *attribute.tensors)
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner.node, inner.initializer) if inner.node or inner.initializer else ()
-
-
-def _open_session(path: Path, threads: int | None) -> "onnxruntime.InferenceSession":
-    try:
-        return create_session(path, threads)
-    except Exception as error:  # onnxruntime's own exception types are not public
-        raise InputError(f"{path}: ONNX Runtime cannot open it ({first_line(error)})") from error
 
 
 def _check_interface(session: "onnxruntime.InferenceSession", spec: DetectorSpec, path: Path) -> None:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import distributed, nn
 
 from shvit import terminal
+from shvit.checkpoint import is_archive
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, check_file, check_output_folder, is_file, is_there, open_file, read_text
 
@@ -35,7 +36,7 @@ LONGEST = 16  # lines of one message that are worth a reader's time; a dump of t
 MAX_NAME = 1 << 16  # bytes of the file that names the last checkpoint
 REFUSED = "a checkpoint was refused, because it holds more than tensors and a run's history; nothing of it was run"
 WRITTEN = "# Written by shvit detect train.\n"
-"""How the configs in run folders begin; what begins otherwise is somebody's own."""
+"""First line of the configs in run folders; a file that begins otherwise is the user's own."""
 WEIGHTS = re.compile(r"(epoch|iter)_\d+\.pth|best_")
 """Names of the checkpoints that a run writes."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -68,8 +69,7 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
     reports = check_datasets(config, ("train", "val"))
     show(reports, terminal.console(quiet=rank != 0))
     model = create_detector(config)  # which says what does not fit; the Runner builds its own
-    given = config
-    config = copy.deepcopy(config)
+    original, config = config, copy.deepcopy(config)
     for split in ("train", "val"):
         if (loader := config.get(f"{split}_dataloader")) is not None:
             name_images(innermost(loader.dataset))
@@ -83,13 +83,14 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
         config.load_from = None
         check_resumable(last, model)
     config.launcher = "pytorch" if "RANK" in os.environ else "none"
-    if config.launcher == "pytorch" and not torch.cuda.is_available():
-        _join_without_gpus(config)
+    if config.launcher == "pytorch" and not torch.cuda.is_available():  # MMEngine itself would have each take a GPU
+        distributed.init_process_group("gloo")
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
     progress = ProgressHook()
     with plainly(), weights_only(), redirect_stdout(_ShortMessages(sys.stdout)):
         runner = _Runner.from_cfg(config)
         if rank == 0:
-            write_config(given, output)
+            write_config(original, output)
         runner.register_hook(progress, priority="VERY_LOW")
         try:
             runner.train()
@@ -106,14 +107,13 @@ def train(config: Config, output: Path, auto_scale_lr: bool = False) -> dict[str
 
 
 class _Runner(Runner):
-    """MMEngine's Runner, which leaves the run folder's config to `write_config`."""
+    """MMEngine's Runner, which leaves the run folder's config to `write_config`.
+
+    MMEngine's own dump also holds what a run sets, such as an absolute path, and overwrites any file of that name.
+    """
 
     def dump_config(self) -> None:
-        """Write nothing.
-
-        MMEngine's own dump also holds what a run sets, such as the folder's absolute path, which is not taken from a
-        file, and it overwrites any file of that name.
-        """
+        """Write nothing."""
 
 
 def write_config(config: Config, output: Path) -> Path:
@@ -147,14 +147,9 @@ def _is_written(path: Path) -> bool:
 
 
 def check_resumable(last: Path, model: nn.Module) -> None:
-    """Compare the checkpoint from which a run resumes with its detector.
+    """Raise InputError where `last`, the run folder's file that names the checkpoint to resume from, is no use.
 
-    Args:
-        last: the file in the run folder that names it.
-
-    Raises:
-        InputError: it names no file of the run, or one that is damaged, holds more or less than a run, or is of another
-            detector.
+    It names no file of the run, or one that is damaged, holds more or less than a run, or is of another detector.
     """
     advice = f"write the path of an epoch's checkpoint into {last}, or give another --output"
     named = read_text(last, MAX_NAME).strip()
@@ -168,17 +163,15 @@ def check_resumable(last: Path, model: nn.Module) -> None:
     check_file(path)
     try:
         with weights_only(), torch.serialization.safe_globals(log_types()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: {REFUSED}") from error
     except Exception as error:  # whatever PyTorch raises for a file that was cut off
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); {advice}") from error
     parts = content if isinstance(content, dict) else {}
     if missing := [name for name in ("state_dict", "meta", "optimizer") if not isinstance(parts.get(name), dict)]:
-        raise InputError(
-            f"{path}: is no checkpoint of a run (it has no {missing[0]}); to begin with its weights, give "
-            f"--options load_from={path} and another --output"
-        )
+        raise InputError(f"{path}: is no checkpoint of a run (it has no {missing[0]}); to begin with its weights, give "
+                         f"--options load_from={path} and another --output")  # fmt: skip
     count = content["meta"]
     if not all(isinstance(count.get(name), int) and 0 <= count[name] < 1 << 40 for name in ("epoch", "iter")):
         raise InputError(f"{path}: does not tell how far the run is; {advice}")
@@ -187,18 +180,6 @@ def check_resumable(last: Path, model: nn.Module) -> None:
     if other := [name for name in (*own, *theirs) if own.get(name) != theirs.get(name)]:
         raise InputError(f"{path}: is of another detector ({len(other)} tensors differ, such as {str(other[0])[:80]}); "
                          "give the run's own config, or another --output")  # fmt: skip
-
-
-def _is_archive(path: Path) -> bool:
-    """Return whether a checkpoint can be mapped into memory: it is a zip archive, as PyTorch writes since 1.6."""
-    with open_file(path) as file:
-        return file.read(2) == b"PK"
-
-
-def _join_without_gpus(config: Config) -> None:
-    """Join torchrun's processes over Gloo; MMEngine itself would have each take a GPU."""
-    distributed.init_process_group("gloo")
-    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
 
 
 class ProgressHook(Hook):
@@ -220,9 +201,8 @@ class ProgressHook(Hook):
     ) -> None:
         loss = (outputs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.as_tensor(loss)):
-            raise InputError(
-                f"the loss is {float(loss)} at iteration {runner.iter + 1}; lower optim_wrapper.optimizer.lr"
-            )
+            place = f"at iteration {runner.iter + 1}"
+            raise InputError(f"the loss is {float(loss)} {place}; lower optim_wrapper.optimizer.lr")
         if self.bar is not None:
             self.bar.update(self.task, completed=runner.iter + 1)
 
@@ -279,11 +259,7 @@ def load_from_local_file(filename: str, map_location: str | None = None) -> dict
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Turn what MMEngine and mmdet raise for unusable input in a block into one line.
-
-    Raises:
-        InputError: in place of theirs. Anything else than a mistake in the input goes through.
-    """
+    """Turn what MMEngine and mmdet raise for unusable input in a block into an InputError of one line."""
     try:
         yield
     except InputError as error:

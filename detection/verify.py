@@ -51,7 +51,7 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionCertificate(Envelope):
-    """How far an exported detector is from its model, and what it is."""
+    """Certificate of an exported detector: its description, and its differences from its model."""
 
     spec: DetectorSpec
     match: Match
@@ -104,11 +104,7 @@ class Matching:
                 self.mask_ious.append(_mask_iou(reference.masks[i], other.masks[j]))
 
     def figures(self) -> Match:
-        """Return the figures over all images so far.
-
-        Raises:
-            InputError: the model finds nothing, so that there is nothing to compare.
-        """
+        """Return the figures over all images so far; raise InputError if the model finds nothing to compare."""
         if not self.of_model:
             raise InputError(
                 f"the detector finds nothing with a score of {COUNTED} on {self.images} images, so that there is "
@@ -143,12 +139,7 @@ def holds(match: Match, bounds: Bounds) -> bool:
 
 
 def certify(
-    artifact: OnnxDetector,
-    model: Detect,
-    images: Iterable[PreparedImage],
-    source: str,
-    checkpoint: Path,
-    name: str,
+    artifact: OnnxDetector, model: Detect, images: Iterable[PreparedImage], source: str, checkpoint: Path, name: str
 ) -> DetectionCertificate:
     """Run prepared images through model and artifact, and return the certificate with their differences.
 

@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
-    """What every certificate says: which file it describes, what the file was made from, and the verdict.
+    """Fields of every certificate: the file that it describes, what the file was made from, and the verdict.
 
     Classifiers' and detectors' certificates add their figures. What has a default here may be missing in a file.
     """
@@ -34,18 +34,18 @@ class Envelope:
     checkpoint_sha256: str | None = None
     """None for random weights."""
     ema: bool = False
-    """Whether the checkpoint's EMA weights were taken."""
+    """True if the checkpoint's EMA weights were taken."""
     data: Mapping[str, Any] | None = None
     """Identity of the images that the weights were trained on, where their run recorded it."""
     runtime: str = ""
-    """What ran the artifact; mil is this project's evaluator of Core ML packages."""
+    """Runtime of the artifact; mil is this project's evaluator of Core ML packages."""
     images: int = 0
     """Number of images that artifact and model were compared on."""
     image_source: str = ""
     passed: bool | None = None
     """None where the images are not enough to decide."""
     reasons: tuple[str, ...] = ()
-    """Why the artifact was refused, or is undecided; empty for a pass."""
+    """Reasons for a refusal, or for no verdict; empty for a pass."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,11 +80,7 @@ def read_certificate(artifact: Path) -> Envelope | None:
 
 
 def read_origin(artifact: Path) -> Envelope | None:
-    """Return the certificate beside an artifact, which must name its model; None where there is no certificate.
-
-    Raises:
-        InputError: as `read_certificate`, or it names no model.
-    """
+    """Return what `read_certificate` does; raise InputError also for a certificate that names no model."""
     certificate = read_certificate(artifact)
     if certificate is not None and certificate.model is None:
         raise InputError(f"{certificate_path(artifact)}: does not name the model; export again, or remove it")

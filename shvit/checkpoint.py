@@ -24,13 +24,7 @@ from .errors import InputError, first_line, some
 from .files import atomic_write, check_file, is_folder, open_file
 from .shvit import rename_reference_keys
 
-__all__ = [
-    "Checkpoint",
-    "load_checkpoint",
-    "read_checkpoint",
-    "read_metadata",
-    "write_checkpoint",
-]
+__all__ = ["Checkpoint", "load_checkpoint", "read_checkpoint", "read_metadata", "write_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 
@@ -97,8 +91,8 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> Checkpoint:
     state_dict = read_state_dict(path, ema)
     prefix = min((key[: -len(rest)] for key in state_dict for rest in _stem_names(key)), key=len, default=None)
     if prefix is None:
-        found = some(list(state_dict)) or "nothing"
-        raise InputError(f"{path}: not a SHViT checkpoint (no parameter named {STEM}…); it holds {found}")
+        content = some(list(state_dict)) or "nothing"
+        raise InputError(f"{path}: not a SHViT checkpoint (no parameter named {STEM}…); it holds {content}")
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = rename_reference_keys(own)
     if len(renamed) < len(own):
@@ -131,11 +125,7 @@ def holds_ema(path: str | os.PathLike) -> bool:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Return the texts that a file holds beside its tensors, by name, without reading the tensors.
-
-    Raises:
-        InputError: as `read_checkpoint`, where the file cannot be read.
-    """
+    """Return the texts that a file holds beside its tensors, by name; raises as `read_checkpoint`."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -146,7 +136,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
                 return dict(file.metadata() or {})
         except (SafetensorError, OSError, ValueError) as error:
             raise _not_safetensors(path, error) from error
-    if not _is_archive(path):
+    if not is_archive(path):
         return {}  # a pickle from before PyTorch 1.6, older than any file of ours
     content = _read_torch(path, mmap=True)
     texts = content.items() if isinstance(content, Mapping) else ()
@@ -206,8 +196,8 @@ def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise unless a tensor is dense, stores a value for each element, and has a data type that models use."""
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in FLOATS + INTEGERS:
         parts = ("nested" if tensor.is_nested else tensor.layout, tensor.dtype, tensor.device)
-        found = ", ".join(str(part).removeprefix("torch.") for part in parts)
-        raise InputError(f"{path}: parameter {name} is {found}; save it as a dense tensor of floats or integers")
+        form = ", ".join(str(part).removeprefix("torch.") for part in parts)
+        raise InputError(f"{path}: parameter {name} is {form}; save it as a dense tensor of floats or integers")
     stored = tensor.untyped_storage().nbytes()
     if tensor.nbytes > stored:
         raise InputError(
@@ -220,13 +210,13 @@ def _check_size(path: Path) -> None:
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     check_file(path)
     size = path.stat().st_size
-    if path.suffix != ".safetensors" and _is_archive(path):
+    if path.suffix != ".safetensors" and is_archive(path):
         size = max(size, _unpacked_bytes(path))
     if size > MAX_BYTES:
         raise InputError(f"{path}: {size / 1e9:.1f} GB is more than the {MAX_BYTES / 1e9:.1f} GB allowed")
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Return whether a file begins as torch.save's zip archives do."""
     with open_file(path) as file:
         return file.read(2) == b"PK"
@@ -338,9 +328,9 @@ def load_strictly(
     returned.
     """
     target = model.state_dict()
-    kept = tuple(name for name in target if reset_head and name.startswith(heads))
+    initialized = tuple(name for name in target if reset_head and name.startswith(heads))
     source = {name: tensor for name, tensor in state_dict.items() if not (reset_head and name.startswith(heads))}
-    missing = [name for name in target if name not in source and name not in kept]
+    missing = [name for name in target if name not in source and name not in initialized]
     left_over = [name for name in source if name not in target]
     reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
     only_head = all(name.startswith(heads) for name in (*missing, *left_over, *reshaped))
@@ -372,10 +362,10 @@ def load_strictly(
         problems.append(f"integers where floats should be: {some(rounded)}")
     if problems:
         raise InputError(f"{path}: does not fit {type(model).__name__} of this variant: {'; '.join(problems)}")
-    model.load_state_dict({**{name: target[name] for name in kept}, **source}, strict=True)
-    if kept:
-        _logger.warning(f"{path}: the head is not loaded; {some(kept)} stay as they were initialized")
-    return kept
+    model.load_state_dict({**{name: target[name] for name in initialized}, **source}, strict=True)
+    if initialized:
+        _logger.warning(f"{path}: the head is not loaded; {some(initialized)} stay as they were initialized")
+    return initialized
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

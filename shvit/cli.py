@@ -37,7 +37,7 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a command is, as `module:attribute`, and what it does."""
+    """A command's place, as `module:attribute`, and its description."""
 
     target: str
     help: str
@@ -174,8 +174,8 @@ def _one_line(panel: str) -> str:
 
 def _misplaced(lines: Sequence[str]) -> str | None:
     """Return a message about an option that only other commands have, if tyro's lines name one."""
-    found = (re.match(r"(--\S+) \(applied to (shvit .*)\)$", line) for line in lines)
-    given = next((match for match in found if match), None)
+    matches = (re.match(r"(--\S+) \(applied to (shvit .*)\)$", line) for line in lines)
+    given = next((match for match in matches if match), None)
     others = [match[1] for line in lines if (match := re.match(r"in shvit (.*) --help$", line))]
     if given is None or not any(re.match(rf"{re.escape(given[1])}\b(?! \()", line) for line in lines):
         return None
@@ -253,9 +253,8 @@ def _ended_by_signals() -> Iterator[None]:
         yield
         return
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handled = [
-        number for number in numbers if signal.getsignal(number) is signal.SIG_DFL
-    ]  # not those that nohup ignores
+    # those that nohup ignores stay ignored
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: object) -> None:
         for each in handled:

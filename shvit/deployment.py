@@ -87,7 +87,7 @@ def _find_conv_norms(model: nn.Module, image: torch.Tensor) -> list[tuple[nn.Con
     """Return the convolutions and the norms that take their outputs, where both are called once."""
     makers: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # tensors are held, so that no other gets their place
     calls: Counter[nn.Module] = Counter()
-    found = []
+    pairs = []
 
     def made(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
         calls[conv] += 1
@@ -96,7 +96,7 @@ def _find_conv_norms(model: nn.Module, image: torch.Tensor) -> list[tuple[nn.Con
     def taken(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
         calls[norm] += 1
         if id(inputs[0]) in makers:
-            found.append((makers[id(inputs[0])][0], norm))
+            pairs.append((makers[id(inputs[0])][0], norm))
 
     hooks = [each.register_forward_hook(made) for each in model.modules() if isinstance(each, nn.Conv2d)]
     hooks += [each.register_forward_pre_hook(taken) for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
@@ -105,7 +105,7 @@ def _find_conv_norms(model: nn.Module, image: torch.Tensor) -> list[tuple[nn.Con
     finally:
         for hook in hooks:
             hook.remove()
-    return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == 1]
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
 
 
 def _as_list(outputs: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:

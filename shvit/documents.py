@@ -160,9 +160,9 @@ def describe_problem(problem: "ErrorDetails") -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {place!r}"
     message = message.removeprefix("Value error, ")
-    found = repr(problem["input"])
-    found = found if len(found) <= 80 else f"{found[:80]}…"
-    return f"{place or 'it'} is {found}; {message[:1].lower()}{message[1:]}"
+    value = repr(problem["input"])
+    value = value if len(value) <= 80 else f"{value[:80]}…"
+    return f"{place or 'it'} is {value}; {message[:1].lower()}{message[1:]}"
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -194,14 +194,7 @@ def load_yaml(path: str | os.PathLike, limit: int = MAX_BYTES) -> Any:
 def compose_yaml(text: bytes | str, name: str) -> "yaml.Node | None":
     """Return the nodes of a YAML text, whose aliases and nesting are bounded and whose keys are words, each once.
 
-    Args:
-        name: what messages call it.
-
-    Returns:
-        None where the text is empty.
-
-    Raises:
-        InputError: not YAML, or more than that.
+    None where the text is empty; InputError, which calls the text `name`, where it is not YAML or more than that.
     """
     import yaml
 
@@ -215,22 +208,10 @@ def compose_yaml(text: bytes | str, name: str) -> "yaml.Node | None":
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         node = yaml.compose(text, Loader=kind)
-        _check_nodes(node)
+        check_expansion(node, _children, MAX_NODES, MAX_DEPTH + 1)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: not readable as YAML ({_without_lines(error)})") from error
     return node
-
-
-def _check_nodes(root: "yaml.Node | None") -> None:
-    """Raise ValueError where aliases lead back or expand without bound, and for keys that are not words or repeated."""
-    import yaml
-
-    def children(node: Any) -> list[Any]:
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-        return _children(node)
-
-    check_expansion(root, children, MAX_NODES, MAX_DEPTH + 1)
 
 
 def check_expansion(
@@ -267,9 +248,11 @@ def check_expansion(
 
 
 def _children(node: "yaml.Node") -> "list[yaml.Node]":
+    """Return the nodes right inside of one; raise ValueError for keys that are not words, or repeated."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
         return [each for pair in node.value for each in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
@@ -306,17 +289,3 @@ def _is_bounded(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
-
-
-__all__ = [
-    "check_expansion",
-    "compose_yaml",
-    "describe_problem",
-    "is_deeper",
-    "load_json",
-    "load_yaml",
-    "parse_json",
-    "parse_model",
-    "to_json",
-    "without_repetition",
-]

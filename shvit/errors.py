@@ -1,4 +1,4 @@
-"""The two exceptions that end a command with a message, and other errors' messages in one line."""
+"""The exceptions that end a command with a message, and other errors' messages in one line."""
 
 import re
 import unicodedata
@@ -68,13 +68,10 @@ def refuse(reason: str, **given: object) -> None:
         reason: why they do not apply.
         given: options by their names in Python.
     """
-    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if not _absent(value)]
+    present = (name for name, value in given.items() if value is not False and value not in (None, (), [], ""))
+    names = [f"--{name.replace('_', '-')}" for name in present]
     if names:
         one = len(names) == 1
         raise InputError(
             f"{' and '.join(names)} {'does' if one else 'do'} not apply: {reason}; leave {'it' if one else 'them'} out"
         )
-
-
-def _absent(value: object) -> bool:
-    return value is None or value is False or value == () or value == [] or value == ""

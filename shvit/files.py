@@ -36,8 +36,7 @@ def is_file(path: str | os.PathLike) -> bool:
     """Return whether a regular file is there, links followed.
 
     Raises:
-        InputError: a permission or the name does not allow to find out, or it is neither a file nor a
-            folder.
+        InputError: a permission or the name does not allow to find out, or it is neither a file nor a folder.
     """
     return stat.S_ISREG(_mode(path))
 
@@ -53,11 +52,7 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 def check_file(path: str | os.PathLike) -> Path:
-    """Return the path of a regular file.
-
-    Raises:
-        InputError: nothing is there, or something else is.
-    """
+    """Return the path of a regular file; raise InputError where nothing, or something else, is there."""
     mode = _mode(path)
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder; name a file")
@@ -67,11 +62,7 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """Return a regular file, open for reading; nothing else is waited for.
-
-    Raises:
-        InputError: as `check_file`, or it cannot be opened.
-    """
+    """Return a regular file, open for reading; raise InputError as `check_file`, or if it cannot be opened."""
     check_file(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -84,11 +75,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
-    """Return a file's content, of at most `limit` bytes.
-
-    Raises:
-        InputError: as `open_file`, or the file is larger.
-    """
+    """Return a file's content; raise InputError as `open_file`, or if it has more than `limit` bytes."""
     content = bytearray()
     with open_file(path) as file:
         try:
@@ -236,9 +223,9 @@ def _remove_scratch() -> None:
     user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has 0 for all files
     with suppress(OSError):
         for each in Path(tempfile.gettempdir()).glob("shvit.*.partial.*"):
-            found, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
+            match, status = PARTIAL.match(each.name.removeprefix("shvit")), each.lstat()
             own = stat.S_ISDIR(status.st_mode) and status.st_uid == user
-            if found and own and _was_left_behind(each, found):
+            if match and own and _was_left_behind(each, match):
                 remove(each)
 
 
@@ -303,18 +290,18 @@ def _remove_left_behind(path: Path) -> None:
     stem = _short_stem(path)
     for each in path.parent.glob(f".{glob.escape(stem)}.*.partial*"):
         rest = each.name.removeprefix(f".{stem}")
-        found = PARTIAL.match(rest)
-        if not found or not _was_left_behind(each, found):
+        match = PARTIAL.match(rest)
+        if not match or not _was_left_behind(each, match):
             continue
-        if rest[found.end() :] == f"{path.suffix}.old" and not path.exists():
+        if rest[match.end() :] == f"{path.suffix}.old" and not path.exists():
             each.replace(path)  # killed between two renames
-        elif rest[found.end() :].removesuffix(".old") == path.suffix:
+        elif rest[match.end() :].removesuffix(".old") == path.suffix:
             remove(each)
 
 
-def _was_left_behind(each: Path, found: re.Match[str]) -> bool:
-    if found["host"] == _host() and os.name == "posix":  # elsewhere asking for a process may end it
-        return not _lives(int(found["pid"]))
+def _was_left_behind(each: Path, match: re.Match[str]) -> bool:
+    if match["host"] == _host() and os.name == "posix":  # elsewhere asking for a process may end it
+        return not _lives(int(match["pid"]))
     return time.time() - each.lstat().st_mtime > STALE_S
 
 
@@ -384,11 +371,7 @@ BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
 
 
 def check_output_folder(path: Path | None) -> None:
-    """Raise, before a command begins, where its results could not be written to the folder `path`.
-
-    Raises:
-        InputError: a file lies where the folder of `--output` is to be.
-    """
+    """Raise InputError, before a command begins, where a file is in the place of its output folder `path`."""
     for each in (path, *path.parents) if path is not None else ():
         if is_there(each) and not is_folder(each):
             raise InputError(f"{each}: is a file; choose another folder for --output")
@@ -426,15 +409,15 @@ def sha256(path: str | os.PathLike) -> str:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files of a folder that is one artifact, in order, links followed; raises as `sha256`."""
-    found = []
+    files = []
     for parent, folders, names in os.walk(folder, followlinks=True):  # rglob does not go into links
         folders[:] = [name for name in folders if not _is_clutter(Path(name))]
         if len(Path(parent).relative_to(folder).parts) > MAX_PACKAGE_DEPTH:
             raise InputError(
                 f"{folder}: its folders are nested more than {MAX_PACKAGE_DEPTH} deep, or a link leads back"
             )
-        found += [Path(parent, name) for name in names if not _is_clutter(Path(name))]
-    return sorted(each for each in found if is_file(each))
+        files += [Path(parent, name) for name in names if not _is_clutter(Path(name))]
+    return sorted(each for each in files if is_file(each))
 
 
 MAX_PACKAGE_DEPTH = 8  # a Core ML package has 3

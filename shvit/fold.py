@@ -215,12 +215,8 @@ class DeployedSHSA(nn.Module):
 
     def __init__(self, qkv: nn.Conv2d, proj: nn.Conv2d, act: nn.Module, qk_dim: int, partial_dim: int, eps: float):
         super().__init__()
-        self.qkv = qkv
-        self.act = act
-        self.proj = proj
-        self.qk_dim = qk_dim
-        self.partial_dim = partial_dim
-        self.eps = eps
+        self.qkv, self.act, self.proj = qkv, act, proj
+        self.qk_dim, self.partial_dim, self.eps = qk_dim, partial_dim, eps
         self.grid: tuple[int, int] | None = None
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:

@@ -233,7 +233,7 @@ class SHViT(nn.Module):
 
     @property
     def deployed(self) -> bool:
-        """Whether the layers are in their inference form."""
+        """True if the layers are in their inference form."""
         return isinstance(self.patch_embed[0], nn.Conv2d)
 
     def fuse(self) -> "SHViT":
@@ -242,7 +242,7 @@ class SHViT(nn.Module):
         return self
 
     def init_weights(self) -> None:
-        """Draw every parameter anew, as the constructor does; needed after `to_empty` on a meta-device model."""
+        """Re-initialize every parameter, as the constructor does; needed after `to_empty` on a meta-device model."""
         for module in self.modules():
             if reset := getattr(module, "reset_parameters", None):
                 reset()
@@ -344,7 +344,7 @@ class SHViT(nn.Module):
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one SHViT from another; one value for each of the three stages."""
+    """Widths and depths that distinguish one SHViT from another; one value for each of the three stages."""
 
     embed_dim: tuple[int, int, int]
     depth: tuple[int, int, int]

@@ -22,9 +22,12 @@ except ModuleNotFoundError:  # Python 3.10
 
 KNOWN_IMPORTS: set[tuple[str, str]] = set()  # importing, imported
 KNOWN_ROOMS: set[str] = set()  # of export, and not drawn in the plan
-KNOWN_FULL = {"shvit"}
+KNOWN_FULL = {
+    "shvit": "five files of the model, and eight of one subject each that all folders stand on, such as errors.py; "
+    "fold.py and deployment.py in one file would be a circle, checkpoint.py and create.py too long",
+}
 KNOWN_LONG: set[str] = set()
-KNOWN_NAMES = {"shvit.deploy"}
+KNOWN_NAMES: set[str] = set()
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ def test_no_public_name_of_a_package_is_that_of_a_module(package):
 
 def test_no_room_is_full():
     full = {name for name, count in architecture.files_of_rooms().items() if count > MAX_FILES}
-    assert full - KNOWN_FULL == set()
+    assert full - KNOWN_FULL.keys() == set()
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "tests"])

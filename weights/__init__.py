@@ -1,1 +1,1 @@
-"""Which checkpoints exist, where they come from, how to get, check and convert them. Installed as `shvit.weights`."""
+"""Published checkpoints, and how to download, check and convert them. Installed as `shvit.weights`."""

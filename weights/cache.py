@@ -60,11 +60,7 @@ class Locked:
 
 
 def read_lock(cache: Path) -> dict[str, Locked]:
-    """Return what lock.json of a cache records, by checkpoint name; empty where nothing was recorded yet.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Return what lock.json of a cache records, by checkpoint name; raise InputError if it is damaged."""
     path = cache / "lock.json"
     advice = "restore the file, or remove it to trust anew"
     if not is_there(path):

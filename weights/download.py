@@ -196,11 +196,11 @@ def _placement(response: Response, url: str, start: int, partial: Path) -> tuple
     if response.status != 206:
         return 0, length
     given = ", ".join(response.headers.get_all("Content-Range") or [])
-    found = RANGE.fullmatch(given)
-    if not found or int(found[1]) != start:
+    match = RANGE.fullmatch(given)
+    if not match or int(match[1]) != start:
         _discard(partial)
         raise _Broken(f"asked for the file from byte {start} on, and got the range {given[:80]!r}")
-    end, total = int(found[2]) + 1, None if found[3] == "*" else int(found[3])
+    end, total = int(match[2]) + 1, None if match[3] == "*" else int(match[3])
     if end < start or (total is not None and end > total) or length not in (None, end - start):
         _discard(partial)
         raise _nonsense(url, f"its range {given[:80]!r} and its length {length} do not go together")
@@ -279,9 +279,9 @@ class _Record:
     """Whose bytes a partial file holds."""
 
     url: str
-    """As `_digest` has it."""
+    """Digest of the address."""
     validator: str | None
-    """What proves that the server still has the same file: a strong ETag, or its date."""
+    """A strong ETag, or a date: proof that the server still has the same file."""
 
 
 def _note(url: str, partial: Path, headers: Message) -> None:

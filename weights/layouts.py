@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, and the same parameters in another layout."""
+"""Identification of a checkpoint file, and conversion of its parameters to another layout."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["Identity", "convert", "identify", "variant_of"]
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file holds; it loads strictly into the model described here."""
+    """Content of a checkpoint file, which loads strictly into the model described here."""
 
     layout: Layout
     model: str
@@ -44,11 +44,7 @@ def variant_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def identify(path: str | os.PathLike, ema: bool = False) -> Identity:
-    """Read a SHViT checkpoint and load it strictly.
-
-    Raises:
-        InputError: as `read_checkpoint`, or it fits none of the variants.
-    """
+    """Read a SHViT checkpoint and load it strictly; raise InputError also where it fits none of the variants."""
     return _open(path, ema)[0]
 
 

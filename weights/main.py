@@ -177,8 +177,8 @@ class Check:
         targets = self.targets or tuple(e.name for e in read_manifest() if is_file(cache / e.file_name))
         if not targets:
             raise InputError(f"{cache}: holds no checkpoint; `shvit weights pull NAME` downloads one, or name a file")
-        found = [(target, *_locate(target, cache)) for target in targets]
-        checks = [_check(target, path, entry, cache) for target, path, entry in found]
+        files = [(target, *_locate(target, cache)) for target in targets]
+        checks = [_check(target, path, entry, cache) for target, path, entry in files]
         table = Table(
             "checkpoint", "hash", "layout", "model", *right_aligned("classes", "params"), "distilled", "holds"
         )

@@ -1,10 +1,11 @@
-"""The published checkpoints: manifest.toml, read strictly."""
+"""The published checkpoints and accuracies: manifest.toml, read strictly, and published.toml."""
 
 import difflib
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ else:
 __all__ = ["Published", "Sha256", "find", "read_manifest"]
 
 MANIFEST = Path(__file__).with_name("manifest.toml")
+BASELINES = Path(__file__).with_name("published.toml")
 METRICS = {"classification": {"top1"}, "detection": {"box_ap", "mask_ap"}}
 MAX_BYTES = 1 << 20
 
@@ -39,7 +41,7 @@ def _matching(pattern: str, problem: str) -> AfterValidator:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Sha256 = Annotated[str, _matching(r"[0-9a-f]{64}", "it is no sha256, which has 64 lower-case hex digits")]
+Sha256 = Annotated[str, _matching(r"[0-9a-f]{64}", "it is not a SHA-256, which has 64 lower-case hex digits")]
 Name = Annotated[str, _matching(r"[\w.-]+", "it may have letters, digits and ._- alone")]
 Url = Annotated[
     str, _matching(r"https://.+\.(safetensors|pth)", "it must be an https address of a .safetensors or .pth")
@@ -109,3 +111,25 @@ def find(name: str) -> Published:
     names = [entry.name for entry in entries]
     close = difflib.get_close_matches(name, names, n=3)
     raise InputError(f"unknown checkpoint {name!r}; choose from {', '.join(close or names)} (`shvit weights list`)")
+
+
+def published_top1(name: str, img_size: int) -> float | None:
+    """Return ImageNet-1k top-1 in percent at exactly `img_size` pixels; None where it is not known.
+
+    Args:
+        name: timm's, such as repvit_m1_1, which means the weights that timm loads by default, or with a tag:
+            repvit_m1_1.dist_300e_in1k.
+    """
+    for entry in read_manifest():
+        named = entry.task == "classification" and name in (entry.model, entry.name)
+        if named and entry.img_size == (img_size, img_size):
+            return entry.accuracy["top1"]
+    return _baselines().get(name, {}).get(img_size)
+
+
+@cache
+def _baselines() -> dict[str, dict[int, float]]:
+    """Return accuracy by size for each name, with its tag and without."""
+    listed = tomllib.loads(BASELINES.read_text(encoding="utf-8"))["top1"]
+    sizes = {name: {int(size): float(top1) for size, top1 in row.items()} for name, row in listed.items()}
+    return sizes | {name.partition(".")[0]: row for name, row in sizes.items()}

@@ -37,10 +37,10 @@ class Model:
 
 def names(pattern: str) -> list[str]:
     """Return the models whose names match a glob; raise InputError where none does."""
-    found = fnmatch.filter(timm.list_models(), pattern)
-    if not found:
+    models = fnmatch.filter(timm.list_models(), pattern)
+    if not models:
         raise InputError(f"no model matches {pattern!r}; try 'shvit*', 'resnet*', or '*' for all that timm knows")
-    return found
+    return models
 
 
 def describe(name: str) -> Model:

@@ -36,7 +36,7 @@ class Weights:
     ema: bool
     """Take the file's EMA weights."""
     info: RunInfo | None
-    """What is known about the training run; for published weights, what their publisher says."""
+    """Metadata of the training run; for published weights, the publisher's."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def resolve_weights(
     own = info.model if info else _variant(path, ema, model)
     if model is None:
         log(_summary(str(checkpoint), own, info))
-    elif info is not None and _family(model) != _family(info.model):
+    elif info is not None and model.partition(".")[0] != info.model.partition(".")[0]:
         log(f"{checkpoint}: was trained as {info.model}, and is loaded as --model {model}")
     return Weights(model or own, path, str(checkpoint), ema, info)
 
@@ -118,11 +118,6 @@ def _summary(name: str, model: str, info: RunInfo | None) -> str:
         return f"{name}: {model} by its widths and depths; its classes and size are not known"
     classes = f", {len(info.classes)} classes" if info.classes else ""
     return f"{name}: {model} at {info.img_size} px{classes}, as it was trained"
-
-
-def _family(model: str) -> str:
-    """Return a model's name without the tag of its weights."""
-    return model.partition(".")[0]
 
 
 def _variant(path: Path, ema: bool, model: str | None) -> str:

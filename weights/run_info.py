@@ -1,4 +1,4 @@
-"""What is known about trained weights (model, classes, size, normalization), stored with them."""
+"""Metadata of trained weights (model, classes, size, normalization), stored with them."""
 
 import math
 import os
@@ -33,7 +33,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known about trained weights besides their values.
+    """Metadata of trained weights.
 
     Raises:
         InputError: a value that no run has; class names that are empty, repeated, or have control characters.
@@ -119,11 +119,7 @@ def read_run_info(path: str | os.PathLike) -> RunInfo | None:
 
 
 def read_recipe_file(path: Path) -> RunInfo | None:
-    """Return what a run folder's recipe.yaml says; None where it is not a run's.
-
-    Raises:
-        InputError: it cannot be read, or says what no run does.
-    """
+    """Return what a run folder's recipe.yaml says; None where it is not a run's. Raise InputError if unusable."""
     try:
         content = load_yaml(path, MAX_BYTES)
     except InputError as error:
@@ -164,9 +160,9 @@ def _from_hub(path: Path) -> RunInfo | None:
     if not isinstance(cfg, dict) or not isinstance(content.get("architecture"), str):
         return None
     size, labels = cfg.get("input_size"), content.get("label_names", cfg.get("label_names"))
-    kept = {name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    constants = {name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     side = size[1] if isinstance(size, list) and len(size) == 3 and size[1] == size[2] else None
-    return _checked({"model": content["architecture"], "img_size": side, "classes": labels or [], **kept}, path)
+    return _checked({"model": content["architecture"], "img_size": side, "classes": labels or [], **constants}, path)
 
 
 def _checked(content: dict[str, Any], path: Path) -> RunInfo:

@@ -6,7 +6,7 @@ note.
 
 import difflib
 import math
-import unicodedata
+import os
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -161,11 +161,7 @@ def _note_shared_images(reports: dict[str, Report]) -> None:
 
 
 def check_annotations(path: Path, folder: Path, classes: tuple[str, ...], masks: bool) -> Report:
-    """Check one file that is trained with; see `inspect`.
-
-    Raises:
-        InputError: it has problems, all of which are counted.
-    """
+    """Check one file that is trained with, as `inspect`; raise InputError for its problems, all of them counted."""
     report = inspect(path, folder, Use(classes, masks, learn=True))
     if report.counts:
         raise InputError(report.refusal())
@@ -363,7 +359,7 @@ class _Hints:
         if not self.folder.is_dir():
             return f"{self.folder} is not a folder: set data_root and data_prefix"
         for parent in list(self.folder.parents)[:2]:
-            if all(_is_file(parent / name) for name in names):
+            if all(os.path.isfile(parent / name) for name in names):  # noqa: PTH113  (False for an impossible name)
                 return f"all are below {parent}: set data_prefix's img to that folder, not {self.folder}"
         return ""
 
@@ -374,22 +370,16 @@ class _Hints:
         if place not in self.present:
             listed = place.iterdir() if place.is_dir() else ()
             self.present[place] = {_alike(entry.name): entry.name for entry in listed}
-        found = self.present[place].get(_alike(Path(name).name))
-        return f"(there is {short(found)})" if found else _hint_of_last_part(self.folder, name)
+        present = self.present[place].get(_alike(Path(name).name))
+        return f"(there is {short(present)})" if present else _hint_of_last_part(self.folder, name)
 
 
 def _alike(name: str) -> str:
     """Return what names have in common that differ by case, extension or the composition of letters."""
-    return unicodedata.normalize("NFC", Path(name).stem).casefold()
+    return same_name(Path(name).stem).casefold()
 
 
 def _hint_of_last_part(folder: Path, name: str) -> str:
     last = name.rsplit("/", 1)[-1]
-    return f"(the folder has {short(last)}: leave out what stands before it)" if _is_file(folder / last) else ""
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+    is_there = os.path.isfile(folder / last)  # noqa: PTH113
+    return f"(the folder has {short(last)}: leave out what stands before it)" if is_there else ""

@@ -262,12 +262,9 @@ def _scales(pairs: list[Pair]) -> list[tuple[str, Put]]:
     """
     ratios = [_ratio(pair) for pair in pairs]
     factor = _medians(ratios)
-    boxes = _medians(
-        [(across * pair.width, down * pair.height) for (across, down), pair in zip(ratios, pairs, strict=True)]
-    )
-    masks = _medians(
-        [(pair.width / across, pair.height / down) for (across, down), pair in zip(ratios, pairs, strict=True)]
-    )
+    both = list(zip(ratios, pairs, strict=True))
+    boxes = _medians([(across * pair.width, down * pair.height) for (across, down), pair in both])
+    masks = _medians([(pair.width / across, pair.height / down) for (across, down), pair in both])
     mistakes: list[tuple[str, Put]] = [
         (
             f"the boxes are {factor[0]:.2g} times their masks, as when images are resized after annotation: scale "
@@ -292,10 +289,12 @@ def _shift(pairs: list[Pair]) -> tuple[str, Put]:
     way = f"{abs(across):.0f} px {'right' if across > 0 else 'left'} of and {abs(down):.0f} px " + (
         "below" if down > 0 else "above"
     )
-    return f"the boxes are {way} their masks: shift the boxes or the masks", lambda pair: (
-        pair.drawn,
-        _shifted(pair.mask, across, down),
-    )
+
+    def put(pair: Pair) -> tuple[Rectangle, Rectangle]:
+        left, top, right, bottom = pair.mask
+        return pair.drawn, (left + across, top + down, right + across, bottom + down)
+
+    return f"the boxes are {way} their masks: shift the boxes or the masks", put
 
 
 def _ratio(pair: Pair) -> tuple[float, float]:
@@ -314,8 +313,3 @@ def _medians(values: list[tuple[float, float]]) -> tuple[float, float]:
 def _scaled(rectangle: Rectangle, across: float, down: float) -> Rectangle:
     left, top, right, bottom = rectangle
     return left * across, top * down, right * across, bottom * down
-
-
-def _shifted(rectangle: Rectangle, across: float, down: float) -> Rectangle:
-    left, top, right, bottom = rectangle
-    return left + across, top + down, right + across, bottom + down

@@ -81,11 +81,7 @@ def repair(content: dict[str, Any]) -> list[str]:
     """
     annotations = [each for each in content["annotations"] if isinstance(each, dict)]
     _repair_category_names(content)
-    notes = [
-        *_remove_unused_doubles(content, annotations),
-        *_repair_names(content),
-        *_add_areas(annotations),
-    ]
+    notes = [*_remove_unused_doubles(content, annotations), *_repair_names(content), *_add_areas(annotations)]
     _repair_sizes(content["images"], annotations)
     for annotation in annotations:
         crowd = annotation.get("iscrowd")
@@ -168,8 +164,7 @@ def _area(annotation: dict[str, Any]) -> float:
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation and all(is_polygon(each) for each in segmentation):
         return sum(_polygon_area(each) for each in segmentation)
-    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-    runs = run_lengths(counts)
+    runs = run_lengths(segmentation.get("counts")) if isinstance(segmentation, dict) else None
     return annotation["bbox"][2] * annotation["bbox"][3] if runs is None else sum(runs[1::2])
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -123,24 +123,12 @@ def copies(one: dict[Path, Header], other: dict[Path, Header]) -> list[tuple[Pat
     alike = defaultdict(list)
     for path, header in one.items():
         alike[header.size_bytes, header.tail].append(path)
-    digest = _Digests()
+    digest = cache(sha256)
     pairs = []
     for path, header in other.items():
         if path in one:
             pairs.append((path, path))
             continue
-        same = partial(digest.same, path)
-        if found := next(filter(same, alike.get((header.size_bytes, header.tail), ())), None):
-            pairs.append((found, path))
+        candidates = alike.get((header.size_bytes, header.tail), ())
+        pairs += [(each, path) for each in candidates if digest(each) == digest(path)][:1]
     return pairs
-
-
-class _Digests(dict[Path, str]):
-    """Digests of whole files, each computed once."""
-
-    def __missing__(self, path: Path) -> str:
-        self[path] = sha256(path)
-        return self[path]
-
-    def same(self, one: Path, other: Path) -> bool:
-        return self[one] == self[other]

@@ -134,7 +134,7 @@ class Report:
     def refusal(self) -> str:
         """Return all problems in one line."""
         total = self.counts.total()
-        kinds = [f"{kind}: {self._extent_of(kind)} ({self._remedy(kind)})" for kind in self.counts]
+        kinds = [f"{each}: {self._extent_of(each)} ({self.hints.get(each) or KINDS[each][1]})" for each in self.counts]
         examples = [f"{each.where} {each.detail}".strip() for each in self.problems if each.where][:LISTED]
         first = f"first ten: {', '.join(examples)}" if total > LISTED else ", ".join(examples)
         return "; ".join(
@@ -145,9 +145,6 @@ class Report:
         if KINDS[kind][0] == "reason":
             return next(each.detail for each in self.problems if each.kind == kind)
         return count(self.counts[kind], KINDS[kind][0])
-
-    def _remedy(self, kind: str) -> str:
-        return self.hints.get(kind) or KINDS[kind][1]
 
     def lines(self) -> Iterator[str]:
         """Yield the lines to print before the images are used."""

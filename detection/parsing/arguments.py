@@ -1,4 +1,4 @@
-"""What a config may have built and what each part takes, by list: not all that MMDetection can build is harmless.
+"""Parts that a config may build, and their arguments: not all that MMDetection can build is harmless.
 
 An entry is a type, or several that take the same, and its arguments with their kinds. What is not here is not taken
 from a config unless it is trusted: among the rest are arguments that are files to write, folders to delete, programs

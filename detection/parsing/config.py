@@ -161,7 +161,7 @@ def _check_fields(config: Config, path: Path) -> None:
         if not is_dict(dataset, "type", "ann_file", "pipeline"):
             raise InputError(f"{path}: {split}_dataloader has no dataset with a type, an ann_file and a pipeline")
     if not is_dict(config.get("custom_imports", {})):
-        raise InputError(f'{path}: custom_imports is no dict, such as dict(imports=["shvit.detection"])')
+        raise InputError(f'{path}: custom_imports is not a dict, such as dict(imports=["shvit.detection"])')
 
 
 def _import(config: Config, path: Path, trust: bool) -> None:

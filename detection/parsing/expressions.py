@@ -1,7 +1,7 @@
 """An interpreter that computes a config's values: of the syntax of data alone, and within limits.
 
-Python's `eval` never sees the text of somebody else's config. What is not in `check_syntax`'s list is refused before
-anything is computed, and every value's size is known before it is made: `[0] * 10**11` takes no memory.
+Python's `eval` never sees the text of a third-party config. What is not in `NODES` is refused before anything is
+computed, and every value's size is known before it is made: `[0] * 10**11` takes no memory.
 """
 
 import ast
@@ -63,11 +63,7 @@ class TooMuch(ValueError):
 
 
 def parse(text: str) -> ast.Module:
-    """Return the text's syntax tree.
-
-    Raises:
-        InputError: it is not Python, or nested too deeply; the message begins with the line.
-    """
+    """Return the text's syntax tree; raise InputError, whose message begins with the line, for what is not Python."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -115,11 +111,7 @@ def _problem(node: ast.AST, assigned: set[int]) -> str | None:
 
 
 def base_files(tree: ast.Module) -> list[Any]:
-    """Return the names of the file's bases.
-
-    Raises:
-        InputError: the value cannot be computed.
-    """
+    """Return the names of the file's bases; raise InputError where they cannot be computed."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and _is_base(statement.targets[0]):
             value = _Interpreter({}).run(statement.value)

@@ -94,7 +94,7 @@ class DataConfig(Config):
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / path.name
             cls._substitute_predefined_vars(str(path), str(copy))
-            text = VARIABLE.sub(lambda found: _folder_of_configs(found, path), copy.read_text("utf-8"))
+            text = VARIABLE.sub(lambda match: _folder_of_configs(match, path), copy.read_text("utf-8"))
             copy.write_text(text, "utf-8")
             variables = cls._pre_substitute_base_vars(str(copy), str(copy))
             return copy.read_text("utf-8"), variables
@@ -114,11 +114,11 @@ def _is_installed(path: Path) -> bool:
     return any(path.resolve().is_relative_to(folder.resolve()) for folder in (CONFIGS, MMDET_CONFIGS))
 
 
-def _folder_of_configs(found: re.Match[str], path: Path) -> str:
+def _folder_of_configs(match: re.Match[str], path: Path) -> str:
     """Return the folder of our configs, the one environment variable that a config may read."""
-    if found[1] != FOLDER_VARIABLE:
+    if match[1] != FOLDER_VARIABLE:
         raise InputError(
-            f"{path}: a config is not told the environment variable {found[1]}; write its value, or {TRUST}"
+            f"{path}: a config is not told the environment variable {match[1]}; write its value, or {TRUST}"
         )
     return os.environ[FOLDER_VARIABLE].replace("\\", "/")
 
@@ -136,11 +136,7 @@ def _evaluate(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]
 
 
 def check_is_data(text: str, path: Path) -> ast.Module:
-    """Return a config's syntax tree.
-
-    Raises:
-        InputError: at the first thing in it that is neither a name nor a value, and so might run code.
-    """
+    """Return a config's syntax tree; raise InputError at the first thing in it that might run code."""
     if path.suffix != ".py":
         raise InputError(f"{path}: a config is a .py file")
     with _located(path):

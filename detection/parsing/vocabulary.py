@@ -61,9 +61,6 @@ def registered() -> set[str]:
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
-WORD = re.compile(r"[\w.\- ]{0,200}")
-METRIC = re.compile(r"(\w[\w.\-]*/)?\w[\w.\-]{0,100}")
-TEMPLATE = re.compile(r"[\w\-]{0,100}\{(:0?[1-9]?d)?\}[\w\-]{0,100}\.pth")
 KEY = re.compile(rf"(?!({'|'.join(keyword.kwlist)})$)[A-Za-z_][\w.\-]{{0,200}}")  # that Python writes and reads
 KNOWN_WEIGHTS = re.compile(  # names whose addresses libraries keep, and the servers of MMDetection and torchvision
     r"(torchvision://\w+|open-mmlab://[\w/]+"
@@ -80,19 +77,12 @@ def _line(value: Any) -> str:
     return value
 
 
-def _word(value: Any) -> None:
-    if not WORD.fullmatch(_line(value)):
-        raise Refused(f"{_short(value)} is not a name of letters and digits")
+def _matching(pattern: str, what: str) -> Callable[[Any], None]:
+    def check(value: Any) -> None:
+        if not re.fullmatch(pattern, _line(value)):
+            raise Refused(f"{_short(value)} is not {what}")
 
-
-def _metric(value: Any) -> None:
-    if not METRIC.fullmatch(_line(value)):
-        raise Refused(f"{_short(value)} is not a metric's name, such as coco/bbox_mAP")
-
-
-def _template(value: Any) -> None:
-    if not TEMPLATE.fullmatch(_line(value)):
-        raise Refused(f"{_short(value)} is not a file name like 'epoch_{{}}.pth'")
+    return check
 
 
 def _data(value: Any, instead: str = "give --data FOLDER") -> None:
@@ -107,7 +97,7 @@ def _data(value: Any, instead: str = "give --data FOLDER") -> None:
 def _json(value: Any) -> None:
     _data(value)
     if value and not value.endswith(".json"):
-        raise Refused(f"{_short(value)} is no .json file")
+        raise Refused(f"{_short(value)} is not a JSON file")
 
 
 def _folder(value: Any) -> None:
@@ -163,11 +153,11 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "size": _number(16384, -1),
     "ratio": _number(64),
     "few": _number(256, -1),
-    "word": _word,
+    "word": _matching(r"[\w.\- ]{0,200}", "a name of letters and digits"),
     "line": _line,
     "off": _off,
-    "metric": _metric,
-    "template": _template,
+    "metric": _matching(r"(\w[\w.\-]*/)?\w[\w.\-]{0,100}", "a metric's name, such as coco/bbox_mAP"),
+    "template": _matching(r"[\w\-]{0,100}\{(:0?[1-9]?d)?\}[\w\-]{0,100}\.pth", "a file name like 'epoch_{}.pth'"),
     "data": _data,
     "json": _json,
     "folder": _folder,
@@ -340,11 +330,7 @@ class _Checker:
 
 
 def check_type(value: Any, where: str, types: Iterable[str] = TYPES) -> str:
-    """Return a type's name without its scope.
-
-    Raises:
-        Refused: it is none of the types that may be built there.
-    """
+    """Return a type's name without its scope; raise Refused if it is none of the types that may be built there."""
     if not isinstance(value, str):
         raise Refused(f"type {_short(value)} of {where} is not a text")
     scope, _, name = value.rpartition(".")

@@ -21,16 +21,8 @@ from shvit.weights.resolve import find_weights
 
 
 def resolve_weights(checkpoint: str | Path) -> Path:
-    """Return a file of weights, or that of a name of `shvit weights list`, which is downloaded and checked once.
-
-    Raises:
-        InputError: there is neither, or it cannot be downloaded.
-    """
+    """Return a file of weights, or that of a published name; raises as `find_weights`."""
     return find_weights(checkpoint, lambda line: print_log(line, "current"))[0]
-
-
-PRETRAINED = "Pretrained"
-"""MMEngine's type of an init_cfg that names a checkpoint."""
 
 
 class _Backbone(nn.Module):
@@ -161,10 +153,8 @@ class TimmBackbone(_Backbone):
         try:
             self.model = timm.create_model(model, pretrained, features_only=True, **levels, **arguments)
         except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
-            raise InputError(
-                f"timm gives no feature maps {out_indices or ''} of {model!r} ({error}); choose another model or "
-                "out_indices"
-            ) from error
+            raise InputError(f"timm gives no feature maps {out_indices or ''} of {model!r} ({error}); choose another "
+                             "model or out_indices") from error  # fmt: skip
 
     def init_weights(self) -> None:
         """Load the classifier that `init_cfg` names, strictly, and keep the part that computes feature maps."""
@@ -182,11 +172,9 @@ class TimmBackbone(_Backbone):
 
 
 def _checked(init_cfg: dict[str, Any] | None) -> dict[str, Any] | None:
-    if init_cfg is not None and (init_cfg.get("type") != PRETRAINED or "checkpoint" not in init_cfg):
-        raise InputError(
-            f"init_cfg {dict(init_cfg)} of the backbone is not known; give dict(type='Pretrained', checkpoint=FILE), "
-            "or None"
-        )
+    if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):
+        raise InputError(f"init_cfg {dict(init_cfg)} of the backbone is not known; give dict(type='Pretrained', "
+                         "checkpoint=FILE), or None")  # fmt: skip
     return init_cfg
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAME = "mmcv._ext"
 AVERAGE = 1  # RoIAlign's pool_mode; 0 takes the maximum
@@ -57,7 +58,7 @@ class Operators(ModuleType):
         return missing
 
     @staticmethod
-    def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
+    def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
         """Return indices of the boxes (N, 4) to keep, highest score first; `offset` is added to widths and heights."""
         from torchvision.ops import nms
 
@@ -65,51 +66,30 @@ class Operators(ModuleType):
 
     @staticmethod
     def roi_align_forward(
-        features: torch.Tensor,
-        rois: torch.Tensor,
-        output: torch.Tensor,
-        argmax_y: torch.Tensor,
-        argmax_x: torch.Tensor,
-        aligned_height: int,
-        aligned_width: int,
-        spatial_scale: float,
-        sampling_ratio: int,
-        pool_mode: int,
-        aligned: bool,
+        features: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, *where: Any, **how: Any
     ) -> None:
         """Write the averages over each of `rois` (N, 5) to `output` (N, C, aligned_height, aligned_width)."""
         from torchvision.ops import roi_align
 
-        _check_averages(pool_mode)
-        size = (aligned_height, aligned_width)
-        output.copy_(roi_align(features, rois, size, spatial_scale, sampling_ratio, aligned))
+        height, width, scale, ratio, aligned = _averages(*where, **how)
+        output.copy_(roi_align(features, rois, (height, width), scale, ratio, aligned))
 
     @staticmethod
     def roi_align_backward(
-        grad_output: torch.Tensor,
-        rois: torch.Tensor,
-        argmax_y: torch.Tensor,
-        argmax_x: torch.Tensor,
-        grad_input: torch.Tensor,
-        aligned_height: int,
-        aligned_width: int,
-        spatial_scale: float,
-        sampling_ratio: int,
-        pool_mode: int,
-        aligned: bool,
+        grad: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, *where: Any, **how: Any
     ) -> None:
         """Write the gradient with respect to the features to `grad_input` (B, C, H, W)."""
         import torchvision  # noqa: F401  (registers the operator)
 
-        _check_averages(pool_mode)
-        size = (aligned_height, aligned_width)
-        grad_input.copy_(
-            torch.ops.torchvision._roi_align_backward(
-                grad_output, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
-            )
-        )
+        height, width, scale, *rest = _averages(*where, **how)
+        backward = torch.ops.torchvision._roi_align_backward
+        grad_input.copy_(backward(grad, rois, scale, height, width, *grad_input.shape, *rest))
 
 
-def _check_averages(pool_mode: int) -> None:
+def _averages(
+    aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool
+) -> tuple[int, int, float, int, bool]:
+    """Return RoIAlign's options besides `pool_mode`, by mmcv's names, which must be averages."""
     if pool_mode != AVERAGE:
         raise NotImplementedError("RoIAlign with pool_mode='max' needs mmcv's compiled operators; choose 'avg'")
+    return aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned

@@ -28,8 +28,9 @@ class AnnotationFile(COCO):
         if annotation_file is not None:
             self.dataset = load_content(Path(annotation_file))
             repair(self.dataset)
-            kept = [each for each in self.dataset["annotations"] if not is_zero_box(each.get("bbox"))]
-            self.dataset["annotations"] = kept
+            self.dataset["annotations"] = [
+                each for each in self.dataset["annotations"] if not is_zero_box(each.get("bbox"))
+            ]
             self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 

@@ -22,7 +22,7 @@ import torch
 from shvit.environment import users_environment
 from shvit.errors import InputError
 from shvit.files import scratch_folder
-from shvit.weights.published import published_top1
+from shvit.weights.manifest import published_top1
 
 from . import worker
 from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models

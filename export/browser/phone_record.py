@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shvit.documents import parse_json
 from shvit.errors import InputError
 from shvit.files import atomic_write, is_there, read_bytes
-from shvit.weights.published import published_top1
+from shvit.weights.manifest import published_top1
 
 from ..bench.measure import percentiles, ratio_interval
 from ..bench.records import BenchResult, Check, Device, Measurements, Sustained

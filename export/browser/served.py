@@ -13,7 +13,7 @@ from shvit.deployment import deploy
 from shvit.documents import to_json
 from shvit.errors import InputError
 from shvit.files import atomic_write, sha256
-from shvit.weights.published import published_top1
+from shvit.weights.manifest import published_top1
 
 from ..backends.backend import GraphOptions
 from ..backends.onnx import ONNX, create_int8_writer

@@ -85,7 +85,7 @@ RECORD = f'{{"sha256": "{HASH}", "size_bytes": 1, "url": "u", "date": "d"'
         (f'{{"a": {RECORD}, "more": 1}}}}', "unknown field 'a.more'"),
         (f'{{"a": {RECORD}}}}}'.replace('"size_bytes": 1', '"size_bytes": "1"'), "a.size_bytes is '1'"),
         (f'{{"a": {RECORD}}}}}'.replace('"size_bytes": 1', '"size_bytes": 1e999'), "too large"),
-        (f'{{"a": {RECORD}}}}}'.replace(HASH, "../x"), "is no sha256"),
+        (f'{{"a": {RECORD}}}}}'.replace(HASH, "../x"), "is not a SHA-256"),
         ("x" * (2 << 20), "is larger than"),
     ],
     ids=lambda text: text[:20],

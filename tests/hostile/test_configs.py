@@ -302,7 +302,7 @@ ATTACKS = {
     loader('data_root="../../etc/"'): "leads out of the folder; give --data",
     loader('data_root="~root/"'): "leads out of the folder",
     loader('data_prefix=dict(img="http://127.0.0.1/")'): "is an address",
-    loader('ann_file="x.pkl"'): "is no .json file",
+    loader('ann_file="x.pkl"'): "is not a JSON file",
     loader('ann_file="x\\n.json"'): "is not a plain line",
     loader('pipeline=[dict(type="LoadImageFromFile", file_client_args=dict(backend="lmdb"))]'):
         "file_client_args is not",

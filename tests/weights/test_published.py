@@ -3,8 +3,7 @@
 import pytest
 import timm
 
-from shvit.weights.manifest import read_manifest
-from shvit.weights.published import BASELINES, published_top1, tomllib
+from shvit.weights.manifest import BASELINES, published_top1, read_manifest, tomllib
 
 LISTED = tomllib.loads(BASELINES.read_text(encoding="utf-8"))
 

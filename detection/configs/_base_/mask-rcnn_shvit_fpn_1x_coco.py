@@ -1,9 +1,5 @@
 # Mask R-CNN behind a SHViT: feature maps at strides 16, 32 and 64, a pyramid of strides 4 to 64.
-_base_ = [
-    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
-    "./runtime_1x.py",
-]
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/datasets/coco_instance.py", "./runtime_1x.py"]
 
 model = dict(
     backbone=dict(_delete_=True, type="SHViT"),

@@ -1,9 +1,5 @@
 # RetinaNet behind a SHViT: feature maps at strides 16, 32 and 64, a pyramid of strides 8 to 128.
-_base_ = [
-    "mmdet::_base_/models/retinanet_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_detection.py",
-    "./runtime_1x.py",
-]
+_base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py", "mmdet::_base_/datasets/coco_detection.py", "./runtime_1x.py"]
 
 model = dict(
     backbone=dict(_delete_=True, type="SHViT"),

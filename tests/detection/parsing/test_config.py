@@ -74,7 +74,7 @@ BASE = '_base_ = "{{$SHVIT_CONFIGS:}}/mask-rcnn_shvit-s1_fpn_1x_coco.py"\n'
         ("runner_type = 'os.path.join'", "runner_type is not taken"),
         ("optim_wrapper = dict(constructor='os.system')", "optim_wrapper.constructor is not taken"),
         ("train_dataloader = dict(dataset=dict(proposal_file='x.pkl'))", "proposal_file is not taken"),
-        ("train_dataloader = dict(dataset=dict(ann_file='x.pkl'))", "'x.pkl' is no .json file"),
+        ("train_dataloader = dict(dataset=dict(ann_file='x.pkl'))", "'x.pkl' is not a JSON file"),
         (
             "train_dataloader = dict(dataset=dict(type='BaseDetDataset'))",
             "is not among those that a config gets unasked",
@@ -84,7 +84,7 @@ BASE = '_base_ = "{{$SHVIT_CONFIGS:}}/mask-rcnn_shvit-s1_fpn_1x_coco.py"\n'
         ("model = dict(neck=dict(_scope_='evilpkg'))", "_scope_ 'evilpkg' is not one of"),
         ("default_scope = 'evilpkg'", "default_scope 'evilpkg' is not one of"),
         ("default_hooks = dict(checkpoint=dict(out_dir='/'))", "out_dir is not taken"),
-        ("custom_imports = None", "custom_imports is no dict"),
+        ("custom_imports = None", "custom_imports is not a dict"),
         ("model = 5", "has no model with a backbone"),
         ("test_dataloader = None", "test_dataloader has no dataset"),
         ('_base_ = "mmdet::_base_/nope.py"', "not a usable config"),

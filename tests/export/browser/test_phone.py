@@ -27,7 +27,7 @@ from shvit.export.browser.tls import self_signed
 from shvit.export.images import read_pixels
 from shvit.export.verdict import TOLERANCES, compare, judge
 from shvit.export.web import Content
-from shvit.train.data import open_image
+from shvit.train.data.images import open_image
 from tests.browser import OTHER_NAME, open_browser
 from tests.browser import serve as serve_folder
 from tests.conftest import LABELS
