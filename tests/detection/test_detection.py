@@ -218,6 +218,7 @@ def test_exported_detector_finds_what_its_model_finds(exported, kind):
     assert (match["mask_iou_lowest"] is None) == (kind == "retinanet")
     assert json.loads(path.with_name(path.name + ".certificate.json").read_text()) == result["certificate"] | {
         "spec": json.loads(json.dumps(result["certificate"]["spec"])),
+        "reasons": list(result["certificate"]["reasons"]),
     }
 
 
