@@ -145,7 +145,7 @@ except ValueError as error:
 """
     first, second = elsewhere(code).splitlines()
     assert first == "[] None None"
-    assert second == "--sweep measures the memory of processes, which this system does not tell; leave it out"
+    assert second == "--sweep measures the memory of processes, which this system does not report; leave it out"
 
 
 def test_what_loaders_are_given_can_be_sent_to_workers(image_folder):
