@@ -117,7 +117,7 @@ def circles(imports: Imports) -> list[list[str]]:
 
 def _circle(imports: Imports) -> list[str]:
     try:
-        TopologicalSorter(imports).prepare()
+        TopologicalSorter({name: sorted(imports[name]) for name in sorted(imports)}).prepare()
     except CycleError as error:
         return error.args[1][::-1]  # graphlib tells it from what is imported to what imports
     return []
