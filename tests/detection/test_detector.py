@@ -46,7 +46,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(coco, tmp_path, monkeypatch, ha
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path / "c.py", "retinanet", coco)
     torch.save({"state_dict": {}, "message_hub": harm}, tmp_path / "harm.pth")
-    with pytest.raises(InputError, match=r"refused, because its pickle calls for|damaged|no checkpoint of tensors"):
+    with pytest.raises(InputError, match=r"refused, because its pickle calls for|damaged|not a checkpoint of tensors"):
         run(["detect", "eval", str(config), "--checkpoint", "harm.pth"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "harm.pth"))
