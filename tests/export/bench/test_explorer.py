@@ -380,7 +380,7 @@ def test_ratios_of_processor_times_are_called_that(page):
     heads = [each.text.strip(" ↕") for each in all_of(page, "#results thead button")]
     cells = [each.text for each in all_of(page, "#results tbody td")][: len(heads) - 1]
     assert cells[heads.index("ratio") - 1].endswith(" CPU")
-    assert "CPU: of processor times, since other programs had the core meanwhile" in text(page, "main")
+    assert "CPU: a ratio of processor times, as other programs had the core meanwhile" in text(page, "main")
 
 
 @phones
