@@ -72,7 +72,7 @@ def test_every_checkpoint_of_a_run_knows_it_wherever_it_is_copied(recipe, tmp_pa
     assert evaluated["top1"] == pytest.approx(result["top1"])
     assert f"{SMALL} at 48 px, 2 classes" in capsys.readouterr().out
     run(["eval", "--checkpoint", str(best), "--data", str(recipe.data.root), "--img-size", "32"])
-    assert "was trained for 48 px; --img-size 32 is what you asked for" in capsys.readouterr().out
+    assert "was trained for 48 px; --img-size 32 was asked for" in capsys.readouterr().out
 
 
 def test_an_older_run_is_known_by_the_recipe_beside_its_files_alone(tmp_path):
