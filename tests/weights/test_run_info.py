@@ -459,7 +459,7 @@ def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path)
         ("export onnx --output x.onnx --checkpoint m.safetensors --features --labels l.txt", "--labels does not apply"),
         ("export onnx --output x.onnx --checkpoint m.safetensors --calibration D", "--calibration does not apply"),
         ("export coreml --output x.mlpackage --checkpoint m.safetensors --precision int8 --calibration D", "learns"),
-        ("verify m.onnx --ema", "not their average"),
+        ("verify m.onnx --ema", "not the EMA weights"),
         ("bench --checkpoint m.safetensors --pretrained", "--checkpoint does not apply"),
         ("bench --models m.onnx --runtimes openvino --img-size 64", "--runtimes and --img-size do not apply"),
         ("site --models m.onnx --checkpoint m.safetensors --output s", "--checkpoint does not apply"),
