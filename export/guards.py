@@ -193,7 +193,7 @@ def check_apart(output: Path | None, **read: object) -> None:
         if value is None or output is None or not is_there(path := Path(str(value))):
             continue
         target, source, name = output.resolve(), path.resolve(), f"--{option.replace('_', '-')}"
-        if target == source or (output.exists() and output.samefile(path)):
+        if target == source or (is_there(output) and output.samefile(path)):
             raise InputError(f"--output {output}: is what {name} reads; choose another name")
         if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
             raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")

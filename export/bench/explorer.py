@@ -12,7 +12,6 @@ from shvit.files import atomic_write, check_output_folder
 
 from ..guards import check_own, one_line
 from ..web import WEB
-from .plots import FIGURES, draw_plots
 from .records import Measurements, write_measurements
 
 SCRIPTS = ("elements.js", "explorer_draw.js", "explorer_devices.js", "explorer_growth.js", "explorer.js")
@@ -21,12 +20,18 @@ SCRIPTS = ("elements.js", "explorer_draw.js", "explorer_devices.js", "explorer_g
 
 def check_report_folder(output: Path | None) -> None:
     """Raise InputError where a report would overwrite files that no report wrote; for the beginning of a command."""
+    if output is None:
+        return
+    from .plots import FIGURES
+
     check_output_folder(output)
     check_own(output, "bench.json", b'"machine"', ("report.html", *FIGURES))
 
 
 def write_report(measured: Measurements, output: Path, plots: bool = True) -> list[Path]:
     """Write bench.json, report.html and, by default, plots; return their paths."""
+    from .plots import draw_plots
+
     write_measurements(measured, output / "bench.json")
     write_explorer(output / "report.html", measured)
     with one_line(output, "the plots cannot be drawn"):  # numbers of a third party's bench.json

@@ -149,7 +149,7 @@ def _json() -> list[bytes]:
         "gmacs": 0.1,
         "backend": "wasm",
         "threads": 1,
-        "shared": False,
+        "cpu_fallback": False,
         "check": None,
         "error": "",
         "load_ms": 1.5,

@@ -335,6 +335,7 @@ def two_words(monkeypatch):
     """A table where `bench phone` is a command beside `bench`."""
     monkeypatch.setitem(cli.COMMANDS, "bench", cli.Entry(f"{__name__}:parse_one", ""))
     monkeypatch.setitem(cli.COMMANDS, "bench phone", cli.Entry(f"{__name__}:Two", ""))
+    monkeypatch.delitem(cli.COMMANDS, "bench import")
 
 
 def test_command_of_two_words_goes_before_that_of_one(two_words):
