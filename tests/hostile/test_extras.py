@@ -50,6 +50,10 @@ def test_what_no_extra_brings_is_named_as_pip_knows_it():
     assert advise("tensorflow_datasets").endswith("pip install tensorflow-datasets")
 
 
+IMPORTERS = {"segno": "shvit.export.browser.phone", "matplotlib": "shvit.export.bench.plots"}
+"""Modules of ours that import an optional package at their beginning."""
+
+
 @pytest.fixture
 def without(monkeypatch):
     """A function that hides a top-level module from everything imported from now on."""
@@ -64,8 +68,12 @@ def without(monkeypatch):
     def hide(module):
         hidden.add(module)
         for name in list(sys.modules):
-            if name.partition(".")[0] == module or name.startswith("shvit.export."):  # ours are imported anew, too
+            if name.partition(".")[0] == module:
                 monkeypatch.delitem(sys.modules, name)
+        if (importer := IMPORTERS.get(module)) in sys.modules:  # is imported anew, too
+            package, _, name = importer.rpartition(".")
+            monkeypatch.delitem(sys.modules, importer)
+            monkeypatch.delattr(sys.modules[package], name)
 
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     return hide
