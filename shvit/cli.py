@@ -73,7 +73,7 @@ COMMANDS = {
 """Each command, of one or two words."""
 SCHEMES = {"detector": "shvit.detection.pyramid:create_pyramid"}
 """Prefixes of model names, as in `detector:CONFIG`, and what creates such a model."""
-WITH_SCHEMES = {"info", "eval", "export", "verify"}
+WITH_SCHEMES = {"info", "eval", "export", "verify", "bench", "bench phone", "site"}
 """The commands that take such names."""
 
 HELP = "\n".join(

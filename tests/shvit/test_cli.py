@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -378,3 +379,13 @@ def test_scheme_of_a_package_that_is_not_installed_names_its_extra(monkeypatch):
 
 def no_detector(config: str, checkpoint: Path | None):
     raise ModuleNotFoundError("No module named 'mmengine'", name="mmengine")
+
+
+@pytest.mark.parametrize("name", ["info", "eval", "export", "verify", "bench", "bench phone", "site"])
+def test_commands_that_take_models_know_names_with_a_prefix(name, monkeypatch):
+    from shvit import create
+
+    monkeypatch.setattr(create, "_schemes", {})
+    known = types.SimpleNamespace(run=lambda: {"known": create.has_scheme("detector:mask.py")})
+    monkeypatch.setattr(cli, "_parse", lambda *_: known)
+    assert cli.run(name.split()) == {"known": True}
