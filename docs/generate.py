@@ -28,12 +28,19 @@ ROOT = Path(__file__).parent.parent
 ROOT_PAGES = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")
 
 
+SOURCES = ROOT / "build" / "docs"
+"""Where mkdocstrings looks for the packages (`paths` in mkdocs.yml)."""
+
+
+def on_startup(**_: Any) -> None:
+    """Lay the packages out as they are installed, before mkdocstrings is set up: it drops `paths` that do not exist."""
+    lay_out_packages(SOURCES)
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the packages out as they are installed, where mkdocstrings looks, and check their docstrings."""
-    sources = ROOT / "build" / "docs"
-    lay_out_packages(sources)
+    """Check the docstrings of what the pages name."""
     pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
-    if missing := undocumented(sources, re.findall(r"^::: (\S+)", pages, re.MULTILINE)):
+    if missing := undocumented(SOURCES, re.findall(r"^::: (\S+)", pages, re.MULTILINE)):
         raise PluginError(f"public names without a docstring: {', '.join(missing)}")
     return config
 
