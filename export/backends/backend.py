@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -98,6 +98,42 @@ def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precis
     return ImageInput(sizes[0], batch if isinstance(batch, int) else None, precision)
 
 
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+Job = dict[str, Any]
+"""How bench/worker.py opens a file: `runner`, `path` and the runner's own options, as JSON."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A runtime of `shvit bench`: in which precision a format's file is written, and how it is run."""
+
+    help: str
+    """Description in `shvit bench --help`."""
+    precision: str
+    """Compute precision."""
+    file: Precision
+    """Precision that the file is exported in."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Options of the job besides the backend's own."""
+    on_cpu: bool = True
+    """Run in the environment that the backend sets, and profiled where the backend can; False on other devices."""
+
+
+PROFILED_RUNS = 20
+UNSTEADY_RUNS = 3  # the first of these, which do not count
+
+
+class OperatorTime(NamedTuple):
+    """Seconds that one operator takes in one run, as a runtime's own profiler tells."""
+
+    operator: str
+    """The runtime's name for the operation."""
+    weight: Sequence[int]
+    """Shape of a convolution's weight (outputs, inputs of a group, height, width); empty for all else."""
+    seconds: float
+
+
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +201,13 @@ class Backend(Generic[O]):
     suffix: str
     companions: tuple[str, ...] = ()  # suffixes of further files that belong to an artifact
     help: str  # help text of the export command
-    runtime: str  # the runtime's word on the command line: `shvit bench --runtimes NAME`
+    timings: Mapping[str, Timing]
+    """Runtimes by their words on the command line, `shvit bench --runtimes NAME`; exported files run in the first."""
+    job: Callable[[Path, int, str, str], Job]
+    """Returns the job for a file, a batch size, a compute precision and a key of `COMPUTE_UNITS`."""
+    profile: Callable[[Path, torch.Tensor, int, str], list[OperatorTime]] | None = None
+    """Returns the time of each operator of a file, for a batch of its inputs, a number of threads and a compute
+    precision; None where the runtime has no profiler."""
     packages: tuple[str, ...]  # modules that write and run a file
     extra: str = "export"  # the extra of this package that installs them
     precisions: tuple[Precision, ...]  # those that can be exported, the default first
@@ -187,6 +229,11 @@ class Backend(Generic[O]):
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
     overflow_advice: str = ""  # how to run int8 on a processor whose 8-bit sums overflow
+
+    @property
+    def runtime(self) -> str:
+        """The runtime in which exported files are timed."""
+        return next(iter(self.timings))
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of a deployed model that are faster in float32 than in int8."""

@@ -24,7 +24,8 @@ from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
 from ..wrappers import MIL_LAYERS, Normalized, Wrapper, layer_name
-from .backend import Artifact, Backend, FormatOptions, ImageInput, Outputs, Source, Writer
+from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Outputs, Source, Timing, Writer
+from .compute_plan import COMPUTE_UNITS
 from .parameters import LayerParameters, Stored, quantized, range_faults, stored
 
 if TYPE_CHECKING:
@@ -391,12 +392,20 @@ def inspect(path: Path) -> ImageInput:
     return ImageInput(spec.img_size, None, spec.precision)
 
 
+def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
+    """Return how the worker opens a package in Core ML."""
+    return {"runner": "coreml", "path": str(path), "compute_units": COMPUTE_UNITS[compute_units]}
+
+
 COREML = Backend(
     name="coreml",
     title="Core ML",
     suffix=".mlpackage",
     help="A verified Core ML package (ML Program, iOS 16; iOS 17 for w8a8), run here by our own evaluator.",
-    runtime="coreml",
+    timings={
+        "coreml": Timing("the package of `shvit export coreml` in Core ML, on a Mac", "fp16", "fp16", on_cpu=False)
+    },
+    job=job,
     packages=("coremltools",),
     extra="coreml",
     precisions=("fp32", "fp16", "int8", "w8a8"),

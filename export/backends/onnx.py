@@ -1,15 +1,19 @@
 """ONNX: how a file is written from a deployed model, and how ONNX Runtime loads and runs it."""
 
 import ast
-from collections import Counter
+import json
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from shvit import sessions
 from shvit.errors import InputError, first_line
 from shvit.files import check_file, scratch_folder
 from shvit.sessions import create_session
@@ -20,7 +24,23 @@ from ..metadata import INPUT, SPEC_KEY, Ranges, describe, labels_from, ranges_fr
 from ..quantization.qdq import LAYERS, LayerRanges, quantize_onnx
 from ..spec import Spec
 from ..wrappers import ChannelsLast, Half, Normalized, layer_name
-from .backend import HUGE_PAGES, Artifact, Backend, GraphOptions, ImageInput, Outputs, Source, Writer, image_input, join
+from .backend import (
+    HUGE_PAGES,
+    PROFILED_RUNS,
+    UNSTEADY_RUNS,
+    Artifact,
+    Backend,
+    GraphOptions,
+    ImageInput,
+    Job,
+    OperatorTime,
+    Outputs,
+    Source,
+    Timing,
+    Writer,
+    image_input,
+    join,
+)
 from .onnx_graph import (
     RoundedOnnx,
     check_graph,
@@ -249,12 +269,65 @@ def inspect(path: Path) -> ImageInput:
     return result
 
 
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+TIMED_NAME = re.compile(r"(_token_\d+|_nchwc)?_kernel_time$")  # what ONNX Runtime adds to a node's name
+
+
+def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
+    """Return how the worker opens a file in ONNX Runtime."""
+    return {"runner": "onnx", "path": str(path), "provider": "cpu", "sessions": sessions.__file__}
+
+
+def profile(path: Path, batch: torch.Tensor, threads: int, precision: str) -> list[OperatorTime]:
+    """Return the median time of each node, from ONNX Runtime's profile."""
+    with scratch_folder() as folder:
+        session = create_session(path, threads, profile=folder / "profile")
+        inputs = {session.get_inputs()[0].name: batch.numpy()}
+        for _ in range(PROFILED_RUNS):
+            session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    weights = _weight_shapes(path)
+    times: dict[int, list[float]] = defaultdict(list)
+    nodes: dict[int, tuple[str, Sequence[int]]] = {}
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        number, operator = int(event["args"]["node_index"]), event["args"]["op_name"]
+        times[number].append(event["dur"] / 1e6)
+        shapes = [next(iter(each.values())) for each in event["args"]["input_type_shape"]]
+        weight = weights.get(TIMED_NAME.sub("", event["name"]), shapes[1] if len(shapes) > 1 else ())
+        nodes[number] = (operator, weight if "Conv" in operator and len(weight) == 4 else ())
+    return [OperatorTime(*nodes[number], median(each[UNSTEADY_RUNS:])) for number, each in times.items()]
+
+
+def _weight_shapes(path: Path) -> dict[str, list[int]]:
+    """Return each convolution's weight shape by node name; the profile has none where the runtime packed it."""
+    graph = load_onnx(path).graph
+    shapes = {each.name: list(each.dims) for each in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in shapes:
+            shapes[node.output[0]] = shapes[node.input[0]]
+    return {node.name: shapes[node.input[1]] for node in graph.node if node.op_type == "Conv"}
+
+
 ONNX = Backend(
     name="onnx",
     title="ONNX",
     suffix=".onnx",
     help="A verified ONNX file.",
-    runtime="onnxruntime",
+    timings={
+        "onnxruntime": Timing("the file of `shvit export onnx` in ONNX Runtime", "fp32", "fp32"),
+        "onnxruntime-int8": Timing("the same in int8", "int8", "int8"),
+        "onnxruntime-cuda": Timing(
+            "the ONNX file on a GPU, CUDA provider", "fp32", "fp32", {"provider": "cuda"}, on_cpu=False
+        ),
+        "onnxruntime-tensorrt": Timing(
+            "the ONNX file on a GPU, TensorRT provider", "fp32", "fp32", {"provider": "tensorrt"}, on_cpu=False
+        ),
+    },
+    job=job,
+    profile=profile,
     packages=("onnx", "onnxruntime", "onnxscript"),
     precisions=("fp32", "fp16", "int8"),
     precision_help="Weight and compute precision.",

@@ -1,9 +1,12 @@
 """OpenVINO: how an IR (F.xml, the graph, and F.bin beside it, the weights) is written, loaded and run."""
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +21,17 @@ from . import onnx
 from .backend import (
     HALVES,
     HUGE_PAGES,
+    PROFILED_RUNS,
+    UNSTEADY_RUNS,
     Artifact,
     Backend,
     GraphOptions,
     ImageInput,
+    Job,
+    OperatorTime,
     Outputs,
     Source,
+    Timing,
     Writer,
     image_input,
     join,
@@ -208,13 +216,59 @@ def inspect(path: Path) -> ImageInput:
     return image_input(path, [lengths(port) or () for port in model.inputs], precision)
 
 
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
+    """Return how the worker opens an IR or ONNX file in OpenVINO, compiled for the batch size."""
+    return {"runner": "openvino", "path": str(path), "bf16": precision == "bf16", "batch_size": batch_size}
+
+
+def profile(path: Path, batch: torch.Tensor, threads: int, precision: str) -> list[OperatorTime]:
+    """Return the median time of each node, from OpenVINO's counters."""
+    from openvino import properties
+
+    model, _ = load_openvino(path)
+    model.reshape(list(batch.shape))
+    weights = _weight_shapes(model)
+    options = {properties.inference_num_threads(): threads, properties.enable_profiling(): True}
+    options[properties.hint.inference_precision()] = precision if precision == "bf16" else "f32"
+    request = core().compile_model(model, "CPU", options).create_infer_request()
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(PROFILED_RUNS):
+        request.infer({0: batch.numpy()})
+        for node in request.profiling_info:
+            if (seconds := node.real_time.total_seconds()) > 0:
+                times[node.node_name, node.node_type].append(seconds)
+    return [
+        OperatorTime(operator, weights.get(name, ()), median(each[UNSTEADY_RUNS:] or each))
+        for (name, operator), each in times.items()
+    ]
+
+
+def _weight_shapes(model: "Model") -> dict[str, list[int]]:
+    """Return the shape of each convolution's weight (outputs, inputs of a group, height, width) by the node's name."""
+    shapes = {}
+    for node in model.get_ops():
+        if node.get_type_name() in ("Convolution", "GroupConvolution"):
+            *groups, inputs, height, width = node.input(1).get_shape()  # of groups first: (groups, outputs of each)
+            shapes[node.get_friendly_name()] = [math.prod(groups), inputs, height, width]
+    return shapes
+
+
 OPENVINO = Backend(
     name="openvino",
     title="OpenVINO",
     suffix=".xml",
     companions=(".bin",),
     help="A verified OpenVINO IR, F.xml and F.bin.",
-    runtime="openvino",
+    timings={
+        "openvino": Timing("the file of `shvit export openvino` in OpenVINO", "fp32", "fp32"),
+        "openvino-bf16": Timing("the same in bfloat16 arithmetic", "bf16", "fp32"),
+        "openvino-int8": Timing("the same in int8", "int8", "int8"),
+    },
+    job=job,
+    profile=profile,
     packages=("openvino",),
     extra="openvino",
     precisions=("fp32", "fp16", "bf16", "int8"),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,21 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shvit.deployment import deploy
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
 from shvit.shvit import SHViT
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
 
-from ..backends.backend import Backend
-from ..backends.coreml import write_coreml
-from ..backends.onnx import create_int8_writer, write_onnx
+from ..backends.backend import Job
 from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
 from ..images import sample_images
 from ..metadata import INPUT
 from ..pipeline import MIN_CALIBRATION, Source
-from ..spec import Spec, open_weights
+from ..spec import Precision, Spec, open_weights
 from ..verify import Reference
-from .runtimes import RUNTIMES, Job, check_runtimes, file_job
+from .runtimes import RUNTIMES, check_runtimes
 
 VARIANTS = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 
@@ -55,6 +52,7 @@ class BenchModel:
     name: str
     settings: Settings
     folder: Path
+    _files: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     @cached_property
     def opened(self) -> tuple[nn.Module, Spec]:
@@ -75,38 +73,21 @@ class BenchModel:
             self.opened[0](self.spec.blank())
         return counter.get_total_flops() // 2
 
-    @cached_property
-    def onnx(self) -> Path:
-        path = self._path(".onnx")
-        write_onnx(deploy(self.opened[0], self.spec.img_size), path, self.spec, dynamic_batch=True)
-        return path
+    def file(self, name: str, precision: Precision) -> Path:
+        """Return the file of a format (a key of `BACKENDS`) that `shvit export all` would write."""
+        if (name, precision) not in self._files:
+            backend, path = BACKENDS[name], self._path(f"-{precision}{BACKENDS[name].suffix}")
+            spec = backend.all_options.complete(replace(self.spec, precision=precision))
+            write = backend.create_writer(replace(self._source, spec=spec), backend.all_options)
+            floats = backend.float_layers(self._source.deployed()) if precision == "int8" else ()
+            write(path, replace(spec, excluded_layers=floats))
+            self._files[name, precision] = path
+        return self._files[name, precision]
 
     @cached_property
-    def onnx_int8(self) -> Path:
-        return self._int8(BACKENDS["onnx"])
-
-    @cached_property
-    def openvino_int8(self) -> Path:
-        return self._int8(BACKENDS["openvino"])
-
-    def _int8(self, backend: Backend[Any]) -> Path:
-        path = self._path(f"-{backend.name}-int8.onnx")
-        excluded = backend.float_layers(deploy(self.opened[0]))
-        self._write_int8(path, replace(self.spec, precision="int8", excluded_layers=excluded))
-        return path
-
-    @cached_property
-    def _write_int8(self) -> Callable[[Path, Spec], None]:
+    def _source(self) -> Source:
         calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
-        source = Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
-        return create_int8_writer(source.unfolded(), self.spec, source.ranges(), dynamic_batch=True)
-
-    @cached_property
-    def coreml(self) -> Path:
-        path = self._path(".mlpackage")
-        spec = replace(self.spec, precision="fp16", uint8_input=True)
-        write_coreml(deploy(self.opened[0], spec.img_size), path, spec)
-        return path
+        return Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
 
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""
@@ -198,7 +179,7 @@ def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Seq
         img_size, batch, precision = backend.inspect(path)
     if batch not in (None, batch_size):
         raise InputError(f"{path} takes batches of {batch}, not of {batch_size}; choose --batch-sizes {batch}")
-    job = file_job(path.resolve(), batch_size, precision, settings.compute_units)
+    job = backend.job(path.resolve(), batch_size, precision, settings.compute_units)
     job |= {"threads": settings.threads, "cores": list(cores)}
     environment = backend.environment if tuned else {}
     return BenchCase(path.name, backend.runtime, precision, img_size, batch_size, None, job, dict(environment))

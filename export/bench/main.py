@@ -11,7 +11,7 @@ from shvit.errors import InputError, refuse
 from shvit.files import scratch_folder
 
 from .records import LayerTime, Measurements, Placement, Scaling
-from .runtimes import DEFAULT_RUNTIMES, describe_runtimes, is_artifact
+from .runtimes import DEFAULT_RUNTIMES, RUNTIMES, describe_runtimes, is_artifact
 from .tables import console, progress_line, show_layers, show_machine, show_placements, show_results, show_scaling
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Bench:
             named = [name for name in models if not is_artifact(name)] if "coreml" in runtimes else []
             for name, path in (
                 *((path.name, path) for path in [*self.against, *map(Path, models)] if path.suffix == PACKAGE),
-                *((name, BenchModel(name, settings, folder).coreml) for name in named),
+                *((name, BenchModel(name, settings, folder).file("coreml", "fp16")) for name in named),
             ):
                 progress(f"planning {name} in coreml")
                 operations = load_placements(path, self.compute_units)
@@ -125,12 +125,12 @@ class Bench:
         self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
     ) -> Iterator[LayerTime]:
         from .cases import BenchModel, choose_cores
-        from .layer_times import has_profiler, measure_layers
+        from .layer_times import measure_layers
         from .measure import pinned
 
         with scratch_folder() as folder, pinned(choose_cores(settings.threads), settings.threads):
             for model in [BenchModel(name, settings, folder) for name in models if not is_artifact(name)]:
-                for runtime in filter(has_profiler, runtimes):
+                for runtime in (name for name in runtimes if RUNTIMES[name].has_profiler):
                     for batch_size in self.batch_sizes:
                         progress(f"profiling {model.name} in {runtime}")
                         rows = measure_layers(model, runtime, batch_size)

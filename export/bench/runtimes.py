@@ -1,4 +1,4 @@
-"""The table of runtimes that `shvit bench` can time, and its help. Importing it loads no runtime."""
+"""The table of runtimes that `shvit bench` can time, and its help. Importing it loads no runtime but PyTorch."""
 
 import importlib.util
 import platform
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shvit import sessions
 from shvit.errors import InputError
 
-from ..backends.compute_plan import COMPUTE_UNITS, MIN_MACOS
-
-Job = dict[str, Any]  # options of worker.py, sent to it as JSON
+from ..backends.backend import Backend, Job, Timing
+from ..backends.compute_plan import MIN_MACOS
+from ..backends.onnx import ONNX
+from ..backends.registry import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -29,88 +29,57 @@ class Runtime:
     """Key of `BACKENDS` whose packages it needs; None for PyTorch."""
     tuned: bool = False
     """Run in the environment that the backend sets."""
+    has_profiler: bool = False
+    """Known here: the time of each operator."""
 
 
-def _torch(**changes: object) -> Callable[..., Job]:
-    options = {"device": "cpu", "bf16": False, "channels_last": False, "compiled": False, **changes}
+def _torch(help: str, precision: str = "fp32", device: str = "cpu", **options: bool) -> Runtime:  # noqa: A002
+    compiled = options.get("compiled", False)
+    changes = {"device": device, "bf16": precision == "bf16", "channels_last": False, "compiled": False, **options}
 
     def job(model: Any, batch_size: int) -> Job:
         file = model.weights.checkpoint
         checkpoint = str(file.resolve()) if file else None
         return {"runner": "torch", "model": model.name, "checkpoint": checkpoint,
-                "img_size": model.spec.img_size, **options}  # fmt: skip
+                "img_size": model.spec.img_size, **changes}  # fmt: skip
 
-    return job
-
-
-def _onnx(path: Path, provider: str = "cpu") -> Job:
-    return {"runner": "onnx", "path": str(path), "provider": provider, "sessions": sessions.__file__}
+    return Runtime(help, precision, job, has_profiler=device == "cpu" and not compiled)
 
 
-def _openvino(path: Path, batch_size: int, bf16: bool = False) -> Job:
-    return {"runner": "openvino", "path": str(path), "bf16": bf16, "batch_size": batch_size}
+def _timed(backend: Backend[Any], timing: Timing) -> Runtime:
+    def job(model: Any, batch_size: int) -> Job:
+        path = model.file(backend.name, timing.file)
+        return {**backend.job(path, batch_size, timing.precision, model.settings.compute_units), **timing.options}
+
+    has_profiler = timing.on_cpu and backend.profile is not None
+    return Runtime(timing.help, timing.precision, job, backend.name, timing.on_cpu, has_profiler)
 
 
-def _coreml(path: Path, compute_units: str) -> Job:
-    return {"runner": "coreml", "path": str(path), "compute_units": COMPUTE_UNITS[compute_units]}
+def _reference(model: Any, batch_size: int) -> Job:
+    return ONNX.job(model.reference(batch_size), batch_size, "fp32", "")
 
 
 RUNTIMES = {
-    "torch": Runtime("eager PyTorch", "fp32", _torch()),
-    "torch-channels-last": Runtime("eager PyTorch, channels last in memory", "fp32", _torch(channels_last=True)),
-    "torch-bf16": Runtime("eager PyTorch, channels last", "bf16", _torch(channels_last=True, bf16=True)),
-    "torch-compiled": Runtime("torch.compile with frozen weights", "fp32", _torch(compiled=True)),
-    "torch-compiled-bf16": Runtime(
-        "torch.compile with frozen weights, channels last", "bf16", _torch(compiled=True, channels_last=True, bf16=True)
+    "torch": _torch("eager PyTorch"),
+    "torch-channels-last": _torch("eager PyTorch, channels last in memory", channels_last=True),
+    "torch-bf16": _torch("eager PyTorch, channels last", "bf16", channels_last=True),
+    "torch-compiled": _torch("torch.compile with frozen weights", compiled=True),
+    "torch-compiled-bf16": _torch(
+        "torch.compile with frozen weights, channels last", "bf16", compiled=True, channels_last=True
     ),
+    "cuda": _torch("PyTorch on a GPU, one CUDA graph", device="cuda", channels_last=True),
+    "cuda-bf16": _torch("PyTorch on a GPU, one CUDA graph", "bf16", "cuda", channels_last=True),
     "reference": Runtime(
         "reference export: timm's model with fused norms, opset 11, ONNX Runtime's defaults", "fp32",
-        lambda model, batch_size: _onnx(model.reference(batch_size)), "onnx",
+        _reference, "onnx", has_profiler=True,
     ),
-    "onnxruntime": Runtime(
-        "the file of `shvit export onnx` in ONNX Runtime", "fp32", lambda model, _: _onnx(model.onnx), "onnx", True
-    ),
-    "onnxruntime-int8": Runtime("the same in int8", "int8", lambda model, _: _onnx(model.onnx_int8), "onnx", True),
-    "openvino": Runtime(
-        "the ONNX file in OpenVINO", "fp32", lambda model, batch: _openvino(model.onnx, batch), "openvino", True
-    ),
-    "openvino-bf16": Runtime(
-        "the ONNX file in OpenVINO", "bf16", lambda model, batch: _openvino(model.onnx, batch, True), "openvino", True
-    ),
-    "openvino-int8": Runtime(
-        "an int8 file in OpenVINO", "int8", lambda model, batch: _openvino(model.openvino_int8, batch), "openvino", True
-    ),
-    "coreml": Runtime(
-        "the package of `shvit export coreml` in Core ML, on a Mac", "fp16",
-        lambda model, _: _coreml(model.coreml, model.settings.compute_units), "coreml",
-    ),
-    "cuda": Runtime("PyTorch on a GPU, one CUDA graph", "fp32", _torch(device="cuda", channels_last=True)),
-    "cuda-bf16": Runtime(
-        "PyTorch on a GPU, one CUDA graph", "bf16", _torch(device="cuda", channels_last=True, bf16=True)
-    ),
-    "onnxruntime-cuda": Runtime(
-        "the ONNX file on a GPU, CUDA provider", "fp32", lambda model, _: _onnx(model.onnx, "cuda"), "onnx",
-    ),
-    "onnxruntime-tensorrt": Runtime(
-        "the ONNX file on a GPU, TensorRT provider", "fp32", lambda model, _: _onnx(model.onnx, "tensorrt"), "onnx",
-    ),
+    **{name: _timed(backend, each) for backend in BACKENDS.values() for name, each in backend.timings.items()},
 }  # fmt: skip
 DEFAULT_RUNTIMES = ("torch", "onnxruntime")
 
 
-def file_job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
-    """Return the worker's options for an exported file in the runtime of its format, besides threads and cores."""
-    if path.suffix == ".onnx":
-        return _onnx(path)
-    if path.suffix == ".xml":
-        return _openvino(path, batch_size, bf16=precision == "bf16")
-    return _coreml(path, compute_units)
-
-
 def is_artifact(model: str | Path) -> bool:
     """Return whether a model is given as an exported file, and not by a name that timm knows."""
-    from ..backends.registry import BACKENDS
-
     return Path(model).suffix in {backend.suffix for backend in BACKENDS.values()}
 
 
@@ -121,8 +90,6 @@ def describe_runtimes() -> str:
 
 def check_runtimes(names: Sequence[str]) -> None:
     """Raise InputError for a runtime that is unknown or does not run on this machine."""
-    from ..backends.registry import BACKENDS
-
     for name in names:
         if name not in RUNTIMES:
             raise InputError(f"unknown runtime {name!r}; choose from {', '.join(RUNTIMES)}")
