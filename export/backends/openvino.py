@@ -231,7 +231,7 @@ def profile(path: Path, batch: torch.Tensor, threads: int, precision: str) -> li
     model, _ = load_openvino(path)
     model.reshape(list(batch.shape))
     weights = _weight_shapes(model)
-    options = {properties.inference_num_threads(): threads, properties.enable_profiling(): True}
+    options: dict[str, Any] = {properties.inference_num_threads(): threads, properties.enable_profiling(): True}
     options[properties.hint.inference_precision()] = precision if precision == "bf16" else "f32"
     request = core().compile_model(model, "CPU", options).create_infer_request()
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
