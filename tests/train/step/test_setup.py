@@ -59,8 +59,7 @@ def test_step_is_that_of_plain_pytorch(recipe):
         optimizer.zero_grad()
         expected.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-5)
-    for name, value in run.model.state_dict().items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(recipe):
@@ -70,8 +69,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe):
     (one, first), (four, second) = steps(whole, 6), steps(small_device, 6)
     assert (first.accum_steps, second.accum_steps) == (1, 4)
     assert four == pytest.approx(one, rel=1e-5)
-    for name, value in first.model.state_dict().items():
-        torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +96,7 @@ def test_unequal_micro_batches_count_every_image_alike(recipe):
     (one, first), (three, second) = steps(whole, 4), steps(replace(whole, compute=Compute(device_batch_size=3)), 4)
     assert (first.accum_steps, second.accum_steps) == (1, 3)
     assert three == pytest.approx(one, rel=1e-5)
-    for name, value in first.model.state_dict().items():
-        torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
