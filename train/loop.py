@@ -118,9 +118,7 @@ class Training:
         try:
             with self.logger:
                 self._all_steps()
-        except (Stopped, RuntimeError):
-            if not self.signals.expected():
-                raise
+        except Stopped:
             with self.signals.defer_signals():  # Stopped is raised again at its end
                 self._save_stopped()
         if self.world.primary and self.run.log:
@@ -161,7 +159,8 @@ class Training:
             if run.step >= self.total_steps:
                 return
             if batches is None:
-                batches = self.loader.batches(run.step, self.total_steps)
+                with self.signals.defer_signals():
+                    batches = self.loader.batches(run.step, self.total_steps)
             run.train_mode()
             boundary = (run.step // per_epoch + 1) * per_epoch
             while run.step < boundary:

@@ -15,6 +15,8 @@ CHILD: Any = getattr(signal, "SIGCHLD", None)
 """The death of a child; Windows has no such signal, and PyTorch does without it there."""
 LATE = 0.5
 """Seconds after which a signal that the main thread has not handled is late."""
+GROUP = 1.0
+"""Seconds within which a signal to a whole group of processes has reached all of them."""
 
 NO_SIGNAL = b"\0"
 
@@ -39,6 +41,7 @@ class SignalHandler:
         self._deferring = False
         self._changing = threading.Lock()
         self._handled = threading.Event()
+        self._torch_on_death: Callable[[int, object], None] | None = None
         self.when_late: Callable[[], None] | None = None
         """Writes the state; called in another thread, never while the main one is in a `defer_signals` block."""
         self.received: int | None = None
@@ -59,6 +62,8 @@ class SignalHandler:
             self._installed = False
             for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
+            if self._torch_on_death is not None and self.received is None:  # else later deaths must not raise
+                signal.signal(CHILD, self._torch_on_death)
 
     def _handle(self, number: int, frame: object) -> None:
         again = self.received is not None  # one is enough: what follows writes the state
@@ -94,7 +99,7 @@ class SignalHandler:
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Finish the block before a signal is handled: one that changes the run's state, or writes it.
+        """Finish the block before a signal is handled: one that changes the run's state, writes it or starts a loader.
 
         SIGCHLD is deferred too: PyTorch raises an error from it when a loader's worker has died. Blocks can be nested.
         """
@@ -104,27 +109,41 @@ class SignalHandler:
         self._deferring = True
         died: list[tuple[int, object]] = []
         deferred = self._installed and CHILD is not None
-        on_child = signal.signal(CHILD, lambda *what: died.append(what)) if deferred else None
+
+        def note(number: int, frame: object) -> None:
+            died.append((number, frame))
+
+        before = signal.signal(CHILD, note) if deferred else None
         try:
             with self._changing:
                 yield
         finally:
             self._deferring = False
             if deferred:
-                signal.signal(CHILD, on_child)
+                handler = signal.getsignal(CHILD)  # PyTorch's own if the block started the first loader
+                self._handle_deaths(before if handler is note else handler)
         if self.received is not None:
             raise Stopped(self.received)
-        if died and callable(on_child):
-            on_child(*died[0])  # type: ignore[arg-type]
+        if died:
+            self._on_death(*died[0])
 
-    def expected(self, seconds: float = 1.0) -> bool:
-        """Return whether a signal has arrived, or does within `seconds`: one to the group may reach workers first."""
-        begin = time.monotonic()
-        for _ in range(10):  # more workers that die may interrupt the wait
-            with suppress(Stopped, RuntimeError):
-                while time.monotonic() < begin + (seconds if self.received is None else 0.3):
-                    time.sleep(0.02)
-                if self.received is not None and self._installed and CHILD is not None:
-                    signal.signal(CHILD, signal.SIG_DFL)  # later deaths must not raise on the way out
-                break
-        return self.received is not None
+    def _handle_deaths(self, handler: Any) -> None:
+        if callable(handler) and handler != self._on_death:
+            self._torch_on_death, handler = handler, self._on_death
+        signal.signal(CHILD, handler)
+
+    def _on_death(self, number: int, frame: object) -> None:
+        """Raise PyTorch's error about a worker that died, unless a signal to the whole group of processes killed it.
+
+        That may reach workers first, and then `Stopped` is raised while this waits for it. One exception ends a run: a
+        second one would leave the block that handles the first.
+        """
+        if self.received is not None or self._torch_on_death is None:
+            return
+        try:
+            self._torch_on_death(number, frame)
+        except RuntimeError:
+            end = time.monotonic() + GROUP
+            while time.monotonic() < end:
+                time.sleep(0.02)
+            raise

@@ -87,6 +87,63 @@ def wait_uninterrupted(seconds: float) -> None:
     call.wait()
 
 
+@pytest.fixture
+def worker_dies():
+    """A function that ends a worker, as PyTorch's handler of SIGCHLD sees it; that handler is set as PyTorch does."""
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def handler(number, frame):
+        raise RuntimeError("DataLoader worker is killed by signal")
+
+    def die():
+        os.kill(os.getpid(), signal.SIGCHLD)
+
+    die.start = lambda: signal.signal(signal.SIGCHLD, handler)
+    yield die
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_death_of_a_worker_is_an_error(worker_dies):
+    signals = SignalHandler()
+    with signals.installed():
+        with signals.defer_signals():
+            worker_dies.start()
+        with pytest.raises(RuntimeError, match="worker is killed"):
+            worker_dies()
+    with pytest.raises(RuntimeError, match="worker is killed"):
+        worker_dies()  # the handler is given back
+
+
+@pytest.mark.parametrize("order", ["worker first", "run first", "in a step"])
+def test_signal_to_a_group_of_processes_stops_the_run_once(worker_dies, order):
+    """A second exception, of a worker that dies later, would leave the block that saves the state."""
+    signals = SignalHandler()
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def work() -> None:
+        with signals.defer_signals():
+            worker_dies.start()
+        if order == "worker first":
+            threading.Timer(0.2, stop).start()
+            worker_dies()
+        elif order == "run first":
+            stop()
+        else:
+            with signals.defer_signals():
+                worker_dies()
+                stop()
+
+    with signals.installed():
+        with pytest.raises(Stopped):
+            work()
+        worker_dies()
+        with pytest.raises(Stopped), signals.defer_signals():  # the state is saved
+            worker_dies()
+    worker_dies()
+
+
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with SignalHandler().installed():
