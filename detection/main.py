@@ -46,8 +46,7 @@ class _Command:
     options: tuple[str, ...] = ()
     """Fields that replace the config's, such as `train_cfg.max_epochs=3 train_dataloader.batch_size=4`."""
     trust_config: bool = False
-    """Run code in the config and import the modules that it names. Without it, a config that is more than data is
-    refused."""
+    """Run code in the config and import the modules that it names; without it, only data is accepted."""
 
     def _config(self) -> Config:
         return load_config(self.config, self.options, self.trust_config)
@@ -75,8 +74,8 @@ class Train(_Reads):
     output: Path | None = None
     """Run folder; runs/CONFIG by default."""
     pretrained: str | None = None
-    """Initial weights of the backbone: a checkpoint of any layout, a name of `shvit weights list`, or `none` for random
-    weights. By default the config names them: ImageNet weights, which are downloaded."""
+    """Initial weights of the backbone: a checkpoint of any layout, a name of `shvit weights list`, or `none`.
+    By default the config names them: ImageNet weights, which are downloaded. `none` means random weights."""
     auto_scale_lr: bool = False
     """Scale the learning rate to the batch size. The configs' learning rate is for 16 images in all."""
 
@@ -119,13 +118,13 @@ def check_backbone(config: Config, pretrained: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Detects(_Command):
     checkpoint: Path | None = None
-    """Weights of the detector: a file that `shvit detect train`, MMDetection or the reference wrote, or a name of
-    `shvit weights list`."""
+    """Weights of the detector: a file by `shvit detect train`, MMDetection or the reference, or a published name.
+    `shvit weights list` has the published names."""
     artifact: Path | None = None
     """Exported detector: an .onnx file that `shvit detect export` wrote."""
     img_size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, into which images are fitted. By default images are prepared
-    as the config says. An artifact has its own size."""
+    """Height and width in pixels, or one number for both, into which images are fitted.
+    By default images are prepared as the config says. An artifact has its own size."""
 
     def _load(self, config: Config, threads: int | None = None) -> tuple[dict[str, Detect], Sequence[Any]]:
         """Return the detectors by name, and the transforms that prepare an image for them."""

@@ -34,19 +34,19 @@ MAX_CLASSES_COUNTED = 50_000  # the matrix of their confusions has 20 GB; ImageN
 
 @dataclass(frozen=True)
 class Eval:
-    """Top-1 and top-5 accuracy of a checkpoint or an exported file on a folder of class folders.
+    """Measure top-1 and top-5 accuracy of a checkpoint or an exported file on a folder of class folders.
 
     Class folders are matched by name to the classes that the checkpoint's run, or the file, knows.
     """
 
     data: str
-    """A folder of class folders, or one that holds them under val/; a tar of one; a folder of WebDataset shards; a name
-    that timm knows, such as torch/cifar10; `elpv` for the demo's validation images."""
+    """A folder of class folders, or one that holds them under val/, or a tar of one.
+    Also a folder of WebDataset shards, a name that timm knows, such as torch/cifar10, or `elpv` (the demo's images)."""
     split: str | None = None
     """Split name, for sharded or named datasets; validation by default."""
     checkpoint: Path | None = None
-    """Weights in any layout, or a name of `shvit weights list`; for a run's last.pt both the weights and EMA weights
-    are evaluated."""
+    """Weights in any layout, or a name of `shvit weights list`.
+    For a run's last.pt both the weights and EMA weights are evaluated."""
     model: str | None = None
     """A name that timm knows; by default the checkpoint's own model."""
     pretrained: bool = False
@@ -224,8 +224,7 @@ def _to_logits(artifact: Artifact) -> Predict:
 @dataclass(frozen=True, kw_only=True)
 class _FromModel:
     checkpoint: Path | None = None
-    """Weights in any layout, or a name of `shvit weights list`. By default random weights, which are only useful for
-    benchmarking."""
+    """Weights in any layout, or a name of `shvit weights list`; random ones, for benchmarks alone, by default."""
     model: str | None = None
     """A name that timm knows; by default the checkpoint's own model."""
     pretrained: bool = False
@@ -235,13 +234,13 @@ class _FromModel:
     img_size: int | None = None
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     images: Path | None = None
-    """A folder of images to verify with, ideally the validation images in folders of their classes; scikit-image's
-    bundled ones by default."""
+    """A folder of images to verify with, ideally the validation images in folders of their classes.
+    By default scikit-image's bundled ones."""
     calibration: Path | None = None
     """A folder of training images from which 8-bit ranges are learned; scikit-image's bundled ones by default."""
     labels: Path | None = None
-    """A text file with the name of a class on each line; those that the checkpoint's run knows by default, and
-    ImageNet's for published weights."""
+    """A text file with the name of a class on each line.
+    By default those that the checkpoint's run knows, and ImageNet's for published weights."""
 
     def _check_apart(self, output: Path) -> None:
         check_apart(output, checkpoint=self.checkpoint, labels=self.labels, images=self.images,
@@ -288,7 +287,7 @@ def _command(backend: Backend[Any]) -> type[_Export]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportAll(_FromModel):
-    """Every format in every precision, verified, and a table of what each one costs."""
+    """Write every format in every precision, verified, and a table of what each one costs."""
 
     output: Path
     """A folder for the files, formats.md and formats.json."""

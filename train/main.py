@@ -34,8 +34,8 @@ class Train:
     output: Path
     """Run folder; if it already holds a run, that run resumes."""
     benchmark: int | None = None
-    """Instead of training, measure this many steps, the data loader and both, and print images per second and peak
-    memory."""
+    """Instead of training, measure this many steps, the data loader and both.
+    Images per second and peak memory are printed."""
 
     def run(self) -> dict[str, Any]:
         """Train, or measure the speed, and return the result."""

@@ -31,21 +31,22 @@ class Data:
     __pydantic_config__ = STRICT
 
     root: Path | None = None
-    """A folder with train/ and val/ (or validation/) of class folders, or .tar files of these names; a folder or a tar
-    with class folders alone, of which about a tenth is kept for validation. Default: elpv-dataset's solar cells."""
+    """A folder with train/ and val/ (or validation/) of class folders, or .tar files of these names.
+    Of a folder or a tar with class folders alone, about a tenth is kept for validation.
+    By default elpv-dataset's solar cells."""
     group: str | None = None
-    """Regular expression for class folders without a split: images whose names (below the class folder) have the same
-    first group, such as frames of one video, stay on one side of the split. By default, copies by Roboflow (.rf.) and
-    those with _aug or -aug in their name stay with their original."""
+    """Regular expression for class folders without a split, matched with image names below the class folder.
+    Images with the same first group, such as frames of one video, stay on one side of the split.
+    By default, copies by Roboflow (.rf.) and those with _aug or -aug in their name stay with their original."""
     changed: Literal["refuse", "continue"] = "refuse"
-    """Whether a run resumes when its images have changed since it started. With 'continue', finished epochs stay
-    finished, and the schedule is fitted to the present images."""
+    """Whether a run resumes when its images have changed since it started.
+    With 'continue', finished epochs stay finished, and the schedule is fitted to the present images."""
     name: str = ""
-    """A dataset that `timm.data.create_dataset` knows by a prefix: wds/ (WebDataset shards), hfds/ and hfids/ (Hugging
-    Face datasets, whole and streamed), torch/, tfds/. `root` is then its folder or cache."""
+    """A dataset that `timm.data.create_dataset` knows by a prefix, with `root` as its folder or cache.
+    Prefixes are wds/ (WebDataset shards), hfds/ and hfids/ (Hugging Face, whole and streamed), torch/ and tfds/."""
     train_split: str = "train"
-    """Training split of a named dataset. For shards also a pattern and the number of images, such as
-    'train-{0000..0099}.tar|128000'."""
+    """Training split of a named dataset.
+    For shards also a pattern and the number of images, such as 'train-{0000..0099}.tar|128000'."""
     val_split: str = "validation"
     """Validation split of a named dataset."""
     num_classes: int | None = None
@@ -89,8 +90,8 @@ class Augment:
     smoothing: float = 0.1
     """Label smoothing."""
     repeats: int = 3
-    """Repeated augmentation: an epoch is drawn from this many copies of each image; 1 for none. The epoch keeps its
-    length, so each image is seen in about one of `repeats` epochs."""
+    """Repeated augmentation: an epoch is drawn from this many copies of each image; 1 for none.
+    The epoch keeps its length, so each image is seen in about one of `repeats` epochs."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class Distill:
     __pydantic_config__ = STRICT
 
     teacher: str | None = None
-    """Teacher model, a name that timm knows; None for no distillation. The teacher gets the student's images in its own
-    normalization, resized where it accepts only its own size (DeiT, LeViT, Swin)."""
+    """Teacher model, a name that timm knows; None for no distillation.
+    It gets the student's images in its own normalization, resized where it accepts only its own size."""
     checkpoint: Path | None = None
     """The teacher's weights; timm's pretrained ones by default."""
     kind: Literal["hard", "soft"] = "hard"
@@ -153,8 +154,8 @@ class Compute:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto takes CUDA where there is a GPU."""
     device_batch_size: int = 256
-    """Maximum number of images that one process computes at once; a larger batch takes several gradient accumulation
-    steps."""
+    """Maximum number of images that one process computes at once.
+    A larger batch takes several gradient accumulation steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass, by autocast; weights and EMA weights are always float32."""
     channels_last: bool = True
@@ -176,8 +177,8 @@ class Save:
     __pydantic_config__ = STRICT
 
     every_minutes: float = 5.0
-    """Minutes between two saves of the training state (last.pt), also saved after each evaluation and at SIGTERM and
-    SIGINT."""
+    """Minutes between two saves of the training state (last.pt).
+    It is also saved after each evaluation and at SIGTERM and SIGINT."""
     keep: int = 2
     """Number of training states to keep: last.pt, last-1.pt, …; a run resumes from the newest readable one."""
     log_steps: int = 10

@@ -401,7 +401,7 @@ COREML = Backend(
     name="coreml",
     title="Core ML",
     suffix=".mlpackage",
-    help="A verified Core ML package (ML Program, iOS 16; iOS 17 for w8a8), run here by our own evaluator.",
+    help="Write a verified Core ML package (ML Program, iOS 16; iOS 17 for w8a8), run here by our own evaluator.",
     timings={
         "coreml": Timing("the package of `shvit export coreml` in Core ML, on a Mac", "fp16", "fp16", on_cpu=False)
     },

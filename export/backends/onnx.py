@@ -315,7 +315,7 @@ ONNX = Backend(
     name="onnx",
     title="ONNX",
     suffix=".onnx",
-    help="A verified ONNX file.",
+    help="Write a verified ONNX file.",
     timings={
         "onnxruntime": Timing("the file of `shvit export onnx` in ONNX Runtime", "fp32", "fp32"),
         "onnxruntime-int8": Timing("the same in int8", "int8", "int8"),

@@ -261,7 +261,7 @@ OPENVINO = Backend(
     title="OpenVINO",
     suffix=".xml",
     companions=(".bin",),
-    help="A verified OpenVINO IR, F.xml and F.bin.",
+    help="Write a verified OpenVINO IR, F.xml and F.bin.",
     timings={
         "openvino": Timing("the file of `shvit export openvino` in OpenVINO", "fp32", "fp32"),
         "openvino-bf16": Timing("the same in bfloat16 arithmetic", "bf16", "fp32"),

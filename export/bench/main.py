@@ -35,8 +35,8 @@ class Bench:
     """
 
     models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
-    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format;
-    by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
+    """Names that timm knows, or files of `shvit export`, which run in the runtime of their format.
+    By default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     runtimes: RuntimeNames = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     """Numbers of images in a batch."""
@@ -49,8 +49,8 @@ class Bench:
     pretrained: bool = False
     """Use each model's published weights in place of a checkpoint."""
     against: list[Path] = field(default_factory=list)
-    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults;
-    ratios are to the first of them."""
+    """Third-party files (.onnx, .xml, .mlpackage) to compare with, run with their runtime's defaults.
+    Ratios are to the first of them."""
     rounds: int = 15
     """Rounds in which each case is timed; with more rounds, smaller differences can be told from noise."""
     profile: bool = False

@@ -27,8 +27,8 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class _BrowserOptions:
     models: Annotated[list[str] | None, tyro.conf.arg(metavar="[STR [STR ...]]")] = None
-    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them;
-    by default the checkpoint's model, or else shvit_s1 to shvit_s4."""
+    """Names that timm knows, or .onnx files of `shvit export` with their certificates beside them.
+    By default the checkpoint's model, or else shvit_s1 to shvit_s4."""
     baselines: list[str] = field(default_factory=list)
     """Names of baseline models to compare with; their weights are random."""
     precision: list[Literal["fp32", "fp16", "int8"]] = field(default_factory=lambda: ["fp32"])
@@ -40,8 +40,8 @@ class _BrowserOptions:
     img_size: int | None = None
     """Input height and width in pixels of the named models; by default the checkpoint's, or each model's own."""
     images: Path | None = None
-    """A folder of images, some of which are sent to the browser, resized and cropped, and published with a site;
-    scikit-image's bundled images by default."""
+    """A folder of images, some of which are sent to the browser, resized and cropped, and published with a site.
+    By default scikit-image's bundled images."""
     threads: list[int] = field(default_factory=lambda: [1])
     """Numbers of CPU threads that this machine is measured with."""
     rounds: int = 7
@@ -49,8 +49,8 @@ class _BrowserOptions:
     sustained: int = 30
     """Seconds that a browser runs one model without a pause."""
     ort_web: str | None = None
-    """Location of ONNX Runtime for browsers: a folder, by default in the cache, to which missing files are downloaded
-    from npm, or `cdn`, from which the browser downloads it; hashes are always checked."""
+    """Location of ONNX Runtime for browsers: a folder, or `cdn`, from which the browser downloads it.
+    By default a folder in the cache, to which missing files are downloaded from npm. Hashes are always checked."""
 
     @property
     def _hosted(self) -> bool:
