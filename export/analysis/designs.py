@@ -87,10 +87,8 @@ def stride_4(model: SHViT, x: torch.Tensor) -> SHViT:
     1.6 from stage to stage, 1.8 times if they triple.
     """
     wanted, dim = cost(model, x).macs, float(model.num_features)  # of the last stage
-    with torch.device("meta"):
-        blank = torch.empty_like(x, device="meta")
-        for _ in range(STEPS):  # multiply-adds grow nearly with the square of the width
-            dim *= (wanted / cost(_pyramid(model, dim), blank).macs) ** 0.5
+    for _ in range(STEPS):  # multiply-adds grow nearly with the square of the width
+        dim *= (wanted / cost(_pyramid(model, dim), x).macs) ** 0.5
     return _pyramid(model, dim)
 
 

@@ -392,7 +392,7 @@ class Workshop:
         model = self.source.unfolded() if form == "unfolded" else self.source.deployed()
         path = self.path(".onnx")
         precision: Precision = "fp16" if form == "fp16" else "fp32"
-        write_onnx(model, path, replace(self.spec, precision=precision), True)
+        write_onnx(model, path, replace(self.spec, precision=precision))  # an open batch takes twice as long to trace
         return onnx.load(path)
 
     def onnx(

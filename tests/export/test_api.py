@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     settle(model, spec.normalize(read_pixels(sample_images(None), spec)))
     write_checkpoint(model.state_dict(), folder / "tiny.safetensors")
     certificate = export_model(
-        "onnx", "tiny_vit", folder / "m.onnx", checkpoint=folder / "tiny.safetensors", img_size=64, dynamic_batch=True
+        "onnx", "tiny_vit", folder / "m.onnx", checkpoint=folder / "tiny.safetensors", img_size=64, raw_pixels=True
     )
     return folder, model.eval(), certificate
 
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
 def test_export_is_that_of_the_command(made, tmp_path):
     folder, _, certificate = made
     options = ["--model", "tiny_vit", "--checkpoint", f"{folder}/tiny.safetensors", "--img-size", "64"]
-    command = run(["export", "onnx", *options, "--dynamic-batch", "--output", f"{tmp_path}/m.onnx"])["certificate"]
+    command = run(["export", "onnx", *options, "--raw-pixels", "--output", f"{tmp_path}/m.onnx"])["certificate"]
     assert certificate.passed
     assert asdict(certificate) == command
     assert read_certificate(folder / "m.onnx").artifact_sha256 == certificate.artifact_sha256
@@ -75,7 +75,7 @@ def test_verification_names_what_is_wrong_and_returns_what_exceeds_its_tolerance
 def test_model_in_memory_is_exported_with_the_weights_that_it_has(made, tmp_path):
     _, model, certificate = made
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = export_model("onnx", model, tmp_path / "m.onnx", img_size=64)
+    result = export_model("onnx", model, tmp_path / "m.onnx", img_size=64, raw_pixels=True)
     assert result.passed
     assert (result.random_weights, result.checkpoint_sha256, result.spec.outputs) == (False, None, ("logits",))
     assert result.compared_layers == certificate.compared_layers
@@ -101,7 +101,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, changes, messa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_benchmark_times_a_file(made):
+def test_benchmark_times_a_file(made, quick_machine):
     folder, *_ = made
     measured = benchmark([folder / "m.onnx"], [], rounds=1)
     (result,) = measured.results

@@ -25,11 +25,11 @@ from tests.conftest import create_tiny
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory):
     """A tiny SHViT, deployed and unfolded, with its ONNX file, its spec and some inputs at 64 px."""
-    model = create_tiny().eval()
+    model = create_tiny(depth=(1, 1, 1))
     deployed = unfold_identities(deploy(model, 64))
     spec = Spec.of("shvit_s1", model, 64)
     path = tmp_path_factory.mktemp("quantize") / "tiny.onnx"
-    write_onnx(deployed, path, spec, dynamic_batch=True)
+    write_onnx(deployed, path, spec)
     torch.manual_seed(0)
     return deployed, load_onnx(path), spec, torch.randn(8, 3, 64, 64)
 
@@ -145,9 +145,9 @@ def test_only_layers_read_what_is_rounded_for_them(tiny_file, tiny_ranges, tmp_p
     """Residual sums, float layers and the model's outputs have exact values; a layer's output is its kernel's."""
     (_, proto, spec, batch), ranges = tiny_file, tiny_ranges
     if features:
-        model, outputs = feature_maps("tiny_vit", create_tiny().eval())
+        model, outputs = feature_maps("tiny_vit", create_tiny(depth=(1, 1, 1)))
         deployed, spec = unfold_identities(deploy(model, 64)), replace(spec, outputs=outputs)
-        write_onnx(deployed, tmp_path / "maps.onnx", spec, dynamic_batch=True)
+        write_onnx(deployed, tmp_path / "maps.onnx", spec)
         proto, ranges = load_onnx(tmp_path / "maps.onnx"), activation_ranges(deployed, [batch])
     names = [node.name for node in proto.graph.node if node.op_type in LAYERS]
     excluded = (names[0], names[7])
@@ -185,7 +185,7 @@ def test_baseline_models_go_into_int8(tmp_path, name):
     randomize_norms(model)
     spec, batch = Spec.of(name, model, 64), torch.randn(8, 3, 64, 64)
     deployed = unfold_identities(deploy(model, 64))
-    write_onnx(deployed, tmp_path / "float.onnx", spec, dynamic_batch=True)
+    write_onnx(deployed, tmp_path / "float.onnx", spec)
     proto = load_onnx(tmp_path / "float.onnx")
     ranges = activation_ranges(deployed, [batch])
     spec = replace(spec, precision="int8")
