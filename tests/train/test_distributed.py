@@ -21,7 +21,7 @@ from shvit.train.distributed import join
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Optim, Recipe, Save
 from tests.conftest import PLAIN, assert_same_end, state
-from tests.train.forked import options, start_training
+from tests.train.forked import options, start_torchrun, start_training
 
 
 def command(recipe: Recipe, folder: Path, *launcher: str) -> list[str]:
@@ -126,7 +126,9 @@ def test_two_processes_train_as_one(small, tmp_path):
     """With BatchNorm frozen, and nothing drawn for a process's own part of the batch, the losses are equal."""
     recipe = replace(small, epochs=5, freeze_bn=True, augment=PLAIN, optim=Optim(lr=1e-2), save=Save(log_steps=1))
     train(recipe, tmp_path / "one")
-    out = finish(command(recipe, tmp_path / "two", *torchrun("--standalone", "--nproc-per-node=2")))
+    process = start_torchrun(2, recipe, tmp_path / "two", tmp_path / "stdout", tmp_path / "stderr")
+    assert exit_status(process, seconds=120) == 0, (tmp_path / "stderr").read_text()
+    out = (tmp_path / "stdout").read_text()
     assert "batch 8 = 2 processes × 1 gradient accumulation steps × 4" in out
     result = json.loads(out.splitlines()[-1])
     assert result["n_val"] == 12  # each once
