@@ -70,7 +70,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_path):
     """Its backward pass is one call of many seconds on a CPU, in which Python runs nothing."""
     slow = Recipe(
-        model="shvit_s2",
+        model="shvit_s1",
         img_size=384,
         epochs=2,
         batch_size=16,
@@ -81,7 +81,7 @@ def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_p
     folder = tmp_path / "run"
     process = start_training(slow, folder)
     wait_for(lambda: (folder / "tensorboard").exists())
-    time.sleep(3)
+    time.sleep(2)
     assert process.is_alive()
     process.terminate()
     wait_for((folder / "last.pt").exists, seconds=10)  # one or two where nothing else runs
