@@ -229,9 +229,9 @@ def allowed_failures(percent: float, trials: int) -> int:
 
 def lowest_rate(count: int, trials: int) -> float:
     """Return the lower end of the one-sided Clopper-Pearson interval of a rate, given `count` of `trials`."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv  # a second sooner there than all of scipy.stats
 
-    return float(beta.ppf(1 - CONFIDENCE, count, trials - count + 1)) if count else 0.0
+    return float(betaincinv(count, trials - count + 1, 1 - CONFIDENCE)) if count else 0.0
 
 
 def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
