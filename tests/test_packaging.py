@@ -76,6 +76,8 @@ def test_wheel_works_in_a_clean_environment_from_another_folder(clean_python, tm
         return json.loads(done.stdout.splitlines()[-1])
 
     assert subprocess.check_output([program, "--version"], cwd=tmp_path, text=True) == "shvit 0.1.0\n"
+    where = forks.run(code="import shvit; print(shvit.__file__)", cwd=tmp_path, python=clean_python).stdout
+    assert where.startswith(str(clean_python.parent.parent))
     assert {"shvit_s1", "shvit_s4"} <= {model["model"] for model in shvit("list")["models"]}
     result = shvit("export", "onnx", "--model", "shvit_s1", "--img-size", "64", "--output", "s1.onnx")
     certificate = result["certificate"]
