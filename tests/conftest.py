@@ -216,12 +216,12 @@ def quick_machine(monkeypatch):
 
 @pytest.fixture
 def tiny_demo(monkeypatch, quick_machine):
-    """The demo's recipe on a model that is trained and exported in seconds, and every sixth of its cells."""
+    """The demo's recipe on a model that is trained and exported in seconds, and every twentieth of its cells."""
     cells = datasets.elpv
 
     def few(split):
         whole = cells(split)
-        return datasets.Images(whole.source, whole.classes, whole.indices[::6])
+        return datasets.Images(whole.source, whole.classes, whole.indices[::20])
 
     monkeypatch.setattr(datasets, "elpv", few)
     monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], model=SMALL))

@@ -21,16 +21,30 @@ MAX_BYTES = 4_000_000
 
 
 class _Description(pickle.Pickler):
-    """Writes equal bytes for equal objects: a tensor by its values, and hooks without their numbers of the process."""
+    """Writes equal bytes for equal objects: a tensor by its values, and hooks without their numbers of the process.
+
+    A module or tensor that was written before stands there by its number. The memo of pickle itself is off: it tells
+    one string in two places from two equal ones.
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.fast = True
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Any] = []  # no other object takes the place of one that has a number
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor):
-            values = obj.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            return _never, (str(type(obj)), str(obj.dtype), *obj.shape, *obj.stride(), obj.requires_grad, values)
+        if not isinstance(obj, torch.Tensor | nn.Module):
+            return NotImplemented
+        if id(obj) in self._numbers:
+            return _never, (self._numbers[id(obj)],)
+        self._numbers[id(obj)] = len(self._numbers)
+        self._kept.append(obj)
         if isinstance(obj, nn.Module):
             parts = {name: [*part.values()] if name.endswith("hooks") else part for name, part in vars(obj).items()}
             return _never, (type(obj),), parts
-        return NotImplemented
+        values = obj.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return _never, (str(type(obj)), str(obj.dtype), *obj.shape, *obj.stride(), obj.requires_grad, values)
 
 
 def _is_small(model: nn.Module) -> bool:

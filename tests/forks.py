@@ -19,24 +19,30 @@ from typing import Any
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
+def _server(python: Path | str) -> subprocess.Popen:
     """Started when the first test asks for it; it ends with the process that did."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server = subprocess.Popen([sys.executable, __file__], **pipes)
+    server = subprocess.Popen([python, __file__], **pipes)
     atexit.register(server.communicate)
     return server
 
 
 def run(
-    *argv: object, code: str = "", cwd: Path | str | None = None, strict: bool = False, **env: str
+    *argv: object,
+    code: str = "",
+    cwd: Path | str | None = None,
+    strict: bool = False,
+    python: Path | str = sys.executable,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """What `python argv` or `python -c code argv` does, in a child of the server.
 
     Args:
         strict: every warning is an error.
+        python: the interpreter, of another environment for one; each has a server.
         env: variables that are set beside those of this process.
     """
-    server = _server()
+    server = _server(python)
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forks
 from tests.conftest import ROOT, kept_files
 
 
@@ -67,12 +68,16 @@ def test_sdist_can_be_built_from(dist):
 
 
 def test_wheel_works_in_a_clean_environment_from_another_folder(clean_python, tmp_path):
+    program = clean_python.with_name("shvit")
+
     def shvit(*argv: str) -> dict:
-        command = [clean_python.with_name("shvit"), *argv]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = forks.run(program, *argv, cwd=tmp_path, python=clean_python)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
+    assert subprocess.check_output([program, "--version"], cwd=tmp_path, text=True) == "shvit 0.1.0\n"
+    where = forks.run(code="import shvit; print(shvit.__file__)", cwd=tmp_path, python=clean_python).stdout
+    assert where.startswith(str(clean_python.parent.parent))
     assert {"shvit_s1", "shvit_s4"} <= {model["model"] for model in shvit("list")["models"]}
     result = shvit("export", "onnx", "--model", "shvit_s1", "--img-size", "64", "--output", "s1.onnx")
     certificate = result["certificate"]

@@ -65,8 +65,9 @@ def _timm_weights(name: str) -> dict[str, str]:
 
 def count(name: str, img_size: tuple[int, int]) -> tuple[int, float]:
     """Return (parameters, GMACs at `img_size`) of a model, counted on the meta device: nothing is computed."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = timm.create_model(name).eval()
-        model(torch.empty(1, 3, *img_size))
+    with torch.device("meta"):
+        model, image = timm.create_model(name).eval(), torch.empty(1, 3, *img_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
     params = sum(parameter.numel() for parameter in model.parameters())
     return params, counter.get_total_flops() / 2e9  # two operations are one multiply-add

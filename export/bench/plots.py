@@ -116,6 +116,7 @@ def draw_pareto(measurements: Measurements) -> Figure | None:
     if any(result.ratio_to_first is None for result in rated):
         handles.append(_handle("hollow: " + NOISY, MUTED, marker="o", markerfacecolor="white", linestyle=""))
     _legend(figure, handles)
+    figure.draw_without_rendering()  # once: places of panels and points
     for axis, shown in zip(axes, groups.values(), strict=True):
         _label(figure, axis, shown)
     return figure
@@ -326,7 +327,6 @@ def _name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 def _label(figure: Figure, axis: Axes, shown: list[BenchResult]) -> None:
     """Write names beside the points, ours first; where a name would overlap another it takes the next place."""
-    figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     best = best_forms(shown)
     on_front = front(best)

@@ -109,6 +109,7 @@ data = dict(
     data_root="{coco}/",
     ann_file="annotations.json",
     data_prefix=dict(img="images/"),
+    serialize_data=False,  # which a look through all of the process's memory comes with, twice for a dataset
 )
 loading = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline, **data), **loading)

@@ -392,6 +392,7 @@ def test_config_on_the_page_trains_on_ones_own_data(tmp_path, monkeypatch):
         "val_evaluator=None",
         "train_dataloader.dataset.pipeline.2.scale=(64,64)",
         "model.roi_head.bbox_head.fc_out_channels=16",
+        "model.roi_head.mask_head.conv_out_channels=16",
         "default_hooks.checkpoint.interval=2",  # none of 200 MB is written
         "default_hooks.checkpoint.save_last=false",
     ]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from shvit.cli import program
 from shvit.train.recipe import Recipe
@@ -41,10 +43,33 @@ def start_training(recipe: Recipe, folder: Path, stderr: Path | str = os.devnull
     return start(_train, options(recipe, folder), stderr)
 
 
-def _train(words: list[str], stderr: Path | str) -> None:
+def start_torchrun(processes: int, recipe: Recipe, folder: Path, stdout: Path, stderr: Path) -> BaseProcess:
+    """torchrun in a forked process, and what it runs on this machine in others that it forks: training of this recipe.
+
+    It writes what the first of them prints to `stdout`.
+    """
+    return start(_run_torchrun, processes, options(recipe, folder), stdout, stderr)
+
+
+def _run_torchrun(processes: int, words: list[str], stdout: Path, stderr: Path) -> None:
+    where = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # what --standalone sets
+    given = [*where, f"--nproc-per-node={processes}", "--start-method=fork", "-m", "shvit.train"]
+    config, *_ = config_from_args(parse_args(given))
+    elastic_launch(config, _train_in_group)(words, stdout, stderr)
+
+
+def _train_in_group(words: list[str], stdout: Path, stderr: Path) -> None:
+    try:
+        _train(words, stderr, stdout if os.environ["RANK"] == "0" else os.devnull)
+    except SystemExit as ended:  # torchrun waits for a function's return
+        if ended.code:
+            raise
+
+
+def _train(words: list[str], stderr: Path | str, stdout: Path | str = os.devnull) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as where nothing is set
     torch.set_num_threads(1)
-    for number, path in ((1, os.devnull), (2, stderr)):
+    for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = ["shvit", "train", *words]

@@ -21,7 +21,7 @@ from shvit.train.distributed import join
 from shvit.train.loop import train
 from shvit.train.recipe import Data, Optim, Recipe, Save
 from tests.conftest import PLAIN, assert_same_end, state
-from tests.train.forked import options, start_training
+from tests.train.forked import options, start_torchrun, start_training
 
 
 def command(recipe: Recipe, folder: Path, *launcher: str) -> list[str]:
@@ -70,7 +70,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_path):
     """Its backward pass is one call of many seconds on a CPU, in which Python runs nothing."""
     slow = Recipe(
-        model="shvit_s2",
+        model="shvit_s1",
         img_size=384,
         epochs=2,
         batch_size=16,
@@ -81,7 +81,7 @@ def test_sigterm_leaves_a_state_in_the_middle_of_a_long_step(image_folder, tmp_p
     folder = tmp_path / "run"
     process = start_training(slow, folder)
     wait_for(lambda: (folder / "tensorboard").exists())
-    time.sleep(3)
+    time.sleep(2)
     assert process.is_alive()
     process.terminate()
     wait_for((folder / "last.pt").exists, seconds=10)  # one or two where nothing else runs
@@ -126,7 +126,9 @@ def test_two_processes_train_as_one(small, tmp_path):
     """With BatchNorm frozen, and nothing drawn for a process's own part of the batch, the losses are equal."""
     recipe = replace(small, epochs=5, freeze_bn=True, augment=PLAIN, optim=Optim(lr=1e-2), save=Save(log_steps=1))
     train(recipe, tmp_path / "one")
-    out = finish(command(recipe, tmp_path / "two", *torchrun("--standalone", "--nproc-per-node=2")))
+    process = start_torchrun(2, recipe, tmp_path / "two", tmp_path / "stdout", tmp_path / "stderr")
+    assert exit_status(process, seconds=120) == 0, (tmp_path / "stderr").read_text()
+    out = (tmp_path / "stdout").read_text()
     assert "batch 8 = 2 processes × 1 gradient accumulation steps × 4" in out
     result = json.loads(out.splitlines()[-1])
     assert result["n_val"] == 12  # each once

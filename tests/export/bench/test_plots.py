@@ -61,10 +61,15 @@ def test_front_is_what_nothing_dominates():
     assert len(found) == 4
 
 
-def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
-    figure = draw_pareto(MEASUREMENTS)
-    assert [axis.get_xscale() for axis in figure.axes] == ["log", "log"]
-    for axis, size in zip(figure.axes, (1, 16), strict=True):
+@pytest.fixture(scope="module")
+def pareto():
+    """Of `MEASUREMENTS`; to be left as it is."""
+    return draw_pareto(MEASUREMENTS)
+
+
+def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once(pareto):
+    assert [axis.get_xscale() for axis in pareto.axes] == ["log", "log"]
+    for axis, size in zip(pareto.axes, (1, 16), strict=True):
         rated = [each for each in MEASUREMENTS.results if each.batch_size == size and each.top1 is not None]
         (line,) = [line for line in axis.lines if line.get_gid() == "front"]
         expected = [(each.latency_ms_p50, each.top1) for each in front(best_forms(rated))]
@@ -73,14 +78,14 @@ def test_pareto_has_a_panel_for_each_batch_size_and_names_every_model_once():
         assert len([line for line in axis.lines if line.get_gid() != "front"]) == len(rated)
         assert f"batch {size}" in axis.get_xlabel()
     assert expected == [(3.0, 72.8), (4.5, 75.2)]
-    ours = next(text for text in figure.axes[0].texts if text.get_text() == "shvit_s2")
-    baseline = next(text for text in figure.axes[0].texts if text.get_text() == "heavy")
+    ours = next(text for text in pareto.axes[0].texts if text.get_text() == "shvit_s2")
+    baseline = next(text for text in pareto.axes[0].texts if text.get_text() == "heavy")
     assert ours.get_fontweight() == "bold"
     assert baseline.get_color() != ours.get_color()
 
 
 @pytest.mark.parametrize(("machine", "name"), [(PHONES.machine, "A & B <cpu>"), (None, "this machine")])
-def test_every_device_has_panels_of_its_own(machine, name, tmp_path):
+def test_every_device_has_panels_of_its_own(machine, name, tmp_path, pareto):
     measured = replace(PHONES, machine=machine)
     drawn = [make(measured) for make in (draw_pareto, draw_latency)]
     for axes in (figure.axes for figure in drawn):
@@ -90,7 +95,7 @@ def test_every_device_has_panels_of_its_own(machine, name, tmp_path):
     fronts = [line for axis in drawn[0].axes for line in axis.lines if line.get_gid() == "front"]
     assert [list(line.get_xdata()) for line in fronts] == [[4.0, 15.0], [3.0], [3.5, 5.0, 30.0], [19.0, 60.0]]
     assert len(draw_plots(measured, tmp_path)) == 2
-    assert draw_pareto(MEASUREMENTS).axes[0].get_title() == ""
+    assert pareto.axes[0].get_title() == ""
 
 
 def test_one_bar_for_each_case_with_a_whisker_and_a_mark_if_too_noisy():
@@ -135,10 +140,9 @@ def test_kinds_of_layers_that_a_profiler_tells_have_colors_of_their_own():
     assert len({bar.get_facecolor() for bar in axis.patches}) == len(kinds)
 
 
-def test_names_lie_on_neither_the_front_nor_each_other():
-    figure = draw_pareto(MEASUREMENTS)
-    figure.draw_without_rendering()
-    for axis in figure.axes:
+def test_names_lie_on_neither_the_front_nor_each_other(pareto):
+    pareto.draw_without_rendering()
+    for axis in pareto.axes:
         boxes = [text.get_window_extent() for text in axis.texts]
         assert all(a.count_overlaps([b for b in boxes if b is not a]) == 0 for a in boxes)
         (line,) = [line for line in axis.lines if line.get_gid() == "front"]

@@ -16,7 +16,7 @@ def test_demo_runs_the_whole_line_on_the_users_images(tmp_path, monkeypatch, tin
     rng = np.random.default_rng(0)
     for channel, name in ((0, "red"), (2, "<blue>")):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for index in range(70):
+        for index in range(45):
             pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
             pixels[..., channel] += 150
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
