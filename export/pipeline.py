@@ -197,7 +197,7 @@ def export_model(
     """Export a model into a verified file, as `shvit export` does, and write its certificate beside it.
 
     Args:
-        format: onnx, openvino or coreml.
+        format: onnx, openvino, coreml or ncnn.
         model: a name that timm knows, None for the checkpoint's own model; or a timm model with the weights that it
             has.
         output: the file to write.
@@ -229,8 +229,8 @@ def export_model(
     if outputs == "features":
         refuse("--features gives no classes", classifier=chosen.classifies, labels=labels)
     softmax, outputs = outputs == "probabilities", "probabilities" if chosen.classifies else outputs
-    if output.suffix != backend.suffix:
-        raise InputError(f"--output {output} must end in {backend.suffix}")
+    if not output.name.endswith(backend.ending) or output.name == backend.ending:
+        raise InputError(f"--output {output} must end in {backend.ending}")
     check_files(output, artifact_files(output))
     if isinstance(model, nn.Module):
         weights: Weights | nn.Module = model

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from shvit.documents import load_json, to_json
-from shvit.errors import CheckFailed
+from shvit.environment import advise
+from shvit.errors import CheckFailed, InputError
 from shvit.files import atomic_write
 
 from .backends.backend import Backend
@@ -29,31 +30,48 @@ HEAD = ("file", "top-1 %", "same top-1 %", "SNR dB", "MB", "excluded from int8",
 def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]:
     """Export all of `ROWS` into a folder, with formats.md and formats.json; one that fails gets a row and no file.
 
+    Formats whose packages are not installed are left out, and a line says so.
+
     Raises:
-        InputError: one of them cannot be made of this source; nothing is written.
-        ModuleNotFoundError: a package that one of them needs is not installed; nothing is written.
+        InputError: there are no images to calibrate one of them with; nothing is written.
     """
     for backend, precision in ROWS:
         check_calibration(backend, with_precision(source, backend, precision))
-    for name in dict.fromkeys(name for backend in BACKENDS.values() for name in backend.packages):
-        importlib.import_module(name)
-    certificates = {}
-    for backend, precision in ROWS:
-        name = f"{source.spec.model}-{precision}{backend.suffix}"
+    certificates: dict[tuple[str, str], dict[str, Any]] = {}
+    backends = {backend.name: backend for backend, _ in ROWS}
+    installed = [name for name, backend in backends.items() if _imports(backend, console)]
+    for backend, precision in (row for row in ROWS if row[0].name in installed):
+        name = f"{source.spec.model}-{precision}{backend.ending}"
         console.print(f"{backend.title} {precision} …")
         try:
             export(backend, folder / name, with_precision(source, backend, precision), backend.all_options)
-            certificates[name] = load_json(folder / f"{name}.certificate.json")
+            certificate = load_json(folder / f"{name}.certificate.json")
         except CheckFailed as error:
-            certificates[name] = error.result
-    text = markdown(certificates)
+            certificate = error.result
+        except InputError as error:  # the model has what the format lacks
+            console.print(str(error))
+            certificate = {"passed": False, "error": str(error)}
+        certificates[f"{backend.title} {precision}", name] = certificate
+    text = markdown({row: certificate for (row, _), certificate in certificates.items()})
+    files = {name: certificate for (_, name), certificate in certificates.items()}
     with atomic_write(folder / "formats.md") as partial:
         partial.write_text(text, encoding="utf-8")
     with atomic_write(folder / "formats.json") as partial:
-        partial.write_text(to_json(certificates, indent=2) + "\n")
+        partial.write_text(to_json(files, indent=2) + "\n")
     for line in text.splitlines():
         console.print(line)
-    return {"output": str(folder), "passed": {name: each["passed"] for name, each in certificates.items()}}
+    return {"output": str(folder), "passed": {name: each["passed"] for name, each in files.items()}}
+
+
+def _imports(backend: Backend[Any], console: Console) -> bool:
+    """Return whether a backend's packages are installed; if not, say what installs them."""
+    try:
+        for name in backend.packages:
+            importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        console.print(f"{backend.title} is left out: {advise(missing.name or '', ['export'])}")
+        return False
+    return True
 
 
 def with_precision(source: Source, backend: Backend[Any], precision: Precision) -> Source:
@@ -62,10 +80,9 @@ def with_precision(source: Source, backend: Backend[Any], precision: Precision) 
 
 
 def markdown(certificates: dict[str, dict[str, Any]]) -> str:
-    """Return a table with a row for each certificate, the model itself first."""
+    """Return a table with a row for each certificate, by its name, the model itself first."""
     accuracy = next((each["model_accuracy"] for each in certificates.values() if "model_accuracy" in each), None)
-    lines = [_row(f"{backend.title} {precision}", certificate)
-             for (backend, precision), certificate in zip(ROWS, certificates.values(), strict=True)]  # fmt: skip
+    lines = [_row(name, certificate) for name, certificate in certificates.items()]
     rule = ("---", *("---:" for _ in HEAD[1:-2]), "---", "---")
     model = ("PyTorch fp32", _percent(accuracy), "", "", "", "", "")
     return "".join(f"| {' | '.join(row)} |\n" for row in (HEAD, rule, model, *lines))

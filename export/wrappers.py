@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from shvit.errors import InputError
+from shvit.fold import DeployedSHSA
 
 from .spec import Spec
 
@@ -28,6 +29,13 @@ class Half(Wrapper):
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         outputs = self.model(x.half())
         return outputs.float() if isinstance(outputs, torch.Tensor) else [output.float() for output in outputs]
+
+
+class Tupled(Wrapper):
+    """A model of several outputs, which a trace can return as a tuple but not as a list."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.model(x))
 
 
 class Normalized(Wrapper):
@@ -58,6 +66,15 @@ class Probabilities(Wrapper):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x).softmax(dim=1)
+
+
+def with_attention(model: nn.Module, kind: type[DeployedSHSA]) -> nn.Module:
+    """Return a copy of a deployed model whose attentions are of a class that computes the same by other operators."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, DeployedSHSA):
+            module.__class__ = kind
+    return model
 
 
 def without_softmax(model: nn.Module) -> nn.Module:

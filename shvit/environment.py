@@ -17,6 +17,8 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "cryptography": ("phone",),
     "coremltools": ("coreml", "demo"),
     "openvino": ("openvino",),
+    "ncnn": ("ncnn",),
+    "pnnx": ("ncnn",),
     "elpv_dataset": ("demo",),
     "matplotlib": ("train", *EXPORT),
     "tensorboard": ("train", "detection", "demo"),

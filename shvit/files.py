@@ -332,9 +332,9 @@ def check_replaceable(path: str | os.PathLike) -> None:
     if is_folder(path) and not (path.suffix in PACKAGES and _is_package(path, PACKAGES[path.suffix])):
         kind = f" that holds other things than a {path.suffix[1:]}'s" if path.suffix in PACKAGES else ""
         raise InputError(f"{path}: is a folder{kind}; choose another name")
-    if path.suffix == ".bin" and is_file(path) and not is_file(path.with_suffix(".xml")):
-        raise InputError(f"{path}: is there already, without the .xml file that it would be the weights of; choose "
-                         "another name")  # fmt: skip
+    if path.suffix == ".bin" and is_file(path) and not any(is_file(path.with_suffix(graph)) for graph in GRAPHS):
+        raise InputError(f"{path}: is there already, without the {' or '.join(GRAPHS)} file that it would be the "
+                         "weights of; choose another name")  # fmt: skip
     if is_file(path) and path.suffix in BEGINNINGS and path.stat().st_size:
         with open_file(path) as file:
             begins_well = BEGINNINGS[path.suffix](file.read(4096))
@@ -350,12 +350,14 @@ def _is_package(folder: Path, known: re.Pattern[str]) -> bool:
     )
 
 
+GRAPHS = (".xml", ".param")  # files whose weights are in a .bin beside them
 PACKAGES = {
     ".mlpackage": re.compile(r"Manifest\.json|Data(/com\.apple\.CoreML(/(\w+\.mlmodel|weights(/\w+\.bin)?))?)?")
 }
 """Names of the files in a package (a folder that is one artifact), by its suffix."""
 LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
+    ".param": lambda head: head.split(None, 1)[:1] == [b"7767517"],
     ".json": lambda head: head.lstrip()[:1] in (b"{", b"["),
     ".jsonl": lambda head: head.lstrip()[:1] == b"{",
     ".safetensors": lambda head: head[8:9] == b"{",

@@ -59,7 +59,7 @@ class TinyModel:
 
     def write(self, backend: Backend[Any]) -> Path:
         """Return a file of the model, written once."""
-        path, options = self.folder / f"tiny{backend.suffix}", backend.options()
+        path, options = self.folder / f"tiny{backend.ending}", backend.options()
         if not path.exists():
             source = Source(Reference(self.model, self.spec, [], ""), options.complete(self.spec), [])
             backend.create_writer(source, options)(path, source.spec)

@@ -199,6 +199,7 @@ class Backend(Generic[O]):
     name: str  # the format's word on the command line: `shvit export NAME`
     title: str
     suffix: str
+    inner_suffix: str = ""  # what stands before it in every file's name, as in F.ncnn.param
     companions: tuple[str, ...] = ()  # suffixes of further files that belong to an artifact
     help: str  # help text of the export command
     timings: Mapping[str, Timing]
@@ -213,7 +214,7 @@ class Backend(Generic[O]):
     precisions: tuple[Precision, ...]  # those that can be exported, the default first
     precision_help: str
     compared: tuple[Precision, ...]  # those that `shvit export all` writes
-    calibrated: Precision  # the precision whose ranges are learned from images
+    calibrated: Precision | None  # the precision whose ranges are learned from images, if the format has one
     options: type[O]
     all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]
@@ -234,6 +235,11 @@ class Backend(Generic[O]):
     def runtime(self) -> str:
         """The runtime in which exported files are timed."""
         return next(iter(self.timings))
+
+    @property
+    def ending(self) -> str:
+        """What the names of all its files end in."""
+        return self.inner_suffix + self.suffix
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of a deployed model that are faster in float32 than in int8."""

@@ -1,6 +1,5 @@
 """Core ML: how a package (ML Program) is written from a deployed model, and how it is loaded and run."""
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from ..guards import check_ports
 from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
-from ..wrappers import MIL_LAYERS, Normalized, Wrapper, layer_name
+from ..wrappers import MIL_LAYERS, Normalized, Tupled, layer_name, with_attention
 from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Outputs, Source, Timing, Writer
 from .compute_plan import COMPUTE_UNITS
 from .parameters import LayerParameters, Stored, quantized, range_faults, stored
@@ -73,13 +72,6 @@ def create_writer(source: Source, options: CoremlOptions) -> Writer:
     )
 
 
-class Tupled(Wrapper):
-    """A model of several outputs, which a trace can return as a tuple but not as a list."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.model(x))
-
-
 class FlexibleSHSA(DeployedSHSA):
     """Attention at any grid whose trace holds no number of rows or columns.
 
@@ -87,22 +79,8 @@ class FlexibleSHSA(DeployedSHSA):
     `reshape_as` becomes its `shape` and `reshape`.
     """
 
-    def __init__(self, attention: DeployedSHSA):
-        qk_dim, partial_dim = attention.qk_dim, attention.partial_dim
-        super().__init__(attention.qkv, attention.proj, attention.act, qk_dim, partial_dim, attention.eps)
-
     def _to_grid(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return x.reshape_as(like)
-
-
-def flexible(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` whose attentions are `FlexibleSHSA`."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, DeployedSHSA):
-                setattr(parent, name, FlexibleSHSA(child).eval())
-    return model
 
 
 def write_coreml(
@@ -190,7 +168,7 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
 
 def _trace(model: nn.Module, spec: Spec) -> torch.jit.ScriptModule:
     if spec.other_sizes:
-        model = flexible(model)
+        model = with_attention(model, FlexibleSHSA)
     if len(spec.outputs) > 1:
         model = Tupled(model)
     if spec.uint8_input:

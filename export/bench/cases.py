@@ -76,7 +76,7 @@ class BenchModel:
     def file(self, name: str, precision: Precision) -> Path:
         """Return the file of a format (a key of `BACKENDS`) that `shvit export all` would write."""
         if (name, precision) not in self._files:
-            backend, path = BACKENDS[name], self._path(f"-{precision}{BACKENDS[name].suffix}")
+            backend, path = BACKENDS[name], self._path(f"-{precision}{BACKENDS[name].ending}")
             spec = backend.all_options.complete(replace(self.spec, precision=precision))
             write = backend.create_writer(replace(self._source, spec=spec), backend.all_options)
             floats = backend.float_layers(self._source.deployed()) if precision == "int8" else ()

@@ -38,6 +38,35 @@ def run_onnx(job: dict[str, Any]) -> Prepare:
     return prepare
 
 
+def run_ncnn(job: dict[str, Any]) -> Prepare:
+    """Open a .param with its .bin in ncnn, which takes one image at a time."""
+    import ncnn
+    import numpy as np
+
+    net = ncnn.Net()
+    net.opt.num_threads = job["threads"]
+    net.opt.use_bf16_storage = job["bf16"]
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    if net.load_param(job["path"]) != 0 or net.load_model(job["path"].removesuffix(".param") + ".bin") != 0:
+        raise ValueError("ncnn cannot load it")
+    name, *outputs = job["names"]
+
+    def prepare(batch: int) -> Call:
+        images = np.random.default_rng(0).random((batch, *job["shape"]), dtype=np.float32)
+        mats = [ncnn.Mat(image).clone() for image in images]
+
+        def call() -> None:
+            for mat in mats:
+                extractor = net.create_extractor()
+                extractor.input(name, mat)
+                for output in outputs:
+                    extractor.extract(output)
+
+        return call
+
+    return prepare
+
+
 class OpenVINO:
     """An IR or ONNX file in OpenVINO, compiled for the batch size: a dynamic one costs a fifth of S1's speed."""
 
@@ -165,6 +194,7 @@ def cuda_graph(call: Call) -> Call:
 
 RUNNERS: dict[str, Callable[[dict[str, Any]], Prepare]] = {
     "onnx": run_onnx,
+    "ncnn": run_ncnn,
     "openvino": OpenVINO,
     "coreml": CoreML,
     "torch": run_torch,

@@ -279,41 +279,52 @@ def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_fi
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_table_leaves_out_formats_that_are_not_installed(source, tmp_path, monkeypatch, capsys):
+    options, *_ = source
+    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "fp32")))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    result = run(["export", "all", *options, "--output", str(tmp_path)])
+    assert result["passed"] == {"tiny_vit-fp32.onnx": True}
+    line = "OpenVINO is left out: this needs the package openvino; install it with: pip install 'shvit[openvino]'"
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
 def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypatch):
     monkeypatch.setattr(tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["onnx"], "fp16")))
     figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "excluded_macs": 0.0}
     undecided = {**figures, "passed": None, "artifact_bytes": 1e6, "spec": {"excluded_layers": []}}
     overflowed = {"passed": False, "overflow": "head", "largest_values": {}}
-    lines = tables.markdown({"a": overflowed, "b": undecided}).splitlines()[2:]
+    lines = tables.markdown({"ONNX fp32": overflowed, "ONNX fp16": undecided}).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["", "no", "undecided"]
     assert "50.00" in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "hidden", "message"),
+    ("options", "message"),
     [
-        ([], None, "int8, whose ranges are learned, needs trained weights; give --checkpoint"),
-        (
-            ["--checkpoint", "{checkpoint}", "--calibration", "{few}"],
-            None,
-            "images are too few to learn the ranges",
-        ),
-        (["--checkpoint", "{checkpoint}"], "openvino", "this needs the package openvino; install it with"),
+        ([], "int8, whose ranges are learned, needs trained weights; give --checkpoint"),
+        (["--checkpoint", "{checkpoint}", "--calibration", "{few}"], "images are too few to learn the ranges"),
     ],
 )
-def test_table_that_cannot_be_made_is_refused_before_anything_is_written(
-    source, tmp_path, monkeypatch, options, hidden, message
-):
+def test_table_that_cannot_be_made_is_refused_before_anything_is_written(source, tmp_path, options, message):
     (_, model, _, checkpoint, *_), _, images = source
     few = tmp_path / "few"
     few.mkdir()
     shutil.copy(next(images.rglob("*.png")), few)
-    if hidden:
-        monkeypatch.setitem(sys.modules, hidden, None)
     words = [word.format(checkpoint=checkpoint, few=few) for word in options]
     with pytest.raises(InputError, match=message):
         run(["export", "all", "--model", model, *words, "--img-size", "64", "--output", str(tmp_path / "all")])
     assert not (tmp_path / "all").exists()
+
+
+def test_format_that_lacks_an_operation_gets_a_row_without_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["ncnn"], "fp32"),))
+    result = run(["export", "all", "--model", "test_vit", "--output", str(tmp_path)])
+    assert result["passed"] == {"test_vit-fp32.ncnn.param": False}
+    record = json.loads((tmp_path / "formats.json").read_text())["test_vit-fp32.ncnn.param"]
+    assert "has operations that ncnn lacks: Tensor.reshape" in record["error"]
+    last = (tmp_path / "formats.md").read_text().splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[1:-1]] == ["ncnn fp32", "", "", "", "", "", "no"]
 
 
 def test_coreml_classifier_for_two_sizes_evaluates_as_its_model(source, tmp_path):

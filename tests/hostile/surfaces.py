@@ -111,6 +111,36 @@ def attack_onnx(data: bytes) -> None:
     artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
 
 
+def _ncnn() -> list[bytes]:
+    """A graph of few layers, with what else belongs to the model kept in `attack_ncnn`."""
+    return [
+        b"""7767517
+6 7
+Input in 0 1 image 0=16 1=16 2=3
+Convolution conv 1 1 image a 0=4 1=3 11=3 3=2 4=1 5=1 6=108 9=1
+Split twice 1 2 a b c
+BinaryOp twofold 2 1 b c d 0=0
+Pooling mean 1 1 d e 0=1 4=1
+InnerProduct head 1 1 e logits 0=2 1=1 2=8
+"""
+    ]
+
+
+def attack_ncnn(data: bytes) -> None:
+    """As `shvit eval --artifact` and `shvit verify` open and run a model."""
+    import torch
+
+    from shvit.documents import to_json
+    from shvit.export.backends.registry import load_artifact
+    from shvit.export.metadata import FORMAT_KEY, FORMAT_VERSION, SPEC_KEY
+
+    weights = [bytes(4), bytes(4 * 108), bytes(4 * 4), bytes(4), bytes(4 * 8), bytes(4 * 2)]
+    _written(b"".join(weights), "x.ncnn.bin")
+    _written(to_json({FORMAT_KEY: str(FORMAT_VERSION), SPEC_KEY: _spec()}).encode(), "x.ncnn.json")
+    artifact = load_artifact(_written(data, "x.ncnn.param"), threads=1)
+    artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
+
+
 def _safetensors() -> list[bytes]:
     import timm
     import torch
@@ -280,6 +310,7 @@ def attack_config(data: bytes) -> None:
 SURFACES = {
     "images": Surface(_images, attack_image, [mutators.mutate_image]),
     "onnx": Surface(_onnx, attack_onnx, [mutators.mutate_onnx]),
+    "ncnn": Surface(_ncnn, attack_ncnn, [mutators.mutate_text]),
     "json": Surface(_json, attack_json, [mutators.mutate_json, mutators.mutate_json, mutators.mutate_text]),
     "yaml": Surface(_yaml, attack_yaml, [mutators.mutate_text, mutators.mutate_json]),
     "safetensors": Surface(_safetensors, attack_checkpoint, [mutators.mutate_safetensors]),

@@ -230,7 +230,7 @@ def dangling_link(path):
         ("a.safetensors", user_file, "is not a .safetensors file"),
         ("a.pth", user_file, "is not a .pth file"),
         ("a.xml", user_file, "is not a .xml file"),
-        ("a.bin", user_file, "without the .xml file"),
+        ("a.bin", user_file, "without the .xml or .param file"),
         ("a.png", user_file, "is not a .png file"),
         ("a.html", user_file, "is not a .html file"),
         ("a.onnx", user_folder, "is a folder"),

@@ -1,0 +1,299 @@
+"""ncnn: how a model is written, loaded and run: F.ncnn.param (the graph), F.ncnn.bin (weights), F.ncnn.json (its spec).
+
+ncnn's converter, pnnx, is a program, which runs in a process of its own.
+"""
+
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shvit.documents import load_json, parse_json, parse_model, to_json
+from shvit.errors import InputError
+from shvit.files import is_there, scratch_folder
+from shvit.fold import DeployedSHSA
+from shvit.terminal import quiet
+
+from ..guards import Port, check_ports
+from ..metadata import INPUT, SPEC_KEY, describe, labels_from, spec_from
+from ..spec import Spec
+from ..wrappers import Normalized, Tupled, layers, with_attention
+from .backend import (
+    HALVES,
+    HUGE_PAGES,
+    Artifact,
+    Backend,
+    FormatOptions,
+    ImageInput,
+    Job,
+    Outputs,
+    Source,
+    Timing,
+    Writer,
+    image_input,
+    join,
+)
+from .ncnn_graph import (
+    Layer,
+    RoundedNcnn,
+    extract,
+    format_param,
+    holds_weight,
+    input_names,
+    layer_parameters,
+    open_net,
+    operators,
+    output_names,
+    parse_param,
+    read_graph,
+    read_tensors,
+    read_weights,
+    round_weights,
+    separate_activations,
+    take_layers,
+    to_mat,
+    to_planes,
+    try_model,
+)
+
+if TYPE_CHECKING:
+    from ncnn import Extractor, Net
+
+AGAIN = "export the model again"
+POINTWISE_KEY = "ncnn.pointwise"  # convolutions of the model that became linear layers, as they see one pixel
+MAX_SECONDS = 900  # of pnnx; S4 takes 10
+SAME = 1e-5  # of a layer's largest weight: folding may have moved it by that
+WIDTH, HEIGHT, CHANNELS = 0, 1, 2  # options of a layer of the type Input
+
+
+# --- write ------------------------------------------------------------------------------------------------------------
+
+
+class GroupedSHSA(DeployedSHSA):
+    """Attention whose norm is GroupNorm: ncnn computes a LayerNorm over (P, H, W) wrongly, without a word.
+
+    Means and products in place of a norm are right too, and as fast (S1, 224 px), in 307 layers instead of 235.
+    """
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, 1, eps=self.eps)
+
+
+def create_writer(source: Source, options: "NcnnOptions") -> Writer:
+    """Return a function that writes models."""
+    return lambda path, spec: write_ncnn(source.deployed(), path, spec, source.labels)
+
+
+def write_ncnn(model: nn.Module, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
+    """Write a deployed model as F.ncnn.param, F.ncnn.bin and F.ncnn.json.
+
+    In fp16 and bf16 weights are stored in float16. bf16 is asked of the runtime, as by `shvit`, who reads the spec.
+
+    Args:
+        path: the .param; the caller moves all three files into place.
+
+    Raises:
+        InputError: the model has operations that ncnn has not.
+    """
+    with scratch_folder() as folder:
+        graph, weights = _convert(_trace(model, spec), spec, folder)
+    names, pointwise = _match(graph, weights, model)
+    if spec.precision in HALVES:
+        weights = round_weights(graph, weights, torch.float16, kept=torch.float16)
+    graph = [_named(layer, names, spec) for layer in graph]
+    path.write_text(format_param(graph))
+    path.with_suffix(".bin").write_bytes(weights)
+    path.with_suffix(".json").write_text(to_json({**describe(spec, labels), POINTWISE_KEY: to_json(pointwise)}) + "\n")
+
+
+def _trace(model: nn.Module, spec: Spec) -> torch.jit.ScriptModule:
+    model = with_attention(model, GroupedSHSA)
+    if len(spec.outputs) > 1:
+        model = Tupled(model)
+    if spec.uint8_input:
+        model = Normalized(model, spec, white=255)
+    with torch.no_grad(), quiet():
+        return torch.jit.trace(model.eval(), torch.rand(1, *spec.shape), check_trace=False)  # the file is compared
+
+
+def _convert(traced: torch.jit.ScriptModule, spec: Spec, folder: Path) -> tuple[list[Layer], bytes]:
+    """Return the graph and the weights that pnnx makes of a traced model."""
+    import pnnx
+
+    with quiet():
+        torch.jit.save(traced, folder / "model.pt")
+    shape = ",".join(map(str, (1, *spec.shape)))
+    kinds = {"pnnxparam": "pnnx.param", "pnnxbin": "pnnx.bin", "pnnxpy": "pnnx.py", "pnnxonnx": "pnnx.onnx",
+             "ncnnparam": "ncnn.param", "ncnnbin": "ncnn.bin", "ncnnpy": "ncnn.py"}  # fmt: skip
+    files = [f"{option}={folder / name}" for option, name in kinds.items()]
+    command = [pnnx.EXEC_PATH, str(folder / "model.pt"), f"inputshape=[{shape}]", "fp16=0", *files]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+    if done.returncode != 0 or not (folder / "ncnn.bin").exists():
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise InputError(f"{spec.model} cannot be converted to ncnn: pnnx ends with status {done.returncode} "
+                         f"({' '.join(last)[:200]})")  # fmt: skip
+    graph, weights = parse_param((folder / "ncnn.param").read_text()), (folder / "ncnn.bin").read_bytes()
+    if lacking := sorted({layer.type for layer in graph if not layer.type.isidentifier()}):  # torch.…, Tensor.…
+        raise InputError(f"{spec.model} has operations that ncnn lacks: {', '.join(lacking)}; export it to ONNX")
+    try:
+        list(read_tensors(graph, weights))
+    except ValueError as error:
+        raise InputError(f"{spec.model} cannot be converted to ncnn: pnnx's file {error}") from error
+    return graph, weights
+
+
+def _match(graph: Sequence[Layer], weights: bytes, model: nn.Module) -> tuple[dict[str, str], list[str]]:
+    """Return the model's names of layers by those of the file, told by their weights, and which became linear."""
+    left = list(layers(model))
+    names, pointwise = {}, []
+    for layer, (weight, *_) in read_tensors(graph, weights):
+        for place, (name, module) in enumerate(left if holds_weight(layer) else ()):
+            own = torch.as_tensor(module.weight).detach().float().flatten()
+            if own.shape == weight.value.shape and (own - weight.value).abs().max() <= SAME * own.abs().max():
+                names[layer.name] = name
+                if isinstance(module, nn.Conv2d) and layer.type == "InnerProduct":
+                    pointwise.append(name)
+                del left[place]
+                break
+    return names, pointwise
+
+
+def _named(layer: Layer, names: Mapping[str, str], spec: Spec) -> Layer:
+    """Return a layer with its module's name, and with the names of the model's input and outputs."""
+    blobs = {"in0": INPUT, **{f"out{number}": name for number, name in enumerate(spec.outputs)}}
+    inputs, outputs = (tuple(blobs.get(name, name) for name in each) for each in (layer.inputs, layer.outputs))
+    options = dict(layer.options)
+    if layer.type == "Input":
+        channels, height, width = spec.shape
+        options |= {WIDTH: str(width), HEIGHT: str(height), CHANNELS: str(channels)}
+    return replace(layer, name=names.get(layer.name, layer.name), inputs=inputs, outputs=outputs, options=options)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, threads: int | None) -> Artifact:
+    """Load a model of `shvit export` in ncnn."""
+    graph, notes = read_graph(path), _read_notes(path)
+    spec, weights = spec_from(notes, path), read_weights(path, graph)
+    pointwise = parse_model(list[str], parse_json(notes.get(POINTWISE_KEY, "[]"), str(path)), str(path), AGAIN)
+    names = output_names(graph)
+    inputs = [Port(name, "uint8" if spec.uint8_input else "float32", None) for name in input_names(graph)]
+    check_ports(path, spec, inputs, [Port(name, "float32", None) for name in names], INPUT)
+    try_model(path, graph, spec.shape)
+    net = open_net(graph, path.with_suffix(".bin"), threads, bf16=spec.precision == "bf16")
+    return Artifact(
+        path=path,
+        spec=spec,
+        runtime=NCNN.runtime,
+        operators=operators(graph),
+        run=partial(_run, net, names),
+        run_layers=partial(_run_layers, path, threads, spec.precision == "bf16", pointwise),
+        parameters=lambda: layer_parameters(graph, weights, pointwise),
+        scale_faults=list,
+        labels=labels_from(notes, path),
+    )
+
+
+def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
+    """Return a half-precision artifact that rounds after each layer."""
+    path, dtype = artifact.path, HALVES[artifact.spec.precision]
+    pointwise = parse_json(_read_notes(path).get(POINTWISE_KEY, "[]"), str(path))
+    return RoundedNcnn(read_graph(path), path.with_suffix(".bin"), dtype, threads, pointwise).apply(artifact)
+
+
+def _read_notes(path: Path) -> dict[str, str]:
+    """Return what stands in the .json beside a .param; nothing where there is none."""
+    file = path.with_suffix(".json")
+    return parse_model(dict[str, str], load_json(file), str(file), AGAIN) if is_there(file) else {}
+
+
+def _run(net: "Net", names: Sequence[str], batch: torch.Tensor) -> Outputs:
+    """Return all outputs; ncnn takes one image at a time."""
+    return join([[extract(extractor, name)[None] for name in names] for extractor in _extractors(net, batch)])
+
+
+def _run_layers(
+    path: Path, threads: int | None, bf16: bool, pointwise: Sequence[str], batch: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    graph = separate_activations(read_graph(path))
+    net = open_net(graph, path.with_suffix(".bin"), threads, bf16, keep=True)
+    parts = [take_layers(graph, partial(extract, each), pointwise) for each in _extractors(net, batch)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _extractors(net: "Net", batch: torch.Tensor) -> Iterator["Extractor"]:
+    """Yield what computes the blobs of each image."""
+    for image in to_planes(batch):
+        extractor = net.create_extractor()
+        mat = to_mat(image)
+        extractor.input(INPUT, mat)
+        yield extractor
+
+
+def inspect(path: Path) -> ImageInput:
+    """Return the image input of any .param that tells its size."""
+    graph, notes = read_graph(path), _read_notes(path)
+    read_weights(path, graph)
+    precision = spec_from(notes, path).precision if SPEC_KEY in notes else "fp32"
+    inputs = [layer for layer in graph if layer.type == "Input"]
+    sizes = [[1, *(each.int(key) or None for key in (CHANNELS, HEIGHT, WIDTH))] for each in inputs]
+    return image_input(path, sizes, precision)
+
+
+# --- the backend ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcnnOptions(FormatOptions):
+    """Options of ncnn's models, which take one image."""
+
+    raw_pixels: bool = False
+    """Take RGB from 0 to 255, as `ncnn::Mat::from_pixels` gives it, and normalize inside; normalized by default."""
+
+    def complete(self, spec: Spec) -> Spec:
+        return replace(spec, uint8_input=self.raw_pixels)
+
+
+def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
+    """Return how the worker opens a model in ncnn, which computes the images of a batch one after the other."""
+    layer = next(each for each in read_graph(path) if each.type == "Input")
+    shape = [layer.int(key) for key in (CHANNELS, HEIGHT, WIDTH)]
+    names = [layer.outputs[0], *output_names(read_graph(path))]
+    return {"runner": "ncnn", "path": str(path), "bf16": precision == "bf16", "shape": shape, "names": names}
+
+
+NCNN = Backend(
+    name="ncnn",
+    title="ncnn",
+    suffix=".param",
+    inner_suffix=".ncnn",
+    companions=(".bin", ".json"),
+    help="Write a verified ncnn model, F.ncnn.param, F.ncnn.bin and F.ncnn.json, for Android and iOS.",
+    timings={
+        "ncnn": Timing("the files of `shvit export ncnn` in ncnn", "fp32", "fp32"),
+        "ncnn-bf16": Timing("the same with values stored in bfloat16", "bf16", "bf16"),
+    },
+    job=job,
+    packages=("ncnn", "pnnx"),
+    extra="ncnn",
+    precisions=("fp32", "fp16", "bf16"),
+    precision_help="Weight and compute precision. fp16 and bf16 halve the file; phones compute fp16 in float16, and "
+    "bf16 is asked of the runtime.",
+    compared=("fp32", "fp16"),
+    calibrated=None,
+    options=NcnnOptions,
+    all_options=NcnnOptions(),
+    create_writer=create_writer,
+    load=load,
+    load_rounded=load_rounded,
+    inspect=inspect,
+    unfolds_identities=False,
+    environment=HUGE_PAGES,
+)

@@ -1,0 +1,247 @@
+"""ncnn: files that give their model's answers, wrong ones that are refused, and files that ncnn must not be given."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from shvit.deployment import deploy
+from shvit.errors import InputError
+from shvit.export.backends import ncnn as backend
+from shvit.export.backends.backend import HALVES
+from shvit.export.backends.ncnn import write_ncnn
+from shvit.export.backends.ncnn_graph import (
+    format_param,
+    layer_parameters,
+    parse_param,
+    read_graph,
+    round_weights,
+)
+from shvit.export.backends.registry import load_artifact
+from shvit.export.spec import Spec
+from shvit.export.verify import certify
+from shvit.export.wrappers import feature_maps, layer_outputs
+from shvit.fold import DeployedSHSA
+from tests.conftest import assert_close, create_tiny, images, randomize
+from tests.export.judged import GRAPH_DEFECTS, LAYER, WEIGHT_DEFECTS, Workshop
+
+PX = 64
+
+
+def spec_of(model, **changes) -> Spec:
+    return replace(Spec.of("shvit_s1", model, PX), **changes)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return create_tiny(depth=(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    """A model in fp32; tests copy it before they change it."""
+    path = tmp_path_factory.mktemp("ncnn") / "tiny.ncnn.param"
+    write_ncnn(deploy(tiny, PX), path, spec_of(tiny), ["a", "b"])
+    return path
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    for file in written.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path / written.name
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_file_gives_the_models_answers_in_any_batch_and_names_its_layers(tiny, written):
+    artifact, x = load_artifact(written, threads=1), images(3, 3, PX, PX)
+    with torch.no_grad():
+        assert_close(artifact.run(x)[0], tiny(x))
+    assert artifact.labels == ("a", "b")
+    expected = layer_outputs(deploy(tiny, PX), x)
+    outputs = artifact.run_layers(x)
+    assert outputs.keys() == expected.keys()
+    for name, output in outputs.items():  # activations are apart, though ncnn computes them within its layers
+        assert_close(output, expected[name])
+
+
+def test_pixels_are_normalized_inside_as_ncnn_reads_them_from_an_image(tiny, tmp_path):
+    spec = spec_of(tiny, uint8_input=True)
+    write_ncnn(deploy(tiny, PX), tmp_path / "m.ncnn.param", spec)
+    pixels = torch.randint(0, 256, (2, 3, PX, PX), dtype=torch.uint8)
+    with torch.no_grad():
+        assert_close(load_artifact(tmp_path / "m.ncnn.param")(pixels), tiny(spec.normalize(pixels)))
+
+
+def test_feature_maps_are_the_models(tiny, tmp_path):
+    model, names = feature_maps("shvit_s1", tiny)
+    write_ncnn(deploy(model, PX), tmp_path / "f.ncnn.param", spec_of(tiny, outputs=names))
+    x = images(2, 3, PX, PX)
+    with torch.no_grad():
+        for output, expected in zip(load_artifact(tmp_path / "f.ncnn.param").run(x), model(x), strict=True):
+            assert_close(output, expected)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout"])
+def test_peers_of_timm_are_written_too(tmp_path, name):
+    model = randomize(timm.create_model(name)).eval()
+    spec = replace(Spec.of(name, model), img_size=PX)
+    write_ncnn(deploy(model, PX), tmp_path / "m.ncnn.param", spec)
+    x = images(1, 3, PX, PX)
+    with torch.no_grad():
+        assert_close(load_artifact(tmp_path / "m.ncnn.param").run(x)[0], model(x), 1e-4)
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+
+def test_half_weights_are_rounded_to_nearest_and_small_ones_are_kept(written):
+    """pnnx itself makes 0 of what float16 has only below its normal numbers."""
+    graph, data = read_graph(written), written.with_suffix(".bin").read_bytes()
+    layer = next(each for each in graph if each.name == LAYER.replace("1.blocks", "0.blocks"))
+    small = np.frombuffer(data, np.float32).copy()
+    small[1:9] = 3e-5
+    halves = layer_parameters(graph, round_weights(graph, small.tobytes(), torch.float16, torch.float16), ())
+    exact = layer_parameters(graph, small.tobytes(), ())
+    for name, each in exact.items():
+        assert torch.equal(halves[name].weight.value, each.weight.value.half().float())
+        assert torch.equal(halves[name].bias.value, each.bias.value)
+    assert (halves["patch_embed.0"].weight.value.flatten()[:8] > 0).all()
+    assert layer.name in halves
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_values_are_rounded_after_each_layer(tiny, tmp_path, precision):
+    path = tmp_path / "m.ncnn.param"
+    write_ncnn(deploy(tiny, PX), path, spec_of(tiny, precision=precision))
+    assert path.with_suffix(".bin").stat().st_size < 0.6 * 4 * sum(each.numel() for each in tiny.parameters())
+    artifact, x = load_artifact(path, rounded=True), images(2, 3, PX, PX)
+    output = artifact.run(x)[0]
+    with torch.no_grad():
+        error = ((output - tiny(x)).abs().max() / tiny(x).abs().max()).item()
+    bits = {"fp16": 11, "bf16": 8}[precision]
+    assert 2.0 ** -(bits + 4) < error < 2.0 ** -(bits - 6)
+    assert torch.equal(output, output.to(HALVES[precision]).float())
+    assert all(torch.equal(each, each.to(HALVES[precision]).float()) for each in artifact.run_layers(x).values())
+    assert artifact.overflow() is None
+    large = artifact.run(x * 1e30)[0] if precision == "fp16" else torch.full((1,), torch.inf)
+    assert not torch.isfinite(large).all()
+
+
+# --- wrong files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
+
+
+def certificate_of(workshop, model, path: Path):
+    write_ncnn(model, path, workshop.spec, workshop.reference.labels)
+    return certify(load_artifact(path), workshop.reference)
+
+
+def test_layer_norm_is_computed_wrongly_by_ncnn_and_refused(workshop, tmp_path, monkeypatch):
+    """Its outputs look alike: what other exporters check, a cosine of 0.9, passes some of them."""
+    sound = certificate_of(workshop, workshop.source.deployed(), tmp_path / "sound.ncnn.param")
+    assert sound.passed
+    assert sound.compared_layers > 20
+    monkeypatch.setattr(backend, "GroupedSHSA", DeployedSHSA)
+    wrong = certificate_of(workshop, workshop.source.deployed(), tmp_path / "wrong.ncnn.param")
+    assert wrong.passed is False
+
+
+@pytest.mark.parametrize("defect", ["one weight off by 1 %", "a ReLU missing"])
+def test_defects_are_refused(workshop, tmp_path, defect):
+    model = {**WEIGHT_DEFECTS, **GRAPH_DEFECTS}[defect](workshop.model)
+    assert certificate_of(workshop, model, tmp_path / "m.ncnn.param").passed is False
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_graph_is_written_as_it_was_read(written):
+    assert format_param(parse_param(written.read_text())) == written.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("7767517", "7767518"), "does not begin with 7767517"),
+        (lambda text: text[: len(text) // 2], "has .* layers and .* blobs, and says|describes no layer|names that it"),
+        (lambda text: text.replace("\nInput", "\nInput\nInput", 1), "describes no layer"),
+        (lambda text: text.replace(" 1 1 image ", " 1 1 nowhere "), "reads nowhere before it is computed"),
+        (lambda text: text.replace("6=54", "6=900000000"), r"does not belong to tiny\.ncnn\.param \(ends within"),
+        (lambda text: text.replace("6=54", "6=-5"), "must come from one export"),
+        (lambda text: text.replace("6=54", "6=x"), "is not a readable ncnn model"),
+        (lambda text: text.replace("-23300=2,", "-23300=20000,"), "array that is not as long as it says"),
+        (lambda text: text.replace("GroupNorm ", "Made up   "), "describes no layer|names that it counts"),
+        (lambda text: text.replace("GroupNorm ", "Invented  "), "holds a layer Invented"),
+        (lambda text: text.replace(" image", " picture"), "has the inputs picture"),
+        (lambda text: text + "x" * (9 << 20), "larger than any .param file"),
+        (lambda text: "\udcff\x00" + text, "is not a readable ncnn model"),
+    ],
+)
+def test_a_graph_that_contradicts_itself_is_refused(copied, change, message):
+    text = copied.read_text()
+    assert change(text) != text
+    copied.write_bytes(change(text).encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=message) as error:
+        load_artifact(copied)
+    assert str(error.value).startswith(f"{copied.parent}/tiny.ncnn.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, -4, -1])
+def test_weights_that_are_cut_off_are_refused(copied, length):
+    weights = copied.with_suffix(".bin")
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"does not belong to tiny\.ncnn\.param"):
+        load_artifact(copied)
+
+
+def test_weights_of_another_model_are_refused(copied, tmp_path):
+    other = create_tiny(depth=(1, 1, 1), num_classes=3)
+    write_ncnn(deploy(other, PX), tmp_path / "other.ncnn.param", spec_of(other))
+    shutil.copy(tmp_path / "other.ncnn.bin", copied.with_suffix(".bin"))
+    with pytest.raises(InputError, match="does not belong to"):
+        load_artifact(copied)
+    shutil.copy(tmp_path / "other.ncnn.json", copied.with_suffix(".json"))
+    with pytest.raises(InputError, match="does not belong to"):
+        load_artifact(copied)
+
+
+def test_a_model_without_our_notes_is_timed_but_not_evaluated(copied):
+    copied.with_suffix(".json").unlink()
+    assert backend.inspect(copied) == (PX, 1, "fp32")
+    with pytest.raises(InputError, match="was not written by `shvit export`"):
+        load_artifact(copied)
+
+
+def test_notes_that_are_none_are_refused(copied):
+    notes = json.loads(copied.with_suffix(".json").read_text())
+    for content in ("[]", "{", json.dumps({**notes, backend.POINTWISE_KEY: "5"}), json.dumps({"a": 5})):
+        copied.with_suffix(".json").write_text(content)
+        with pytest.raises(InputError, match=r"tiny\.ncnn"):
+            load_artifact(copied)
+
+
+def test_operations_that_ncnn_lacks_are_named(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return torch.special.erfinv(self.conv(x).tanh()).mean((2, 3))
+
+    with pytest.raises(InputError, match=r"has operations that ncnn lacks: .*erfinv"):
+        write_ncnn(Odd().eval(), tmp_path / "m.ncnn.param", spec_of(create_tiny(), num_classes=4))
+    assert not list(tmp_path.iterdir())
