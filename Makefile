@@ -11,7 +11,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 SSE4 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem \
         NPY_DISABLE_CPU_FEATURES="AVX2 FMA3"
 EXPORT_TESTS := tests/export/test_export.py tests/export/test_pipeline.py tests/export/test_verify.py \
-                tests/export/backends tests/export/mil tests/export/quantization tests/export/browser/test_served.py \
+                tests/export/backends tests/export/formats tests/export/mil tests/export/quantization tests/export/browser/test_served.py \
                 tests/shvit/test_deployment.py tests/shvit/test_parity.py tests/shvit/test_reference.py
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

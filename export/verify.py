@@ -17,8 +17,8 @@ from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
 
 from .backends.backend import Artifact
-from .backends.parameters import LayerParameters, compare_parameters, convolve, holds_shvit, rounding_output
 from .backends.registry import artifact_files, artifact_sha256, resolve_backend
+from .formats.parameters import LayerParameters, compare_parameters, convolve, holds_shvit, rounding_output
 from .images import ImageFile, gray_level_difference, read_pixels, spread
 from .labels import label_faults
 from .quantization.qdq import unfold_identities

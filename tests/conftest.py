@@ -57,7 +57,7 @@ SLOW = (
     "export/browser/test_phone.py",
     "test_packaging.py",
     "test_readme.py",
-    "export/backends/test_rounding.py",
+    "export/formats/test_rounding.py",
     "shvit/test_deployment.py",
 )
 

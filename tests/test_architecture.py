@@ -43,6 +43,7 @@ FLOORS = (  # of export: a room may import those of its floor and of the floors 
     {"spec", "wrappers", "images", "metadata", "guards", "labels", "web"},
     {"mil"},
     {"quantization"},
+    {"formats"},
     {"backends"},
     {"verify", "verdict"},
     {"pipeline", "tables"},

@@ -18,14 +18,15 @@ from shvit.errors import InputError
 from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
+from ..formats.parameters import LayerParameters, Stored, quantized, range_faults, stored
+from ..formats.rounding import Outputs
 from ..guards import check_ports
 from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
 from ..wrappers import MIL_LAYERS, Normalized, Tupled, layer_name, with_attention
-from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Outputs, Source, Timing, Writer
+from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer
 from .compute_plan import COMPUTE_UNITS
-from .parameters import LayerParameters, Stored, quantized, range_faults, stored
 
 if TYPE_CHECKING:
     import coremltools as ct

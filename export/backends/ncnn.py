@@ -20,37 +20,15 @@ from shvit.files import is_there, scratch_folder
 from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
-from ..guards import Port, check_ports
-from ..metadata import INPUT, SPEC_KEY, describe, labels_from, spec_from
-from ..spec import Spec
-from ..wrappers import Normalized, Tupled, layers, with_attention
-from .backend import (
-    HALVES,
-    HUGE_PAGES,
-    Artifact,
-    Backend,
-    FormatOptions,
-    ImageInput,
-    Job,
-    Outputs,
-    Source,
-    Timing,
-    Writer,
-    image_input,
-    join,
-)
-from .ncnn_graph import (
-    Layer,
+from ..formats.ncnn import (
     RoundedNcnn,
     extract,
-    format_param,
     holds_weight,
     input_names,
     layer_parameters,
     open_net,
     operators,
     output_names,
-    parse_param,
     read_graph,
     read_tensors,
     read_weights,
@@ -60,6 +38,25 @@ from .ncnn_graph import (
     to_mat,
     to_planes,
     try_model,
+)
+from ..formats.ncnn_param import Layer, format_param, parse_param
+from ..formats.rounding import HALVES, Outputs, join
+from ..guards import Port, check_ports
+from ..metadata import INPUT, SPEC_KEY, describe, labels_from, spec_from
+from ..spec import Spec
+from ..wrappers import Normalized, Tupled, layers, with_attention
+from .backend import (
+    HUGE_PAGES,
+    Artifact,
+    Backend,
+    FormatOptions,
+    ImageInput,
+    Job,
+    Source,
+    Timing,
+    Writer,
+    apply_rounding,
+    image_input,
 )
 
 if TYPE_CHECKING:
@@ -205,7 +202,7 @@ def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each layer."""
     path, dtype = artifact.path, HALVES[artifact.spec.precision]
     pointwise = parse_json(_read_notes(path).get(POINTWISE_KEY, "[]"), str(path))
-    return RoundedNcnn(read_graph(path), path.with_suffix(".bin"), dtype, threads, pointwise).apply(artifact)
+    return apply_rounding(artifact, RoundedNcnn(read_graph(path), path.with_suffix(".bin"), dtype, threads, pointwise))
 
 
 def _read_notes(path: Path) -> dict[str, str]:

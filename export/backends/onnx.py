@@ -19,6 +19,19 @@ from shvit.files import check_file, scratch_folder
 from shvit.sessions import create_session
 from shvit.terminal import quiet
 
+from ..formats.onnx import (
+    RoundedOnnx,
+    check_graph,
+    load_onnx,
+    metadata,
+    onnx_parameters,
+    onnx_scale_faults,
+    onnx_steps,
+    operators,
+    precision_of,
+)
+from ..formats.parameters import range_faults
+from ..formats.rounding import Outputs, join
 from ..guards import Port, check_ports
 from ..metadata import INPUT, SPEC_KEY, Ranges, describe, labels_from, ranges_from, spec_from
 from ..quantization.qdq import LAYERS, LayerRanges, quantize_onnx
@@ -34,25 +47,12 @@ from .backend import (
     ImageInput,
     Job,
     OperatorTime,
-    Outputs,
     Source,
     Timing,
     Writer,
+    apply_rounding,
     image_input,
-    join,
 )
-from .onnx_graph import (
-    RoundedOnnx,
-    check_graph,
-    load_onnx,
-    metadata,
-    onnx_parameters,
-    onnx_scale_faults,
-    onnx_steps,
-    operators,
-    precision_of,
-)
-from .parameters import range_faults
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -204,7 +204,7 @@ def load(path: Path, threads: int | None) -> Artifact:
 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
-    return RoundedOnnx(load_onnx(artifact.path), threads).apply(artifact)
+    return apply_rounding(artifact, RoundedOnnx(load_onnx(artifact.path), threads))
 
 
 def onnx_session(source: Path | bytes, threads: int | None = None, exact: bool = True) -> "InferenceSession":

@@ -14,30 +14,8 @@ import torch
 from shvit.files import scratch_folder
 from shvit.terminal import quiet
 
-from ..guards import Port, check_ports
-from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
-from ..spec import Spec
-from . import onnx
-from .backend import (
-    HALVES,
-    HUGE_PAGES,
-    PROFILED_RUNS,
-    UNSTEADY_RUNS,
-    Artifact,
-    Backend,
-    GraphOptions,
-    ImageInput,
-    Job,
-    OperatorTime,
-    Outputs,
-    Source,
-    Timing,
-    Writer,
-    image_input,
-    join,
-)
-from .onnx_graph import load_onnx, metadata
-from .openvino_graph import (
+from ..formats.onnx import load_onnx, metadata
+from ..formats.openvino import (
     SECTION,
     RoundedOpenvino,
     check_model,
@@ -49,7 +27,28 @@ from .openvino_graph import (
     openvino_steps,
     operators,
 )
-from .parameters import range_faults
+from ..formats.parameters import range_faults
+from ..formats.rounding import HALVES, Outputs, join
+from ..guards import Port, check_ports
+from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
+from ..spec import Spec
+from . import onnx
+from .backend import (
+    HUGE_PAGES,
+    PROFILED_RUNS,
+    UNSTEADY_RUNS,
+    Artifact,
+    Backend,
+    GraphOptions,
+    ImageInput,
+    Job,
+    OperatorTime,
+    Source,
+    Timing,
+    Writer,
+    apply_rounding,
+    image_input,
+)
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Model, Output
@@ -173,7 +172,7 @@ def load(path: Path, threads: int | None) -> Artifact:
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
     model, _ = load_openvino(artifact.path)
-    return RoundedOpenvino(model, HALVES[artifact.spec.precision], threads).apply(artifact)
+    return apply_rounding(artifact, RoundedOpenvino(model, HALVES[artifact.spec.precision], threads))
 
 
 TYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8"}  # OpenVINO's names for types

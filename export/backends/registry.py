@@ -13,8 +13,9 @@ from shvit.errors import InputError
 from shvit.files import is_there, sha256
 from shvit.train.evaluate import Predict
 
+from ..formats.rounding import HALVES
 from ..guards import checked_run, guarded, one_line
-from .backend import HALVES, Artifact, Backend
+from .backend import Artifact, Backend
 from .coreml import COREML
 from .ncnn import NCNN
 from .onnx import ONNX

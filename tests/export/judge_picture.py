@@ -14,8 +14,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from shvit.errors import CheckFailed
-from shvit.export.backends.parameters import compare_parameters
 from shvit.export.backends.registry import load_artifact
+from shvit.export.formats.parameters import compare_parameters
 from shvit.export.verdict import TOLERANCES
 from shvit.export.verify import _quantizable, certify
 from tests.export.judged import Workshop

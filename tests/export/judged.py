@@ -19,9 +19,9 @@ from shvit.errors import CheckFailed
 from shvit.export.backends.backend import Artifact
 from shvit.export.backends.coreml import write_coreml
 from shvit.export.backends.onnx import save_onnx, write_onnx
-from shvit.export.backends.onnx_graph import metadata
 from shvit.export.backends.openvino import write_openvino
 from shvit.export.backends.registry import BACKENDS, load_artifact
+from shvit.export.formats.onnx import metadata
 from shvit.export.images import ImageFile
 from shvit.export.metadata import SPEC_KEY, spec_from
 from shvit.export.pipeline import Source

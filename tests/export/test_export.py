@@ -21,8 +21,8 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deployment import deploy
 from shvit.errors import CheckFailed, InputError
-from shvit.export.backends.onnx_graph import load_onnx, operators
 from shvit.export.backends.registry import load_artifact
+from shvit.export.formats.onnx import load_onnx, operators
 from shvit.export.images import read_pixels, sample_images
 from shvit.export.spec import Spec, open_model, randomize_norms
 from tests.conftest import TINY, settle

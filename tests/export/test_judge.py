@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from shvit.export.backends.parameters import LayerParameters, Stored, compare_parameters, range_faults
 from shvit.export.backends.registry import BACKENDS, load_artifact
+from shvit.export.formats.parameters import LayerParameters, Stored, compare_parameters, range_faults
 from shvit.export.labels import label_faults
 from shvit.export.pipeline import export
 from shvit.export.spec import Spec

@@ -18,8 +18,8 @@ from shvit.cli import run
 from shvit.errors import CheckFailed, InputError
 from shvit.export import pipeline as formats
 from shvit.export import tables, verdict
-from shvit.export.backends.openvino_graph import core
 from shvit.export.backends.registry import BACKENDS
+from shvit.export.formats.openvino import core
 from shvit.export.labels import find_labels
 from shvit.export.spec import Spec, randomize_norms
 from shvit.weights.imagenet import imagenet_names

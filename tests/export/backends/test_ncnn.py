@@ -13,16 +13,11 @@ import torch
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.export.backends import ncnn as backend
-from shvit.export.backends.backend import HALVES
 from shvit.export.backends.ncnn import write_ncnn
-from shvit.export.backends.ncnn_graph import (
-    format_param,
-    layer_parameters,
-    parse_param,
-    read_graph,
-    round_weights,
-)
 from shvit.export.backends.registry import load_artifact
+from shvit.export.formats.ncnn import layer_parameters, read_graph, round_weights
+from shvit.export.formats.ncnn_param import format_param, parse_param
+from shvit.export.formats.rounding import HALVES
 from shvit.export.spec import Spec
 from shvit.export.verify import certify
 from shvit.export.wrappers import feature_maps, layer_outputs

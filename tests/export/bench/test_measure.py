@@ -20,7 +20,6 @@ from torch import nn
 from shvit import sessions
 from shvit.cli import run
 from shvit.errors import InputError
-from shvit.export.backends.openvino_graph import core
 from shvit.export.bench import measure as bench_module
 from shvit.export.bench import worker
 from shvit.export.bench.cases import BenchCase, BenchModel, Settings, choose_cores, create_file_case, create_timm_model
@@ -30,6 +29,7 @@ from shvit.export.bench.records import BenchResult, Machine, Measurements, parse
 from shvit.export.bench.roofline import measure_bandwidth, measure_peaks
 from shvit.export.bench.runtimes import check_runtimes
 from shvit.export.bench.tables import show_machine, show_results
+from shvit.export.formats.openvino import core
 from shvit.export.spec import open_model
 from tests.conftest import SMALL
 

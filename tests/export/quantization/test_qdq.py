@@ -11,8 +11,8 @@ from torch import nn
 
 from shvit.deployment import deploy
 from shvit.export.backends.onnx import save_onnx, write_onnx
-from shvit.export.backends.onnx_graph import load_onnx
 from shvit.export.backends.registry import load_artifact
+from shvit.export.formats.onnx import load_onnx
 from shvit.export.pipeline import _exclude_fewest
 from shvit.export.quantization.exclusion import layer_noise, smallest_passing
 from shvit.export.quantization.qdq import LAYERS, Unfolded, activation_ranges, quantize_onnx, unfold_identities

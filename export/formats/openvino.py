@@ -15,8 +15,8 @@ from shvit.files import is_file
 
 from ..guards import check_elements, check_operators, one_line
 from ..quantization.ranges import LEVELS
-from .backend import EXACT_OPERATORS, ROWS, Outputs, Rounded, join
 from .parameters import ROUNDING, LayerParameters, Stored, stored
+from .rounding import EXACT_OPERATORS, ROWS, Outputs, Rounded, join
 
 if TYPE_CHECKING:
     from openvino import Core, Model, Node, Output

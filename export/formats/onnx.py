@@ -16,8 +16,8 @@ from shvit.sessions import create_session
 from ..guards import check_elements, check_operators
 from ..metadata import INPUT
 from ..quantization.qdq import LAYERS
-from .backend import EXACT_OPERATORS, ROWS, Outputs, Rounded, join
 from .parameters import LayerParameters, Stored, quantized, stored
+from .rounding import EXACT_OPERATORS, ROWS, Outputs, Rounded, join
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -14,11 +14,11 @@ from torch import nn
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
-from shvit.export.backends.backend import ROWS
 from shvit.export.backends.onnx import write_onnx
-from shvit.export.backends.onnx_graph import RoundedOnnx, load_onnx
 from shvit.export.backends.openvino import write_openvino
-from shvit.export.backends.openvino_graph import RoundedOpenvino, load_openvino
+from shvit.export.formats.onnx import RoundedOnnx, load_onnx
+from shvit.export.formats.openvino import RoundedOpenvino, load_openvino
+from shvit.export.formats.rounding import ROWS
 from shvit.export.spec import Spec
 from shvit.export.verdict import snr_db
 from shvit.export.wrappers import ChannelsLast, Half, Normalized, layer_outputs
