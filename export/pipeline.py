@@ -75,11 +75,11 @@ class Source:
         """Return the calibration images as uint8 (n, C, H, W)."""
         return self._once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
 
-    def ranges(self) -> dict[str, LayerRanges]:
-        """Return the ranges of QDQ files in int8."""
+    def ranges(self, symmetric: bool = False) -> dict[str, LayerRanges]:
+        """Return the ranges of layers in int8; of formats without a zero point symmetric ones."""
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
-        key = ("ranges", self.spec.img_size)
-        return self._once(key, lambda: activation_ranges(without_softmax(self.unfolded()), batches))
+        model, key = without_softmax(self.unfolded()), ("ranges", self.spec.img_size, symmetric)
+        return self._once(key, lambda: activation_ranges(model, batches, symmetric))
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Return the ranges of Core ML's w8a8, by the tensor's first layer, which the first file fills."""

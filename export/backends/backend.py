@@ -171,8 +171,8 @@ class Source(Protocol):
     def unfolded(self) -> nn.Module:
         """Return the deployed model with identities unfolded, which QDQ files in int8 are made from."""
 
-    def ranges(self) -> Mapping[str, LayerRanges]:
-        """Return the ranges of QDQ files in int8."""
+    def ranges(self, symmetric: bool = False) -> Mapping[str, LayerRanges]:
+        """Return the ranges of layers in int8; of formats without a zero point symmetric ones."""
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Return the ranges of Core ML's w8a8, which the first file that is written fills."""
@@ -208,7 +208,7 @@ class Backend(Generic[O]):
     precisions: tuple[Precision, ...]  # those that can be exported, the default first
     precision_help: str
     compared: tuple[Precision, ...]  # those that `shvit export all` writes
-    calibrated: Precision | None  # the precision whose ranges are learned from images, if the format has one
+    calibrated: Precision  # the precision whose ranges are learned from images
     options: type[O]
     all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]

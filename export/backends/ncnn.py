@@ -3,6 +3,7 @@
 ncnn's converter, pnnx, is a program, which runs in a process of its own.
 """
 
+import math
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +22,17 @@ from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
 from ..formats.ncnn import (
+    LARGEST,
     RoundedNcnn,
     extract,
     holds_weight,
     input_names,
+    input_scales,
     layer_parameters,
     open_net,
     operators,
     output_names,
+    quantize,
     read_graph,
     read_tensors,
     read_weights,
@@ -42,7 +46,8 @@ from ..formats.ncnn import (
 from ..formats.ncnn_param import Layer, format_param, parse_param
 from ..formats.rounding import HALVES, Outputs, join
 from ..guards import Port, check_ports
-from ..metadata import INPUT, SPEC_KEY, describe, labels_from, spec_from
+from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
+from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import Normalized, Tupled, layers, with_attention
 from .backend import (
@@ -84,16 +89,23 @@ class GroupedSHSA(DeployedSHSA):
 
 def create_writer(source: Source, options: "NcnnOptions") -> Writer:
     """Return a function that writes models."""
-    return lambda path, spec: write_ncnn(source.deployed(), path, spec, source.labels)
+    int8 = source.spec.precision == "int8"
+    model = source.unfolded() if int8 else source.deployed()
+    learned = source.ranges(symmetric=True) if int8 else {}
+    ranges = {name: each.input for name, each in learned.items()}
+    return lambda path, spec: write_ncnn(model, path, spec, source.labels, ranges)
 
 
-def write_ncnn(model: nn.Module, path: Path, spec: Spec, labels: Sequence[str] = ()) -> None:
+def write_ncnn(
+    model: nn.Module, path: Path, spec: Spec, labels: Sequence[str] = (), ranges: Mapping[str, Range] | None = None
+) -> None:
     """Write a deployed model as F.ncnn.param, F.ncnn.bin and F.ncnn.json.
 
     In fp16 and bf16 weights are stored in float16. bf16 is asked of the runtime, as by `shvit`, who reads the spec.
 
     Args:
         path: the .param; the caller moves all three files into place.
+        ranges: of int8, the symmetric range of each layer's input.
 
     Raises:
         InputError: the model has operations that ncnn has not.
@@ -104,9 +116,13 @@ def write_ncnn(model: nn.Module, path: Path, spec: Spec, labels: Sequence[str] =
     if spec.precision in HALVES:
         weights = round_weights(graph, weights, torch.float16, kept=torch.float16)
     graph = [_named(layer, names, spec) for layer in graph]
+    ranges = {name: each for name, each in (ranges or {}).items() if name not in spec.excluded_layers and each[1] > 0}
+    if spec.precision == "int8":
+        graph, weights = quantize(graph, weights, {name: high for name, (_, high) in ranges.items()})
     path.write_text(format_param(graph))
     path.with_suffix(".bin").write_bytes(weights)
-    path.with_suffix(".json").write_text(to_json({**describe(spec, labels), POINTWISE_KEY: to_json(pointwise)}) + "\n")
+    notes = {**describe(spec, labels, ranges), POINTWISE_KEY: to_json(pointwise)}
+    path.with_suffix(".json").write_text(to_json(notes) + "\n")
 
 
 def _trace(model: nn.Module, spec: Spec) -> torch.jit.ScriptModule:
@@ -193,9 +209,19 @@ def load(path: Path, threads: int | None) -> Artifact:
         run=partial(_run, net, names),
         run_layers=partial(_run_layers, path, threads, spec.precision == "bf16", pointwise),
         parameters=lambda: layer_parameters(graph, weights, pointwise),
-        scale_faults=list,
+        scale_faults=lambda: _scale_faults(ranges_from(notes, path), input_scales(graph, weights)),
         labels=labels_from(notes, path),
     )
+
+
+def _scale_faults(learned: Mapping[str, Range], scales: Mapping[str, float]) -> list[str]:
+    """Return the layers in int8 whose input is not rounded to the learned range, as sentences."""
+    faults = []
+    for name in sorted({*learned, *scales}):
+        expected, actual = learned.get(name, (0.0, 0.0))[1], LARGEST / scales[name] if name in scales else math.inf
+        if abs(actual / expected - 1) > SAME if expected else True:
+            faults.append(f"the input of {name} is rounded up to {actual:.4g} in place of {expected:.4g}")
+    return faults
 
 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
@@ -275,22 +301,22 @@ NCNN = Backend(
     help="Write a verified ncnn model, F.ncnn.param, F.ncnn.bin and F.ncnn.json, for Android and iOS.",
     timings={
         "ncnn": Timing("the files of `shvit export ncnn` in ncnn", "fp32", "fp32"),
+        "ncnn-int8": Timing("the same in int8", "int8", "int8"),
         "ncnn-bf16": Timing("the same with values stored in bfloat16", "bf16", "bf16"),
     },
     job=job,
     packages=("ncnn", "pnnx"),
     extra="ncnn",
-    precisions=("fp32", "fp16", "bf16"),
+    precisions=("fp32", "fp16", "bf16", "int8"),
     precision_help="Weight and compute precision. fp16 and bf16 halve the file; phones compute fp16 in float16, and "
-    "bf16 is asked of the runtime.",
-    compared=("fp32", "fp16"),
-    calibrated=None,
+    "bf16 is asked of the runtime. int8 rounds to symmetric levels.",
+    compared=("fp32", "fp16", "int8"),
+    calibrated="int8",
     options=NcnnOptions,
     all_options=NcnnOptions(),
     create_writer=create_writer,
     load=load,
     load_rounded=load_rounded,
     inspect=inspect,
-    unfolds_identities=False,
     environment=HUGE_PAGES,
 )

@@ -8,10 +8,10 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from shvit.files import check_file, open_file, scratch_folder
 
 from ..guards import check_elements, one_line
 from .ncnn_param import ARRAY_KEY, Layer, format_param, parse_param
-from .parameters import LayerParameters, Stored, stored
+from .parameters import LayerParameters, Stored, quantized, stored
 from .rounding import Outputs, Rounded, join
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ MAX_PARAM_BYTES = 8 << 20
 
 CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
 FUSED = (*CONVOLUTIONS, "InnerProduct")  # layers that may end with an activation
-HALF, SINGLE = 0x01306B47, 0  # the words before a weight in float16 and in float32
+HALF, BYTE, SINGLE = 0x01306B47, 0x000D4B38, 0  # the words before a weight in float16, int8 and float32
+DTYPES: dict[int, np.dtype[Any]] = {HALF: np.dtype("<f2"), BYTE: np.dtype("i1"), SINGLE: np.dtype("<f4")}
+LARGEST = 127  # of int8 levels, which are symmetric
+INT8 = 8  # option of a layer in int8: 1 or 2; above 100 its output is too
 NO_WEIGHTS = (
     *("AbsVal", "BinaryOp", "Cast", "Clip", "Concat", "CopyTo", "Crop", "Dropout", "ELU", "Einsum", "Eltwise", "Exp"),
     *("ExpandDims", "Flatten", "GELU", "HardSigmoid", "HardSwish", "Input", "Interp", "Log", "MatMul", "Mish", "Noop"),
@@ -53,12 +56,12 @@ def _tensors(layer: Layer) -> list[tuple[bool, int]]:
     if layer.type in NO_WEIGHTS:
         return []
     number = layer.int
-    if layer.type in CONVOLUTIONS:
-        if number(8):
-            raise ValueError(f"holds {layer.name} in int8, which is not read here")
-        return [(True, number(6)), *([(False, number(0))] if number(5) else [])]
-    if layer.type == "InnerProduct":
-        return [(True, number(2)), *([(False, number(0))] if number(1) else [])]
+    if layer.type in FUSED:
+        size, bias = (6, 5) if layer.type in CONVOLUTIONS else (2, 1)
+        scales = [(False, number(0)), (False, 1)] if number(INT8) else []  # of weights; of the input
+        if number(INT8) not in (0, 1, 2):
+            raise ValueError(f"holds {layer.name[:40]} in a form of int8 that is not read here")
+        return [(True, number(size)), *([(False, number(0))] if number(bias) else []), *scales]
     if layer.type == "Gemm":
         rows, columns, inner = (number(key) for key in (7, 8, 9))
         added = {0: 1, 1: rows, 2: rows, 3: rows * columns, 4: columns}.get(number(10), 0)
@@ -86,13 +89,14 @@ def read_tensors(layers: Sequence[Layer], data: bytes) -> Iterator[tuple[Layer, 
         for tagged, count in _tensors(layer):
             tag = int.from_bytes(data[place : place + 4], "little") if tagged else SINGLE
             place += 4 * tagged
-            if count < 0 or tag not in (HALF, SINGLE):
+            if count < 0 or tag not in DTYPES or (tagged and (tag == BYTE) != bool(layer.int(INT8))):
                 raise ValueError(f"holds weights of {layer.name[:40]} in a way that is not read here")
-            dtype = np.dtype("<f2" if tag == HALF else "<f4")
+            dtype = DTYPES[tag]
             end = place + count * dtype.itemsize
             if end > len(data):
                 raise ValueError(f"ends within the weights of {layer.name[:40]}")
-            values.append(stored(np.frombuffer(data[place:end], dtype)))
+            content = np.frombuffer(data[place:end], dtype)
+            values.append(stored(content.astype(np.float32) if tag == BYTE else content))
             place = end + -end % 4
         if values:
             yield layer, values
@@ -105,13 +109,43 @@ def round_weights(layers: Sequence[Layer], data: bytes, dtype: torch.dtype, kept
 
     pnnx itself, asked for float16, makes 0 of every weight below 2⁻¹⁴, the smallest normal number.
     """
-    tag = (HALF if kept == torch.float16 else SINGLE).to_bytes(4, "little")
     parts = []
     for layer, values in read_tensors(layers, data):
         for (tagged, _), tensor in zip(_tensors(layer), values, strict=True):
-            content = (tensor.value.to(dtype).to(kept) if tagged else tensor.value).numpy().tobytes()
-            parts += [tag * tagged, content, bytes(-len(content) % 4)]
+            parts.append(pack(tensor.value.to(dtype).to(kept) if tagged else tensor.value, tagged))
     return b"".join(parts)
+
+
+def pack(tensor: torch.Tensor, tagged: bool) -> bytes:
+    """Return a tensor as it stands in a .bin file, behind a word for its type if it is the weight of a layer."""
+    content = tensor.numpy().tobytes()
+    tag = {torch.float16: HALF, torch.int8: BYTE, torch.float32: SINGLE}[tensor.dtype].to_bytes(4, "little")
+    return tag * tagged + content + bytes(-len(content) % 4)
+
+
+def quantize(layers: Sequence[Layer], data: bytes, ranges: Mapping[str, float]) -> tuple[list[Layer], bytes]:
+    """Return a float model with layers in int8: inputs and weights rounded to -127 … 127, weights channel by channel.
+
+    Args:
+        ranges: the largest absolute value of the input of each of these layers, by the layer's name.
+    """
+    tensors = {layer.name: values for layer, values in read_tensors(layers, data)}
+    quantized_layers, parts = [], []
+    for layer in layers:
+        values = tensors.get(layer.name, [])
+        if layer.name not in ranges or layer.type not in FUSED:
+            quantized_layers.append(layer)
+            parts += [pack(each.value, tagged) for (tagged, _), each in zip(_tensors(layer), values, strict=True)]
+            continue
+        weight, *bias = (each.value for each in values)
+        rows = weight.reshape(layer.int(0), -1)
+        scales = LARGEST / rows.abs().amax(1).clamp_min(1e-30)
+        levels = (rows * scales[:, None]).round().to(torch.int8)
+        scale = torch.tensor([LARGEST / ranges[layer.name]])
+        parts += [pack(levels, True), *(pack(each, False) for each in (*bias, scales, scale))]
+        form = "1" if layer.type == "ConvolutionDepthWise" else "2"  # as ncnn's own tool writes it
+        quantized_layers.append(replace(layer, options={**layer.options, INT8: form}))
+    return quantized_layers, b"".join(parts)
 
 
 def layer_parameters(layers: Sequence[Layer], data: bytes, pointwise: Sequence[str]) -> dict[str, LayerParameters]:
@@ -125,8 +159,16 @@ def layer_parameters(layers: Sequence[Layer], data: bytes, pointwise: Sequence[s
         if holds_weight(layer):
             shape = weight_shape(layer, layer.name in pointwise)
             reshaped = Stored(weight.value.reshape(shape), weight.rounding.reshape(shape))
+            if layer.int(INT8):
+                *rest, scales, _ = rest
+                reshaped = quantized(weight.value.reshape(shape).numpy(), 1 / scales.value.numpy())
             found[layer.name] = LayerParameters(reshaped, rest[0] if rest else None)
     return found
+
+
+def input_scales(layers: Sequence[Layer], data: bytes) -> dict[str, float]:
+    """Return the levels per unit that the input of each int8 layer is rounded to, by the layer's name."""
+    return {layer.name: values[-1].value.item() for layer, values in read_tensors(layers, data) if layer.int(INT8)}
 
 
 def holds_weight(layer: Layer) -> bool:

@@ -80,7 +80,9 @@ def _center(conv: nn.Conv2d) -> tuple[slice, int, int, int]:
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 
-def activation_ranges(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, LayerRanges]:
+def activation_ranges(
+    model: nn.Module, batches: Iterable[torch.Tensor], symmetric: bool = False
+) -> dict[str, LayerRanges]:
     """Return the ranges of each layer's input and output that disturb the model's outputs least (see `ranges`).
 
     Against least squared errors of the tensors themselves this gave trained S1s 0.3 to 2.5 dB.
@@ -88,6 +90,7 @@ def activation_ranges(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict
     Args:
         model: deployed, in eval mode; gives logits or feature maps.
         batches: normalized images (B, C, H, W).
+        symmetric: as in `best_range`.
     """
     model = copy.deepcopy(model).requires_grad_(False)
 
@@ -95,7 +98,7 @@ def activation_ranges(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict
         outputs, values = _record(model, batch)
         return [flat_outputs(outputs)], values
 
-    ranges = learn_ranges(evaluate, batches)
+    ranges = learn_ranges(evaluate, batches, symmetric)
     return {name: LayerRanges(ranges[name, "input"], ranges[name, "output"]) for name, _ in layers(model)}
 
 

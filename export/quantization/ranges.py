@@ -31,15 +31,20 @@ def histogram(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(CENTERS), dtype=torch.float64).scatter_add_(0, bins, weights.double() * (values != 0))
 
 
-def best_range(counts: torch.Tensor) -> Range:
-    """Return (low ≤ 0, high ≥ 0) of least cost; (0, 0) where nothing but zeros was counted."""
+def best_range(counts: torch.Tensor, symmetric: bool = False) -> Range:
+    """Return (low ≤ 0, high ≥ 0) of least cost; (0, 0) where nothing but zeros was counted.
+
+    Args:
+        symmetric: low is -high, whatever the values' signs.
+    """
     seen = CENTERS[counts > 0]
     if len(seen) == 0:
         return 0.0, 0.0
     narrowing = 2.0 ** (-torch.arange(NARROWEST) / 8 + 0.5 / BINS)  # from the outermost bin's outer edge
     lows = (seen.min().clamp_max(0) * narrowing).unique()
     highs = (seen.max().clamp_min(0) * narrowing).unique()
-    pairs = torch.cartesian_prod(lows, highs)
+    magnitudes = seen.abs().max() * narrowing
+    pairs = torch.stack([-magnitudes, magnitudes], 1) if symmetric else torch.cartesian_prod(lows, highs)
     low, high = pairs[costs(counts, *pairs.T.contiguous()).argmin()].tolist()
     return low, high
 
@@ -75,6 +80,7 @@ def costs(counts: torch.Tensor, lows: torch.Tensor, highs: torch.Tensor) -> torc
 def learn_ranges(
     evaluate: Callable[[torch.Tensor], tuple[Sequence[torch.Tensor], Mapping[K, torch.Tensor]]],
     batches: Iterable[torch.Tensor],
+    symmetric: bool = False,
 ) -> dict[K, Range]:
     """Return the range that each tensor of a network is best cut to.
 
@@ -84,6 +90,7 @@ def learn_ranges(
     Args:
         evaluate: function from a batch to the outputs and to the tensors by any key; all with gradients.
         batches: inputs of the network.
+        symmetric: as in `best_range`.
     """
     generator = torch.Generator().manual_seed(0)
     counts: dict[K, torch.Tensor] = {}
@@ -94,7 +101,7 @@ def learn_ranges(
         gradients = torch.autograd.grad(total, list(values.values()))
         for (key, value), gradient in zip(values.items(), gradients, strict=True):
             counts[key] = counts.get(key, 0) + histogram(value.detach(), gradient.double().square())
-    return {key: best_range(count) for key, count in counts.items()}
+    return {key: best_range(count, symmetric) for key, count in counts.items()}
 
 
 def flat_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

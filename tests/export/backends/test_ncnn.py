@@ -15,12 +15,21 @@ from shvit.errors import InputError
 from shvit.export.backends import ncnn as backend
 from shvit.export.backends.ncnn import write_ncnn
 from shvit.export.backends.registry import load_artifact
-from shvit.export.formats.ncnn import layer_parameters, read_graph, round_weights
+from shvit.export.formats.ncnn import (
+    extract,
+    layer_parameters,
+    open_net,
+    read_graph,
+    read_tensors,
+    round_weights,
+    separate_activations,
+    to_mat,
+)
 from shvit.export.formats.ncnn_param import format_param, parse_param
 from shvit.export.formats.rounding import HALVES
 from shvit.export.spec import Spec
 from shvit.export.verify import certify
-from shvit.export.wrappers import feature_maps, layer_outputs
+from shvit.export.wrappers import feature_maps, layer_outputs, layers
 from shvit.fold import DeployedSHSA
 from tests.conftest import assert_close, create_tiny, images, randomize
 from tests.export.judged import GRAPH_DEFECTS, LAYER, WEIGHT_DEFECTS, Workshop
@@ -50,6 +59,11 @@ def copied(written, tmp_path):
     for file in written.parent.iterdir():
         shutil.copy(file, tmp_path)
     return tmp_path / written.name
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -130,12 +144,67 @@ def test_values_are_rounded_after_each_layer(tiny, tmp_path, precision):
     assert not torch.isfinite(large).all()
 
 
-# --- wrong files ------------------------------------------------------------------------------------------------------
+# --- int8 -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
+def in_int8(workshop, tmp_path_factory):
+    """A trained model in int8, without the search for layers to exclude."""
+    source = replace(workshop.source, spec=replace(workshop.spec, precision="int8"))
+    path = tmp_path_factory.mktemp("int8") / "q.ncnn.param"
+    backend.create_writer(source, backend.NcnnOptions())(path, replace(source.spec, excluded_layers=workshop.kept()))
+    return path
+
+
+def test_int8_file_is_a_third_of_the_size_and_holds(workshop, in_int8, tmp_path):
+    certificate = certify(load_artifact(in_int8), workshop.reference)
+    assert certificate.passed
+    assert certificate.compared_layers > 20
+    write_ncnn(workshop.source.deployed(), tmp_path / "m.ncnn.param", workshop.spec)
+    assert in_int8.with_suffix(".bin").stat().st_size < 0.6 * (tmp_path / "m.ncnn.bin").stat().st_size
+
+
+@torch.no_grad()
+def test_int8_weights_and_inputs_are_rounded_as_pytorch_rounds_them(workshop, in_int8):
+    """Each layer of the file, on what it really gets, against PyTorch's fake quantization and float convolution."""
+    graph, data = read_graph(in_int8), in_int8.with_suffix(".bin").read_bytes()
+    ranges = {name: each.input[1] for name, each in workshop.source.ranges(symmetric=True).items()}
+    parameters, modules = layer_parameters(graph, data, ()), dict(layers(workshop.source.unfolded()))
+    layer = next(each for each in graph if each.type == "Convolution" and each.int(8) and each.int(9) == 0)
+    module = modules[layer.name]
+    scales = module.weight.abs().amax((1, 2, 3)) / 127
+    zeros = torch.zeros(len(scales), dtype=torch.int32)
+    weight = torch.fake_quantize_per_channel_affine(module.weight.detach(), scales, zeros, 0, -127, 127)
+    assert_close(parameters[layer.name].weight.value, weight)
+    net = open_net(separate_activations(graph), in_int8.with_suffix(".bin"), 1, keep=True)
+    extractor = net.create_extractor()
+    pixels = to_mat(workshop.reference.pixels(workshop.spec)[0].float())
+    extractor.input("image", pixels)
+    x = extract(extractor, layer.inputs[0])[None]
+    rounded = torch.fake_quantize_per_tensor_affine(x, ranges[layer.name] / 127, 0, -127, 127)
+    expected = torch.nn.functional.conv2d(
+        rounded, weight, module.bias, module.stride, module.padding, module.dilation, module.groups
+    )
+    assert_close(extract(extractor, layer.outputs[0])[None], expected, 1e-4)
+
+
+@pytest.mark.parametrize("which", ["a weight channel's scale", "the scale of an input"])
+def test_a_wrong_scale_is_refused(workshop, in_int8, tmp_path, which):
+    for file in in_int8.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    path, weights = tmp_path / in_int8.name, tmp_path / "q.ncnn.bin"
+    graph, data = read_graph(path), weights.read_bytes()
+    layer, values = next((layer, values) for layer, values in read_tensors(graph, data) if layer.int(8))
+    scales = values[-2 if which.startswith("a weight") else -1].value.numpy().copy()
+    place = data.index(scales.tobytes())
+    scales[0] *= 2
+    weights.write_bytes(data[:place] + scales.tobytes() + data[place + scales.nbytes :])
+    certificate = certify(load_artifact(path), workshop.reference)
+    assert certificate.passed is False
+    assert any(layer.name in fault for fault in certificate.faults)
+
+
+# --- wrong files ------------------------------------------------------------------------------------------------------
 
 
 def certificate_of(workshop, model, path: Path):
