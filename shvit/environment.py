@@ -1,9 +1,12 @@
-"""Optional packages and the extras that install them, installed versions, and how OpenMP's threads wait."""
+"""Optional packages and their extras, installed versions, how OpenMP's threads wait, and turns in measurements."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import TypeVar
+
+Case = TypeVar("Case")
 
 EXPORT = ("export", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
@@ -110,3 +113,13 @@ def let_threads_sleep() -> None:
 def users_environment() -> dict[str, str]:
     """Return this process's variables without what `let_threads_sleep` set, for processes that measure latency."""
     return {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
+
+
+def take_turns(cases: Sequence[Case], rounds: int) -> Iterator[tuple[int, Case]]:
+    """Yield each round's number and case, in reversed order every other round.
+
+    What else a machine does meanwhile then disturbs all cases alike, and none always follows the same one.
+    """
+    for number in range(rounds):
+        for case in cases if number % 2 == 0 else reversed(cases):
+            yield number, case

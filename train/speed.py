@@ -19,6 +19,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from shvit import terminal
+from shvit.environment import take_turns
 from shvit.errors import InputError
 
 from .data.datasets import open_splits
@@ -182,14 +183,13 @@ def _interleave(cases: dict[str, Callable[[], None]], count: int, world: World) 
     for call in cases.values():
         call()
         call()
-    for round_number in range(ROUNDS):
-        for name in list(cases)[:: 1 if round_number % 2 == 0 else -1]:
-            _wait(world)
-            start = time.perf_counter()
-            for _ in range(count):
-                cases[name]()
-            _wait(world)
-            seconds[name].append((time.perf_counter() - start) / count)
+    for _, name in take_turns(list(cases), ROUNDS):
+        _wait(world)
+        start = time.perf_counter()
+        for _ in range(count):
+            cases[name]()
+        _wait(world)
+        seconds[name].append((time.perf_counter() - start) / count)
     return seconds
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shvit.environment import users_environment
+from shvit.environment import take_turns, users_environment
 from shvit.errors import InputError
 from shvit.files import scratch_folder
 from shvit.weights.manifest import published_top1
@@ -121,17 +121,16 @@ def start(case: BenchCase) -> Iterator[RunningCase]:
 
 
 def run_rounds(cases: Sequence[BenchCase], rounds: int, progress: Progress = lambda _: None) -> list[RunningCase]:
-    """Open every case, then run them interleaved, in reversed order every other round."""
+    """Open every case, then run them interleaved."""
     with ExitStack() as stack:
         running = []
         for case in cases:
             progress(f"opening {case.model} in {case.runtime}, {case.img_size} px, batch {case.batch_size}")
             running.append(stack.enter_context(start(case)))
             running[-1].open()
-        for number in range(rounds):
+        for number, each in take_turns(running, rounds):
             progress(f"batch {cases[0].batch_size}, round {number + 1} of {rounds}")
-            for each in running if number % 2 == 0 else reversed(running):
-                each.run_round()
+            each.run_round()
     return running
 
 
