@@ -119,10 +119,10 @@ def write_ncnn(
     ranges = {name: each for name, each in (ranges or {}).items() if name not in spec.excluded_layers and each[1] > 0}
     if spec.precision == "int8":
         graph, weights = quantize(graph, weights, {name: high for name, (_, high) in ranges.items()})
-    path.write_text(format_param(graph))
+    path.write_text(format_param(graph), encoding="utf-8")
     path.with_suffix(".bin").write_bytes(weights)
     notes = {**describe(spec, labels, ranges), POINTWISE_KEY: to_json(pointwise)}
-    path.with_suffix(".json").write_text(to_json(notes) + "\n")
+    path.with_suffix(".json").write_text(to_json(notes) + "\n", encoding="utf-8")
 
 
 def _trace(model: nn.Module, spec: Spec) -> torch.jit.ScriptModule:
@@ -146,12 +146,18 @@ def _convert(traced: torch.jit.ScriptModule, spec: Spec, folder: Path) -> tuple[
              "ncnnparam": "ncnn.param", "ncnnbin": "ncnn.bin", "ncnnpy": "ncnn.py"}  # fmt: skip
     files = [f"{option}={folder / name}" for option, name in kinds.items()]
     command = [pnnx.EXEC_PATH, str(folder / "model.pt"), f"inputshape=[{shape}]", "fp16=0", *files]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{spec.model} cannot be converted to ncnn: pnnx does not end in {MAX_SECONDS} s") from None
     if done.returncode != 0 or not (folder / "ncnn.bin").exists():
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise InputError(f"{spec.model} cannot be converted to ncnn: pnnx ends with status {done.returncode} "
                          f"({' '.join(last)[:200]})")  # fmt: skip
-    graph, weights = parse_param((folder / "ncnn.param").read_text()), (folder / "ncnn.bin").read_bytes()
+    graph, weights = (
+        parse_param((folder / "ncnn.param").read_text(encoding="utf-8")),
+        (folder / "ncnn.bin").read_bytes(),
+    )
     if lacking := sorted({layer.type for layer in graph if not layer.type.isidentifier()}):  # torch.…, Tensor.…
         raise InputError(f"{spec.model} has operations that ncnn lacks: {', '.join(lacking)}; export it to ONNX")
     try:

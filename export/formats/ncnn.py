@@ -205,7 +205,7 @@ def read_graph(path: Path) -> list[Layer]:
     if path.stat().st_size > MAX_PARAM_BYTES:
         raise InputError(f"{path}: is larger than any .param file; export the model again")
     with one_line(path, "is not a readable ncnn model"):
-        layers = parse_param(path.read_text())
+        layers = parse_param(path.read_text(encoding="utf-8"))
         counts = [(layer.name, [count]) for layer in layers for _, count in _tensors(layer)]
     check_elements(path, counts)
     return layers
