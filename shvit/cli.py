@@ -179,7 +179,12 @@ def _misplaced(lines: Sequence[str]) -> str | None:
     others = [match[1] for line in lines if (match := re.match(r"in shvit (.*) --help$", line))]
     if given is None or not any(re.match(rf"{re.escape(given[1])}\b(?! \()", line) for line in lines):
         return None
-    return f"{given[1]} is not an option of `{given[2]}`, but of {' and '.join(others)}"
+    return f"{given[1]} is not an option of `{given[2]}`, but of {_listed(others)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _unknown(name: str) -> str:

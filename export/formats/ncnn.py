@@ -48,6 +48,11 @@ NO_WEIGHTS = (
 )
 
 
+def is_int8(layer: Layer) -> bool:
+    """Return whether a layer rounds its input and its weights to 8 bits."""
+    return layer.type in FUSED and layer.int(INT8) != 0
+
+
 def _tensors(layer: Layer) -> list[tuple[bool, int]]:
     """Return a layer's tensors in the order of the .bin file: whether a word precedes each, and its length.
 
@@ -58,7 +63,7 @@ def _tensors(layer: Layer) -> list[tuple[bool, int]]:
     number = layer.int
     if layer.type in FUSED:
         size, bias = (6, 5) if layer.type in CONVOLUTIONS else (2, 1)
-        scales = [(False, number(0)), (False, 1)] if number(INT8) else []  # of weights; of the input
+        scales = [(False, number(0)), (False, 1)] if is_int8(layer) else []  # of weights; of the input
         if number(INT8) not in (0, 1, 2):
             raise ValueError(f"holds {layer.name[:40]} in a form of int8 that is not read here")
         return [(True, number(size)), *([(False, number(0))] if number(bias) else []), *scales]
@@ -89,7 +94,7 @@ def read_tensors(layers: Sequence[Layer], data: bytes) -> Iterator[tuple[Layer, 
         for tagged, count in _tensors(layer):
             tag = int.from_bytes(data[place : place + 4], "little") if tagged else SINGLE
             place += 4 * tagged
-            if count < 0 or tag not in DTYPES or (tagged and (tag == BYTE) != bool(layer.int(INT8))):
+            if count < 0 or tag not in DTYPES or (tagged and (tag == BYTE) != is_int8(layer)):
                 raise ValueError(f"holds weights of {layer.name[:40]} in a way that is not read here")
             dtype = DTYPES[tag]
             end = place + count * dtype.itemsize
@@ -159,7 +164,7 @@ def layer_parameters(layers: Sequence[Layer], data: bytes, pointwise: Sequence[s
         if holds_weight(layer):
             shape = weight_shape(layer, layer.name in pointwise)
             reshaped = Stored(weight.value.reshape(shape), weight.rounding.reshape(shape))
-            if layer.int(INT8):
+            if is_int8(layer):
                 *rest, scales, _ = rest
                 reshaped = quantized(weight.value.reshape(shape).numpy(), 1 / scales.value.numpy())
             found[layer.name] = LayerParameters(reshaped, rest[0] if rest else None)
@@ -168,7 +173,7 @@ def layer_parameters(layers: Sequence[Layer], data: bytes, pointwise: Sequence[s
 
 def input_scales(layers: Sequence[Layer], data: bytes) -> dict[str, float]:
     """Return the levels per unit that the input of each int8 layer is rounded to, by the layer's name."""
-    return {layer.name: values[-1].value.item() for layer, values in read_tensors(layers, data) if layer.int(INT8)}
+    return {layer.name: values[-1].value.item() for layer, values in read_tensors(layers, data) if is_int8(layer)}
 
 
 def holds_weight(layer: Layer) -> bool:
