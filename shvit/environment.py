@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Case = TypeVar("Case")
 
-EXPORT = ("export", "phone", "detection", "demo")
+EXPORT = ("export", "coreml", "openvino", "ncnn", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
