@@ -35,6 +35,7 @@ test-sse4: $(INSTALLED)  ## the same as on one without AVX, whose sums are round
 check: $(INSTALLED)  ## lint, format, and types of the wheel as a user gets it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build  # setuptools puts what it finds there into the wheel, files of before too
 	set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; mkdir "$$tmp/empty"; \
 	$(BIN)/python -m build --wheel --outdir "$$tmp" . >"$$tmp/log" 2>&1 || { cat "$$tmp/log"; exit 1; }; \
 	$(BIN)/python -m pip install --quiet --no-deps --target "$$tmp/site" "$$tmp"/*.whl; \
