@@ -201,7 +201,7 @@ def load(path: Path, threads: int | None) -> Artifact:
     """Load a model of `shvit export` in ncnn."""
     graph, notes = read_graph(path), _read_notes(path)
     spec, weights = spec_from(notes, path), read_weights(path, graph)
-    pointwise = parse_model(list[str], parse_json(notes.get(POINTWISE_KEY, "[]"), str(path)), str(path), AGAIN)
+    pointwise = _pointwise(notes, path)
     names = output_names(graph)
     inputs = [Port(name, "uint8" if spec.uint8_input else "float32", None) for name in input_names(graph)]
     check_ports(path, spec, inputs, [Port(name, "float32", None) for name in names], INPUT)
@@ -233,7 +233,7 @@ def _scale_faults(learned: Mapping[str, Range], scales: Mapping[str, float]) -> 
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each layer."""
     path, dtype = artifact.path, HALVES[artifact.spec.precision]
-    pointwise = parse_json(_read_notes(path).get(POINTWISE_KEY, "[]"), str(path))
+    pointwise = _pointwise(_read_notes(path), path)
     return apply_rounding(artifact, RoundedNcnn(read_graph(path), path.with_suffix(".bin"), dtype, threads, pointwise))
 
 
@@ -241,6 +241,10 @@ def _read_notes(path: Path) -> dict[str, str]:
     """Return what stands in the .json beside a .param; nothing where there is none."""
     file = path.with_suffix(".json")
     return parse_model(dict[str, str], load_json(file), str(file), AGAIN) if is_there(file) else {}
+
+
+def _pointwise(notes: Mapping[str, str], path: Path) -> list[str]:
+    return parse_model(list[str], parse_json(notes.get(POINTWISE_KEY, "[]"), str(path)), str(path), AGAIN)
 
 
 def _run(net: "Net", names: Sequence[str], batch: torch.Tensor) -> Outputs:

@@ -8,11 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from math import comb
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -200,15 +199,17 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float | None, float, float]
     The interval is that of a quantile by order statistics: no assumption on how noise is distributed, one outlier among
     many rounds is harmless, and few rounds decide nothing.
     """
-    middle, count = median(ratios), len(ratios)
+    from scipy.stats import quantile_test
+
+    middle = median(ratios)
     if set(ratios) == {1.0}:
         return 1.0, 1.0, 1.0  # the first case by itself
-    ways = accumulate(comb(count, below) for below in range(count + 1))  # for so many or fewer to be below the median
-    rank = next(below for below, number in enumerate(ways) if 40 * number >= 2**count)  # 2.5 % at each end
-    if rank == 0:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interval = quantile_test(ratios, q=middle, p=0.5).confidence_interval()
+    low, high = float(interval.low), float(interval.high)
+    if not (np.isfinite(low) and np.isfinite(high)):
         return None, min(ratios), max(ratios)
-    ordered = sorted(ratios)
-    low, high = float(ordered[rank - 1]), float(ordered[count - rank])
     return (middle if high - low <= MAX_INTERVAL * middle else None), low, high
 
 
