@@ -158,7 +158,7 @@ def check_elements(path: Path, shapes: Iterable[tuple[str, Sequence[int | None]]
                              "allowed; export the model for a smaller size")  # fmt: skip
 
 
-LOOPS = ("Loop", "Scan", "TensorIterator", "while_loop")
+LOOPS = ("Loop", "Scan", "TensorIterator", "WHILE", "while_loop")
 """Operations that repeat others as often as a number in the file says: no exported classifier has one."""
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Case = TypeVar("Case")
 
-EXPORT = ("export", "coreml", "openvino", "ncnn", "phone", "detection", "demo")
+EXPORT = ("export", "coreml", "openvino", "litert", "ncnn", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
@@ -20,6 +20,9 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "cryptography": ("phone",),
     "coremltools": ("coreml", "demo"),
     "openvino": ("openvino",),
+    "ai_edge_litert": ("litert",),
+    "litert_torch": ("litert",),
+    "ai_edge_quantizer": ("litert",),
     "ncnn": ("ncnn",),
     "pnnx": ("ncnn",),
     "elpv_dataset": ("demo",),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -61,3 +62,18 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keep all that libraries print, also from outside of Python, off the terminal, besides what `quiet` does."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as nothing:  # noqa: PTH123
+        kept = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(nothing.fileno(), number)
+            yield
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)

@@ -67,6 +67,27 @@ def run_ncnn(job: dict[str, Any]) -> Prepare:
     return prepare
 
 
+def run_litert(job: dict[str, Any]) -> Prepare:
+    """Open a .tflite file in LiteRT, which takes one image at a time."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(job["path"], num_threads=job["threads"])
+    interpreter.allocate_tensors()
+
+    def prepare(batch: int) -> Call:
+        for each in interpreter.get_input_details():
+            shape = each["shape"].tolist()
+            interpreter.set_tensor(each["index"], random(shape, each["dtype"].__name__, shape[0]))
+
+        def call() -> None:
+            for _ in range(batch):
+                interpreter.invoke()
+
+        return call
+
+    return prepare
+
+
 class OpenVINO:
     """An IR or ONNX file in OpenVINO, compiled for the batch size: a dynamic one costs a fifth of S1's speed."""
 
@@ -195,6 +216,7 @@ def cuda_graph(call: Call) -> Call:
 RUNNERS: dict[str, Callable[[dict[str, Any]], Prepare]] = {
     "onnx": run_onnx,
     "ncnn": run_ncnn,
+    "litert": run_litert,
     "openvino": OpenVINO,
     "coreml": CoreML,
     "torch": run_torch,

@@ -5,8 +5,6 @@ wiki, "param and model file structure".
 """
 
 import math
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,11 +21,11 @@ from ..guards import check_elements, one_line
 from .ncnn_param import ARRAY_KEY, Layer, format_param, parse_param
 from .parameters import LayerParameters, Stored, quantized, stored
 from .rounding import Outputs, Rounded, join
+from .trial import run_trial
 
 if TYPE_CHECKING:
     from ncnn import Extractor, Mat, Net
 
-MAX_TRIAL = 120  # seconds; S4 at 224 px takes 0.1
 MAX_PARAM_BYTES = 8 << 20
 
 
@@ -244,17 +242,7 @@ def try_model(path: Path, layers: Sequence[Layer], shape: Sequence[int]) -> None
     """
     files = [str(path), str(path.with_suffix(".bin"))]
     words = [*files, *map(str, shape), *input_names(layers), *output_names(layers)]
-    trial = Path(__file__).with_name("ncnn_trial.py")
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", trial, *words], capture_output=True, timeout=MAX_TRIAL, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{path}: takes more than {MAX_TRIAL} s for one image; export the model again") from None
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        reason = f"a signal ({-done.returncode})" if done.returncode < 0 else " ".join(said)[:200]
-        raise InputError(f"{path}: does not run in ncnn ({reason}); export the model again")
+    run_trial(path, "ncnn_trial.py", words, "ncnn")
 
 
 def open_net(
