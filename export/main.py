@@ -314,7 +314,7 @@ class Verify:
     """
 
     artifact: tyro.conf.Positional[Path]
-    """An .onnx file, .xml or .param (with what belongs to it) or .mlpackage of `shvit export`."""
+    """An .onnx or .tflite file, .xml or .param (with what belongs to it) or .mlpackage of `shvit export`."""
     checkpoint: Path | None = None
     """Weights that it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
     model: str | None = None

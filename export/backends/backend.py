@@ -128,6 +128,15 @@ class OperatorTime(NamedTuple):
     seconds: float
 
 
+class Delegation(NamedTuple):
+    """How a graph is divided between a delegate, which is fast, and the runtime's own operators."""
+
+    partitions: int
+    """Parts of the graph that the delegate computes, each in one call."""
+    outside: Mapping[str, int]
+    """Operators that the delegate leaves to the runtime, with their numbers."""
+
+
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +212,8 @@ class Backend(Generic[O]):
     profile: Callable[[Path, torch.Tensor, int, str], list[OperatorTime]] | None = None
     """Returns the time of each operator of a file, for a batch of its inputs, a number of threads and a compute
     precision; None where the runtime has no profiler."""
+    delegation: Callable[[Path], Delegation] | None = None
+    """Returns how a file is divided; None where the runtime has no delegates."""
     packages: tuple[str, ...]  # modules that write and run a file
     extra: str = "export"  # the extra of this package that installs them
     precisions: tuple[Precision, ...]  # those that can be exported, the default first

@@ -10,9 +10,18 @@ import tyro
 from shvit.errors import InputError, refuse
 from shvit.files import scratch_folder
 
-from .records import LayerTime, Measurements, Placement, Scaling
+from .records import LayerTime, Measurements, Partition, Placement, Scaling
 from .runtimes import DEFAULT_RUNTIMES, RUNTIMES, describe_runtimes, is_artifact
-from .tables import console, progress_line, show_layers, show_machine, show_placements, show_results, show_scaling
+from .tables import (
+    console,
+    progress_line,
+    show_layers,
+    show_machine,
+    show_partitions,
+    show_placements,
+    show_results,
+    show_scaling,
+)
 
 if TYPE_CHECKING:
     from .cases import Settings
@@ -54,7 +63,7 @@ class Bench:
     rounds: int = 15
     """Rounds in which each case is timed; with more rounds, smaller differences can be told from noise."""
     profile: bool = False
-    """Also report the time of each kind of layer, from each runtime's own profiler."""
+    """Also report the time of each kind of layer, from each runtime's own profiler, and what delegates do not compute."""
     sweep: bool = False
     """Also time 128 to 1024 pixels and batches of 1 to 64 (minutes for each model and runtime)."""
     compute_units: Literal["all", "cpu", "cpu-gpu", "cpu-ne"] = "all"
@@ -82,8 +91,10 @@ class Bench:
                 tuple(self._layers(models, runtimes, settings, progress) if self.profile else ()),
                 tuple(self._scaling(models, runtimes, settings, progress) if self.sweep else ()),
                 placements=tuple(self._placements(models, runtimes, settings, progress)),
+                partitions=tuple(self._partitions(models, runtimes, settings, progress) if self.profile else ()),
             )
             show_placements(measured.placements)
+            show_partitions(measured.partitions)
         show_machine(machine)
         if self.output is not None:
             console.print("wrote " + ", ".join(map(str, write_report(measured, self.output))))
@@ -136,6 +147,20 @@ class Bench:
                         rows = measure_layers(model, runtime, batch_size)
                         show_layers(rows)
                         yield from rows
+
+    def _partitions(
+        self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
+    ) -> Iterator[Partition]:
+        """Yield how each runtime that has delegates divides each model."""
+        from .cases import BenchModel
+
+        with scratch_folder() as folder:
+            for model in [BenchModel(name, settings, folder) for name in models if not is_artifact(name)]:
+                for name in runtimes:
+                    if (division := RUNTIMES[name].delegation) is not None:
+                        progress(f"dividing {model.name} in {name}")
+                        partitions, outside = division(model)
+                        yield Partition(model.name, name, partitions, dict(outside))
 
     def _scaling(
         self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress

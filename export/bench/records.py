@@ -224,6 +224,18 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """How a runtime divides a model between a delegate, such as XNNPACK, and its own operators."""
+
+    model: Text
+    runtime: Text
+    partitions: Count
+    """Parts of the graph that the delegate computes, each in one call."""
+    outside: dict[Text, Count]
+    """Operators that the delegate leaves to the runtime, with their numbers."""
+
+
+@dataclass(frozen=True)
 class Scaling:
     """Growth of time and memory over a sweep of one quantity, fitted as a power."""
 
@@ -264,6 +276,7 @@ class Measurements:
     checks: tuple[Check, ...] = ()
     sustained: tuple[Sustained, ...] = ()
     placements: tuple[Placement, ...] = ()
+    partitions: tuple[Partition, ...] = ()
 
     @model_validator(mode="after")
     def _check_devices(self) -> "Measurements":

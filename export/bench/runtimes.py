@@ -10,7 +10,7 @@ from typing import Any
 
 from shvit.errors import InputError
 
-from ..backends.backend import Backend, Job, Timing
+from ..backends.backend import Backend, Delegation, Job, Timing
 from ..backends.compute_plan import MIN_MACOS
 from ..backends.onnx import ONNX
 from ..backends.registry import BACKENDS
@@ -31,6 +31,8 @@ class Runtime:
     """Run in the environment that the backend sets."""
     has_profiler: bool = False
     """Known here: the time of each operator."""
+    delegation: Callable[[Any], Delegation] | None = None
+    """Function of a `BenchModel` that returns how it is divided; None where the runtime has no delegates."""
 
 
 def _torch(help: str, precision: str = "fp32", device: str = "cpu", **options: bool) -> Runtime:  # noqa: A002
@@ -52,7 +54,9 @@ def _timed(backend: Backend[Any], timing: Timing) -> Runtime:
         return {**backend.job(path, batch_size, timing.precision, model.settings.compute_units), **timing.options}
 
     has_profiler = timing.on_cpu and backend.profile is not None
-    return Runtime(timing.help, timing.precision, job, backend.name, timing.on_cpu, has_profiler)
+    divide = backend.delegation
+    delegation = None if divide is None else lambda model: divide(model.file(backend.name, timing.file))
+    return Runtime(timing.help, timing.precision, job, backend.name, timing.on_cpu, has_profiler, delegation)
 
 
 def _reference(model: Any, batch_size: int) -> Job:

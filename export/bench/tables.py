@@ -10,7 +10,17 @@ from shvit import terminal
 from shvit.errors import printable
 from shvit.terminal import right_aligned
 
-from .records import PROCESSOR, BenchResult, LayerTime, Machine, Measurements, Placement, Scaling, describe_preemption
+from .records import (
+    PROCESSOR,
+    BenchResult,
+    LayerTime,
+    Machine,
+    Measurements,
+    Partition,
+    Placement,
+    Scaling,
+    describe_preemption,
+)
 
 console = terminal.console()
 
@@ -83,6 +93,17 @@ def show_placements(placements: Sequence[Placement]) -> None:
             percent = row.cost_percent.get(device)
             cells.append(f"{row.operations.get(device, 0)}" + ("" if percent is None else f", {percent:.0f} %"))
         table.add_row(row.model, row.compute_units, *cells)
+    console.print(table)
+
+
+def show_partitions(partitions: Sequence[Partition]) -> None:
+    """Print in how many parts delegates compute each model, and which operators they leave."""
+    if not partitions:
+        return
+    table = Table("delegation", "runtime", *right_aligned("partitions"), "operators outside")
+    for row in partitions:
+        outside = ", ".join(f"{name} {count}" for name, count in row.outside.items())
+        table.add_row(row.model, row.runtime, str(row.partitions), outside or "none")
     console.print(table)
 
 

@@ -242,16 +242,8 @@ def bias_faults(model: "ModelT") -> list[str]:
 # --- delegation -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Delegation:
-    """How a graph is divided between its runtime's delegate, which is fast, and single operators."""
-
-    partitions: int
-    outside: Mapping[str, int]  # operators that the delegate leaves, with their numbers
-
-
-def delegation(path: Path) -> Delegation:
-    """Return which operators of a model XNNPACK leaves to LiteRT's own kernels.
+def delegation(path: Path) -> tuple[int, dict[str, int]]:
+    """Return in how many parts XNNPACK computes a model, and the operators that it leaves to LiteRT's own kernels.
 
     LiteRT lists the operators of the file and, behind them, those that replace them. What is left is what still has
     to be computed for a result that no delegate gives.
@@ -266,7 +258,7 @@ def delegation(path: Path) -> Delegation:
         if results & needed and not results & given:
             outside[each["op_name"]] += 1
             needed |= {index for index in each["inputs"].tolist() if index >= 0}
-    return Delegation(len(delegates), dict(outside.most_common()))
+    return len(delegates), dict(outside.most_common())
 
 
 def shape_of(tensor: "TensorT") -> Sequence[int | None]:

@@ -6,7 +6,7 @@ process.
 
 import sys
 
-MAX_MEMORY = 16 << 30  # bytes of address space; a graph that needs them is no image classifier's
+MAX_MEMORY = 6 << 30  # bytes of address space; a graph that needs them is no image classifier's
 
 
 def main(path: str) -> str | None:

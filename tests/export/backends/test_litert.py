@@ -104,9 +104,9 @@ def test_attention_in_litert_s_order_is_the_models(tiny, grid):
 
 def test_delegate_leaves_what_it_does_not_compute(written):
     """XNNPACK takes no weights that are computed, as the product of queries and keys has."""
-    division = delegation(written)
-    assert division.partitions == 1 + sum(division.outside.values())
-    assert set(division.outside) == {"FULLY_CONNECTED"}
+    partitions, outside = delegation(written)
+    assert partitions == 1 + sum(outside.values())
+    assert set(outside) == {"FULLY_CONNECTED"}
 
 
 @pytest.mark.slow
