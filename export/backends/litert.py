@@ -34,6 +34,7 @@ from ..formats.rounding import Outputs, join
 from ..guards import Port, check_ports
 from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
 from ..quantization.qdq import LayerRanges
+from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import ChannelsLast, Normalized, Tupled, with_attention
 from .backend import (
@@ -125,7 +126,7 @@ def write_litert(
     Args:
         ranges: of int8, those of every layer.
     """
-    learned = {}
+    learned: dict[str, Range] = {}
     if spec.precision == "fp16":
         content = halve(content)
     elif spec.precision == "int8":

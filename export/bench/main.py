@@ -63,7 +63,7 @@ class Bench:
     rounds: int = 15
     """Rounds in which each case is timed; with more rounds, smaller differences can be told from noise."""
     profile: bool = False
-    """Also report the time of each kind of layer, from each runtime's own profiler, and what delegates do not compute."""
+    """Also report the time of each kind of layer, from each runtime's own profiler, and what delegates leave out."""
     sweep: bool = False
     """Also time 128 to 1024 pixels and batches of 1 to 64 (minutes for each model and runtime)."""
     compute_units: Literal["all", "cpu", "cpu-gpu", "cpu-ne"] = "all"
