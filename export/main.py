@@ -1,7 +1,7 @@
 """Commands eval, export and verify; see shvit/cli.py for how they are called."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +24,8 @@ from .guards import check_apart, check_own, rows_that_fit
 from .labels import known_classes, match_classes, refuse_unknown
 from .pipeline import Outputs, create_source, export_model, verify_artifact
 from .spec import Precision, Spec, open_weights
-from .tables import export_all, show
+from .survey import MODELS, survey
+from .tables import export_all, imports, show
 from .verify import require
 
 console = terminal.console()
@@ -302,7 +303,43 @@ class ExportAll(_FromModel):
         return export_all(self.output, source, console)
 
 
-EXPORT = {**{name: _command(backend) for name, backend in BACKENDS.items()}, "all": ExportAll}
+@dataclass(frozen=True, kw_only=True)
+class ExportSurvey:
+    """Try models in every format, and write a table of which files match their models and why others do not.
+
+    Models have random weights. What a survey in the same folder has tried already is not tried again.
+    """
+
+    output: Path
+    """A folder for survey.md and survey.json; no model's file is kept."""
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+    """Names that timm knows."""
+    formats: list[str] = field(default_factory=lambda: list(BACKENDS))
+    """Formats to try; by default all whose packages are installed."""
+    precision: Precision = "fp32"
+    """Weight and compute precision; those that learn ranges need trained weights, and are not tried."""
+    images: Path | None = None
+    """A folder of images to compare with; scikit-image's bundled ones by default."""
+
+    def run(self) -> dict[str, Any]:
+        check_output_folder(self.output)
+        check_own(self.output, "survey.json", b'"passed"', ("survey.md",))
+        for name in self.formats:
+            if name not in BACKENDS:
+                raise InputError(f"unknown format {name!r}; choose from {', '.join(BACKENDS)}")
+            if self.precision not in BACKENDS[name].precisions or self.precision == BACKENDS[name].calibrated:
+                raise InputError(
+                    f"{BACKENDS[name].title} is not tried in {self.precision}; leave {name} out of --formats"
+                )
+        formats = [name for name in self.formats if imports(BACKENDS[name], console)]
+        outcomes = survey(self.output, self.models, formats, self.precision, self.images, console.print)
+        held = {
+            model: [name for name, each in row.items() if each.passed is not False] for model, row in outcomes.items()
+        }
+        return {"output": str(self.output), "held": held}
+
+
+EXPORT = {**{name: _command(backend) for name, backend in BACKENDS.items()}, "all": ExportAll, "survey": ExportSurvey}
 
 
 @dataclass(frozen=True)

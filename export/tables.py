@@ -39,7 +39,7 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
         check_calibration(backend, with_precision(source, backend, precision))
     certificates: dict[tuple[str, str], dict[str, Any]] = {}
     backends = {backend.name: backend for backend, _ in ROWS}
-    installed = [name for name, backend in backends.items() if _imports(backend, console)]
+    installed = [name for name, backend in backends.items() if imports(backend, console)]
     for backend, precision in (row for row in ROWS if row[0].name in installed):
         name = f"{source.spec.model}-{precision}{backend.ending}"
         console.print(f"{backend.title} {precision} …")
@@ -63,7 +63,7 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
     return {"output": str(folder), "passed": {name: each["passed"] for name, each in files.items()}}
 
 
-def _imports(backend: Backend[Any], console: Console) -> bool:
+def imports(backend: Backend[Any], console: Console) -> bool:
     """Return whether a backend's packages are installed; if not, say what installs them."""
     try:
         for name in backend.packages:
