@@ -1,6 +1,8 @@
 """Checks between third-party artifacts and this program: declarations when a file is loaded, errors as one line."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +89,29 @@ def finite(path: Path, output: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(output).all():
         raise InputError(f"{path}: gives NaN or infinite outputs, which are no predictions; export the model again")
     return output
+
+
+MAX_TRIAL_SECONDS = 120  # S4 at 224 px takes 0.1
+
+
+def run_trial(path: Path, runtime: str, words: Sequence[str]) -> None:
+    """Raise InputError where a file ends the process that runs it, or takes too long for one image.
+
+    Args:
+        runtime: a key of `RUNTIMES` in formats/trial.py, which runs with `words`.
+    """
+    script = Path(__file__).parent / "formats" / "trial.py"
+    command = [sys.executable, "-I", str(script), runtime, *words]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=MAX_TRIAL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{path}: takes more than {MAX_TRIAL_SECONDS} s for one image; export the model again"
+        ) from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        reason = f"a signal ({-done.returncode})" if done.returncode < 0 else " ".join(said)[:200]
+        raise InputError(f"{path}: does not run in {runtime} ({reason}); export the model again")
 
 
 # --- what it declares -------------------------------------------------------------------------------------------------

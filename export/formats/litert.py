@@ -12,9 +12,8 @@ from shvit.errors import InputError
 from shvit.files import check_file, open_file
 from shvit.terminal import muted
 
-from ..guards import check_elements, check_operators, one_line
+from ..guards import check_elements, check_operators, one_line, run_trial
 from .parameters import LayerParameters, Stored, quantized, stored
-from .trial import run_trial
 
 if TYPE_CHECKING:
     from ai_edge_litert.interpreter import Interpreter
@@ -43,7 +42,7 @@ def read_model(path: Path) -> "ModelT":
         data = file.read()
     if data[4:8] != b"TFL3":
         raise InputError(f"{path}: is not a LiteRT model; export the model again")
-    run_trial(path, "litert_trial.py", [str(path)], "LiteRT")
+    run_trial(path, "litert", [str(path)])
     with one_line(path, "is not a readable LiteRT model"):
         model = unpack(data)
         if len(model.subgraphs) != 1 or len(model.signatureDefs or ()) != 1:

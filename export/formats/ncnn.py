@@ -17,11 +17,10 @@ import torch
 from shvit.errors import InputError
 from shvit.files import check_file, open_file, scratch_folder
 
-from ..guards import check_elements, one_line
+from ..guards import check_elements, one_line, run_trial
 from .ncnn_param import ARRAY_KEY, Layer, format_param, parse_param
 from .parameters import LayerParameters, Stored, quantized, stored
 from .rounding import Outputs, Rounded, join
-from .trial import run_trial
 
 if TYPE_CHECKING:
     from ncnn import Extractor, Mat, Net
@@ -242,7 +241,7 @@ def try_model(path: Path, layers: Sequence[Layer], shape: Sequence[int]) -> None
     """
     files = [str(path), str(path.with_suffix(".bin"))]
     words = [*files, *map(str, shape), *input_names(layers), *output_names(layers)]
-    run_trial(path, "ncnn_trial.py", words, "ncnn")
+    run_trial(path, "ncnn", words)
 
 
 def open_net(

@@ -224,12 +224,12 @@ def test_defects_are_refused(workshop, float_file, tmp_path, defect):
     [
         (lambda data: b"", "is not a LiteRT model"),
         (lambda data: data[:4] + b"TFL2" + data[8:], "is not a LiteRT model"),
-        (lambda data: data[:8], "does not run in LiteRT"),
-        (lambda data: data[: len(data) // 2], "does not run in LiteRT"),
-        (lambda data: data[:-1000], "does not run in LiteRT"),
+        (lambda data: data[:8], "does not run in litert"),
+        (lambda data: data[: len(data) // 2], "does not run in litert"),
+        (lambda data: data[:-1000], "does not run in litert"),
         (lambda data: data.replace(b"shvit.spec", b"shvit.spic"), "was not written by `shvit export`"),
         (lambda data: data.replace(b'"num_classes"', b'"num_klasses"'), "num_classes|num_klasses"),
-        (lambda data: b"TFL3TFL3" * 100, "does not run in LiteRT"),
+        (lambda data: b"TFL3TFL3" * 100, "does not run in litert"),
     ],
 )
 def test_damaged_files_are_one_line(written, change, message):
@@ -246,7 +246,7 @@ def test_a_graph_that_ends_the_process_is_refused(written):
     layer = next(layers_of(model))
     graph_of(model).tensors[layer.weight].shape = [4096, 3, 3, 3]
     written.write_bytes(pack(model))
-    with pytest.raises(InputError, match="does not run in LiteRT"):
+    with pytest.raises(InputError, match="does not run in litert"):
         load_artifact(written)
 
 
