@@ -13,6 +13,7 @@ from shvit.documents import load_json, to_json
 from shvit.environment import advise
 from shvit.errors import CheckFailed, InputError
 from shvit.files import atomic_write
+from shvit.terminal import quiet
 
 from .backends.backend import Backend
 from .backends.registry import BACKENDS
@@ -66,8 +67,9 @@ def export_all(folder: Path, source: Source, console: Console) -> dict[str, Any]
 def imports(backend: Backend[Any], console: Console) -> bool:
     """Return whether a backend's packages are installed; if not, say what installs them."""
     try:
-        for name in backend.packages:
-            importlib.import_module(name)
+        with quiet():
+            for name in backend.packages:
+                importlib.import_module(name)
     except ModuleNotFoundError as missing:
         console.print(f"{backend.title} is left out: {advise(missing.name or '', ['export'])}")
         return False
