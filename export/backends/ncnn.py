@@ -52,6 +52,7 @@ from ..spec import Spec
 from ..wrappers import Normalized, Tupled, layers, with_attention
 from .backend import (
     HUGE_PAGES,
+    Arm64Build,
     Artifact,
     Backend,
     FormatOptions,
@@ -59,6 +60,7 @@ from .backend import (
     Job,
     Source,
     Timing,
+    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -299,8 +301,15 @@ def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
     layer = next(each for each in read_graph(path) if each.type == "Input")
     shape = [layer.int(key) for key in (CHANNELS, HEIGHT, WIDTH)]
     names = [layer.outputs[0], *output_names(read_graph(path))]
-    return {"runner": "ncnn", "path": str(path), "bf16": precision == "bf16", "shape": shape, "names": names}
+    halves = {each: precision == each for each in ("fp16", "bf16")}
+    return {"runner": "ncnn", "path": str(path), **halves, "shape": shape, "names": names}
 
+
+ARM64 = Wheel("ncnn", "1.0.20261020", {
+    "3.11": "0503da4f3960ee2e555feef55db13adffd6c62eb59a4bd22f8083b12d1757ad8",
+    "3.12": "6dc5b1f38953ee91b84e4600707609feed652230d21753b7d8915f3738f9b7a8",
+    "3.13": "63b22234f384ff98883428f081b06f115eb40732733ce2dd02a691359239f746",
+})  # fmt: skip
 
 NCNN = Backend(
     name="ncnn",
@@ -329,4 +338,5 @@ NCNN = Backend(
     load_rounded=load_rounded,
     inspect=inspect,
     environment=HUGE_PAGES,
+    arm64=Arm64Build((ARM64,), "ncnn"),
 )

@@ -20,8 +20,8 @@ from torch import nn
 from shvit import sessions
 from shvit.cli import run
 from shvit.errors import InputError
+from shvit.export.backends import worker
 from shvit.export.bench import measure as bench_module
-from shvit.export.bench import worker
 from shvit.export.bench.cases import BenchCase, BenchModel, Settings, choose_cores, create_file_case, create_timm_model
 from shvit.export.bench.layer_times import convolution_kind, layer_kind, measure_layers
 from shvit.export.bench.measure import RunningCase, exponent, ratio_interval, run_rounds, summarize
