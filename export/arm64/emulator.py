@@ -19,8 +19,9 @@ from shvit.errors import InputError
 Cpu = Literal["cortex-a53", "cortex-a76", "max"]
 QEMU = ("qemu-aarch64-static", "qemu-aarch64")
 MAX_FILE_BYTES = 1 << 30  # that an emulated program may write; S4's feature maps of 64 images have 60 MB
-NAMESPACES = ("--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
+NAMESPACES = ("unshare", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
 """What a program gets of its own: no network, no other process, and no more rights than the user's."""
+AS_CHILD = ("sh", "-c", '"$@"; exit $?', "sh")  # the first process of a namespace cannot be ended by its own signals
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def confined() -> tuple[str, ...]:
     """
     if shutil.which("unshare") is None:
         raise InputError("--arm64 needs unshare; install it with: apt-get install util-linux")
-    for command in (("unshare", *NAMESPACES), ("unshare",)):
+    for command in ((*NAMESPACES, *AS_CHILD, "unshare"), ("unshare",)):
         done = subprocess.run([*command, "--root=/", "true"], capture_output=True, timeout=60, check=False)
         if done.returncode == 0:
             return command

@@ -117,7 +117,7 @@ def write_ncnn(
     names, pointwise = _match(graph, weights, model)
     if spec.precision in HALVES:
         weights = round_weights(graph, weights, torch.float16, kept=torch.float16)
-    graph = [_named(layer, names, spec) for layer in graph]
+    graph = [_in_float32(_named(layer, names, spec)) for layer in graph]
     ranges = {name: each for name, each in (ranges or {}).items() if name not in spec.excluded_layers and each[1] > 0}
     if spec.precision == "int8":
         graph, weights = quantize(graph, weights, {name: high for name, (_, high) in ranges.items()})
@@ -194,6 +194,22 @@ def _named(layer: Layer, names: Mapping[str, str], spec: Spec) -> Layer:
         channels, height, width = spec.shape
         options |= {WIDTH: str(width), HEIGHT: str(height), CHANNELS: str(channels)}
     return replace(layer, name=names.get(layer.name, layer.name), inputs=inputs, outputs=outputs, options=options)
+
+
+FEATURES, NO_FP16_ARITHMETIC = 31, "1"  # the option of any layer that turns features of ncnn off for it
+
+
+def _in_float32(layer: Layer) -> Layer:
+    """Return a layer that ncnn computes wrongly in float16 such that it sums in float32.
+
+    On ARM processors with float16 arithmetic, of a 3×3 depthwise convolution with stride 2 every column is wrong that
+    is the second of a pair left over from fours: rows 1 and 2 of its last tap are read from row 0. Outputs 2 or 3 wide
+    modulo 4 have one. Seen in ncnn 1.0.20261020; S1 has 11 dB by it at 96 px.
+    """
+    kernel, strides = {layer.int(11, layer.int(1)), layer.int(1)}, {layer.int(13, layer.int(3, 1)), layer.int(3, 1)}
+    if layer.type == "ConvolutionDepthWise" and kernel == {3} and strides == {2}:
+        return replace(layer, options={**layer.options, FEATURES: NO_FP16_ARITHMETIC})
+    return layer
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
