@@ -33,6 +33,11 @@ class Processor:
     part: int
 
     @property
+    def midr(self) -> str:
+        """What Linux shows of its identification register."""
+        return f"0x{self.implementer << 24 | 0xF << 16 | self.part << 4:016x}\n"
+
+    @property
     def cpuinfo(self) -> str:
         """What one core of it looks like in /proc/cpuinfo, from which runtimes learn the core's design."""
         rows = {"processor": "0", "CPU implementer": f"0x{self.implementer:02x}", "CPU architecture": "8",
@@ -118,8 +123,10 @@ def confined() -> tuple[str, ...]:
 
 def furnish(root: Path, cpu: Cpu) -> None:
     """Add to a root what a program on this processor needs besides its own files: QEMU, and descriptions of it."""
-    content = {"proc/cpuinfo": PROCESSORS[cpu].cpuinfo}
-    content |= {f"sys/devices/system/cpu/{name}": "0\n" for name in ("possible", "present", "online")}
+    cores = "sys/devices/system/cpu"
+    content = {f"{cores}/{name}": "0\n" for name in ("possible", "present", "online")}
+    content[f"{cores}/cpu0/regs/identification/midr_el1"] = PROCESSORS[cpu].midr
+    content["proc/cpuinfo"] = PROCESSORS[cpu].cpuinfo
     for name, text in content.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

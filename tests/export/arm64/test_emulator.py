@@ -106,6 +106,8 @@ def test_a_furnished_root_describes_the_processor_and_is_stripped_again(tmp_path
     furnish(tmp_path, "cortex-a53")
     rows = dict(re.split(r"\s*: ", line) for line in (tmp_path / "proc/cpuinfo").read_text().strip().splitlines())
     assert (rows["CPU implementer"], rows["CPU part"]) == ("0x41", "0xd03")  # Arm's own numbers of a Cortex-A53
+    register = tmp_path / "sys/devices/system/cpu/cpu0/regs/identification/midr_el1"
+    assert int(register.read_text(), 16) == 0x410FD030  # of revision 0
     strip(tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["usr"]
 
