@@ -289,7 +289,8 @@ def judge_outputs(
     Raise CheckFailed where outputs are not finite or of another shape than the model's, which are `expected`.
     """
     tolerance, probabilities = TOLERANCES[spec.precision], spec.output_kind == "probabilities"
-    figures, verdicts, reasons = {}, [], []
+    figures: dict[str, dict[str, float]] = {}
+    verdicts, reasons = [], []
     for name, model_output, output in zip(spec.outputs, expected, outputs, strict=True):
         figure = compare(model_output, output, tolerance, probabilities)
         verdict, why = judge(figure, tolerance, len(output))

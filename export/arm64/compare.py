@@ -17,7 +17,7 @@ from ..backends import worker
 from ..backends.backend import JOB_FILES, Arm64Build, Artifact, Backend
 from ..backends.registry import artifact_files, load_artifact, resolve_backend
 from ..formats.rounding import Outputs
-from ..guards import checked_run
+from ..guards import checked_run, one_line
 from ..images import spread
 from ..verdict import snr_db, worst_figures, worst_verdict
 from ..verify import PASSED, Arm64, Certificate, Reference, accuracy, judge_outputs
@@ -141,20 +141,17 @@ class _Response:
 
 def _run(artifact: Artifact, batch: torch.Tensor, root: Root, cpu: Cpu) -> Emulated:
     """Run what `Spec.feed` returns through a file, one image after the other."""
-    path, hwcap = artifact.path, []
-    with root.copied(cpu) as folder:
-
-        def run(batch: torch.Tensor) -> Outputs:
-            job = _place(artifact, folder / "work")
-            np.save(folder / "work" / "images.npy", batch.numpy())
-            commands = json.dumps({"images": "images.npy", "outputs": "."}) + "\n"
-            program = [PYTHON, "-I", "-B", "worker.py", json.dumps(job)]
-            ended = emulator.run(folder, cpu, program, commands, START_S + IMAGE_S * len(batch))
-            hwcap.append(_last_response(ended).hwcap)
-            return tuple(_read(folder / "work" / f"{number}.npy") for number in range(len(artifact.spec.outputs)))
-
-        outputs = checked_run(run, path, artifact.spec)(batch)
-    return Emulated(outputs, hwcap[0])
+    path, spec = artifact.path, artifact.spec
+    with root.copied(cpu) as folder, one_line(path, f"does not run on ARM64 ({cpu})"):
+        job = _place(artifact, folder / "work")
+        np.save(folder / "work" / "images.npy", batch.numpy())
+        command = json.dumps({"images": "images.npy", "outputs": "."})
+        program = [PYTHON, "-I", "-B", "worker.py", json.dumps(job)]
+        ended = emulator.run(folder, cpu, program, f"{command}\n", START_S + IMAGE_S * len(batch))
+        hwcap = _last_response(ended).hwcap
+        files = [folder / "work" / f"{number}.npy" for number in range(len(spec.outputs))]
+        outputs = checked_run(lambda _: [*map(_read, files)], path, spec)(batch)
+    return Emulated(outputs, hwcap)
 
 
 def _place(artifact: Artifact, folder: Path) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def _last_response(ended: emulator.Ended) -> _Response:
     if response.error:
         raise RuntimeError(response.error)
     if response.machine != "aarch64":
-        raise RuntimeError(f"on ARM64 it ends with status {ended.status}: {ended.last_words}")
+        raise RuntimeError(f"its process ends with status {ended.status}: {ended.last_words}")
     return response
 
 

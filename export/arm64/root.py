@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,10 +135,13 @@ def _make(folder: Path, build: Arm64Build) -> None:
     wheels = download_wheels((NUMPY, *build.wheels), python, downloads / "wheels")
     unpack_wheels(wheels, root / SITE)
     _try(root, build)
-    digests = [{file.name: sha256(file) for file in files} for files in (packages, wheels)]
-    manifest = Manifest(FORMAT_VERSION, _system(), python, *digests, _files(root))
+    manifest = Manifest(FORMAT_VERSION, _system(), python, _digests(packages), _digests(wheels), _files(root))
     (folder / "manifest.json").write_text(to_json(asdict(manifest), indent=1) + "\n")
     shutil.rmtree(downloads)
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    return {file.name: sha256(file) for file in files}
 
 
 def _python(root: Path) -> str:
