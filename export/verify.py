@@ -267,7 +267,8 @@ class _Outputs:
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
     """Run all images at each size; raise CheckFailed if a value does not fit the artifact's half precision."""
     labels = torch.tensor([image.label for image in reference.images])
-    figures, verdicts, reasons, accuracies = {}, [], [], []
+    figures: dict[str, dict[str, float]] = {}
+    verdicts, reasons, accuracies = [], [], []
     for px in artifact.spec.sizes:
         expected = reference.outputs(px)
         pixels = reference.pixels(replace(artifact.spec, img_size=px))
@@ -289,8 +290,7 @@ def judge_outputs(
     Raise CheckFailed where outputs are not finite or of another shape than the model's, which are `expected`.
     """
     tolerance, probabilities = TOLERANCES[spec.precision], spec.output_kind == "probabilities"
-    figures: dict[str, dict[str, float]] = {}
-    verdicts, reasons = [], []
+    figures, verdicts, reasons = {}, [], []
     for name, model_output, output in zip(spec.outputs, expected, outputs, strict=True):
         figure = compare(model_output, output, tolerance, probabilities)
         verdict, why = judge(figure, tolerance, len(output))
