@@ -18,6 +18,7 @@ from shvit.files import atomic_write, check_output_folder
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, resolve_weights
 
+from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, rows_that_fit
@@ -248,6 +249,23 @@ class _FromModel:
                     calibration=self.calibration)  # fmt: skip
 
 
+CPU_HELP = "\n".join(
+    [
+        f"Processor that QEMU emulates, {DEFAULT_CPU} by default; a runtime's kernels differ by what it has.",
+        *(f"{name}: {each.help}." for name, each in PROCESSORS.items()),
+    ]
+)
+EmulatedCpu = Annotated[Cpu | None, tyro.conf.arg(help=CPU_HELP)]
+
+
+def _emulated(cpu: Cpu | None, wanted: bool, option: str) -> Cpu | None:
+    """Return the processor to emulate; None where it is not wanted, and then none may be named."""
+    if not wanted:
+        refuse(f"it is the processor of {option}", cpu=cpu)
+        return None
+    return cpu or DEFAULT_CPU
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Export(_FromModel, FormatOptions):
     output: Path
@@ -257,6 +275,9 @@ class _Export(_FromModel, FormatOptions):
     softmax: bool = False
     """Output probabilities in place of logits."""
     precision: Precision = "fp32"
+    verify_arm64: bool = False
+    """Verify the file in its runtime's build for ARM64 too, under QEMU, before it appears."""
+    cpu: EmulatedCpu = None
 
     backend: ClassVar[Backend[Any]]
 
@@ -265,13 +286,14 @@ class _Export(_FromModel, FormatOptions):
             refuse("--features gives no classes", softmax=self.softmax)
         if self.precision != self.backend.calibrated:
             refuse(f"--precision {self.precision} learns nothing from images", calibration=self.calibration)
+        arm64 = _emulated(self.cpu, self.verify_arm64, "--verify-arm64")
         for path in (*artifact_files(self.output), certificate_path(self.output)):
             self._check_apart(path)
         own = {each.name: getattr(self, each.name) for each in fields(self.backend.options)}
         common = {each.name: getattr(self, each.name) for each in fields(_FromModel)}
         outputs: Outputs = "features" if self.features else "probabilities" if self.softmax else "logits"
         certificate = export_model(self.backend.name, output=self.output, precision=self.precision, outputs=outputs,
-                                   log=console.print, **common, **own)  # fmt: skip
+                                   arm64=arm64, log=console.print, **common, **own)  # fmt: skip
         show(certificate, console)
         return {"artifact": str(self.output), "certificate": asdict(certificate)}
 
@@ -364,10 +386,16 @@ class Verify:
     """A folder of images; scikit-image's bundled ones by default."""
     runtime: Literal["auto", "coreml"] = "auto"
     """Use coreml to run a Core ML package in Core ML, on a Mac; by default it runs in our own evaluator."""
+    arm64: bool = False
+    """Run it in its runtime's build for ARM64 too, as phones do, under QEMU; without --images on 26 images.
+    The first time downloads that build, once for each format."""
+    cpu: EmulatedCpu = None
 
     def run(self) -> dict[str, Any]:
-        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "runtime"}
-        certificate = verify_artifact(**options, native=self.runtime == "coreml", log=console.print)
+        own = ("runtime", "arm64", "cpu")
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
+        arm64 = _emulated(self.cpu, self.arm64, "--arm64")
+        certificate = verify_artifact(**options, native=self.runtime == "coreml", arm64=arm64, log=console.print)
         show(certificate, console)
         require(certificate)
         return asdict(certificate)

@@ -19,8 +19,10 @@ from shvit.errors import CheckFailed, InputError, refuse
 from shvit.files import atomic_write, is_file, scratch_folder, sha256
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
+from .arm64.compare import certify_arm64, check_arm64
+from .arm64.emulator import Cpu
 from .backends.backend import Backend, O
-from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed
+from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, resolve_backend
 from .guards import check_files, images_that_fit
 from .images import BUNDLED, MAX_CALIBRATION, MAX_IMAGES, ImageFile, read_pixels, sample_images, spread
 from .labels import find_labels, known_classes
@@ -191,6 +193,7 @@ def export_model(
     images: str | Path | None = None,
     calibration: str | Path | None = None,
     labels: str | Path | None = None,
+    arm64: Cpu | None = None,
     log: Log = lambda line: None,
     **options: Any,
 ) -> Certificate:
@@ -210,6 +213,7 @@ def export_model(
         images: a folder of images to verify with; scikit-image's bundled ones where None.
         calibration: a folder of training images from which 8-bit ranges are learned.
         labels: a text file with the name of a class on each line; those that are known of the weights where None.
+        arm64: run the file in its runtime's build for ARM64 too, on this processor, which QEMU emulates.
         log: called with each line about what is not as would be expected.
         options: the format's own, such as `dynamic_batch=True` or `classifier=True`; see `shvit export FORMAT --help`.
 
@@ -232,6 +236,8 @@ def export_model(
     if not output.name.endswith(backend.ending) or output.name == backend.ending:
         raise InputError(f"--output {output} must end in {backend.ending}")
     check_files(output, artifact_files(output))
+    if arm64 is not None:
+        check_arm64(backend)
     if isinstance(model, nn.Module):
         weights: Weights | nn.Module = model
     else:
@@ -243,17 +249,25 @@ def export_model(
     if chosen.classifies and not source.labels:
         raise InputError(f"--classifier needs names for the {source.spec.num_classes} classes; give --labels")
     source = replace(source, spec=chosen.complete(replace(source.spec, precision=precision)))
-    return export(backend, output, source, chosen)
+    return export(backend, output, source, chosen, arm64, log)
 
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def export(backend: Backend[O], output: Path, source: Source, options: O) -> Certificate:
+def export(
+    backend: Backend[O],
+    output: Path,
+    source: Source,
+    options: O,
+    arm64: Cpu | None = None,
+    log: Log = lambda line: None,
+) -> Certificate:
     """Write a verified file and its certificate, both or neither.
 
     In int8, if not all layers can be quantized within tolerance, the noisiest are excluded, as few as are needed.
+    With `arm64` the file must hold on that processor too.
 
     Raises:
         CheckFailed: the artifact exceeds its tolerance.
@@ -281,6 +295,9 @@ def export(backend: Backend[O], output: Path, source: Source, options: O) -> Cer
             if noise:
                 certificate, path = _exclude_fewest(attempt, (certificate, path), noise)
         require(certificate)
+        if arm64 is not None:
+            certificate = certify_arm64(certificate, path, source.reference, arm64, log)
+            require(certificate)
         for partial, file in zip(partials, artifact_files(path), strict=True):
             shutil.move(file, partial)
         write_certificate(certificate, record)
@@ -346,6 +363,7 @@ def verify_artifact(
     ema: bool = False,
     images: str | Path | None = None,
     native: bool = False,
+    arm64: Cpu | None = None,
     log: Log = lambda line: None,
 ) -> Certificate:
     """Compare an exported file with its model, as `shvit verify` does, and return a new certificate.
@@ -358,6 +376,7 @@ def verify_artifact(
         ema: it was made from the checkpoint's EMA weights.
         images: a folder of images; scikit-image's bundled ones where None.
         native: run a Core ML package in Core ML, on a Mac; in our own evaluator otherwise.
+        arm64: run the file in its runtime's build for ARM64 too, on this processor, which QEMU emulates.
 
     Raises:
         InputError: the file cannot be read, or nothing tells its weights.
@@ -366,6 +385,8 @@ def verify_artifact(
     """
     path = Path(artifact)
     refuse_changed(path)
+    if arm64 is not None:
+        check_arm64(resolve_backend(path))
     loaded = load_artifact(path, native=native, rounded=True)
     spec = loaded.spec
     weights = _origin_weights(path, spec, model, _path(checkpoint), pretrained, ema, log)
@@ -374,7 +395,8 @@ def verify_artifact(
     classes = known_classes(weights, own_spec, log) if outputs != "features" else ()
     limit = images_that_fit(MAX_IMAGES, own_spec, spec)
     reference = _reference(weights, wrapped, own_spec, classes, _path(images), limit, loaded.labels)
-    return certify(loaded, reference)
+    certificate = certify(loaded, reference)
+    return certificate if arm64 is None else certify_arm64(certificate, path, reference, arm64, log)
 
 
 def _origin_weights(

@@ -19,7 +19,7 @@ from .backends.backend import Backend
 from .backends.registry import BACKENDS
 from .pipeline import Source, check_calibration, export
 from .spec import Precision
-from .verify import MAX_FLOAT_MACS, Certificate
+from .verify import MAX_FLOAT_MACS, Arm64, Certificate
 
 ROWS: Sequence[tuple[Backend[Any], Precision]] = [
     (backend, precision) for backend in BACKENDS.values() for precision in backend.compared
@@ -146,6 +146,29 @@ def show(certificate: Certificate, console: Console) -> None:
     ]
     for row in rows:
         table.add_row(*row)
+    console.print(table)
+    if certificate.arm64 is not None:
+        _show_arm64(certificate.arm64, console)
+
+
+def _show_arm64(section: Arm64, console: Console) -> None:
+    """Print the section on ARM64."""
+    verdict = {True: "matches its model", False: "EXCEEDS its tolerance", None: "is undecided"}[section.passed]
+    why = f": {'; '.join(section.reasons)}" if section.reasons else ""
+    console.print(f"on ARM64 it {verdict}{why} ({section.images} images)")
+    table = Table("figure", Column("value", justify="right"), show_header=False)
+    versions = ", ".join(f"{name} {version}" for name, version in section.versions.items())
+    table.add_row("processor", f"QEMU's {section.cpu}: {' '.join(section.features)}")
+    table.add_row("runtime", f"{versions}; {section.system}")
+    table.add_row("signal to noise", f"{section.snr_db:.1f} dB below the outputs' spread")
+    table.add_row("error of an image, of the spread",
+                  f"median {section.median_rel_error:.1e}, largest {section.max_rel_error:.1e}")  # fmt: skip
+    table.add_row("top-1 / top-5 agreement", f"{section.top1_agreement:.1f} / {section.top5_agreement:.1f} %")
+    table.add_row("other top-1", f"{section.changed_decisions} decisions, "
+                  f"{section.changed - section.changed_decisions} near-ties")  # fmt: skip
+    table.add_row(
+        "against this machine", f"{section.host_snr_db:.1f} dB, {section.host_top1_agreement:.1f} % same top-1"
+    )
     console.print(table)
 
 

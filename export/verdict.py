@@ -59,6 +59,30 @@ TOLERANCES: dict[Precision, Tolerance] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Errors of an artifact's outputs, the worst of all outputs and sizes; what else `compare` gives is for `judge`."""
+
+    max_abs_error: float  # largest difference of two logits (or values of a feature map)
+    median_rel_error: float
+    """Median, 90th and 99th percentile and largest of the images' errors, as shares of the outputs' spread over all
+    images."""
+    p90_rel_error: float
+    p99_rel_error: float
+    max_rel_error: float
+    far_images: int  # images with an error above the tolerance's
+    snr_db: float  # power of that spread over the mean power of the errors, in dB; at most 200
+    snr_high_db: float  # upper end of the one-sided 95 % interval: what it may be over all images of this kind
+    evidence: float  # the spread as a share of the outputs' size: how far the images tell a sound file from another
+    cosine: float  # lowest cosine of the two outputs for one image
+    top1_agreement: float  # percent of images with the same highest class; 100 for feature maps
+    top5_agreement: float
+    """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
+    changed: int  # images with another highest class
+    decisions: int  # images on which the model is surer than the tolerance lets rounding move it
+    changed_decisions: int  # decisions with another highest class; other changes are near-ties
+
+
 def compare(
     reference: torch.Tensor, output: torch.Tensor, tolerance: Tolerance, probabilities: bool = False
 ) -> dict[str, float]:

@@ -23,7 +23,17 @@ from .images import ImageFile, gray_level_difference, read_pixels, spread
 from .labels import label_faults
 from .quantization.qdq import unfold_identities
 from .spec import PREPROCESSING, Spec
-from .verdict import TOLERANCES, Tolerance, Verdict, compare, judge, snr_db, worst_figures, worst_verdict
+from .verdict import (
+    TOLERANCES,
+    Figures,
+    Tolerance,
+    Verdict,
+    compare,
+    judge,
+    snr_db,
+    worst_figures,
+    worst_verdict,
+)
 from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
 PACKAGES = (
@@ -40,31 +50,38 @@ MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 
 MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
 
 
+PASSED: Mapping[Verdict, bool | None] = {"passed": True, "refused": False, "undecided": None}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Certificate(Envelope):
+class Arm64(Figures):
+    """Section of a certificate: the file in its runtime's build for ARM64, on a processor that QEMU emulates.
+
+    Figures are those of a certificate. Those of `host` are of the outputs beside this machine's own, as its runtime
+    gives them: where kernels differ, they do.
+    """
+
+    cpu: str  # QEMU's name for the processor
+    features: tuple[str, ...]  # of its instruction sets, those that kernels are chosen by, as the runtime finds them
+    system: str  # the distribution that the rest of the emulated machine is of
+    versions: Mapping[str, str]
+    root_sha256: str  # of all files of the emulated machine
+    images: int
+    host_snr_db: float
+    host_top1_agreement: float
+    outputs: dict[str, dict[str, float]]
+    accuracy: float | None
+    passed: bool | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate(Figures, Envelope):
     """Description of an artifact and of its errors, by `verdict.compare`: the worst of all outputs and sizes."""
 
     random_weights: bool
     spec: Spec  # input, preprocessing and precision; for int8 also the layers that are excluded from quantization
-    max_abs_error: float  # largest difference of two logits (or values of a feature map)
-    median_rel_error: float
-    """Median, 90th and 99th percentile and largest of the images' errors, as shares of the outputs' spread over all
-    images."""
-    p90_rel_error: float
-    p99_rel_error: float
-    max_rel_error: float
     worst_image: str  # the file with the largest error
-    far_images: int  # images with an error above the tolerance's
-    snr_db: float  # power of that spread over the mean power of the errors, in dB; at most 200
-    snr_high_db: float  # upper end of the one-sided 95 % interval: what it may be over all images of this kind
-    evidence: float  # the spread as a share of the outputs' size: how far the images tell a sound file from another
-    cosine: float  # lowest cosine of the two outputs for one image
-    top1_agreement: float  # percent of images with the same highest class; 100 for feature maps
-    top5_agreement: float
-    """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
-    changed: int  # images with another highest class
-    decisions: int  # images on which the model is surer than the tolerance lets rounding move it
-    changed_decisions: int  # decisions with another highest class; other changes are near-ties
     outputs: dict[str, dict[str, float]]  # these figures of each output at each size
     accuracy: float | None  # top-1 of the artifact, percent, at its first size; None where folders give no labels
     model_accuracy: float | None  # top-1 of the model, percent
@@ -81,6 +98,8 @@ class Certificate(Envelope):
     faults: tuple[str, ...]
     """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels. They are among the reasons."""
     notes: tuple[str, ...]  # what users of the file should know
+    arm64: Arm64 | None = None
+    """The same on a phone's kind of processor, whose verdict counts as much; None where it was not asked for."""
 
     @property
     def verdict(self) -> Verdict:
@@ -228,7 +247,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
         compared_layers=weights.compared,
         gray_levels=gray_levels,
         tolerance=TOLERANCES[artifact.spec.precision],
-        passed={"passed": True, "refused": False, "undecided": None}[verdict],
+        passed=PASSED[verdict],
         faults=tuple(faults),
         reasons=(*faults, *outputs.reasons),
         notes=tuple(_saturation(artifact, reference)),
@@ -250,22 +269,38 @@ class _Outputs:
 
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
     """Run all images at each size; raise CheckFailed if a value does not fit the artifact's half precision."""
-    tolerance, probabilities = TOLERANCES[artifact.spec.precision], artifact.spec.output_kind == "probabilities"
     labels = torch.tensor([image.label for image in reference.images])
-    figures, verdicts, reasons, accuracies = {}, [], [], []
+    figures: dict[str, dict[str, float]] = {}
+    verdicts, reasons, accuracies = [], [], []
     for px in artifact.spec.sizes:
         expected = reference.outputs(px)
         pixels = reference.pixels(replace(artifact.spec, img_size=px))
         outputs = run_batches(lambda batch: artifact.run(artifact.spec.feed(batch)), pixels)
         _check_overflow(artifact)
-        accuracies.append((_accuracy(outputs[0], labels), _accuracy(expected[0], labels)))
-        for name, model_output, output in zip(artifact.spec.outputs, expected, outputs, strict=True):
-            figure = compare(model_output, output, tolerance, probabilities)
-            verdict, why = judge(figure, tolerance, len(reference.images))
-            figures[f"{name} at {px} px"] = figure
-            verdicts.append(verdict)
-            reasons += why
+        accuracies.append((accuracy(outputs[0], labels), accuracy(expected[0], labels)))
+        figure, verdict, why = judge_outputs(artifact.spec, px, expected, outputs)
+        figures |= figure
+        verdicts.append(verdict)
+        reasons += why
     return _Outputs(figures, worst_verdict(verdicts), tuple(dict.fromkeys(reasons)), *accuracies[0])
+
+
+def judge_outputs(
+    spec: Spec, px: int, expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> tuple[dict[str, dict[str, float]], Verdict, list[str]]:
+    """Return the figures of each output at a size, by its name, and the verdict on all of them with its reasons.
+
+    Raise CheckFailed where outputs are not finite or of another shape than the model's, which are `expected`.
+    """
+    tolerance, probabilities = TOLERANCES[spec.precision], spec.output_kind == "probabilities"
+    figures, verdicts, reasons = {}, [], []
+    for name, model_output, output in zip(spec.outputs, expected, outputs, strict=True):
+        figure = compare(model_output, output, tolerance, probabilities)
+        verdict, why = judge(figure, tolerance, len(output))
+        figures[f"{name} at {px} px"] = figure
+        verdicts.append(verdict)
+        reasons += why
+    return figures, worst_verdict(verdicts), reasons
 
 
 def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
@@ -284,7 +319,7 @@ def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
             f"which leaves {defaults_db:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
 
 
-def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
+def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
     """Return the percentage of labeled images whose highest class is the right one."""
     known = labels >= 0
     if outputs.dim() != 2 or not known.any():

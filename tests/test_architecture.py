@@ -46,6 +46,7 @@ FLOORS = (  # of export: a room may import those of its floor and of the floors 
     {"formats"},
     {"backends"},
     {"verify", "verdict"},
+    {"arm64"},
     {"pipeline", "tables"},
     {"bench"},
     {"analysis", "browser"},

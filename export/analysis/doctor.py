@@ -21,6 +21,7 @@ from shvit.files import scratch_folder
 from shvit.sessions import create_session
 from shvit.terminal import console, quiet, right_aligned
 
+from ..arm64.emulator import check_emulator, qemu_version
 from ..backends.backend import Backend
 from ..backends.registry import BACKENDS, load_artifact
 from ..bench.roofline import PACKAGES, gpu_name, instruction_sets, processor_name
@@ -78,13 +79,16 @@ class Doctor:
         for extra, missing in extras.items():
             hint = f"lacks {', '.join(missing)}; pip install 'shvit[{extra}]'" if missing else "installed"
             show(f"extra {extra}: {hint}")
+        arm64 = describe_emulator()
+        show(f"ARM64: {arm64}")
         trials = try_runtimes(show)
         table = Table("runtime", "works", *right_aligned("error", "seconds"), "reason")
         for each in trials:
             error = "–" if each.error is None else f"{each.error:.1e}"
             table.add_row(each.runtime, "yes" if each.works else "no", error, f"{each.seconds:.1f}", each.reason)
         show(table)
-        return {"machine": machine, "versions": installed, "extras": extras, "runtimes": [asdict(t) for t in trials]}
+        runtimes = [asdict(trial) for trial in trials]
+        return {"machine": machine, "versions": installed, "extras": extras, "arm64": arm64, "runtimes": runtimes}
 
 
 def describe_machine() -> dict[str, str]:
@@ -101,6 +105,15 @@ def describe_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "GPU": " and ".join(gpus) or "none",
     }
+
+
+def describe_emulator() -> str:
+    """Return what verifies files for ARM64 here, or what is missing for it, in one line."""
+    try:
+        check_emulator()
+    except InputError as missing:
+        return str(missing)
+    return f"files can be verified on processors that QEMU {qemu_version()} emulates, with --arm64"
 
 
 def missing_packages() -> dict[str, list[str]]:

@@ -95,7 +95,9 @@ def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precis
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 Job = dict[str, Any]
-"""How bench/worker.py opens a file: `runner`, `path` and the runner's own options, as JSON."""
+"""How worker.py opens a file: `runner`, `path` and the runner's own options, as JSON."""
+JOB_FILES = ("path", "sessions")
+"""The options of a job that name files, of which an emulated processor sees copies."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,27 @@ class Delegation(NamedTuple):
     """Parts of the graph that the delegate computes, each in one call."""
     outside: Mapping[str, int]
     """Operators that the delegate leaves to the runtime, with their numbers."""
+
+
+# --- ARM64 ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package for ARM64 Linux, pinned."""
+
+    name: str
+    version: str
+    sha256: Mapping[str, str]
+    """The digest of its wheel, by the version of Python that it is for, such as 3.11; `any` for all others."""
+
+
+@dataclass(frozen=True)
+class Arm64Build:
+    """The build of a runtime for ARM64 Linux: what worker.py's runner needs there besides Python and NumPy."""
+
+    wheels: tuple[Wheel, ...]
+    module: str  # that the runner imports
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------
@@ -234,6 +257,8 @@ class Backend(Generic[O]):
     """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
+    arm64: Arm64Build | None = None
+    """The runtime's build for ARM64, which files are verified in under emulation; None where there is none."""
     overflow_advice: str = ""  # how to run int8 on a processor whose 8-bit sums overflow
 
     @property

@@ -39,6 +39,7 @@ from ..spec import Spec
 from ..wrappers import ChannelsLast, Normalized, Tupled, with_attention
 from .backend import (
     HUGE_PAGES,
+    Arm64Build,
     Artifact,
     Backend,
     Delegation,
@@ -47,6 +48,7 @@ from .backend import (
     Job,
     Source,
     Timing,
+    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -224,6 +226,12 @@ def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
     return {"runner": "litert", "path": str(path)}
 
 
+ARM64 = Wheel("ai-edge-litert", "2.3.0", {
+    "3.11": "853fc608f96da87bd5f3458465dfb9abbf18d5ae6b94eceacead407146f175ae",
+    "3.12": "9891611b23a87cc2ace60e4b5ee9a2ee6f0fb7f395f009470961ae6e6310e1b8",
+    "3.13": "2ab71e4f5dfa65b3882634b42755f455f3e7415630d720200bd792733e15e257",
+})  # fmt: skip
+
 LITERT = Backend(
     name="litert",
     title="LiteRT",
@@ -250,4 +258,5 @@ LITERT = Backend(
     inspect=inspect,
     float_stem=True,
     environment=HUGE_PAGES,
+    arm64=Arm64Build((ARM64,), "ai_edge_litert.interpreter"),
 )

@@ -52,6 +52,7 @@ from ..spec import Spec
 from ..wrappers import Normalized, Tupled, layers, with_attention
 from .backend import (
     HUGE_PAGES,
+    Arm64Build,
     Artifact,
     Backend,
     FormatOptions,
@@ -59,6 +60,7 @@ from .backend import (
     Job,
     Source,
     Timing,
+    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -115,7 +117,7 @@ def write_ncnn(
     names, pointwise = _match(graph, weights, model)
     if spec.precision in HALVES:
         weights = round_weights(graph, weights, torch.float16, kept=torch.float16)
-    graph = [_named(layer, names, spec) for layer in graph]
+    graph = [_in_float32(_named(layer, names, spec)) for layer in graph]
     ranges = {name: each for name, each in (ranges or {}).items() if name not in spec.excluded_layers and each[1] > 0}
     if spec.precision == "int8":
         graph, weights = quantize(graph, weights, {name: high for name, (_, high) in ranges.items()})
@@ -192,6 +194,22 @@ def _named(layer: Layer, names: Mapping[str, str], spec: Spec) -> Layer:
         channels, height, width = spec.shape
         options |= {WIDTH: str(width), HEIGHT: str(height), CHANNELS: str(channels)}
     return replace(layer, name=names.get(layer.name, layer.name), inputs=inputs, outputs=outputs, options=options)
+
+
+FEATURES, NO_FP16_ARITHMETIC = 31, "1"  # the option of any layer that turns features of ncnn off for it
+
+
+def _in_float32(layer: Layer) -> Layer:
+    """Return a layer that ncnn computes wrongly in float16 such that it sums in float32.
+
+    On ARM processors with float16 arithmetic, of a 3×3 depthwise convolution with stride 2 every column is wrong that
+    is the second of a pair left over from fours: rows 1 and 2 of its last tap are read from row 0. Outputs 2 or 3 wide
+    modulo 4 have one. Seen in ncnn 1.0.20261020; an S1 in fp16 has 13 dB by it at 96 px, and 48 without.
+    """
+    kernel, strides = {layer.int(11, layer.int(1)), layer.int(1)}, {layer.int(13, layer.int(3, 1)), layer.int(3, 1)}
+    if layer.type == "ConvolutionDepthWise" and kernel == {3} and strides == {2}:
+        return replace(layer, options={**layer.options, FEATURES: NO_FP16_ARITHMETIC})
+    return layer
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -299,8 +317,15 @@ def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
     layer = next(each for each in read_graph(path) if each.type == "Input")
     shape = [layer.int(key) for key in (CHANNELS, HEIGHT, WIDTH)]
     names = [layer.outputs[0], *output_names(read_graph(path))]
-    return {"runner": "ncnn", "path": str(path), "bf16": precision == "bf16", "shape": shape, "names": names}
+    halves = {each: precision == each for each in ("fp16", "bf16")}
+    return {"runner": "ncnn", "path": str(path), **halves, "shape": shape, "names": names}
 
+
+ARM64 = Wheel("ncnn", "1.0.20261020", {
+    "3.11": "0503da4f3960ee2e555feef55db13adffd6c62eb59a4bd22f8083b12d1757ad8",
+    "3.12": "6dc5b1f38953ee91b84e4600707609feed652230d21753b7d8915f3738f9b7a8",
+    "3.13": "63b22234f384ff98883428f081b06f115eb40732733ce2dd02a691359239f746",
+})  # fmt: skip
 
 NCNN = Backend(
     name="ncnn",
@@ -329,4 +354,5 @@ NCNN = Backend(
     load_rounded=load_rounded,
     inspect=inspect,
     environment=HUGE_PAGES,
+    arm64=Arm64Build((ARM64,), "ncnn"),
 )

@@ -41,6 +41,7 @@ from .backend import (
     HUGE_PAGES,
     PROFILED_RUNS,
     UNSTEADY_RUNS,
+    Arm64Build,
     Artifact,
     Backend,
     GraphOptions,
@@ -49,6 +50,7 @@ from .backend import (
     OperatorTime,
     Source,
     Timing,
+    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -311,6 +313,12 @@ def _weight_shapes(path: Path) -> dict[str, list[int]]:
     return {node.name: shapes[node.input[1]] for node in graph.node if node.op_type == "Conv"}
 
 
+ARM64 = Wheel("onnxruntime", "1.32.0", {
+    "3.11": "2303372a85299b6757b0e11e1cbf13e410ddf7e10c37f4b37e99d1c90e7daf7c",
+    "3.12": "e36c187006e7a7c8b8d6d57f1a209dd63f52430dca6c282b177718ad6b841054",
+    "3.13": "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
+})  # fmt: skip
+
 ONNX = Backend(
     name="onnx",
     title="ONNX",
@@ -341,5 +349,6 @@ ONNX = Backend(
     inspect=inspect,
     float_stem=True,
     environment=HUGE_PAGES,
+    arm64=Arm64Build((ARM64,), "onnxruntime"),
     overflow_advice="set the session's option session.x64quantprecision to 1",
 )

@@ -101,7 +101,7 @@ class Bench:
         return asdict(measured)
 
     def _check_options(self) -> None:
-        from .worker import peak_memory
+        from ..backends.worker import peak_memory
 
         if self.sweep and peak_memory() is None:
             raise InputError("--sweep measures the memory of processes, which this system does not report; leave it "

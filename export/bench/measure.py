@@ -24,7 +24,7 @@ from shvit.errors import InputError
 from shvit.files import scratch_folder
 from shvit.weights.manifest import published_top1
 
-from . import worker
+from ..backends import worker
 from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models
 from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Measurements, Scaling
 from .roofline import measure_machine

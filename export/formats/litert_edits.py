@@ -64,8 +64,10 @@ def name_parts(model: "ModelT", module: nn.Module, outputs: Sequence[str]) -> No
     graph, signature = graph_of(model), model.signatureDefs[0]
     graph.tensors[graph.inputs[0]].name = INPUT.encode()
     signature.inputs[0].name = INPUT.encode()
-    for port in signature.outputs:
-        port.name = outputs[int(port.name.decode().removeprefix("output_"))].encode()
+    signature.outputs.sort(key=lambda port: int(port.name.decode().removeprefix("output_")))
+    graph.outputs = [port.tensorIndex for port in signature.outputs]
+    for port, name in zip(signature.outputs, outputs, strict=True):
+        port.name = name.encode()
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

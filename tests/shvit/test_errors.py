@@ -132,7 +132,7 @@ def test_bench_does_without_affinity_and_getrusage():
     code = """
 from shvit.export.bench.measure import pinned
 from shvit.export.bench.cases import choose_cores
-from shvit.export.bench import worker
+from shvit.export.backends import worker
 from shvit.train.speed import _peak_memory_mb
 with pinned(choose_cores(1), 1):
     worker.os.path.exists = lambda path: False

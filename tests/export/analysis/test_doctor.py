@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import sys
 
 import pytest
@@ -33,7 +34,13 @@ def test_each_runtime_is_tried_and_the_last_line_is_json(monkeypatch, capsys):
     assert trials["Core ML of macOS"]["works"] == (sys.platform == "darwin")
     assert result["versions"]["torch"] == importlib.metadata.version("torch")
     assert result["extras"]["export"] == []
+    assert f"ARM64: {result['arm64']}" in printed.replace("\n", " ")
     assert all(name in printed for name in trials)
+
+
+def test_missing_qemu_is_said_in_a_line(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert re.fullmatch(r"--arm64 needs .*", doctor.describe_emulator())
 
 
 def fail(error):

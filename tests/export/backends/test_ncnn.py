@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
@@ -110,6 +111,14 @@ def test_peers_of_timm_are_written_too(tmp_path, name):
 
 
 # --- half precision ---------------------------------------------------------------------------------------------------
+
+
+def test_the_convolutions_that_ncnn_computes_wrongly_in_float16_are_kept_from_it(tiny, written):
+    """3×3 depthwise ones with stride 2, on ARM; tests/export/arm64 runs them."""
+    kept = {layer.name for layer in read_graph(written) if layer.int(backend.FEATURES) & 1}
+    convolutions = {name: layer for name, layer in layers(deploy(tiny, PX)) if isinstance(layer, nn.Conv2d)}
+    stride_2 = {name for name, each in convolutions.items() if each.groups > 1 and each.stride == (2, 2)}
+    assert kept == stride_2 != set()
 
 
 def test_half_weights_are_rounded_to_nearest_and_small_ones_are_kept(written):

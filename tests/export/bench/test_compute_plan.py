@@ -26,9 +26,9 @@ from PIL import Image
 from shvit.cli import main, run
 from shvit.deployment import deploy
 from shvit.errors import InputError
+from shvit.export.backends import worker
 from shvit.export.backends.compute_plan import COMPUTE_UNITS, DEVICES, device_name, list_operations, list_placements
 from shvit.export.backends.coreml import write_coreml
-from shvit.export.bench import worker
 from shvit.export.bench.cases import Settings, create_file_case
 from shvit.export.bench.main import Bench
 from shvit.export.bench.records import Measurements, Placement, parse_measurements

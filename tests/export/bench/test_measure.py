@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from torch import nn
 from shvit import sessions
 from shvit.cli import run
 from shvit.errors import InputError
+from shvit.export.backends import worker
 from shvit.export.bench import measure as bench_module
-from shvit.export.bench import worker
 from shvit.export.bench.cases import BenchCase, BenchModel, Settings, choose_cores, create_file_case, create_timm_model
 from shvit.export.bench.layer_times import convolution_kind, layer_kind, measure_layers
 from shvit.export.bench.measure import RunningCase, exponent, ratio_interval, run_rounds, summarize
@@ -242,6 +243,20 @@ def test_worker_times_a_file_and_tells_its_memory(foreign, runner):
     assert len(turn["wall"]) >= 2
     assert 0.02 < sum(turn["wall"]) < 1
     assert 2e7 < turn["peak"] < 4e8  # a runtime without PyTorch
+
+
+@pytest.mark.parametrize("runner", ["onnx", "openvino"])
+def test_worker_runs_images_that_are_given_one_by_one(foreign, tmp_path, runner):
+    job = {"runner": runner, "path": str(foreign), "provider": "cpu", "bf16": False, "batch_size": 1,
+           "sessions": sessions.__file__}  # fmt: skip
+    batch = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+    np.save(tmp_path / "images.npy", batch)
+    _, done = talk(job, {"images": str(tmp_path / "images.npy"), "outputs": str(tmp_path)})
+    session = onnxruntime.InferenceSession(str(foreign), providers=["CPUExecutionProvider"])
+    expected = np.concatenate([session.run(None, {"pixels": image[None]})[0] for image in batch])
+    np.testing.assert_allclose(np.load(tmp_path / "0.npy"), expected, rtol=1e-4, atol=1e-5)
+    assert done["machine"] == platform.machine()
+    assert len(done["hwcap"]) == 2
 
 
 def test_a_turn_by_processor_time_goes_on_while_others_have_the_core():

@@ -1,13 +1,16 @@
 """One runtime with one model in a process of its own, which runs batches on request.
 
 Started by path (`python -I worker.py JOB`), so that nothing but the runtime is loaded: its memory and its start are
-then those of a program that ships it. It knows nothing of the rest of the project, except to build a model for PyTorch.
+then those of a program that ships it. It knows nothing of the rest of the project, except to build a model for PyTorch:
+files run so on another processor too, where there is no PyTorch (export/arm64).
 
 The job and all responses are JSON. Commands are lines on the standard input:
 
     {"batch": 16}       make an input, run it for the first time
     {"seconds": 0.2}    run for at least that long, at least twice, and respond with the time of each call;
                         with "processor": true until that much processor time is used
+    {"images": "F.npy", "outputs": "D"}    run images (n, …) one by one, write output number i as D/i.npy, and respond
+                        with what the processor has
 
 Times are in seconds. The response to an error is {"error": "one line"}, and the process ends.
 """
@@ -19,8 +22,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Call = Callable[[], Any]
-Prepare = Callable[[int], Call]  # takes a batch size; the call runs one batch, on random inputs that stay the same
+Call = Callable[[], Any]  # runs one batch and returns its outputs in order, each as the runtime holds it
+Prepare = Callable[..., Call]
+"""Takes a batch size and, of runtimes that files run in on another processor, the images (B, …) as `Spec.feed` returns
+them; random ones that stay the same by default."""
 
 
 def run_onnx(job: dict[str, Any]) -> Prepare:
@@ -30,39 +35,44 @@ def run_onnx(job: dict[str, Any]) -> Prepare:
     create_session = runpy.run_path(job["sessions"])["create_session"]  # shvit/sessions.py, without PyTorch
     session = create_session(job["path"], job["threads"], provider=job["provider"])
 
-    def prepare(batch: int) -> Call:
+    def prepare(batch: int, images: Any = None) -> Call:
         types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
-        inputs = {each.name: random(each.shape, types[each.type], batch) for each in session.get_inputs()}
+        inputs = {}
+        for each in session.get_inputs():
+            inputs[each.name] = random(each.shape, types[each.type], batch) if images is None else images
         return lambda: session.run(None, inputs)
 
     return prepare
 
 
 def run_ncnn(job: dict[str, Any]) -> Prepare:
-    """Open a .param with its .bin in ncnn, which takes one image at a time."""
+    """Open a .param with its .bin in ncnn, which takes one image at a time.
+
+    ncnn computes any file in float16 where the processor can; `fp16` lets it, for files of that precision alone.
+    """
     import ncnn
     import numpy as np
 
     net = ncnn.Net()
     net.opt.num_threads = job["threads"]
     net.opt.use_bf16_storage = job["bf16"]
-    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = job["fp16"]
     if net.load_param(job["path"]) != 0 or net.load_model(job["path"].removesuffix(".param") + ".bin") != 0:
         raise ValueError("ncnn cannot load it")
     name, *outputs = job["names"]
 
-    def prepare(batch: int) -> Call:
-        images = np.random.default_rng(0).random((batch, *job["shape"]), dtype=np.float32)
+    def run(mat: Any) -> list[Any]:
+        extractor = net.create_extractor()
+        extractor.input(name, mat)
+        return [extractor.extract(output)[1] for output in outputs]
+
+    def prepare(batch: int, images: Any = None) -> Call:
+        if images is None:
+            images = np.random.default_rng(0).random((batch, *job["shape"]), dtype=np.float32)
+        if images.dtype == np.uint8:  # (B, H, W, C)
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
         mats = [ncnn.Mat(image).clone() for image in images]
-
-        def call() -> None:
-            for mat in mats:
-                extractor = net.create_extractor()
-                extractor.input(name, mat)
-                for output in outputs:
-                    extractor.extract(output)
-
-        return call
+        return lambda: zip(*[run(mat) for mat in mats], strict=True)
 
     return prepare
 
@@ -73,15 +83,18 @@ def run_litert(job: dict[str, Any]) -> Prepare:
 
     interpreter = Interpreter(job["path"], num_threads=job["threads"])
     interpreter.allocate_tensors()
+    outputs = [each["index"] for each in interpreter.get_output_details()]
 
-    def prepare(batch: int) -> Call:
+    def prepare(batch: int, images: Any = None) -> Call:
         for each in interpreter.get_input_details():
             shape = each["shape"].tolist()
-            interpreter.set_tensor(each["index"], random(shape, each["dtype"].__name__, shape[0]))
+            value = random(shape, each["dtype"].__name__, shape[0]) if images is None else images
+            interpreter.set_tensor(each["index"], value)
 
-        def call() -> None:
+        def call() -> Any:
             for _ in range(batch):
                 interpreter.invoke()
+            return map(interpreter.get_tensor, outputs)
 
         return call
 
@@ -109,9 +122,10 @@ class OpenVINO:
         self.lacks_bf16 = job["bf16"] and compiled.get_property(precision) != ov.Type.bf16
         self.request = compiled.create_infer_request()
 
-    def __call__(self, batch: int) -> Call:
-        inputs = {name: random(shape, self.types[name], batch) for name, shape in self.shapes.items()}
-        return lambda: self.request.infer(inputs, share_inputs=True, share_outputs=True)
+    def __call__(self, batch: int, images: Any = None) -> Call:
+        inputs = {name: random(shape, self.types[name], batch) if images is None else images
+                  for name, shape in self.shapes.items()}  # fmt: skip
+        return lambda: self.request.infer(inputs, share_inputs=True, share_outputs=True).values()
 
 
 class CoreML:
@@ -298,6 +312,25 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def run_images(prepare: Prepare, images: str, folder: str) -> None:
+    """Run images one by one, as files with a batch of 1 need it, and write each output of all of them."""
+    import numpy as np
+
+    results = [[np.array(output) for output in prepare(1, image[None])()] for image in np.load(images)]
+    for number, outputs in enumerate(zip(*results, strict=True)):
+        np.save(os.path.join(folder, f"{number}.npy"), np.concatenate(outputs).astype(np.float32))  # noqa: PTH118
+
+
+def capabilities() -> dict[str, Any]:
+    """Return the processor's kind, and what Linux says that it has: the two words of AT_HWCAP and AT_HWCAP2."""
+    import platform
+    import struct
+
+    with open("/proc/self/auxv", "rb") as file:  # noqa: PTH123
+        vector = dict(struct.iter_unpack("QQ", file.read()))
+    return {"machine": platform.machine(), "hwcap": [vector.get(16, 0), vector.get(26, 0)]}
+
+
 def main() -> None:
     responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a runtime prints is not a response
@@ -318,7 +351,10 @@ def main() -> None:
         respond(load=load, lacks_bf16=isinstance(prepare, OpenVINO) and prepare.lacks_bf16)
         for line in sys.stdin:
             command = json.loads(line)
-            if "batch" in command:
+            if "images" in command:
+                run_images(prepare, command["images"], command["outputs"])
+                respond(**capabilities())
+            elif "batch" in command:
                 call = prepare(command["batch"])
                 start = time.perf_counter()
                 call()
