@@ -221,6 +221,8 @@ class Backend(Generic[O]):
     unfolds_identities: bool = True  # int8 is made from the model with its identities unfolded
     float_stem: bool = False
     """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
+    float_head: bool = False
+    """Leave an int8 model's classifier in float32, where the format would round its result too."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
     overflow_advice: str = ""  # how to run int8 on a processor whose 8-bit sums overflow
@@ -236,8 +238,10 @@ class Backend(Generic[O]):
         return self.inner_suffix + self.suffix
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the layers of a deployed model that are faster in float32 than in int8."""
-        return (next(layers(model))[0],) if self.float_stem else ()
+        """Return the layers of a deployed model that stay in float32 in any int8 file."""
+        names, modules = zip(*layers(model), strict=True)
+        head = names[-1:] if self.float_head and isinstance(modules[-1], nn.Linear) else ()
+        return (*(names[:1] if self.float_stem else ()), *head)
 
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

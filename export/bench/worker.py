@@ -67,6 +67,26 @@ def run_ncnn(job: dict[str, Any]) -> Prepare:
     return prepare
 
 
+def run_executorch(job: dict[str, Any]) -> Prepare:
+    """Open a program in ExecuTorch, which takes one image at a time; its binding needs PyTorch."""
+    import torch
+    from executorch.extension.pybindings import _C
+
+    _C._unsafe_reset_threadpool(job["threads"])
+    module = _C._load_for_executorch(job["path"])
+
+    def prepare(batch: int) -> Call:
+        image = torch.from_numpy(random(job["shape"], job["dtype"], job["shape"][0]))
+
+        def call() -> None:
+            for _ in range(batch):
+                module.forward([image], clone_outputs=False)
+
+        return call
+
+    return prepare
+
+
 class OpenVINO:
     """An IR or ONNX file in OpenVINO, compiled for the batch size: a dynamic one costs a fifth of S1's speed."""
 
@@ -195,6 +215,7 @@ def cuda_graph(call: Call) -> Call:
 RUNNERS: dict[str, Callable[[dict[str, Any]], Prepare]] = {
     "onnx": run_onnx,
     "ncnn": run_ncnn,
+    "executorch": run_executorch,
     "openvino": OpenVINO,
     "coreml": CoreML,
     "torch": run_torch,
