@@ -197,7 +197,7 @@ def export_model(
     """Export a model into a verified file, as `shvit export` does, and write its certificate beside it.
 
     Args:
-        format: onnx, openvino, coreml or ncnn.
+        format: onnx, openvino, coreml, ncnn or executorch.
         model: a name that timm knows, None for the checkpoint's own model; or a timm model with the weights that it
             has.
         output: the file to write.

@@ -26,7 +26,7 @@ from .spec import PREPROCESSING, Spec
 from .verdict import TOLERANCES, Tolerance, Verdict, compare, judge, snr_db, worst_figures, worst_verdict
 from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
 
-PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools", "ncnn", "pnnx")
+PACKAGES = ("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools", "ncnn", "pnnx", "executorch")
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared
 MAX_GRAY_LEVELS = 1.0

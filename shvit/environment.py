@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Case = TypeVar("Case")
 
-EXPORT = ("export", "coreml", "openvino", "ncnn", "phone", "detection", "demo")
+EXPORT = ("export", "coreml", "openvino", "ncnn", "executorch", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
@@ -22,6 +22,8 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "openvino": ("openvino",),
     "ncnn": ("ncnn",),
     "pnnx": ("ncnn",),
+    "executorch": ("executorch",),
+    "flatbuffers": ("executorch",),
     "elpv_dataset": ("demo",),
     "matplotlib": ("train", *EXPORT),
     "tensorboard": ("train", "detection", "demo"),

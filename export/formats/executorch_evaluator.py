@@ -217,7 +217,7 @@ class Evaluator(Rounded):
     ) -> None:
         name = operator["name"]
         if name in CONVERSIONS:
-            places, results = [arguments[-1]], (values[arguments[0]],)
+            places, results = [arguments[-1]], (self._argument(plan, arguments[0], values),)
         else:
             function, given, outs = _kernel(name, operator["overload"])
             read = {argument.name: self._argument(plan, index, values)
