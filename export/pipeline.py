@@ -281,6 +281,12 @@ def export(backend: Backend[O], output: Path, source: Source, options: O) -> Cer
             if noise:
                 certificate, path = _exclude_fewest(attempt, (certificate, path), noise)
         require(certificate)
+        extras = backend.create_extras(source, options) if backend.create_extras is not None else {}
+        for suffix, write_extra in extras.items():
+            extra = output.with_suffix(suffix)
+            written = write_extra(stack.enter_context(atomic_write(extra)))
+            note = f"{extra.name} was written beside it and not run: {written}"
+            certificate = replace(certificate, notes=(*certificate.notes, note))
         for partial, file in zip(partials, artifact_files(path), strict=True):
             shutil.move(file, partial)
         write_certificate(certificate, record)

@@ -212,6 +212,8 @@ class Backend(Generic[O]):
     options: type[O]
     all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]
+    create_extras: Callable[[Source, O], Mapping[str, Callable[[Path], str]]] | None = None
+    """Returns what writes further files, by their suffixes, that are not run here; each returns what it wrote."""
     load: Callable[[Path, int | None], Artifact]  # from a path and a number of threads, the runtime's choice where None
     load_native: Callable[[Artifact], Artifact] | None = None
     """The same file in the vendor's runtime, where `load` runs it in an evaluator of ours."""

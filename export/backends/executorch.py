@@ -1,17 +1,18 @@
 """ExecuTorch: how a program for XNNPACK (F.pte) is written, loaded and run. It holds its spec and labels itself."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram, export
 
 from shvit.documents import parse_json, parse_model, to_json
-from shvit.errors import InputError, first_line
+from shvit.errors import InputError, first_line, refuse
 from shvit.files import sha256
 from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
@@ -52,9 +53,11 @@ from .backend import (
 )
 
 if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
     from executorch.extension.pybindings._C import ExecuTorchModule
 
 AGAIN = "export the model again"
+Delegate = Literal["xnnpack", "coreml", "vulkan"]
 LAYERS_KEY = "executorch.layers"  # names of the convolutions and linear layers in the order of computation
 SAME = 1e-5  # of a layer's largest weight: folding may have moved it by that
 
@@ -150,21 +153,60 @@ def _traced_layers(program: ExportedProgram) -> list[tuple[str, torch.fx.Node]]:
     return [(layer_name([path for path, _ in node.meta["nn_module_stack"].values()][-1]), node) for node in nodes]
 
 
-def _lower(program: ExportedProgram, note: str, spec: Spec) -> bytes:
-    """Return the program's file, with what XNNPACK can compute in delegates."""
+def _lower(program: ExportedProgram, note: str, spec: Spec, delegate: Delegate = "xnnpack") -> bytes:
+    """Return the program's file, with what the delegate can compute in its graphs."""
     with quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         try:
             edge = to_edge_transform_and_lower(
-                program, partitioner=[XnnpackPartitioner()], compile_config=config, constant_methods={NOTES: note}
+                program,
+                partitioner=[_partitioner(delegate, spec)],
+                compile_config=config,
+                constant_methods={NOTES: note},
             )
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # executorch's passes have many
             reason = first_line(error)[:200]
             raise InputError(f"{spec.model} cannot be exported to ExecuTorch: {reason}; export it to ONNX") from error
+
+
+def _partitioner(delegate: Delegate, spec: Spec) -> "Partitioner":
+    half = spec.precision == "fp16"
+    if delegate == "coreml":
+        import coremltools as ct
+        from executorch.backends.apple.coreml.compiler import CoreMLBackend
+        from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+        precision = ct.precision.FLOAT16 if half else ct.precision.FLOAT32
+        compile_specs = CoreMLBackend.generate_compile_specs(
+            compute_precision=precision, minimum_deployment_target=ct.target.iOS16
+        )
+        return CoreMLPartitioner(compile_specs=compile_specs)
+    if delegate == "vulkan":
+        from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+        return VulkanPartitioner({"force_fp16": half})
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return XnnpackPartitioner()
+
+
+def create_extras(source: Source, options: "ExecutorchOptions") -> dict[str, Callable[[Path], str]]:
+    """Return what writes the programs for other delegates, F.coreml.pte and F.vulkan.pte."""
+    return {f".{delegate}.pte": partial(write_delegated, source.deployed(), source.spec, source.labels, delegate)
+            for delegate in options.also}  # fmt: skip
+
+
+def write_delegated(model: nn.Module, spec: Spec, labels: Sequence[str], delegate: Delegate, path: Path) -> str:
+    """Write a program for a delegate that is not run here, and return what is computed where."""
+    single = replace(spec, precision="fp32")  # the delegate itself computes in float16 where that is asked for
+    path.write_bytes(_lower(_trace(model, single), to_json(describe(spec, labels)), spec, delegate))
+    program = read_program(path)
+    delegates = ", ".join(f"{count} {name}" for name, count in Counter(program.delegates()).items()) or "no delegate"
+    kernels = ", ".join(f"{count} {name}" for name, count in program.kernels().items()) or "nothing"
+    return f"{delegates}; outside of it {kernels}"
 
 
 def _match(program: Program, model: nn.Module, spec: Spec) -> list[str]:
@@ -267,7 +309,13 @@ class ExecutorchOptions(FormatOptions):
     raw_pixels: bool = False
     """Take RGB pixels, uint8 (1, H, W, C), and normalize them inside; a normalized float32 (1, C, H, W) by default."""
 
+    also: tuple[Literal["coreml", "vulkan"], ...] = ()
+    """Further delegates to write programs for, F.coreml.pte and F.vulkan.pte.
+    They are not run here: the certificate is that of F.pte alone, and names what each delegate takes."""
+
     def complete(self, spec: Spec) -> Spec:
+        if spec.precision == "int8":
+            refuse("int8 is rounded in the form that XNNPACK takes", also=self.also)
         return replace(spec, uint8_input=self.raw_pixels)
 
 
@@ -298,6 +346,7 @@ EXECUTORCH: Backend[Any] = Backend(
     options=ExecutorchOptions,
     all_options=ExecutorchOptions(),
     create_writer=create_writer,
+    create_extras=create_extras,
     load=load,
     load_rounded=load_rounded,
     inspect=inspect,

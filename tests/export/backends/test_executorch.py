@@ -183,6 +183,23 @@ def test_a_wrong_scale_is_refused(workshop, in_int8, tmp_path):
     assert any(name in fault for fault in certificate.faults)
 
 
+# --- other delegates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("delegate", "name"), [("coreml", "CoreMLBackend"), ("vulkan", "VulkanBackend")])
+def test_a_program_for_another_delegate_is_written_and_not_run(tiny, tmp_path, delegate, name):
+    path = tmp_path / f"m.{delegate}.pte"
+    written = backend.write_delegated(deploy(tiny, PX), spec_of(tiny), ["a", "b"], delegate, path)
+    assert written.startswith(f"1 {name}; outside of it nothing")
+    with pytest.raises(InputError, match=f"is written for {name}, which is not run here"):
+        load_artifact(path)
+
+
+def test_int8_is_not_written_for_other_delegates(tiny):
+    with pytest.raises(InputError, match="--also does not apply: int8"):
+        backend.ExecutorchOptions(also=("coreml",)).complete(spec_of(tiny, precision="int8"))
+
+
 # --- wrong files ------------------------------------------------------------------------------------------------------
 
 
