@@ -183,7 +183,7 @@ def test_a_wrong_scale_is_refused(workshop, in_int8, tmp_path):
     assert any(name in fault for fault in certificate.faults)
 
 
-# --- other delegates ---------------------------------------------------------------------------------------------------
+# --- other delegates --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("delegate", "name"), [("coreml", "CoreMLBackend"), ("vulkan", "VulkanBackend")])
