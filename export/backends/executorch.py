@@ -88,6 +88,13 @@ class XnnpackSHSA(DeployedSHSA):
         return self.proj(self.act(torch.cat([x1, x2], dim=1)))
 
 
+class Pixels(ChannelsLast):
+    """The model behind (B, H, W, C) uint8, converted and transposed so that all that follows is contiguous."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        return self.model(x.float().permute(0, 3, 1, 2).contiguous())
+
+
 def create_writer(source: Source, options: "ExecutorchOptions") -> Writer:
     """Return a function that writes programs."""
     int8 = source.spec.precision == "int8"
@@ -137,8 +144,8 @@ def _trace(model: nn.Module, spec: Spec) -> ExportedProgram:
     if len(spec.outputs) > 1:
         model = Tupled(model)
     if spec.uint8_input:
-        model = ChannelsLast(Normalized(model, spec, white=255))
-        batch = batch.permute(0, 2, 3, 1).to(torch.uint8)
+        model = Pixels(Normalized(model, spec, white=255))
+        batch = batch.permute(0, 2, 3, 1).contiguous().to(torch.uint8)  # as apps give it
     try:
         with torch.no_grad(), quiet():
             return export(model.eval(), (batch,))
@@ -323,7 +330,7 @@ def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
     """Return how the worker opens a program, which computes the images of a batch one after the other."""
     program = read_program(path)
     (dtype, shape), *_ = program.ports("inputs")
-    return {"runner": "executorch", "path": str(path), "shape": list(shape), "dtype": dtype}
+    return {"runner": "executorch", "path": str(path), "device": "cpu", "shape": list(shape), "dtype": dtype}
 
 
 EXECUTORCH: Backend[Any] = Backend(
