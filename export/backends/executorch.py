@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram, export
 
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, first_line, refuse
@@ -33,11 +32,11 @@ from ..formats.parameters import LayerParameters, range_faults
 from ..formats.rounding import HALVES, Outputs, join
 from ..guards import check_ports
 from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
-from ..quantization.pt2 import quantize_program
+from ..quantization.pt2 import layer_names, quantize_program
 from ..quantization.qdq import LayerRanges
 from ..quantization.ranges import Range
 from ..spec import Spec
-from ..wrappers import ChannelsLast, Half, Normalized, Tupled, layer_name, layers, with_attention
+from ..wrappers import ChannelsLast, Half, Normalized, Tupled, layers, with_attention
 from .backend import (
     HUGE_PAGES,
     Artifact,
@@ -55,6 +54,7 @@ from .backend import (
 if TYPE_CHECKING:
     from executorch.exir.backend.partitioner import Partitioner
     from executorch.extension.pybindings._C import ExecuTorchModule
+    from torch.export import ExportedProgram
 
 AGAIN = "export the model again"
 Delegate = Literal["xnnpack", "coreml", "vulkan"]
@@ -122,11 +122,11 @@ def write_executorch(
         InputError: the model cannot be exported.
     """
     program = _trace(model, spec)
+    names = layer_names(program.graph)
     learned = {name: each for name, each in (ranges or {}).items() if name not in spec.excluded_layers}
     rounded: dict[str, Range] = {}
     if spec.precision == "int8":
         program, rounded = quantize_program(program, learned)
-    names = [name for name, _ in _traced_layers(program)]
     for _ in range(2):  # partitions may be in another order than the operations were traced in
         notes = {**describe(spec, labels, rounded), LAYERS_KEY: to_json(names)}
         path.write_bytes(_lower(program, to_json(notes), spec))
@@ -136,7 +136,9 @@ def write_executorch(
         names = found
 
 
-def _trace(model: nn.Module, spec: Spec) -> ExportedProgram:
+def _trace(model: nn.Module, spec: Spec) -> "ExportedProgram":
+    from torch.export import export
+
     model = with_attention(model, XnnpackSHSA)
     batch = spec.blank()
     if spec.precision == "fp16":
@@ -153,14 +155,7 @@ def _trace(model: nn.Module, spec: Spec) -> ExportedProgram:
         raise InputError(f"{spec.model} cannot be exported to ExecuTorch: {first_line(error)[:200]}") from error
 
 
-def _traced_layers(program: ExportedProgram) -> list[tuple[str, torch.fx.Node]]:
-    """Return the dotted names and nodes of the convolutions and linear layers in order."""
-    kinds = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
-    nodes = [node for node in program.graph.nodes if node.target in kinds]
-    return [(layer_name([path for path, _ in node.meta["nn_module_stack"].values()][-1]), node) for node in nodes]
-
-
-def _lower(program: ExportedProgram, note: str, spec: Spec, delegate: Delegate = "xnnpack") -> bytes:
+def _lower(program: "ExportedProgram", note: str, spec: Spec, delegate: Delegate = "xnnpack") -> bytes:
     """Return the program's file, with what the delegate can compute in its graphs."""
     with quiet():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower

@@ -34,6 +34,7 @@ FORWARD, NOTES = "forward", "shvit"  # methods of ours: the model, and what the 
 XNNPACK = "XnnpackBackend"
 DTYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
 """PyTorch's numbers of scalar types."""
+NOTHING: tuple[str, dict[str, Any]] = ("Null", {})  # a union without an alternative
 
 
 @cache
@@ -231,7 +232,7 @@ class Program:
         values = plan["values"] or []
         if not 0 <= index < len(values):
             raise ValueError("reads a value that it does not hold")
-        return values[index]["val"] or ("Null", {})
+        return values[index]["val"] or NOTHING
 
     def _segment(self, index: int) -> bytes:
         segments = self.table["segments"] or []
@@ -253,7 +254,7 @@ class Program:
         constants = [self._constant(each) for each in content["constant_data"] or ()]
         values = {}
         for each in content["xvalues"] or ():
-            kind, union = each["xvalue_union"] or ("", {})
+            kind, union = each["xvalue_union"] or NOTHING
             tensor = union["tensor_value"] if kind == "XNNQuantizedTensorValue" else union
             params = union.get("quant_params") if kind == "XNNQuantizedTensorValue" else None
             values[tensor["id_out"]] = _value(tensor, params, constants)
@@ -315,7 +316,7 @@ def read_program(path: Path) -> Program:
         kinds = {kind for kind, _ in program.calls()}
         tensors = [(f"{number} of {name}", content["sizes"].tolist())
                    for name, plan in program.methods.items() for number, value in enumerate(plan["values"] or ())
-                   for kind, content in [value["val"] or ("", {})]
+                   for kind, content in [value["val"] or NOTHING]
                    if kind == "Tensor" and content["sizes"] is not None]  # fmt: skip
         planned = [int(size) for plan in program.methods.values() for size in plan["non_const_buffer_sizes"]]
     check_elements(path, [*tensors, *(("that all share", [size // 4]) for size in planned)])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .executorch import DTYPES, LAYERS, Graph, Node, Program, Value, layer_parameters
+from .executorch import DTYPES, LAYERS, NOTHING, Graph, Node, Program, Value, layer_parameters
 from .rounding import Outputs, Rounded, join
 
 Tensor = torch.Tensor
@@ -247,7 +247,7 @@ class Evaluator(Rounded):
     def _argument(self, plan: Mapping[str, Any], index: int, values: Mapping[int, Any]) -> Any:
         if index in values:
             return values[index]
-        kind, content = plan["values"][index]["val"] or ("Null", {})
+        kind, content = plan["values"][index]["val"] or NOTHING
         if kind == "Null":
             return None
         if kind in ("Int", "Bool", "Double", "String"):

@@ -4,13 +4,17 @@ As in the ONNX files of qdq.py, activations have a range for each tensor and wei
 and what lies between the layers reads and gives float32. Levels are signed, which XNNPACK's kernels take.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import fx
-from torch.export import ExportedProgram, export
 
 from ..wrappers import layer_name
 from .qdq import LayerRanges
 from .ranges import LEVELS, Range
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)
@@ -19,14 +23,15 @@ LOWEST, HIGHEST = -128, 127
 
 
 def quantize_program(
-    program: ExportedProgram, ranges: dict[str, LayerRanges]
-) -> tuple[ExportedProgram, dict[str, Range]]:
+    program: "ExportedProgram", ranges: dict[str, LayerRanges]
+) -> tuple["ExportedProgram", dict[str, Range]]:
     """Return a program with layers in int8, and the range of each one's input.
 
     Args:
         ranges: of the layers to quantize, by their modules' names.
     """
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (defines torch.ops.quantized_decomposed)
+    from torch.export import export
 
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -41,9 +46,8 @@ class _Quantizer:
 
     def __init__(self, module: fx.GraphModule, ranges: dict[str, LayerRanges]):
         self.module, self.graph, self.ranges = module, module.graph, ranges
-        self.layers = {node: name for node in self.graph.nodes if node.target in LAYERS
-                       if (name := _name(node)) in ranges}  # fmt: skip
-        self.sources = {node: node.args[0] for node in self.layers}
+        self.layers = {node: name for node, name in _layers(self.graph) if name in ranges}
+        self.sources: dict[fx.Node, fx.Node] = {node: node.all_input_nodes[0] for node in self.layers}
         self.inputs: dict[str, Range] = {}
         self.rounded: dict[tuple[fx.Node, Range], fx.Node] = {}
         """Tensors in 8 bits by what they were made from."""
@@ -118,8 +122,14 @@ class _Quantizer:
                 reader.replace_input_with(end, self._values(levels))
 
 
-def _name(node: fx.Node) -> str:
-    return layer_name([path for path, _ in node.meta["nn_module_stack"].values()][-1])
+def layer_names(graph: fx.Graph) -> list[str]:
+    """Return the dotted names of a graph's convolutions and linear layers in order."""
+    return [name for _, name in _layers(graph)]
+
+
+def _layers(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
+    nodes = [node for node in graph.nodes if node.target in LAYERS]
+    return [(node, layer_name([path for path, _ in node.meta["nn_module_stack"].values()][-1])) for node in nodes]
 
 
 def steps(range_: Range) -> tuple[float, int]:
