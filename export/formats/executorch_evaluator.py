@@ -195,7 +195,7 @@ class Evaluator(Rounded):
             kept = self.weights[id(node)]
             x = _layer(node, inputs[0], kept.weight.value, None if kept.bias is None else kept.bias.value)
             if layer := next(left, ""):
-                self.layers[layer] = (_channels_first(x) if x.dim() == 4 else x).contiguous()
+                self.layers[layer] = (x if node.kind == "XNNFullyConnected" else _channels_first(x)).contiguous()
                 name = layer
         elif node.kind in OPERATIONS:
             x = OPERATIONS[node.kind](node.fields, *inputs)

@@ -96,19 +96,22 @@ def test_feature_maps_are_the_models_from_pixels_too(tiny, tmp_path):
 
 
 def test_a_peer_whose_operations_are_not_all_xnnpacks(tmp_path):
-    """LayerNorm is a kernel of its own, between several delegates; layers keep their names."""
+    """LayerNorm is a kernel of its own, between several delegates; layers keep their names.
+
+    XNNPACK's partitioner takes GELU's approximation by tanh, which this model has, for GELU itself: 2e-4 of the output.
+    """
     model = randomize(timm.create_model("test_convnext")).eval()
     spec = replace(Spec.of("test_convnext", model), img_size=PX)
     write_executorch(deploy(model, PX), tmp_path / "m.pte", spec)
     artifact, x = load_artifact(tmp_path / "m.pte"), images(1, 3, PX, PX)
     assert artifact.operators[XNNPACK] > 1
     with torch.no_grad():
-        assert_close(artifact.run(x)[0], model(x), 1e-4)
+        assert_close(artifact.run(x)[0], model(x), 1e-3)
     expected = layer_outputs(deploy(model, PX), x)
     outputs = artifact.run_layers(x)
     assert outputs.keys() == expected.keys()
     for name, output in outputs.items():
-        assert_close(output.flatten(), expected[name].flatten(), 1e-4)
+        assert_close(output, expected[name], 1e-3)
 
 
 # --- half precision ---------------------------------------------------------------------------------------------------
