@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 
 from shvit.certificate import certificate_path, read_certificate
 from shvit.errors import CheckFailed, InputError, first_line
-from shvit.files import check_output_folder, check_replaceable, is_file, is_folder, is_there, open_file
+from shvit.files import check_output_folder, check_replaceable, is_file, is_folder, is_there, open_file, sha256
 
 from .spec import Spec
 
@@ -94,24 +95,31 @@ def finite(path: Path, output: torch.Tensor) -> torch.Tensor:
 MAX_TRIAL_SECONDS = 120  # S4 at 224 px takes 0.1
 
 
-def run_trial(path: Path, runtime: str, words: Sequence[str]) -> None:
-    """Raise InputError where a file ends the process that runs it, or takes too long for one image.
+def run_trial(path: Path, runtime: str, words: Sequence[str], files: Sequence[Path]) -> None:
+    """Raise InputError where a model ends the process that runs it, or takes too long for one image.
 
     Args:
         runtime: a key of `RUNTIMES` in formats/trial.py, which runs with `words`.
+        files: those of the model; while they stay as they are, they are not tried again.
     """
+    if reason := _trial(runtime, tuple(words), tuple(map(sha256, files))):
+        raise InputError(f"{path}: {reason}; export the model again")
+
+
+@cache
+def _trial(runtime: str, words: tuple[str, ...], digests: tuple[str, ...]) -> str | None:
+    """Return why a model does not run; None where it does."""
     script = Path(__file__).parent / "formats" / "trial.py"
     command = [sys.executable, "-I", str(script), runtime, *words]
     try:
         done = subprocess.run(command, capture_output=True, timeout=MAX_TRIAL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{path}: takes more than {MAX_TRIAL_SECONDS} s for one image; export the model again"
-        ) from None
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        reason = f"a signal ({-done.returncode})" if done.returncode < 0 else " ".join(said)[:200]
-        raise InputError(f"{path}: does not run in {runtime} ({reason}); export the model again")
+        return f"takes more than {MAX_TRIAL_SECONDS} s for one image"
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    reason = f"a signal ({-done.returncode})" if done.returncode < 0 else " ".join(said)[:200]
+    return f"does not run in {runtime} ({reason})"
 
 
 # --- what it declares -------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Eval:
     ema: bool = False
     """Evaluate the checkpoint's EMA weights alone."""
     artifact: Path | None = None
-    """An .onnx file, .xml, .mlpackage or .param of `shvit export`, in place of a model and checkpoint."""
+    """An .onnx file, .xml, .mlpackage, .param or .pte of `shvit export`, in place of a model and checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     skip_unknown_classes: bool = False
@@ -373,7 +373,7 @@ class Verify:
     """
 
     artifact: tyro.conf.Positional[Path]
-    """An .onnx or .tflite file, .xml or .param (with what belongs to it) or .mlpackage of `shvit export`."""
+    """An .onnx, .tflite or .pte file, .xml or .param (with what belongs to it) or .mlpackage of `shvit export`."""
     checkpoint: Path | None = None
     """Weights that it was made from, or a name of `shvit weights list`; those that the certificate names by default."""
     model: str | None = None

@@ -200,7 +200,7 @@ def export_model(
     """Export a model into a verified file, as `shvit export` does, and write its certificate beside it.
 
     Args:
-        format: onnx, openvino, coreml, litert or ncnn.
+        format: onnx, openvino, coreml, litert, ncnn or executorch.
         model: a name that timm knows, None for the checkpoint's own model; or a timm model with the weights that it
             has.
         output: the file to write.
@@ -298,6 +298,12 @@ def export(
         if arm64 is not None:
             certificate = certify_arm64(certificate, path, source.reference, arm64, log)
             require(certificate)
+        extras = backend.create_extras(source, options) if backend.create_extras is not None else {}
+        for suffix, write_extra in extras.items():
+            extra = output.with_suffix(suffix)
+            written = write_extra(stack.enter_context(atomic_write(extra)))
+            note = f"{extra.name} was written beside it and not run: {written}"
+            certificate = replace(certificate, notes=(*certificate.notes, note))
         for partial, file in zip(partials, artifact_files(path), strict=True):
             shutil.move(file, partial)
         write_certificate(certificate, record)

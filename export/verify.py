@@ -38,7 +38,7 @@ from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model
 
 PACKAGES = (
     *("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools", "ncnn", "pnnx", "litert-torch"),
-    *("ai-edge-litert", "ai-edge-quantizer"),
+    *("ai-edge-litert", "ai-edge-quantizer", "executorch"),
 )
 LAYER_IMAGES = 4  # images on which layers are compared; all of their outputs are held
 PREPROCESSED_IMAGES = 32  # images on which two different preprocessings are compared

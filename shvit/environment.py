@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Case = TypeVar("Case")
 
-EXPORT = ("export", "coreml", "openvino", "litert", "ncnn", "phone", "detection", "demo")
+EXPORT = ("export", "coreml", "openvino", "litert", "ncnn", "executorch", "phone", "detection", "demo")
 EXTRAS = {  # top-level module: the extras that install it, the first one unless a command has another
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
@@ -25,6 +25,8 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "ai_edge_quantizer": ("litert",),
     "ncnn": ("ncnn",),
     "pnnx": ("ncnn",),
+    "executorch": ("executorch",),
+    "flatbuffers": ("executorch",),
     "elpv_dataset": ("demo",),
     "matplotlib": ("train", *EXPORT),
     "tensorboard": ("train", "detection", "demo"),

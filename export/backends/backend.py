@@ -246,6 +246,8 @@ class Backend(Generic[O]):
     options: type[O]
     all_options: O  # the options that `shvit export all` writes with
     create_writer: Callable[[Source, O], Writer]
+    create_extras: Callable[[Source, O], Mapping[str, Callable[[Path], str]]] | None = None
+    """Returns what writes further files, by their suffixes, that are not run here; each returns what it wrote."""
     load: Callable[[Path, int | None], Artifact]  # from a path and a number of threads, the runtime's choice where None
     load_native: Callable[[Artifact], Artifact] | None = None
     """The same file in the vendor's runtime, where `load` runs it in an evaluator of ours."""
@@ -255,6 +257,8 @@ class Backend(Generic[O]):
     unfolds_identities: bool = True  # int8 is made from the model with its identities unfolded
     float_stem: bool = False
     """Leave an int8 model's first convolution, which has three channels, in float32: it is faster so."""
+    float_head: bool = False
+    """Leave an int8 model's classifier in float32, where the format would round its result too."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process that runs it; set before it starts."""
     arm64: Arm64Build | None = None
@@ -272,8 +276,10 @@ class Backend(Generic[O]):
         return self.inner_suffix + self.suffix
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the layers of a deployed model that are faster in float32 than in int8."""
-        return (next(layers(model))[0],) if self.float_stem else ()
+        """Return the layers of a deployed model that stay in float32 in any int8 file."""
+        names, modules = zip(*layers(model), strict=True)
+        head = names[-1:] if self.float_head and isinstance(modules[-1], nn.Linear) else ()
+        return (*(names[:1] if self.float_stem else ()), *head)
 
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

@@ -17,12 +17,15 @@ from ..formats.rounding import HALVES
 from ..guards import checked_run, guarded, one_line
 from .backend import Artifact, Backend
 from .coreml import COREML
+from .executorch import EXECUTORCH
 from .litert import LITERT
 from .ncnn import NCNN
 from .onnx import ONNX
 from .openvino import OPENVINO
 
-BACKENDS: dict[str, Backend[Any]] = {backend.name: backend for backend in (ONNX, OPENVINO, COREML, LITERT, NCNN)}
+BACKENDS: dict[str, Backend[Any]] = {
+    backend.name: backend for backend in (ONNX, OPENVINO, COREML, LITERT, NCNN, EXECUTORCH)
+}
 """Every backend, by the format's name."""
 
 
@@ -40,7 +43,7 @@ def load_artifact(
     """Load a file of `shvit export`: a function from images to outputs, which also tells what the file is.
 
     Args:
-        path: an .onnx file, .xml (with its .bin), .mlpackage, .tflite or .param (with its .bin and .json).
+        path: an .onnx file, .xml (with its .bin), .mlpackage, .tflite, .pte or .param (with its .bin and .json).
         threads: threads of ONNX Runtime and OpenVINO; their choice (all cores) where None.
         native: run a Core ML package in Core ML, which is part of macOS, in place of our own evaluator.
         rounded: compute half precision in half precision, rounding after each operation, whatever the processor has:

@@ -101,6 +101,27 @@ def run_litert(job: dict[str, Any]) -> Prepare:
     return prepare
 
 
+def run_executorch(job: dict[str, Any]) -> Prepare:
+    """Open a program in ExecuTorch, which takes one image at a time; its binding needs PyTorch."""
+    import torch
+    from executorch.extension.pybindings import _C
+
+    _C._unsafe_reset_threadpool(job["threads"])
+    module = _C._load_for_executorch(job["path"])
+
+    def prepare(batch: int, images: Any = None) -> Call:
+        image = torch.from_numpy(random(job["shape"], job["dtype"], job["shape"][0]) if images is None else images)
+
+        def call() -> Any:
+            for _ in range(batch):
+                outputs = module.forward([image], clone_outputs=False)
+            return outputs
+
+        return call
+
+    return prepare
+
+
 class OpenVINO:
     """An IR or ONNX file in OpenVINO, compiled for the batch size: a dynamic one costs a fifth of S1's speed."""
 
@@ -231,6 +252,7 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], Prepare]] = {
     "onnx": run_onnx,
     "ncnn": run_ncnn,
     "litert": run_litert,
+    "executorch": run_executorch,
     "openvino": OpenVINO,
     "coreml": CoreML,
     "torch": run_torch,

@@ -42,7 +42,7 @@ def read_model(path: Path) -> "ModelT":
         data = file.read()
     if data[4:8] != b"TFL3":
         raise InputError(f"{path}: is not a LiteRT model; export the model again")
-    run_trial(path, "litert", [str(path)])
+    run_trial(path, "litert", [str(path.resolve())], [path])
     with one_line(path, "is not a readable LiteRT model"):
         model = unpack(data)
         if len(model.subgraphs) != 1 or len(model.signatureDefs or ()) != 1:

@@ -241,7 +241,7 @@ def try_model(path: Path, layers: Sequence[Layer], shape: Sequence[int]) -> None
     """
     files = [str(path), str(path.with_suffix(".bin"))]
     words = [*files, *map(str, shape), *input_names(layers), *output_names(layers)]
-    run_trial(path, "ncnn", words)
+    run_trial(path, "ncnn", words, [path, path.with_suffix(".bin")])
 
 
 def open_net(

@@ -46,6 +46,26 @@ def run_litert(path: str) -> str | None:
     return None
 
 
+def run_executorch(path: str) -> str | None:
+    """Return what is wrong with an ExecuTorch program, in one line; None where it runs.
+
+    ExecuTorch verifies a program's tables, and not the graphs of its delegates.
+    """
+    import torch  # before the binding, which needs its libraries
+    from executorch.extension.pybindings import _C
+
+    module = _C._load_for_executorch(path)
+    meta = module.method_meta("forward")
+    if meta.num_inputs() != 1:
+        return "it has no single input"
+    tensor = meta.input_tensor_meta(0)
+    kinds = {0: torch.uint8, 5: torch.float16, 6: torch.float32}
+    if tensor.dtype() not in kinds:
+        return "its input is of another type than images have"
+    module.forward([torch.zeros(tensor.sizes(), dtype=kinds[tensor.dtype()])])
+    return None
+
+
 def _limit_memory() -> None:
     try:
         import resource
@@ -55,7 +75,7 @@ def _limit_memory() -> None:
         pass  # not on this system
 
 
-RUNTIMES: dict[str, Callable[..., str | None]] = {"ncnn": run_ncnn, "litert": run_litert}
+RUNTIMES: dict[str, Callable[..., str | None]] = {"ncnn": run_ncnn, "litert": run_litert, "executorch": run_executorch}
 
 
 def main(runtime: str, *words: str) -> str | None:

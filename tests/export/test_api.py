@@ -85,7 +85,7 @@ def test_model_in_memory_is_exported_with_the_weights_that_it_has(made, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "tflite"}, "unknown format 'tflite'; choose from onnx, openvino, coreml, litert, ncnn"),
+        ({"format": "tflite"}, "unknown format 'tflite'; choose from onnx, openvino, coreml, litert, ncnn, executorch"),
         ({"precision": "bf16"}, "ONNX has no precision 'bf16'; choose from fp32, fp16, int8"),
         ({"output": "m.xml"}, "must end in .onnx"),
         ({"classifier": True}, "classifier"),

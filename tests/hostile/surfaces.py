@@ -187,6 +187,33 @@ def attack_litert(data: bytes) -> None:
     artifact.scale_faults()
 
 
+def _executorch() -> list[bytes]:
+    """A program of one convolution and a mean."""
+    import torch
+
+    from shvit.export.backends.executorch import write_executorch
+    from shvit.export.spec import Spec
+
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    path = _written(b"", "seed.pte")
+    write_executorch(torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)).eval(), path, Spec.from_json(_spec()), "ab")
+    return [path.read_bytes()]
+
+
+def attack_executorch(data: bytes) -> None:
+    """As `shvit eval --artifact` and `shvit verify` open and run a program."""
+    import torch
+
+    from shvit.export.backends.registry import load_artifact
+
+    artifact = load_artifact(_written(data, "x.pte"), threads=1)
+    artifact(torch.zeros(1, *artifact.spec.shape, dtype=torch.uint8))
+    artifact.run_layers(torch.zeros(1, *artifact.spec.shape))
+    artifact.parameters()
+    artifact.scale_faults()
+
+
 def _safetensors() -> list[bytes]:
     import timm
     import torch
@@ -358,6 +385,7 @@ SURFACES = {
     "onnx": Surface(_onnx, attack_onnx, [mutators.mutate_onnx]),
     "litert": Surface(_litert, attack_litert, [mutators.mutate_bytes]),
     "ncnn": Surface(_ncnn, attack_ncnn, [mutators.mutate_text]),
+    "executorch": Surface(_executorch, attack_executorch, [mutators.mutate_bytes]),
     "json": Surface(_json, attack_json, [mutators.mutate_json, mutators.mutate_json, mutators.mutate_text]),
     "yaml": Surface(_yaml, attack_yaml, [mutators.mutate_text, mutators.mutate_json]),
     "safetensors": Surface(_safetensors, attack_checkpoint, [mutators.mutate_safetensors]),

@@ -206,7 +206,7 @@ def test_result_is_the_last_line_as_json():
         (["info"], "Missing"),
         (["info", "shvit_s7"], "unknown model 'shvit_s7'; choose from shvit_s1"),
         (["info", "shvit_s1", "--img-size", "many"], "--img-size"),
-        (["export", "onyx"], "onnx, openvino, coreml, litert, ncnn, all"),
+        (["export", "onyx"], "onnx, openvino, coreml, litert, ncnn, executorch, all"),
         (["weights", "pull", "nothing_like_it"], "nothing_like_it"),
     ],
 )
