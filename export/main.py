@@ -18,14 +18,15 @@ from shvit.files import atomic_write, check_output_folder
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, resolve_weights
 
+from .analysis.survey import MODELS, survey
 from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, rows_that_fit
 from .labels import known_classes, match_classes, refuse_unknown
-from .pipeline import Outputs, create_source, export_model, verify_artifact
+from .pipeline import export_model, verify_artifact
+from .source import Outputs, create_source
 from .spec import Precision, Spec, open_weights
-from .survey import MODELS, survey
 from .tables import export_all, imports, show
 from .verify import require
 

@@ -17,7 +17,8 @@ from shvit.terminal import quiet
 
 from .backends.backend import Backend
 from .backends.registry import BACKENDS
-from .pipeline import Source, check_calibration, export
+from .pipeline import check_calibration, export
+from .source import Source
 from .spec import Precision
 from .verify import MAX_FLOAT_MACS, Arm64, Certificate
 

@@ -53,7 +53,7 @@ COMMANDS = {
     "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
     "export": Entry(
         "shvit.export.main:EXPORT",
-        "Export a checkpoint to ONNX, OpenVINO, Core ML, LiteRT, ncnn or ExecuTorch, verified.",
+        "Export a checkpoint, verified, to ONNX, OpenVINO, Core ML, LiteRT, ncnn or ExecuTorch.",
     ),
     "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
     "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),

@@ -47,7 +47,7 @@ FLOORS = (  # of export: a room may import those of its floor and of the floors 
     {"backends"},
     {"verify", "verdict"},
     {"arm64"},
-    {"pipeline", "tables"},
+    {"source", "pipeline", "tables"},
     {"bench"},
     {"analysis", "browser"},
     {"export"},  # its __init__.py, the functions for Python

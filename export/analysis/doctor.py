@@ -26,7 +26,7 @@ from ..backends.backend import Backend
 from ..backends.registry import BACKENDS, load_artifact
 from ..bench.roofline import PACKAGES, gpu_name, instruction_sets, processor_name
 from ..metadata import INPUT
-from ..pipeline import Source
+from ..source import Source
 from ..spec import Spec, randomize_norms
 from ..verify import Reference
 

@@ -24,7 +24,8 @@ from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
 from ..images import sample_images
 from ..metadata import INPUT
-from ..pipeline import MIN_CALIBRATION, Source
+from ..pipeline import MIN_CALIBRATION
+from ..source import Source
 from ..spec import Precision, Spec, open_weights
 from ..verify import Reference
 from .runtimes import RUNTIMES, check_runtimes

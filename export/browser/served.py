@@ -22,7 +22,8 @@ from ..bench.cases import BenchModel, Settings
 from ..images import BUNDLED, MAX_CALIBRATION, ImageFile, read_pixels, sample_images
 from ..labels import find_labels
 from ..metadata import INPUT
-from ..pipeline import MIN_CALIBRATION, Source, export
+from ..pipeline import MIN_CALIBRATION, export
+from ..source import Source
 from ..spec import Precision, Spec
 from ..verdict import CONFIDENCE, FAR, FULL_EVIDENCE, MIN_EVIDENCE, SIGMAS, TOLERANCES, allowed_failures
 from ..verify import Reference

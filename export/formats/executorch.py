@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from executorch.extension.pybindings._C import ExecuTorchModule
 
 MAX_BYTES = 2 << 30
-MAX_TRIAL = 120  # seconds; S4 at 224 px takes 5, of which 4 are PyTorch's import
 FORWARD, NOTES = "forward", "shvit"  # methods of ours: the model, and what the file says of itself
 XNNPACK = "XnnpackBackend"
 DTYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}

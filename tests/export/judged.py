@@ -24,8 +24,8 @@ from shvit.export.backends.registry import BACKENDS, load_artifact
 from shvit.export.formats.onnx import metadata
 from shvit.export.images import ImageFile
 from shvit.export.metadata import SPEC_KEY, spec_from
-from shvit.export.pipeline import Source
 from shvit.export.quantization.qdq import LayerRanges, Unfolded, activation_ranges, quantize_onnx
+from shvit.export.source import Source
 from shvit.export.spec import Precision, Spec
 from shvit.export.verify import Reference, certify
 from shvit.export.wrappers import Probabilities, layers

@@ -299,7 +299,7 @@ def test_export_leaves_nothing_behind_when_the_check_fails(made, tmp_path, monke
 @pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("coreml", ".mlpackage")])
 @pytest.mark.parametrize("blocked", ["the artifact", "its certificate"])
 def test_output_of_the_wrong_kind_is_refused_before_any_work(tmp_path, monkeypatch, kind, suffix, blocked):
-    monkeypatch.setattr("shvit.export.pipeline.open_weights", None)
+    monkeypatch.setattr("shvit.export.source.open_weights", None)
     output = tmp_path / f"s1{suffix}"
     target = output if blocked == "the artifact" else output.with_name(f"s1{suffix}.certificate.json")
     target.write_text("") if target.suffix == ".mlpackage" else target.mkdir()

@@ -16,7 +16,8 @@ from shvit.export.arm64 import emulator
 from shvit.export.arm64.compare import certify_arm64
 from shvit.export.arm64.root import PYTHON, open_root
 from shvit.export.backends.onnx import ONNX
-from shvit.export.pipeline import create_source, export_model, verify_artifact
+from shvit.export.pipeline import export_model, verify_artifact
+from shvit.export.source import create_source
 from shvit.export.spec import Spec, randomize_norms
 from shvit.export.tables import show
 from shvit.terminal import console

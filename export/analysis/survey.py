@@ -15,10 +15,11 @@ from shvit.errors import CheckFailed, InputError, first_line
 from shvit.files import atomic_write, is_file, scratch_folder
 from shvit.weights.resolve import Log, resolve_weights
 
-from .backends.registry import BACKENDS
-from .pipeline import create_source, export
-from .spec import Precision
-from .tables import with_precision
+from ..backends.registry import BACKENDS
+from ..pipeline import export
+from ..source import create_source
+from ..spec import Precision
+from ..tables import with_precision
 
 MODELS = (
     *("shvit_s1", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv4_conv_small"),

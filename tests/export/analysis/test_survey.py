@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from shvit.errors import InputError
-from shvit.export import survey as module
+from shvit.export.analysis import survey as module
+from shvit.export.analysis.survey import Outcome, markdown, survey
 from shvit.export.main import ExportSurvey
-from shvit.export.survey import Outcome, markdown, survey
 
 
 def _end(connection, *_):
