@@ -388,7 +388,7 @@ class Verify:
     runtime: Literal["auto", "coreml"] = "auto"
     """Use coreml to run a Core ML package in Core ML, on a Mac; by default it runs in our own evaluator."""
     arm64: bool = False
-    """Run it in its runtime's build for ARM64 too, as phones do, under QEMU; without --images on 26 images.
+    """Run up to 64 images in its runtime's build for ARM64 too, which phones run, under QEMU.
     The first time downloads that build, once for each format."""
     cpu: EmulatedCpu = None
 

@@ -206,10 +206,11 @@ def _in_float32(layer: Layer) -> Layer:
     is the second of a pair left over from fours: rows 1 and 2 of its last tap are read from row 0. Outputs 2 or 3 wide
     modulo 4 have one. Seen in ncnn 1.0.20261020; an S1 in fp16 has 13 dB by it at 96 px, and 48 without.
     """
-    kernel, strides = {layer.int(11, layer.int(1)), layer.int(1)}, {layer.int(13, layer.int(3, 1)), layer.int(3, 1)}
-    if layer.type == "ConvolutionDepthWise" and kernel == {3} and strides == {2}:
-        return replace(layer, options={**layer.options, FEATURES: NO_FP16_ARITHMETIC})
-    return layer
+    if layer.type != "ConvolutionDepthWise":
+        return layer
+    kernel, strides = {layer.int(1), layer.int(11, layer.int(1))}, {layer.int(3, 1), layer.int(13, layer.int(3, 1))}
+    wrong = kernel == {3} and strides == {2}
+    return replace(layer, options={**layer.options, FEATURES: NO_FP16_ARITHMETIC}) if wrong else layer
 
 
 # --- run --------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from .backend import (
     HUGE_PAGES,
     PROFILED_RUNS,
     UNSTEADY_RUNS,
-    Arm64Build,
     Artifact,
     Backend,
     GraphOptions,
@@ -46,7 +45,6 @@ from .backend import (
     OperatorTime,
     Source,
     Timing,
-    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -257,12 +255,6 @@ def _weight_shapes(model: "Model") -> dict[str, list[int]]:
     return shapes
 
 
-ARM64 = Wheel("openvino", "2026.4.1", {
-    "3.11": "bea1eb3733c34ef331adc945da0ccda5937865031139073663be84c517ffda22",
-    "3.12": "82efccb2f9f1bdc7e5a1996e05a3b719ebff9232dd54b44150d6d2e983a86b7d",
-    "3.13": "fc45339ff7d539de76e6d7b04135c120504c797cfc8c2a0dde3d2d616b30c758",
-})  # fmt: skip
-
 OPENVINO = Backend(
     name="openvino",
     title="OpenVINO",
@@ -290,6 +282,5 @@ OPENVINO = Backend(
     load_rounded=load_rounded,
     inspect=inspect,
     environment=HUGE_PAGES,
-    arm64=Arm64Build((ARM64,), "openvino"),
     overflow_advice="compile with LP_TRANSFORMS_MODE=NO, which computes in float32, or take another precision",
 )
