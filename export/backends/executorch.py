@@ -233,16 +233,16 @@ def load(path: Path, threads: int | None) -> Artifact:
     program = read_program(path)
     notes = _notes(program, path)
     spec = spec_from(notes, path)
-    names = _names(notes, path)
     check_ports(path, spec, ports(program, "inputs", [INPUT]), ports(program, "outputs", spec.outputs), INPUT)
     check_delegates(path, program)
-    dtype = HALVES.get(spec.precision)
+    dtype, operators = HALVES.get(spec.precision), program.operators()  # which reads all graphs
+    names = _names(notes, program, path)
     try_program(path, sha256(path))
     return Artifact(
         path=path,
         spec=spec,
         runtime=EXECUTORCH.runtime,
-        operators=program.operators(),
+        operators=operators,
         run=partial(_run, open_module(path, threads)),
         run_layers=partial(_run_layers, program, names),
         parameters=lambda: dict(zip(names, program_parameters(program, dtype), strict=True)),
@@ -261,7 +261,7 @@ def _scale_faults(learned: Mapping[str, Range], program: Program, names: Sequenc
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
     program = read_program(artifact.path)
-    evaluator = Evaluator(program, _names(_notes(program, artifact.path), artifact.path))
+    evaluator = Evaluator(program, _names(_notes(program, artifact.path), program, artifact.path))
     return apply_rounding(artifact, evaluator)
 
 
@@ -271,8 +271,11 @@ def _notes(program: Program, path: Path) -> dict[str, str]:
     return {} if note is None else parse_model(dict[str, str], parse_json(note, str(path)), str(path), AGAIN)
 
 
-def _names(notes: Mapping[str, str], path: Path) -> list[str]:
-    return parse_model(list[str], parse_json(notes.get(LAYERS_KEY, "[]"), str(path)), str(path), AGAIN)
+def _names(notes: Mapping[str, str], program: Program, path: Path) -> list[str]:
+    names = parse_model(list[str], parse_json(notes.get(LAYERS_KEY, "[]"), str(path)), str(path), AGAIN)
+    if len(names) != (count := len(input_steps(program))):
+        raise InputError(f"{path}: names {len(names)} layers, and has {count}; {AGAIN}")
+    return names
 
 
 def _run(module: "ExecuTorchModule", batch: torch.Tensor) -> Outputs:
