@@ -171,7 +171,8 @@ def _lower(program: "ExportedProgram", note: str, spec: Spec, delegate: Delegate
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # executorch's passes have many
             reason = first_line(error)[:200]
-            raise InputError(f"{spec.model} cannot be exported to ExecuTorch: {reason}; export it to ONNX") from error
+            where = f"ExecuTorch for {delegate}"
+            raise InputError(f"{spec.model} cannot be exported to {where}: {reason}; export it to ONNX") from error
 
 
 def _partitioner(delegate: Delegate, spec: Spec) -> "Partitioner":
@@ -321,6 +322,8 @@ class ExecutorchOptions(FormatOptions):
     def complete(self, spec: Spec) -> Spec:
         if spec.precision == "int8":
             refuse("int8 is rounded in the form that XNNPACK takes", also=self.also)
+        if "coreml" in self.also:
+            refuse("Core ML's delegate takes no uint8", raw_pixels=self.raw_pixels)
         return replace(spec, uint8_input=self.raw_pixels)
 
 

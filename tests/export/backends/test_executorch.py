@@ -198,9 +198,11 @@ def test_a_program_for_another_delegate_is_written_and_not_run(tiny, tmp_path, d
         load_artifact(path)
 
 
-def test_int8_is_not_written_for_other_delegates(tiny):
+def test_what_other_delegates_lack_is_refused(tiny):
     with pytest.raises(InputError, match="--also does not apply: int8"):
         backend.ExecutorchOptions(also=("coreml",)).complete(spec_of(tiny, precision="int8"))
+    with pytest.raises(InputError, match="--raw-pixels does not apply: Core ML's delegate takes no uint8"):
+        backend.ExecutorchOptions(also=("coreml",), raw_pixels=True).complete(spec_of(tiny))
 
 
 # --- wrong files ------------------------------------------------------------------------------------------------------
