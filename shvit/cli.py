@@ -51,7 +51,9 @@ COMMANDS = {
     ),
     "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on a folder with a folder for each class."),
     "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
-    "export": Entry("shvit.export.main:EXPORT", "Export a checkpoint to ONNX, OpenVINO, Core ML, ncnn or ExecuTorch, verified."),
+    "export": Entry(
+        "shvit.export.main:EXPORT", "Export a checkpoint to ONNX, OpenVINO, Core ML, ncnn or ExecuTorch, verified."
+    ),
     "verify": Entry("shvit.export.main:Verify", "Compare an artifact with its model on images."),
     "bench": Entry("shvit.export.bench.main:Bench", "Measure latency of models in runtimes, interleaved."),
     "bench phone": Entry("shvit.export.browser.main:BenchPhone", "Measure latency and outputs in a phone's browser."),
