@@ -170,7 +170,8 @@ def _lower(program: "ExportedProgram", note: str, spec: Spec, delegate: Delegate
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # executorch's passes have many
             reason = first_line(error)[:200]
-            raise InputError(f"{spec.model} cannot be exported to ExecuTorch: {reason}; export it to ONNX") from error
+            where = f"ExecuTorch for {delegate}"
+            raise InputError(f"{spec.model} cannot be exported to {where}: {reason}; export it to ONNX") from error
 
 
 def _partitioner(delegate: Delegate, spec: Spec) -> "Partitioner":
@@ -232,16 +233,16 @@ def load(path: Path, threads: int | None) -> Artifact:
     program = read_program(path)
     notes = _notes(program, path)
     spec = spec_from(notes, path)
-    names = _names(notes, path)
     check_ports(path, spec, ports(program, "inputs", [INPUT]), ports(program, "outputs", spec.outputs), INPUT)
     check_delegates(path, program)
-    dtype = HALVES.get(spec.precision)
+    dtype, operators = HALVES.get(spec.precision), program.operators()  # which reads all graphs
+    names = _names(notes, program, path)
     run_trial(path, "executorch", [str(path.resolve())], [path])
     return Artifact(
         path=path,
         spec=spec,
         runtime=EXECUTORCH.runtime,
-        operators=program.operators(),
+        operators=operators,
         run=partial(_run, open_module(path, threads)),
         run_layers=partial(_run_layers, program, names),
         parameters=lambda: dict(zip(names, program_parameters(program, dtype), strict=True)),
@@ -260,7 +261,7 @@ def _scale_faults(learned: Mapping[str, Range], program: Program, names: Sequenc
 def load_rounded(artifact: Artifact, threads: int | None) -> Artifact:
     """Return a half-precision artifact that rounds after each operation."""
     program = read_program(artifact.path)
-    evaluator = Evaluator(program, _names(_notes(program, artifact.path), artifact.path))
+    evaluator = Evaluator(program, _names(_notes(program, artifact.path), program, artifact.path))
     return apply_rounding(artifact, evaluator)
 
 
@@ -270,8 +271,11 @@ def _notes(program: Program, path: Path) -> dict[str, str]:
     return {} if note is None else parse_model(dict[str, str], parse_json(note, str(path)), str(path), AGAIN)
 
 
-def _names(notes: Mapping[str, str], path: Path) -> list[str]:
-    return parse_model(list[str], parse_json(notes.get(LAYERS_KEY, "[]"), str(path)), str(path), AGAIN)
+def _names(notes: Mapping[str, str], program: Program, path: Path) -> list[str]:
+    names = parse_model(list[str], parse_json(notes.get(LAYERS_KEY, "[]"), str(path)), str(path), AGAIN)
+    if len(names) != (count := len(input_steps(program))):
+        raise InputError(f"{path}: names {len(names)} layers, and has {count}; {AGAIN}")
+    return names
 
 
 def _run(module: "ExecuTorchModule", batch: torch.Tensor) -> Outputs:
@@ -317,6 +321,8 @@ class ExecutorchOptions(FormatOptions):
     def complete(self, spec: Spec) -> Spec:
         if spec.precision == "int8":
             refuse("int8 is rounded in the form that XNNPACK takes", also=self.also)
+        if "coreml" in self.also:
+            refuse("Core ML's delegate takes no uint8", raw_pixels=self.raw_pixels)
         return replace(spec, uint8_input=self.raw_pixels)
 
 

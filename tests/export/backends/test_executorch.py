@@ -198,9 +198,11 @@ def test_a_program_for_another_delegate_is_written_and_not_run(tiny, tmp_path, d
         load_artifact(path)
 
 
-def test_int8_is_not_written_for_other_delegates(tiny):
+def test_what_other_delegates_lack_is_refused(tiny):
     with pytest.raises(InputError, match="--also does not apply: int8"):
         backend.ExecutorchOptions(also=("coreml",)).complete(spec_of(tiny, precision="int8"))
+    with pytest.raises(InputError, match="--raw-pixels does not apply: Core ML's delegate takes no uint8"):
+        backend.ExecutorchOptions(also=("coreml",), raw_pixels=True).complete(spec_of(tiny))
 
 
 # --- wrong files ------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_a_wrong_weight_is_refused(workshop, tmp_path):
         (lambda data: data.replace(b"XnnpackBackend", b"OpenvinoBacken"), "written for OpenvinoBacken.* not run here"),
         (lambda data: data.replace(b"forward", b"farward"), "has no method forward"),
         (lambda data: data.replace(b"shvit.spec", b"shvit.spez"), "was not written by `shvit export`"),
-        (lambda data: data.replace(b'executorch.layers', b'executorch.layerz'), "cannot be read"),
+        (lambda data: data.replace(b'executorch.layers', b'executorch.layerz'), "names 0 layers, and has"),
     ],
 )  # fmt: skip
 def test_a_damaged_program_is_refused(copied, change, message):
