@@ -119,6 +119,16 @@ def test_qemu_knows_the_processor(cpu):
     assert cpu in known.split()
 
 
+@pytest.mark.parametrize(
+    ("version", "cpu", "expected"),
+    [("7.2.22", "max", "max,sme=off"), ("unknown", "max", "max,sme=off"), ("10.0.13", "max", "max"),
+     ("7.2.22", "cortex-a76", "cortex-a76")],
+)  # fmt: skip
+def test_instructions_that_an_old_qemu_computes_wrongly_are_off(monkeypatch, version, cpu, expected):
+    monkeypatch.setattr(emulator, "qemu_version", lambda: version)
+    assert emulator.qemu_cpu(cpu) == expected
+
+
 # --- pins -------------------------------------------------------------------------------------------------------------
 
 
