@@ -57,7 +57,7 @@ class Eval:
     ema: bool = False
     """Evaluate the checkpoint's EMA weights alone."""
     artifact: Path | None = None
-    """An .onnx, .tflite or .pte file, .xml, .mlpackage or .param of `shvit export`, in place of a model and checkpoint."""
+    """An .onnx, .tflite or .pte file, .xml, .mlpackage or .param of `shvit export`, in place of a checkpoint."""
     img_size: int | None = None
     """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
     skip_unknown_classes: bool = False

@@ -48,7 +48,7 @@ class Processor:
 PROCESSORS: dict[Cpu, Processor] = {
     "cortex-a53": Processor("NEON alone, as in cheap phones to this day", 0x41, 0xD03),
     "cortex-a76": Processor("fp16 arithmetic and dot product, as most phones since 2019 have", 0x41, 0xD0B),
-    "max": Processor("i8mm, bf16 and SVE, and SME from QEMU 10 on, of which the newest phones have a part", 0x00, 0x051),
+    "max": Processor("i8mm, bf16, SVE, and SME from QEMU 10 on, of which the newest phones have a part", 0x00, 0x051),
 }
 DEFAULT_CPU: Cpu = "cortex-a76"
 
