@@ -102,13 +102,16 @@ def _ncnn_layer_norm(workshop: Workshop) -> tuple[float, str]:
 
 def _litert_defaults(workshop: Workshop) -> tuple[float, str]:
     """As ai-edge-quantizer's own example does it: every operator, ranges from minimum to maximum."""
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import qtyping, quantizer, recipe
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
     path = _written(workshop, "litert", workshop.source.deployed())
     notes = notes_of(unpack(path.read_bytes()))
     spec = load_artifact(path).spec
     images = [spec.feed(image[None]).numpy() for image in workshop.source.calibration_pixels()]
     work = quantizer.Quantizer(path.read_bytes(), recipe.static_wi8_ai8())
+    for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+        work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
     ranges = work.calibrate({"serving_default": [{"image": image} for image in images]})
     model = unpack(bytes(work.quantize(ranges, enable_progress_report=False).quantized_model))
     model.metadata = []

@@ -401,7 +401,7 @@ def test_verify_takes_the_users_images_and_names_a_corrupt_one(made, tmp_path):
         (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--img-size", "99999"], "out of range"),
         (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--checkpoint", "no.pth"], "no such file"),
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
-        (["verify", "x.tflite", "--model", "shvit_s1"], "unknown artifact '.tflite'"),
+        (["verify", "x.mnn", "--model", "shvit_s1"], "unknown artifact '.mnn'"),
         (["verify", "x.mlpackage", "--model", "shvit_s1"], "not a Core ML package"),
         (["eval", "--data", "."], "give --checkpoint, --artifact, or --model and"),
         (["eval", "--data", ".", "--checkpoint", "no.pth", "--batch-size", "0"], "--batch-size 0"),
