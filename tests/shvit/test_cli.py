@@ -271,6 +271,9 @@ def test_every_extra_named_for_a_missing_package_brings_it():
         "mmdet": "onedl-mmdetection",
         "mmcv": "onedl-mmcv",
         "mmengine": "onedl-mmengine",
+        "litert_torch": "litert-torch",
+        "ai_edge_litert": "ai-edge-litert",
+        "ai_edge_quantizer": "ai-edge-quantizer",
     }
     for module, named in EXTRAS.items():
         bringing = {extra for extra in extras if distributions.get(module, module) in brought(extra)}

@@ -132,9 +132,13 @@ def test_instructions_that_an_old_qemu_computes_wrongly_are_off(monkeypatch, ver
 # --- pins -------------------------------------------------------------------------------------------------------------
 
 
+def _pins() -> str:
+    return "".join((ROOT / name).read_text() for name in ("constraints.txt", "requirements-litert.txt"))
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_pinned_wheels_are_of_the_versions_that_tests_run_with(name):
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", _pins(), re.M))
     runtime = BUILDS[name].wheels[0]
     assert runtime.version == pins[runtime.name]
     for wheel in BUILDS[name].wheels:
