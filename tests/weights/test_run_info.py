@@ -451,7 +451,7 @@ def test_labels_in_another_order_than_the_runs_are_found_out(exported, tmp_path)
         ("eval --data= --checkpoint m.safetensors", "--data is empty"),
         ("export onnx --output x.onnx --checkpoint one.safetensors --img-size 64 --softmax", "has one output"),
         ("export onnx --output x.onnx --classifier", "not an option of `shvit export onnx`, but of coreml"),
-        ("export coreml --output x.mlpackage --raw-pixels", "but of executorch, ncnn, onnx and openvino"),
+        ("export coreml --output x.mlpackage --raw-pixels", "but of executorch, litert, ncnn, onnx and openvino"),
         ("bench --models m.safetensors", "is a file of weights and not a model's name; .* --checkpoint"),
         ("export onnx --output x.onnx", "which model"),
         ("export onnx --output x.onnx --pretrained", "of which model"),
