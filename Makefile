@@ -20,7 +20,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-res
 demo: $(INSTALLED)  ## train, export, verify and time on real images; writes demo/report.html
 	$(BIN)/shvit demo --output demo
 
-test: $(INSTALLED)  ## the tests, about 10 minutes on 2 cores
+test: $(INSTALLED)  ## the tests, about 15 minutes on 2 slow cores
 	$(BIN)/python $(PYTEST)
 
 docs: $(INSTALLED)  ## the documentation site, strictly: site/index.html, which opens without a server or a network
