@@ -18,6 +18,7 @@ import torch
 
 from shvit.errors import InputError
 from shvit.files import check_file, open_file
+from shvit.terminal import muted
 
 from ..guards import Port, check_elements, check_operators, one_line
 from .flatbuffer import Decoder, Schema
@@ -340,8 +341,9 @@ def ports(program: Program, which: str, names: Sequence[str]) -> list[Port]:
 
 def open_module(path: Path, threads: int | None = None) -> "ExecuTorchModule":
     """Return a program in ExecuTorch's runtime; threads are those of the whole process."""
-    from executorch.extension.pybindings import _C  # PyTorch, which it needs, is loaded; portable_lib takes seconds
+    with muted():  # it says what it cannot read of the processor
+        from executorch.extension.pybindings import _C  # PyTorch, which it needs, is loaded; portable_lib takes seconds
 
-    if threads is not None:
-        _C._unsafe_reset_threadpool(threads)
-    return _C._load_for_executorch(str(path))
+        if threads is not None:
+            _C._unsafe_reset_threadpool(threads)
+        return _C._load_for_executorch(str(path))
