@@ -10,15 +10,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from shvit.create import create_model
 from shvit.documents import load_json, parse_model, to_json
 from shvit.errors import CheckFailed, InputError, first_line
 from shvit.files import atomic_write, is_file, scratch_folder
-from shvit.weights.resolve import Log, resolve_weights
+from shvit.weights.resolve import Log
 
 from ..backends.registry import BACKENDS
+from ..images import read_pixels, sample_images
 from ..pipeline import export
 from ..source import create_source
-from ..spec import Precision
+from ..spec import Precision, Spec
 from ..tables import with_precision
 
 MODELS = (
@@ -31,7 +36,9 @@ MODELS = (
     *("tiny_vit_5m_224", "xcit_nano_12_p16_224", "pit_ti_224", "mixer_s32_224", "resmlp_12_224"),
 )
 """Models of timm that are made for phones, and families that their runtimes should know."""
+SETTLING_IMAGES = 26  # as many as scikit-image brings
 MAX_SECONDS = 900  # for one file; the largest of `MODELS` takes a minute
+END_SECONDS = 10  # for a process to tidy up after its outcome
 LOOSE_COSINE = 0.9  # what exporters ask for that compare one sample (timmx 0.10)
 
 
@@ -105,7 +112,9 @@ def _in_own_process(function: Callable[..., None], *arguments: Any) -> Outcome:
     theirs.close()
     try:
         if ours.poll(MAX_SECONDS):
-            return ours.recv()
+            outcome: Outcome = ours.recv()
+            process.join(END_SECONDS)
+            return outcome
         return Outcome(False, reason=f"does not end in {MAX_SECONDS} s")
     except EOFError:
         process.join()
@@ -119,7 +128,7 @@ def _try(connection: Connection, name: str, model: str, precision: Precision, im
     """Send the outcome of one export."""
     try:
         backend = BACKENDS[name]
-        source = create_source(resolve_weights(model, None, False, False, lambda line: None), images=images)
+        source = create_source(_settled(model, images), images=images)
         with scratch_folder() as folder:
             source = with_precision(source, backend, precision)
             certificate = asdict(export(backend, folder / f"file{backend.ending}", source, backend.all_options))
@@ -131,6 +140,23 @@ def _try(connection: Connection, name: str, model: str, precision: Precision, im
         return
     figures = {key: certificate.get(key) for key in ("passed", "snr_db", "cosine")}
     connection.send(Outcome(**figures, reason="; ".join(certificate["reasons"][:2])))
+
+
+def _settled(name: str, images: Path | None) -> nn.Module:
+    """Return a model with random weights, whose BatchNorms have the statistics of some images.
+
+    With others a random model gives nearly the same outputs for all images, and no file could be told from another.
+    """
+    torch.manual_seed(0)
+    model = create_model(name)
+    spec = Spec.of(name, model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all batches, of which there is one
+    with torch.no_grad():
+        model.train()(spec.normalize(read_pixels(sample_images(images, limit=SETTLING_IMAGES), spec)))
+    return model.eval()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
