@@ -104,7 +104,10 @@ def _write(folder: Path, outcomes: Outcomes) -> None:
 
 def _in_own_process(function: Callable[..., None], *arguments: Any) -> Outcome:
     """Return what a function sends, or how its process ended."""
-    context = multiprocessing.get_context("forkserver")
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context(
+        "forkserver" if "forkserver" in methods else "spawn"
+    )  # Windows has no fork
     context.set_forkserver_preload([__name__])  # PyTorch is loaded once
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(theirs, *arguments), daemon=True)

@@ -247,10 +247,12 @@ def delegation(path: Path) -> tuple[int, dict[str, int]]:
     LiteRT lists the operators of the file and, behind them, those that replace them. What is left is what still has
     to be computed for a result that no delegate gives.
     """
-    details = create_interpreter(path.read_bytes(), 1)._get_ops_details()
+    interpreter = create_interpreter(path.read_bytes(), 1)
+    details = interpreter._get_ops_details()
     delegates = [each for each in details if each["op_name"] == "DELEGATE"]
     given = {index for each in delegates for index in each["outputs"]}
     needed = {index for each in delegates for index in each["inputs"]}
+    needed |= {each["index"] for each in interpreter.get_output_details()}
     outside: Counter[str] = Counter()
     for each in reversed([each for each in details if each["op_name"] != "DELEGATE"]):
         results = set(each["outputs"].tolist())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from ai_edge_litert import schema_py_generated as schema
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
@@ -109,8 +110,22 @@ def test_delegate_leaves_what_it_does_not_compute(written):
     assert set(outside) == {"FULLY_CONNECTED"}
 
 
+def test_what_a_delegate_leaves_at_the_end_is_told_too(converted, tmp_path):
+    """A graph that ends with the product of queries and keys, which XNNPACK leaves."""
+    model = unpack(converted)
+    layers = {each.operator.outputs[0] for each in layers_of(model)}
+    code = schema.BuiltinOperator.FULLY_CONNECTED
+    linear = [each for each in graph_of(model).operators if model.operatorCodes[each.opcodeIndex].builtinCode == code]
+    last = next(each for each in linear if each.outputs[0] not in layers)
+    graph = graph_of(model)
+    graph.operators = graph.operators[: graph.operators.index(last) + 1]
+    graph.outputs, model.signatureDefs = last.outputs, []
+    (tmp_path / "m.tflite").write_bytes(pack(model))
+    assert delegation(tmp_path / "m.tflite")[1] == {"FULLY_CONNECTED": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout", "test_vit"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout"])
 def test_peers_of_timm_are_written_too(tmp_path, name):
     model = randomize(timm.create_model(name)).eval()
     spec = Spec.of(name, model)
