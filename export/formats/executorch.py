@@ -344,6 +344,7 @@ def open_module(path: Path, threads: int | None = None) -> "ExecuTorchModule":
     with muted():  # it says what it cannot read of the processor
         from executorch.extension.pybindings import _C  # PyTorch, which it needs, is loaded; portable_lib takes seconds
 
+        _C._threadpool_get_thread_count()  # starts the threads, which the first image would do
         if threads is not None:
             _C._unsafe_reset_threadpool(threads)
         return _C._load_for_executorch(str(path))
