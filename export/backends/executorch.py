@@ -330,7 +330,7 @@ def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:
     """Return how the worker opens a program, which computes the images of a batch one after the other."""
     program = read_program(path)
     (dtype, shape), *_ = program.ports("inputs")
-    return {"runner": "executorch", "path": str(path), "device": "cpu", "shape": list(shape), "dtype": dtype}
+    return {"runner": "executorch", "path": str(path), "shape": list(shape), "dtype": dtype}
 
 
 def delegation(path: Path) -> Delegation:

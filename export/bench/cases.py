@@ -145,12 +145,12 @@ class BenchCase:
     macs: int | None
     job: Job
     environment: dict[str, str]
+    on_cpu: bool = True
 
     @property
     def is_one_cpu_thread(self) -> bool:
         """Processor time is the work's alone: of several threads, those that spin while they wait count too."""
-        runs_on_cpu = self.job["runner"] == "openvino" or "cpu" in (self.job.get("provider"), self.job.get("device"))
-        return runs_on_cpu and self.job["threads"] == 1
+        return self.on_cpu and self.job["threads"] == 1
 
 
 def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[int]) -> BenchCase:
@@ -159,7 +159,7 @@ def create_case(model: BenchModel, name: str, batch_size: int, cores: Sequence[i
     job = {**runtime.job(model, batch_size), "threads": model.settings.threads, "cores": list(cores)}
     environment = dict(BACKENDS[runtime.backend].environment) if runtime.backend and runtime.tuned else {}
     size, macs = model.spec.img_size, model.macs
-    return BenchCase(model.name, name, runtime.precision, size, batch_size, macs, job, environment)
+    return BenchCase(model.name, name, runtime.precision, size, batch_size, macs, job, environment, runtime.on_cpu)
 
 
 def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Sequence[int], tuned: bool) -> BenchCase:
@@ -183,7 +183,8 @@ def create_file_case(path: Path, batch_size: int, settings: Settings, cores: Seq
     job = backend.job(path.resolve(), batch_size, precision, settings.compute_units)
     job |= {"threads": settings.threads, "cores": list(cores)}
     environment = backend.environment if tuned else {}
-    return BenchCase(path.name, backend.runtime, precision, img_size, batch_size, None, job, dict(environment))
+    on_cpu = backend.timings[backend.runtime].on_cpu
+    return BenchCase(path.name, backend.runtime, precision, img_size, batch_size, None, job, dict(environment), on_cpu)
 
 
 def choose_cores(threads: int) -> list[int]:

@@ -29,6 +29,8 @@ class Runtime:
     """Key of `BACKENDS` whose packages it needs; None for PyTorch."""
     tuned: bool = False
     """Run in the environment that the backend sets."""
+    on_cpu: bool = True
+    """Run on the CPU, where one thread's processor time is the work's."""
     has_profiler: bool = False
     """Known here: the time of each operator."""
     delegation: Callable[[Any], Delegation] | None = None
@@ -45,7 +47,8 @@ def _torch(help: str, precision: str = "fp32", device: str = "cpu", **options: b
         return {"runner": "torch", "model": model.name, "checkpoint": checkpoint,
                 "img_size": model.spec.img_size, **changes}  # fmt: skip
 
-    return Runtime(help, precision, job, has_profiler=device == "cpu" and not compiled)
+    on_cpu = device == "cpu"
+    return Runtime(help, precision, job, on_cpu=on_cpu, has_profiler=on_cpu and not compiled)
 
 
 def _timed(backend: Backend[Any], timing: Timing) -> Runtime:
@@ -53,10 +56,13 @@ def _timed(backend: Backend[Any], timing: Timing) -> Runtime:
         path = model.file(backend.name, timing.file)
         return {**backend.job(path, batch_size, timing.precision, model.settings.compute_units), **timing.options}
 
-    has_profiler = timing.on_cpu and backend.profile is not None
     divide = backend.delegation
-    delegation = None if divide is None else lambda model: divide(model.file(backend.name, timing.file))
-    return Runtime(timing.help, timing.precision, job, backend.name, timing.on_cpu, has_profiler, delegation)
+    return Runtime(
+        timing.help, timing.precision, job, backend.name,
+        tuned=timing.on_cpu, on_cpu=timing.on_cpu,
+        has_profiler=timing.on_cpu and backend.profile is not None,
+        delegation=None if divide is None else lambda model: divide(model.file(backend.name, timing.file)),
+    )  # fmt: skip
 
 
 def _reference(model: Any, batch_size: int) -> Job:

@@ -28,7 +28,7 @@ from shvit.export.bench.layer_times import convolution_kind, layer_kind, measure
 from shvit.export.bench.measure import RunningCase, exponent, ratio_interval, run_rounds, summarize
 from shvit.export.bench.records import BenchResult, Machine, Measurements, parse_measurements, read_measurements
 from shvit.export.bench.roofline import measure_bandwidth, measure_peaks
-from shvit.export.bench.runtimes import check_runtimes
+from shvit.export.bench.runtimes import RUNTIMES, check_runtimes
 from shvit.export.bench.tables import show_machine, show_results
 from shvit.export.formats.openvino import core
 from shvit.export.spec import open_model
@@ -119,17 +119,15 @@ def test_processor_time_decides_where_others_had_the_core():
     assert one.latency_ms_p50 > 200
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
-        {"runner": "onnx", "provider": "cpu", "threads": 2},
-        {"runner": "torch", "device": "cuda", "threads": 1},
-        {"runner": "onnx", "provider": "cuda", "threads": 1},
-        {"runner": "coreml", "threads": 1},
-    ],
-)
-def test_wall_time_alone_counts_for_several_threads_and_other_devices(job):
-    alone, second = measured(HALVES, [0.1] * 12), measured(HALVES[::-1], [0.05] * 12, job=job)
+def test_one_thread_of_each_runtime_on_the_cpu_has_processor_time_and_no_other_device(foreign, settings):
+    elsewhere = ["cuda", "cuda-bf16", "onnxruntime-cuda", "onnxruntime-tensorrt", "coreml"]
+    assert [name for name, runtime in RUNTIMES.items() if not runtime.on_cpu] == elsewhere
+    assert create_file_case(foreign, 1, settings, [], tuned=False).is_one_cpu_thread
+
+
+@pytest.mark.parametrize("other", [{"job": {"runner": "onnx", "threads": 2}}, {"on_cpu": False}])
+def test_wall_time_alone_counts_for_several_threads_and_other_devices(other):
+    alone, second = measured(HALVES, [0.1] * 12), measured(HALVES[::-1], [0.05] * 12, **other)
     for pair in ([alone, second], [second, alone]):
         one, other = summarize(pair, MACHINE)
         assert other.ratio_basis == "wall time"
