@@ -18,8 +18,9 @@ from shvit.files import atomic_write, check_output_folder
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, resolve_weights
 
+from .analysis.comparison import export_all, imports
 from .analysis.survey import MODELS, survey
-from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
+from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu, check_emulator
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, rows_that_fit
@@ -27,7 +28,7 @@ from .labels import known_classes, match_classes, refuse_unknown
 from .pipeline import export_model, verify_artifact
 from .source import Outputs, create_source
 from .spec import Precision, Spec, open_weights
-from .tables import export_all, imports, show
+from .tables import show
 from .verify import require
 
 console = terminal.console()
@@ -315,15 +316,25 @@ class ExportAll(_FromModel):
 
     output: Path
     """A folder for the files, formats.md and formats.json."""
+    verify_arm64: bool = False
+    """Verify the files in their runtimes' builds for ARM64 too, under QEMU, those that have one."""
+    cpu: EmulatedCpu = None
+    rounds: int = 9
+    """Rounds in which the files are timed, interleaved, one image at a time on one thread; 0 leaves it out."""
 
     def run(self) -> dict[str, Any]:
+        arm64 = _emulated(self.cpu, self.verify_arm64, "--verify-arm64")
+        if arm64 is not None:
+            check_emulator()
+        if self.rounds < 0:
+            raise InputError(f"--rounds {self.rounds} must be 0 or more")
         check_output_folder(self.output)
         self._check_apart(self.output)
         check_own(self.output, "formats.json", b'"artifact"', ("formats.md",))
         weights = resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
         source = create_source(weights, "logits", self.img_size, self.images, self.calibration, self.labels,
                                console.print)  # fmt: skip
-        return export_all(self.output, source, console)
+        return export_all(self.output, source, self.rounds, arm64, console)
 
 
 @dataclass(frozen=True, kw_only=True)

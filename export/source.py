@@ -55,25 +55,25 @@ class Source:
 
     def deployed(self) -> nn.Module:
         """Return the model in its inference form."""
-        return self._once(("deployed", self.size), lambda: deploy(self.model, self.size))
+        return self.once(("deployed", self.size), lambda: deploy(self.model, self.size))
 
     def unfolded(self) -> nn.Module:
         """Return the deployed model with identities unfolded, from which QDQ files in int8 are made."""
-        return self._once(("unfolded", self.size), lambda: unfold_identities(self.deployed()))
+        return self.once(("unfolded", self.size), lambda: unfold_identities(self.deployed()))
 
     def calibration_pixels(self) -> torch.Tensor:
         """Return the calibration images as uint8 (n, C, H, W)."""
-        return self._once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
+        return self.once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
 
     def ranges(self, symmetric: bool = False) -> dict[str, LayerRanges]:
         """Return the ranges of layers in int8; of formats without a zero point symmetric ones."""
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
         model, key = without_softmax(self.unfolded()), ("ranges", self.spec.img_size, symmetric)
-        return self._once(key, lambda: activation_ranges(model, batches, symmetric))
+        return self.once(key, lambda: activation_ranges(model, batches, symmetric))
 
     def coreml_ranges(self) -> dict[str, Range]:
         """Return the ranges of Core ML's w8a8, by the tensor's first layer, which the first file fills."""
-        return self._once(("Core ML", self.spec.uint8_input), dict)
+        return self.once(("Core ML", self.spec.uint8_input), dict)
 
     def noise(self, unfolded: bool) -> dict[str, float]:
         """Return the noise that int8 adds to each layer, the noisiest first."""
@@ -83,9 +83,10 @@ class Source:
             pixels = self.calibration_pixels()
             return layer_noise(model, self.spec.normalize(pixels[spread(range(len(pixels)), RANKED_IMAGES)]))
 
-        return self._once(("noise", unfolded), measure)
+        return self.once(("noise", unfolded), measure)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for this key, for any of the copies."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]

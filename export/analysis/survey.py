@@ -24,7 +24,7 @@ from ..images import read_pixels, sample_images
 from ..pipeline import export
 from ..source import create_source
 from ..spec import Precision, Spec
-from ..tables import with_precision
+from .comparison import with_precision
 
 MODELS = (
     *("shvit_s1", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv4_conv_small"),

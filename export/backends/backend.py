@@ -212,6 +212,9 @@ class Source(Protocol):
     def calibration_pixels(self) -> torch.Tensor:
         """Return uint8 (n, C, H, W)."""
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for this key, whatever the precision of the file."""
+
 
 O = TypeVar("O", bound=FormatOptions)
 Writer = Callable[[Path, Spec], None]

@@ -92,7 +92,7 @@ def create_writer(source: Source, options: "LitertOptions") -> Writer:
     """Return a function that writes files of a model, which is converted once."""
     int8 = source.spec.precision == "int8"
     model = source.unfolded() if int8 else source.deployed()
-    content = convert(model, source.spec)
+    content = source.once(("LiteRT", int8, source.spec.uint8_input), lambda: convert(model, source.spec))
     ranges = source.ranges() if int8 else {}
     return lambda path, spec: write_litert(content, path, spec, source.labels, ranges)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.errors import CheckFailed, InputError
 from shvit.export import pipeline as formats
-from shvit.export import tables, verdict
+from shvit.export import verdict
+from shvit.export.analysis import comparison
+from shvit.export.analysis.comparison import Row
 from shvit.export.backends.registry import BACKENDS
 from shvit.export.formats.openvino import core
 from shvit.export.labels import find_labels
@@ -260,10 +263,10 @@ def test_worst_layer_is_the_one_that_was_damaged(source, tmp_path):
 def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_file(source, tmp_path, monkeypatch):
     options, *_ = source
     monkeypatch.setattr(
-        tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "bf16"), (BACKENDS["coreml"], "fp16"))
+        comparison, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "bf16"), (BACKENDS["coreml"], "fp16"))
     )
     monkeypatch.setitem(verdict.TOLERANCES, "bf16", verdict.Tolerance(199, 1e-9, 100))
-    result = run(["export", "all", *options, "--output", str(tmp_path)])
+    result = run(["export", "all", *options, "--rounds", "2", "--output", str(tmp_path)])
     assert result["passed"] == {"tiny_vit-fp32.onnx": True, "tiny_vit-bf16.xml": False, "tiny_vit-fp16.mlpackage": True}
     assert not (tmp_path / "tiny_vit-bf16.xml").exists()
     assert (tmp_path / "tiny_vit-fp32.onnx").exists()
@@ -276,26 +279,34 @@ def test_all_formats_come_with_a_table_of_which_a_failed_one_has_a_row_but_no_fi
     ]
     assert lines[4].split("|")[-2].strip() == "no"
     assert len({line.count("|") for line in lines}) == 1
+    head, _, _, timed, *untimed = ([cell.strip() for cell in line.split("|")] for line in lines)
+    milliseconds = head.index("ms")
+    assert float(timed[milliseconds]) > 0
+    assert {row[milliseconds] for row in untimed} == {""}  # one has no file, the other no runtime here
+    latency = json.loads((tmp_path / "formats.json").read_text())["tiny_vit-fp32.onnx"]["latency"]
+    assert (latency["runtime"], latency["rounds"]) == ("onnxruntime", 2)
 
 
 def test_table_leaves_out_formats_that_are_not_installed(source, tmp_path, monkeypatch, capsys):
     options, *_ = source
-    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "fp32")))
+    monkeypatch.setattr(comparison, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["openvino"], "fp32")))
     monkeypatch.setitem(sys.modules, "openvino", None)
-    result = run(["export", "all", *options, "--output", str(tmp_path)])
+    result = run(["export", "all", *options, "--rounds", "0", "--output", str(tmp_path)])
     assert result["passed"] == {"tiny_vit-fp32.onnx": True}
     line = "OpenVINO is left out: this needs the package openvino; install it with: pip install 'shvit[openvino]'"
     assert line in " ".join(capsys.readouterr().out.split())
 
 
-def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided(monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["onnx"], "fp32"), (BACKENDS["onnx"], "fp16")))
+def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided():
     figures = {"accuracy": None, "model_accuracy": 50.0, "top1_agreement": 99.0, "snr_db": 70.0, "excluded_macs": 0.0}
     undecided = {**figures, "passed": None, "artifact_bytes": 1e6, "spec": {"excluded_layers": []}}
     overflowed = {"passed": False, "overflow": "head", "largest_values": {}}
-    lines = tables.markdown({"ONNX fp32": overflowed, "ONNX fp16": undecided}).splitlines()[2:]
+    rows = [Row(f"ONNX {number}", BACKENDS["onnx"], each) for number, each in enumerate((overflowed, undecided))]
+    lines = comparison.markdown(rows).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["", "no", "undecided"]
     assert "50.00" in lines[0]
+    emulated = replace(rows[1], certificate={**undecided, "arm64": {"snr_db": 69.5}})
+    assert comparison.markdown([emulated]).splitlines()[-1].split("|")[5].strip() == "69.5"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +328,7 @@ def test_table_that_cannot_be_made_is_refused_before_anything_is_written(source,
 
 
 def test_format_that_lacks_an_operation_gets_a_row_without_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", ((BACKENDS["ncnn"], "fp32"),))
+    monkeypatch.setattr(comparison, "ROWS", ((BACKENDS["ncnn"], "fp32"),))
     result = run(["export", "all", "--model", "test_vit", "--output", str(tmp_path)])
     assert result["passed"] == {"test_vit-fp32.ncnn.param": False}
     record = json.loads((tmp_path / "formats.json").read_text())["test_vit-fp32.ncnn.param"]
