@@ -288,7 +288,14 @@ def _kernel(name: str, overload: str) -> tuple[Any, Sequence[Any], int]:
     if overload in overloads and (is_core or operator.endswith("_copy")):
         arguments = overloads[overload]._schema.arguments
         given = [each for each in arguments if not each.is_out]
+        taken = _signature(given)  # types too: `other` is a tensor in eq.Tensor and a number in eq.Scalar
         for each in overloads.values():
-            if [argument.name for argument in each._schema.arguments] == [argument.name for argument in given]:
+            if _signature(each._schema.arguments) == taken:
                 return each, given, len(arguments) - len(given)
     raise UnknownOperation(f"the kernel {name[:60]} is not evaluated here")
+
+
+def _signature(arguments: Sequence[Any]) -> list[tuple[str, str]]:
+    """Return names and types of arguments, but for those that a result which is given decides."""
+    decided = ("dtype", "layout", "device", "pin_memory")
+    return [(each.name, str(each.type)) for each in arguments if each.name not in decided]

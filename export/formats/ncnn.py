@@ -39,8 +39,8 @@ INT8 = 8  # option of a layer in int8: 1 or 2; above 100 its output is too
 NO_WEIGHTS = (
     *("AbsVal", "BinaryOp", "Cast", "Clip", "Concat", "CopyTo", "Crop", "Dropout", "ELU", "Einsum", "Eltwise", "Exp"),
     *("ExpandDims", "Flatten", "GELU", "HardSigmoid", "HardSwish", "Input", "Interp", "Log", "MatMul", "Mish", "Noop"),
-    *("Padding", "Permute", "PixelShuffle", "Pooling", "Power", "ReLU", "Reduction", "Reshape", "SELU"),
-    *("ShuffleChannel", "Sigmoid", "Slice", "Softmax", "Softplus", "Split", "Squeeze", "Swish", "TanH", "Tile"),
+    *("Padding", "Permute", "PixelShuffle", "Pooling", "Power", "ReLU", "Reduction", "Reshape", "SDPA"),
+    *("SELU", "ShuffleChannel", "Sigmoid", "Slice", "Softmax", "Softplus", "Split", "Squeeze", "Swish", "TanH", "Tile"),
     "UnaryOp",
 )
 

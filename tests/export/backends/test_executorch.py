@@ -1,6 +1,7 @@
 """ExecuTorch: programs that give their model's answers, wrong ones that are refused, and files that it must not get."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
@@ -81,6 +83,31 @@ def test_evaluator_computes_what_the_runtime_does(written):
     program, x = read_program(written), images(2, 3, PX, PX)
     count = len(program_parameters(program))
     assert_close(Evaluator(program, [""] * count).run(x)[0], load_artifact(written).run(x)[0])
+
+
+class Unlikely(nn.Module):
+    """Attention that rows of nothing but -∞ are kept from: kernels outside of XNNPACK that take numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = torch.where(x < -0.2, torch.full_like(x, -math.inf), x).flatten(2)
+        alone = (x == -math.inf).all(-1, keepdim=True)
+        return torch.where(alone, torch.zeros_like(x), x.softmax(-1)).flatten(1)
+
+
+def test_evaluator_tells_kernels_of_a_number_from_those_of_a_tensor(tiny, tmp_path):
+    torch.manual_seed(1)
+    model = Unlikely().eval()
+    write_executorch(model, tmp_path / "f.pte", spec_of(tiny, num_classes=4 * (PX // 8) ** 2))
+    artifact, x = load_artifact(tmp_path / "f.pte"), images(2, 3, PX, PX)
+    assert {"aten::lt", "aten::eq"} <= {name.partition(".")[0] for name in artifact.operators}
+    with torch.no_grad():
+        assert_close(artifact.run(x)[0], model(x))
+        assert_close(artifact.run_layers(x)["conv"], model.conv(x))
 
 
 def test_feature_maps_are_the_models_from_pixels_too(tiny, tmp_path):

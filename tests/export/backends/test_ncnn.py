@@ -100,6 +100,29 @@ def test_feature_maps_are_the_models(tiny, tmp_path):
             assert_close(output, expected)
 
 
+class Attending(nn.Module):
+    """Convolutions with PyTorch's own attention between them, as in MobileNetV4's hybrids."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Conv2d(3, 24, 8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=1))
+        x = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return self.head(x.mean(1))
+
+
+def test_pytorchs_attention_is_a_layer_of_ncnn(tmp_path):
+    torch.manual_seed(0)
+    model, x = Attending().eval(), 3 * images(2, 3, PX, PX)
+    write_ncnn(model, path := tmp_path / "m.ncnn.param", replace(spec_of(model), num_classes=5))
+    artifact = load_artifact(path)
+    assert artifact.operators["SDPA"] == 1
+    with torch.no_grad():
+        assert_close(artifact.run(x)[0], model(x))
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout"])
 def test_peers_of_timm_are_written_too(tmp_path, name):
     model = randomize(timm.create_model(name)).eval()
