@@ -45,15 +45,6 @@ class Row:
     """What `certify` states; of a file that could not be written only `passed` and `error`."""
     latency: BenchResult | None = None
 
-    @property
-    def runs_here(self) -> bool:
-        """True if there is a file that this machine can time."""
-        try:
-            check_runtimes([self.backend.runtime])
-        except InputError:
-            return False
-        return self.certificate["passed"] is not False
-
     def cells(self) -> tuple[str, ...]:
         """Return the row's cells; a file that overflowed has no figures."""
         certificate, latency = self.certificate, self.latency
@@ -98,8 +89,11 @@ def export_all(folder: Path, source: Source, rounds: int, arm64: Cpu | None, con
         certificate = _try(backend, folder / name, with_precision(source, backend, precision), arm64, console)
         rows[name] = Row(title, backend, certificate)
     _write(folder, rows)
-    if rounds and any(row.runs_here for row in rows.values()):
-        rows |= _timed(folder, {name: row for name, row in rows.items() if row.runs_here}, rounds, console)
+    timed = {
+        name: row for name, row in rows.items() if row.certificate["passed"] is not False and runs_here(row.backend)
+    }
+    if rounds and timed:
+        rows |= _timed(folder, timed, rounds, console)
         _write(folder, rows)
     for line in markdown(list(rows.values())).splitlines():
         console.print(line)
@@ -155,6 +149,15 @@ def imports(backend: Backend[Any], console: Console) -> bool:
                 importlib.import_module(name)
     except ModuleNotFoundError as missing:
         console.print(f"{backend.title} is left out: {advise(missing.name or '', ['export'])}")
+        return False
+    return True
+
+
+def runs_here(backend: Backend[Any]) -> bool:
+    """Return whether a backend's files can be timed on this machine."""
+    try:
+        check_runtimes([backend.runtime])
+    except InputError:
         return False
     return True
 

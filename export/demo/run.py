@@ -17,10 +17,12 @@ from shvit.train.data.datasets import open_dataset
 from shvit.train.data.eval_loader import eval_loader
 from shvit.train.evaluate import Evaluation, evaluate
 
-from ..backends.registry import Predict, load_artifact, torch_predict
+from ..analysis.comparison import imports, runs_here
+from ..backends.registry import BACKENDS, Predict, load_artifact, torch_predict
 from ..bench.records import describe_preemption, parse_measurements
 from . import report
 
+FORMATS = tuple(BACKENDS)  # of which those are written whose packages are installed; ONNX always is
 TIMED = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 MAX_SHOWN = 18  # images in the page
 MAX_SHOWN_WRONG = 6
@@ -63,14 +65,18 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
     options = [*(("--data.root", data) if data else ()), *(("--epochs", epochs) if epochs is not None else ())]
     trained = step("train", "train", "demo", "--output", output / "train", *options)
     source = ["--checkpoint", trained["checkpoint"], "--images", data or _cells()]  # others hardly move its outputs
-    onnx = step("export to ONNX", "export", "onnx", *source, "--output", output / "model.onnx", "--dynamic-batch")
-    coreml = step("export to Core ML", "export", "coreml", *source, "--output", output / "model.mlpackage")
+    files: dict[str, dict[str, Any]] = {}  # certificates by the format's name on the command line
+    for backend in (BACKENDS[name] for name in FORMATS if imports(BACKENDS[name], console)):
+        path = output / f"model{backend.ending}"
+        batches = ["--dynamic-batch"] if backend.name == "onnx" else []  # which is evaluated
+        exported = step(f"export to {backend.title}", "export", backend.name, *source, "--output", path, *batches)
+        files[backend.name] = exported["certificate"]
     model = torch_predict(create_model(trained["model"], trained["checkpoint"]))
     accuracy = _evaluate(output / "model.onnx", model, data)
     console.print(f"validation images: {accuracy.torch.top1:.2f} % in PyTorch, {accuracy.onnx.top1:.2f} % as ONNX")
-    models = [*TIMED, output / "model.onnx"]
+    models = [*TIMED, *(output / f"model{BACKENDS[name].ending}" for name in files if runs_here(BACKENDS[name]))]
     timed = step("time", "bench", "--models", *models, "--rounds", 9, "--output", output / "bench")
-    _write_report(output, data, trained, onnx, coreml, accuracy, timed)
+    _write_report(output, data, trained, files, accuracy, timed)
     console.rule()
     console.print(f"open {output / 'report.html'}")
     return {
@@ -78,7 +84,7 @@ def demo(output: Path, data: Path | None = None, epochs: int | None = None) -> d
         "top1": accuracy.torch.top1,
         "top1_onnx": accuracy.onnx.top1,
         "n": accuracy.torch.n,
-        "certificate": onnx["certificate"],
+        "certificate": files["onnx"],
         "seconds": seconds,
     }
 
@@ -130,27 +136,25 @@ def _predictions(artifact: Path, data: Path | None) -> list[report.Prediction]:
 
 
 def _write_report(
-    output: Path, data: Path | None, trained: dict[str, Any], onnx: dict[str, Any], coreml: dict[str, Any],
-    accuracy: Accuracy, timed: dict[str, Any],
+    output: Path, data: Path | None, trained: dict[str, Any], files: dict[str, dict[str, Any]], accuracy: Accuracy,
+    timed: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write report.html from the results of the steps."""
+    """Write report.html from the results of the steps; `files` are the certificates by format."""
     measured = parse_measurements(timed)
     assert measured.machine is not None  # nothing was measured elsewhere
-    certificate, package = onnx["certificate"], coreml["certificate"]
+    titles = [BACKENDS[name].title for name in files]
     source = str(data) if data else "ELPV: electroluminescence images of solar cells (CC BY-NC-SA 4.0)"
     figures = (
-        ("images compared", lambda c: f"{c['images']} ({c['image_source']})"),
+        ("precision", lambda c: c["spec"]["precision"]),
+        ("images compared", lambda c: str(c["images"])),
         ("largest difference of two logits", lambda c: f"{c['max_abs_error']:.1e}"),
         ("relative to the logits' spread", lambda c: f"{c['max_rel_error']:.1e}"),
         ("signal to noise", lambda c: f"{c['snr_db']:.0f} dB"),
         ("same top-1", lambda c: f"{c['top1_agreement']:.1f} %"),
         ("size", lambda c: f"{c['artifact_bytes'] / 1e6:.1f} MB"),
     )
-    errors = [(name, figure(certificate), figure(package)) for name, figure in figures]
-    errors += [
-        ("validation accuracy, PyTorch", f"{accuracy.torch.top1:.2f} % of {accuracy.torch.n}", ""),
-        ("validation accuracy", f"{accuracy.onnx.top1:.2f} % of {accuracy.onnx.n}", ""),
-    ]
+    errors = [(name, *map(figure, files.values())) for name, figure in figures]
+    right = f"{accuracy.torch.top1:.2f} % in PyTorch and {accuracy.onnx.top1:.2f} % as ONNX"
     preemption = describe_preemption(measured.results)
     disturbed = f" of wall time; {preemption}" if preemption else ""
     sections = [
@@ -167,18 +171,19 @@ def _write_report(
         ),
         report.Section(
             "The exported files against their model",
-            "Logits of the ONNX file in ONNX Runtime, and of the Core ML package in this project's evaluator of such "
-            "packages, against the trained model in PyTorch, before deployment.",
-            report.table(("figure", "ONNX", "Core ML"), errors),
+            "Logits of each file in its runtime, and of the Core ML package in this project's evaluator of such "
+            "packages, against the trained model in PyTorch, before deployment, on images of "
+            f"{files['onnx']['image_source']}. Validation accuracy: {right}, of {accuracy.torch.n} images.",
+            report.table(("figure", *titles), errors),
         ),
         report.Section(
             "Latency",
             f"{measured.machine.processor}, {measured.machine.threads} thread, {measured.results[0].rounds} "
-            f"interleaved rounds: median and the 90th percentile{disturbed}. S1–S4 have random weights, model.onnx "
+            f"interleaved rounds: median and the 90th percentile{disturbed}. S1–S4 have random weights, the files "
             "those trained above. bench/report.html has more, and lets you choose a model by its latency.",
             report.plot(output / "bench" / "bench.png", "latency of each model and runtime"),
         ),
     ]
-    made_with = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
+    made_with = ", ".join(f"{name} {version}" for name, version in files["onnx"]["versions"].items())
     lead = f"{trained['model']} trained on real images, exported, verified and timed. Images: {source}."
     report.write_page(output / "report.html", "SHViT, from images to phone", lead, sections, made_with)

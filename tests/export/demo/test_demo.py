@@ -22,11 +22,12 @@ def test_demo_runs_the_whole_line_on_the_users_images(tmp_path, monkeypatch, tin
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     out = tmp_path / "out"
     monkeypatch.setattr("shvit.export.demo.run.TIMED", (SMALL,))
+    monkeypatch.setattr("shvit.export.demo.run.FORMATS", ("onnx", "coreml", "ncnn"))  # the quickest to write
     monkeypatch.setattr("shvit.export.bench.measure.ROUND_S", 0.0)  # no time that is measured means anything
     result = run(["demo", "--output", str(out), "--data", str(tmp_path / "data"), "--epochs", "1"])
     assert result["top1"] == pytest.approx(result["top1_onnx"], abs=0.5)
     assert result["certificate"]["passed"] is not False  # after one epoch outputs hardly differ between the images
-    assert set(result["seconds"]) == {"train", "export to ONNX", "export to Core ML", "time"}
+    assert set(result["seconds"]) == {"train", "export to ONNX", "export to Core ML", "export to ncnn", "time"}
     names = {path.name for path in out.iterdir()}
     assert {
         "train",
@@ -37,9 +38,11 @@ def test_demo_runs_the_whole_line_on_the_users_images(tmp_path, monkeypatch, tin
         "report.html",
     } <= names
     timed = {(each.model, each.runtime) for each in read_measurements(out / "bench" / "bench.json").results}
-    assert timed == {(SMALL, "torch"), (SMALL, "onnxruntime"), ("model.onnx", "onnxruntime")}
+    files = {("model.onnx", "onnxruntime"), ("model.ncnn.param", "ncnn")}
+    assert timed == {(SMALL, "torch"), (SMALL, "onnxruntime"), *files}
     assert (out / "bench" / "report.html").exists()
     page = (out / "report.html").read_text()
+    assert "<th>figure</th><th>ONNX</th><th>Core ML</th><th>ncnn</th>" in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # nothing is fetched
     assert page.count("data:image/jpeg") >= 10
     assert "&lt;blue&gt;" in page
