@@ -49,6 +49,7 @@ def open_browser(profile_folder: Path, *arguments: str, **logs: str) -> Iterator
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", logs)
     with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+        opened.get("about:blank")  # in place of the browser's own first page, which may still be loading
         yield opened
 
 

@@ -117,7 +117,7 @@ def _timed(folder: Path, rows: Mapping[str, Row], rounds: int, console: Console)
     """Return the rows with latencies, whose ratios are to the first."""
     console.print("timing …")
     paths = [str(folder / name) for name in rows]
-    _, results = measure_models(paths, [], [1], Settings(threads=1), rounds)
+    results = measure_models(paths, [], [1], Settings(threads=1), rounds).results
     if preemption := describe_preemption(results):
         console.print(f"ratios are of processor times, as {preemption}")
     return {name: replace(row, latency=result) for (name, row), result in zip(rows.items(), results, strict=True)}

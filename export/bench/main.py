@@ -1,7 +1,7 @@
 """The command `shvit bench`; see shvit/cli.py for how it is called."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,12 +10,13 @@ import tyro
 from shvit.errors import InputError, refuse
 from shvit.files import scratch_folder
 
-from .records import LayerTime, Measurements, Partition, Placement, Scaling
+from .records import LayerTime, LeftOut, Partition, Placement, Scaling
 from .runtimes import DEFAULT_RUNTIMES, RUNTIMES, describe_runtimes, is_artifact
 from .tables import (
     console,
     progress_line,
     show_layers,
+    show_left_out,
     show_machine,
     show_partitions,
     show_placements,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PACKAGE = ".mlpackage"
 Progress = Callable[[str], None]
+Pairs = Mapping[str, Sequence[str]]
+"""Models by name, each with its runtimes."""
 RuntimeNames = Annotated[
     list[str],
     tyro.conf.arg(
@@ -83,19 +86,21 @@ class Bench:
         settings = Settings(self.threads, checkpoint, self.img_size, self.compute_units, self.pretrained)
         with progress_line("bench") as progress:
             sizes, rounds = self.batch_sizes, self.rounds
-            machine, results = measure_models(models, runtimes, sizes, settings, rounds, self.against, progress)
-            show_results(results)
-            measured = Measurements(
-                machine,
-                tuple(results),
-                tuple(self._layers(models, runtimes, settings, progress) if self.profile else ()),
-                tuple(self._scaling(models, runtimes, settings, progress) if self.sweep else ()),
+            measured = measure_models(models, runtimes, sizes, settings, rounds, self.against, progress)
+            show_results(measured.results)
+            show_left_out(measured.left_out)
+            pairs = _pairs(models, runtimes, measured.left_out)
+            measured = replace(
+                measured,
+                layers=tuple(self._layers(pairs, settings, progress) if self.profile else ()),
+                scaling=tuple(self._scaling(pairs, settings, progress) if self.sweep else ()),
                 placements=tuple(self._placements(models, runtimes, settings, progress)),
-                partitions=tuple(self._partitions(models, runtimes, settings, progress) if self.profile else ()),
+                partitions=tuple(self._partitions(pairs, settings, progress) if self.profile else ()),
             )
             show_placements(measured.placements)
             show_partitions(measured.partitions)
-        show_machine(machine)
+        if measured.machine is not None:
+            show_machine(measured.machine)
         if self.output is not None:
             console.print("wrote " + ", ".join(map(str, write_report(measured, self.output))))
         return asdict(measured)
@@ -132,44 +137,47 @@ class Bench:
                 operations = load_placements(path, self.compute_units)
                 yield Placement.of(name, self.compute_units, operations, DEVICES.values())
 
-    def _layers(
-        self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
-    ) -> Iterator[LayerTime]:
+    def _layers(self, pairs: Pairs, settings: "Settings", progress: Progress) -> Iterator[LayerTime]:
         from .cases import BenchModel, choose_cores
         from .layer_times import measure_layers
         from .measure import pinned
 
         with scratch_folder() as folder, pinned(choose_cores(settings.threads), settings.threads):
-            for model in [BenchModel(name, settings, folder) for name in models if not is_artifact(name)]:
-                for runtime in (name for name in runtimes if RUNTIMES[name].has_profiler):
+            for name, runtimes in pairs.items():
+                model = BenchModel(name, settings, folder)
+                for runtime in (each for each in runtimes if RUNTIMES[each].has_profiler):
                     for batch_size in self.batch_sizes:
-                        progress(f"profiling {model.name} in {runtime}")
+                        progress(f"profiling {name} in {runtime}")
                         rows = measure_layers(model, runtime, batch_size)
                         show_layers(rows)
                         yield from rows
 
-    def _partitions(
-        self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
-    ) -> Iterator[Partition]:
+    def _partitions(self, pairs: Pairs, settings: "Settings", progress: Progress) -> Iterator[Partition]:
         """Yield how each runtime that has delegates divides each model."""
         from .cases import BenchModel
 
         with scratch_folder() as folder:
-            for model in [BenchModel(name, settings, folder) for name in models if not is_artifact(name)]:
-                for name in runtimes:
-                    if (division := RUNTIMES[name].delegation) is not None:
-                        progress(f"dividing {model.name} in {name}")
+            for name, runtimes in pairs.items():
+                model = BenchModel(name, settings, folder)
+                for runtime in runtimes:
+                    if (division := RUNTIMES[runtime].delegation) is not None:
+                        progress(f"dividing {name} in {runtime}")
                         partitions, outside = division(model)
-                        yield Partition(model.name, name, partitions, dict(outside))
+                        yield Partition(name, runtime, partitions, dict(outside))
 
-    def _scaling(
-        self, models: list[str], runtimes: list[str], settings: "Settings", progress: Progress
-    ) -> Iterator[Scaling]:
+    def _scaling(self, pairs: Pairs, settings: "Settings", progress: Progress) -> Iterator[Scaling]:
         from .measure import measure_scaling
 
-        for name in models:
-            for runtime in runtimes if not is_artifact(name) else ():
+        for name, runtimes in pairs.items():
+            for runtime in runtimes:
                 with scratch_folder() as folder:
                     rows = measure_scaling(name, runtime, settings, folder, progress)
                 show_scaling(rows)
                 yield from rows
+
+
+def _pairs(models: Sequence[str], runtimes: Sequence[str], left_out: Sequence[LeftOut]) -> Pairs:
+    """Return each named model, none that is a file, with the runtimes that it was timed in."""
+    missing = {(each.model, each.runtime) for each in left_out}
+    named = dict.fromkeys(name for name in models if not is_artifact(name))
+    return {name: [each for each in runtimes if (name, each) not in missing] for name in named}

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from shvit.environment import take_turns, users_environment
-from shvit.errors import InputError
+from shvit.errors import InputError, first_line
 from shvit.files import scratch_folder
 from shvit.weights.manifest import published_top1
 
 from ..backends import worker
 from .cases import BenchCase, BenchModel, Settings, choose_cores, create_case, create_file_case, resolve_models
-from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, Machine, Measurements, Scaling
+from .records import PREEMPTED_PERCENT, PROCESSOR, WALL, BenchResult, LeftOut, Machine, Measurements, Scaling
 from .roofline import measure_machine
 from .runtimes import DEFAULT_RUNTIMES, check_runtimes, is_artifact
 
@@ -36,6 +36,7 @@ MAX_INTERVAL = 0.1  # relative width of a ratio's confidence interval; a wider o
 SWEEP_SIDES = (128, 192, 256, 384, 512, 768, 1024)  # height and width in pixels
 SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SWEEP_ROUNDS = 5
+MAX_REASON = 200  # characters of why a model was left out
 Progress = Callable[[str], None]
 
 
@@ -246,8 +247,7 @@ def benchmark(
     file = None if checkpoint is None else Path(checkpoint)
     names, weights = resolve_models(list(map(str, models)), file, pretrained, progress)
     settings = Settings(threads, weights, img_size, pretrained=pretrained)
-    machine, results = measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
-    return Measurements(machine, tuple(results))
+    return measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
 
 
 def measure_models(
@@ -258,14 +258,15 @@ def measure_models(
     rounds: int,
     against: Sequence[Path] = (),
     progress: Progress = lambda _: None,
-) -> tuple[Machine, list[BenchResult]]:
+) -> Measurements:
     """Time every model in every runtime at every batch size; the arguments are those of `benchmark`.
 
-    Files in `against` come first, so that ratios are to the first of them, and run with their runtime's defaults.
+    Files in `against` come first, so that ratios are to the first of them, and run with their runtime's defaults. A
+    model that one runtime's format cannot hold is timed in the others.
 
     Raises:
-        InputError: an unknown model or runtime, one that does not run here, a file that cannot be read, or an option
-            out of range.
+        InputError: an unknown model or runtime, one that does not run here, a file that cannot be read, an option out
+            of range, or nothing is left to time.
     """
     check_runtimes(runtimes)
     if not models or not batch_sizes or not (runtimes or all(map(is_artifact, models))):
@@ -279,6 +280,8 @@ def measure_models(
         for model in named.values():
             _ = model.opened  # an unknown name before anything is measured
 
+        failed: dict[tuple[str, str], InputError] = {}
+
         def create_cases(batch_size: int) -> Iterator[BenchCase]:
             for path in against:
                 yield create_file_case(path, batch_size, settings, cores, tuned=False)
@@ -286,16 +289,24 @@ def measure_models(
                 if name not in named:
                     yield create_file_case(Path(name), batch_size, settings, cores, tuned=True)
                 for runtime in runtimes if name in named else ():
+                    if (name, runtime) in failed:
+                        continue
                     progress(f"preparing {name} for {runtime}")
-                    yield create_case(named[name], runtime, batch_size, cores)
+                    try:
+                        yield create_case(named[name], runtime, batch_size, cores)
+                    except InputError as error:
+                        failed[name, runtime] = error
 
         plan = [list(create_cases(size)) for size in sorted(set(batch_sizes))]
+        if not any(plan):
+            raise next(iter(failed.values()))
         progress("measuring the machine")
         machine = measure_machine()
         results: list[BenchResult] = []
         for cases in plan:
             results += summarize(run_rounds(cases, rounds, progress), machine)
-        return machine, results
+        left_out = (LeftOut(*pair, reason=first_line(error)[:MAX_REASON]) for pair, error in failed.items())
+        return Measurements(machine, tuple(results), left_out=tuple(left_out))
 
 
 def measure_files(

@@ -264,6 +264,15 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A model that was not timed in a runtime, as its format cannot hold the model."""
+
+    model: Text
+    runtime: Text
+    reason: Text
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Everything that one run of `shvit bench` measured."""
 
@@ -277,6 +286,7 @@ class Measurements:
     sustained: tuple[Sustained, ...] = ()
     placements: tuple[Placement, ...] = ()
     partitions: tuple[Partition, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
     def _check_devices(self) -> "Measurements":
@@ -289,7 +299,7 @@ class Measurements:
         return self
 
 
-for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placement, Scaling, Measurements):
+for _kind in (Machine, BenchResult, Device, Check, Sustained, LayerTime, Placement, Scaling, LeftOut, Measurements):
     setattr(_kind, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010  (how pydantic reads them)
 
 

@@ -14,6 +14,7 @@ from .records import (
     PROCESSOR,
     BenchResult,
     LayerTime,
+    LeftOut,
     Machine,
     Measurements,
     Partition,
@@ -118,6 +119,12 @@ def show_machine(machine: Machine) -> None:
         f"{machine.processor}, {machine.cores} cores, {machine.threads} thread(s); peak GFLOP/s: {peaks}{note}; reads "
         f"{machine.bandwidth_gb_per_s:.0f} GB/s; {', '.join(machine.instructions)}; frequency: {machine.frequency}"
     )
+
+
+def show_left_out(rows: Sequence[LeftOut]) -> None:
+    """Print which models were not timed in which runtimes, and why."""
+    for each in rows:
+        console.print(f"{each.model} was left out of {each.runtime}: {each.reason}", markup=False)
 
 
 def show_layers(rows: Sequence[LayerTime]) -> None:

@@ -368,6 +368,20 @@ def test_bench_times_pytorch_and_exported_files(mine):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_that_one_format_cannot_hold_is_timed_in_the_others(capsys, tmp_path):
+    options = ["--runtimes", "ncnn", "onnxruntime", "--rounds", "1", "--profile", "--output", str(tmp_path)]
+    result = run(["bench", "--models", "test_vit", *options])
+    assert [(each["model"], each["runtime"]) for each in result["results"]] == [("test_vit", "onnxruntime")]
+    assert {each["runtime"] for each in result["layers"]} == {"onnxruntime"}
+    (left_out,) = read_measurements(tmp_path / "bench.json").left_out
+    assert (left_out.model, left_out.runtime) == ("test_vit", "ncnn")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "test_vit was left out of ncnn: test_vit has operations that ncnn lacks: Tensor.reshape" in said
+    with pytest.raises(InputError, match="test_vit has operations that ncnn lacks"):
+        run(["bench", "--models", "test_vit", "--runtimes", "ncnn", "--rounds", "1"])
+
+
+@pytest.mark.usefixtures("quick")
 def test_sweep_fits_time_and_memory(monkeypatch, tmp_path):
     monkeypatch.setattr("shvit.export.bench.measure.SWEEP_SIDES", (32, 64))
     monkeypatch.setattr("shvit.export.bench.measure.SWEEP_BATCHES", (1, 4))
