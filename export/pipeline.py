@@ -137,7 +137,10 @@ def export(
         def attempt(excluded: Sequence[str] = ()) -> Attempt:
             path = Path(tempfile.mkdtemp(dir=folder)) / output.name
             write(path, replace(spec, excluded_layers=tuple(dict.fromkeys((*always_excluded, *excluded)))))
-            return certify(load_artifact(path, rounded=True), source.reference, output.name), path
+            try:
+                return certify(load_artifact(path, rounded=True), source.reference, output.name), path
+            except InputError as error:  # a file that its converter wrote, and its runtime does not take
+                raise InputError(str(error).replace(str(path), str(output))) from error
 
         certificate, path = attempt()
         quantized = spec.precision in ("int8", "w8a8")

@@ -80,7 +80,7 @@ def survey(
             if name not in outcomes.get(model, {}):
                 outcome = _in_own_process(_try, name, model, precision, images)
                 outcomes.setdefault(model, {})[name] = outcome
-                log(f"{model} {name}: {_cell(outcome)}")
+                log(f"{model} {name}: {_cell(outcome)}" + f" ({outcome.reason})" * (outcome.passed is False))
                 _write(folder, outcomes)
     return outcomes
 
@@ -129,18 +129,17 @@ def _in_own_process(function: Callable[..., None], *arguments: Any) -> Outcome:
 
 def _try(connection: Connection, name: str, model: str, precision: Precision, images: Path | None) -> None:
     """Send the outcome of one export."""
-    try:
-        backend = BACKENDS[name]
-        source = create_source(_settled(model, images), images=images)
-        with scratch_folder() as folder:
-            source = with_precision(source, backend, precision)
+    backend = BACKENDS[name]
+    with scratch_folder() as folder:
+        try:
+            source = with_precision(create_source(_settled(model, images), images=images), backend, precision)
             certificate = asdict(export(backend, folder / f"file{backend.ending}", source, backend.all_options))
-    except CheckFailed as error:
-        certificate = {"reasons": [first_line(error)], **error.result}
-    except Exception as error:  # InputError, and what a converter raises besides
-        reason = first_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
-        connection.send(Outcome(False, reason=reason))
-        return
+        except CheckFailed as error:
+            certificate = {"reasons": [first_line(error)], **error.result}
+        except Exception as error:  # InputError, and what a converter raises besides
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            connection.send(Outcome(False, reason=kind + first_line(error).replace(f"{folder}/", "")))
+            return
     figures = {key: certificate.get(key) for key in ("passed", "snr_db", "cosine")}
     connection.send(Outcome(**figures, reason="; ".join(certificate["reasons"][:2])))
 
@@ -166,7 +165,7 @@ def _settled(name: str, images: Path | None) -> nn.Module:
 
 
 def markdown(outcomes: Outcomes) -> str:
-    """Return a table of models and formats, and a sentence about what a loose check would have accepted."""
+    """Return a table of models and formats, how many a loose check would have accepted, and why files do not hold."""
     formats = list(dict.fromkeys(name for row in outcomes.values() for name in row))
     titles = [BACKENDS[name].title if name in BACKENDS else name for name in formats]
     rows = [("model", *titles), ("---",) * (1 + len(formats))]
@@ -175,14 +174,23 @@ def markdown(outcomes: Outcomes) -> str:
     table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
     total = [each for row in outcomes.values() for each in row.values()]
     loose = [each for each in total if each.passes_loosely]
-    return (f"{table}\nOf {len(total)} files {sum(each.passed is not False for each in total)} hold, and "
-            f"{len(loose)} of the others have a cosine of {LOOSE_COSINE} or more on every image.\n")  # fmt: skip
+    refused = [each for each in total if each.passed is False and each.snr_db is not None]
+    held = sum(each.passed is not False for each in total)
+    text = (
+        f"Of {len(total)} files that were asked for, {held} hold, {len(refused)} were refused, of which {len(loose)} have "
+        f"a cosine of {LOOSE_COSINE} or more on every image, and {len(total) - held - len(refused)} could not be written "
+        "or run."
+    )
+    reasons = "".join(
+        f"- `{model}`, {BACKENDS[name].title if name in BACKENDS else name}: {each.reason}\n"
+        for model, row in outcomes.items() for name, each in row.items() if each.passed is False
+    )  # fmt: skip
+    return f"{table}\n{text}\n" + (f"\n{reasons}" if reasons else "")
 
 
 def _cell(outcome: Outcome) -> str:
     if outcome.passed is not False:
         return f"{outcome.snr_db or 0:.0f} dB" + ("" if outcome.passed else ", undecided")
     if outcome.snr_db is None:
-        return f"no file: {outcome.reason}"
-    loosely = f" (cosine {outcome.cosine:.3f})" if outcome.passes_loosely else ""
-    return f"**refused**{loosely}: {outcome.reason}"
+        return "no file"
+    return "**refused**" + (f", cosine {outcome.cosine:.3f}" if outcome.passes_loosely else "")

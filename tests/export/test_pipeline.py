@@ -309,6 +309,16 @@ def test_table_has_a_row_for_what_overflowed_and_for_what_is_undecided():
     assert comparison.markdown([emulated]).splitlines()[-1].split("|")[5].strip() == "69.5"
 
 
+def test_file_that_its_runtime_does_not_take_is_named_as_the_user_does(source, tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise InputError(f"{path}: cannot be opened")
+
+    monkeypatch.setattr(formats, "load_artifact", refuse)
+    with pytest.raises(InputError) as error:
+        run(["export", "onnx", *source[0], "--output", f"{tmp_path}/mine.onnx"])
+    assert str(error.value) == f"{tmp_path}/mine.onnx: cannot be opened"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

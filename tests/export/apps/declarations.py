@@ -2,8 +2,8 @@
 
 They have names, types and numbers alone. Those of LiteRT's C API are as in litert/c/*.h of google-ai-edge/LiteRT
 (Apache-2.0), version 2.2.0 and August 2026: if they are wrong, the C++ program fails. Those of LiteRT's, ExecuTorch's
-and ONNX Runtime's classes are as in their sources of 2026, Android's as in its documentation. Kotlin code is only
-compiled with them: no test finds out if they are wrong.
+and ONNX Runtime's classes are as in their sources of 2026, Android's as we know them. Kotlin code is only compiled
+with them: no test finds out if they are wrong.
 """
 
 LITERT = {
