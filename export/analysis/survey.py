@@ -177,9 +177,9 @@ def markdown(outcomes: Outcomes) -> str:
     refused = [each for each in total if each.passed is False and each.snr_db is not None]
     held = sum(each.passed is not False for each in total)
     text = (
-        f"Of {len(total)} files that were asked for, {held} hold, {len(refused)} were refused, of which {len(loose)} have "
-        f"a cosine of {LOOSE_COSINE} or more on every image, and {len(total) - held - len(refused)} could not be written "
-        "or run."
+        f"Of {len(total)} files that were asked for, {held} hold, {len(refused)} were refused, of which {len(loose)} "
+        f"have a cosine of {LOOSE_COSINE} or more on every image, and {len(total) - held - len(refused)} could not be "
+        "written or run."
     )
     reasons = "".join(
         f"- `{model}`, {BACKENDS[name].title if name in BACKENDS else name}: {each.reason}\n"
