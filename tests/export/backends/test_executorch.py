@@ -25,19 +25,9 @@ from shvit.export.quantization.pt2 import steps
 from shvit.export.spec import Spec
 from shvit.export.verify import certify
 from shvit.export.wrappers import feature_maps, layer_outputs
-from tests.conftest import assert_close, create_tiny, images, randomize
-from tests.export.judged import WEIGHT_DEFECTS, Workshop
-
-PX = 64
-
-
-def spec_of(model, **changes) -> Spec:
-    return replace(Spec.of("shvit_s1", model, PX), **changes)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return create_tiny(depth=(1, 1, 1))
+from tests.conftest import assert_close, images, randomize
+from tests.export.backends.conftest import PX, spec_of
+from tests.export.judged import WEIGHT_DEFECTS
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +41,6 @@ def written(tiny, tmp_path_factory):
 @pytest.fixture
 def copied(written, tmp_path):
     return Path(shutil.copy(written, tmp_path))
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------

@@ -18,19 +18,9 @@ from shvit.export.formats.litert_edits import invoke, to_planes
 from shvit.export.spec import Spec
 from shvit.export.verify import certify
 from shvit.export.wrappers import feature_maps, layer_outputs, layers, with_attention
-from tests.conftest import assert_close, create_tiny, images, randomize
-from tests.export.judged import LAYER, Workshop
-
-PX = 64
-
-
-def spec_of(model, **changes) -> Spec:
-    return replace(Spec.of("shvit_s1", model, PX), **changes)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return create_tiny(depth=(1, 1, 1))
+from tests.conftest import assert_close, images, randomize
+from tests.export.backends.conftest import PX, spec_of
+from tests.export.judged import LAYER
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +34,6 @@ def written(tiny, converted, tmp_path):
     path = tmp_path / "tiny.tflite"
     write_litert(converted, path, spec_of(tiny), ["a", "b"], {})
     return path
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
 
 
 @pytest.fixture(scope="module")

@@ -34,18 +34,8 @@ from shvit.export.verify import certify
 from shvit.export.wrappers import feature_maps, layer_outputs, layers
 from shvit.fold import DeployedSHSA
 from tests.conftest import assert_close, create_tiny, images, randomize
-from tests.export.judged import GRAPH_DEFECTS, LAYER, WEIGHT_DEFECTS, Workshop
-
-PX = 64
-
-
-def spec_of(model, **changes) -> Spec:
-    return replace(Spec.of("shvit_s1", model, PX), **changes)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return create_tiny(depth=(1, 1, 1))
+from tests.export.backends.conftest import PX, spec_of
+from tests.export.judged import GRAPH_DEFECTS, LAYER, WEIGHT_DEFECTS
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +51,6 @@ def copied(written, tmp_path):
     for file in written.parent.iterdir():
         shutil.copy(file, tmp_path)
     return tmp_path / written.name
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"), images=16)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
