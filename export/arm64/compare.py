@@ -14,7 +14,7 @@ from shvit.documents import parse_json, parse_model
 from shvit.errors import CheckFailed, InputError
 
 from ..backends import worker
-from ..backends.backend import JOB_FILES, Arm64Build, Artifact, Backend
+from ..backends.backend import JOB_FILES, Arm64Build, Artifact, Backend, Library
 from ..backends.registry import artifact_files, load_artifact, resolve_backend
 from ..formats.rounding import Outputs
 from ..guards import checked_run, one_line
@@ -24,7 +24,7 @@ from ..verify import PASSED, Arm64, Certificate, Reference, accuracy, judge_outp
 from ..wrappers import run_batches
 from . import emulator
 from .emulator import Cpu
-from .root import NUMPY, PYTHON, Log, Root, open_root
+from .root import NUMPY, PYTHON, Log, Root, check_root, library_path, open_root
 
 MAX_IMAGES = 64  # that are run: under emulation S1 at 224 px takes seconds for each
 START_S, IMAGE_S = 300.0, 120.0  # limit of the time: to begin, and for each image
@@ -34,12 +34,14 @@ def check_arm64(backend: Backend[Any]) -> Arm64Build:
     """Return the build of a backend's runtime for ARM64.
 
     Raises:
-        InputError: there is none, or what emulates the processor is not installed; a line says what to install.
+        InputError: there is none, or what emulates the processor or compiles for it is not installed; a line says what
+            to install.
     """
     if backend.arm64 is None:
         raise InputError(f"{backend.title} has no runtime for ARM64 Linux that could run under emulation; leave out "
                          "the options of ARM64")  # fmt: skip
     emulator.check_emulator()
+    check_root(backend.name, backend.arm64)
     return backend.arm64
 
 
@@ -73,7 +75,7 @@ def _compare(
     """Run some of a reference's images on the emulated processor and on this machine."""
     spec, px = artifact.spec, artifact.spec.img_size
     pixels = reference.pixels(spec)[chosen]
-    emulated = _run(artifact, spec.feed(pixels), root, cpu)
+    emulated = _run(artifact, spec.feed(pixels), root, build, cpu)
     outputs = [output.float() for output in emulated.outputs]
     here = run_batches(lambda batch: artifact.run(spec.feed(batch)), pixels)
     expected = [output[chosen] for output in reference.outputs(px)]
@@ -139,11 +141,11 @@ class _Response:
     error: str = ""
 
 
-def _run(artifact: Artifact, batch: torch.Tensor, root: Root, cpu: Cpu) -> Emulated:
+def _run(artifact: Artifact, batch: torch.Tensor, root: Root, build: Arm64Build, cpu: Cpu) -> Emulated:
     """Run what `Spec.feed` returns through a file, one image after the other."""
     path, spec = artifact.path, artifact.spec
     with root.copied(cpu) as folder, one_line(path, f"does not run on ARM64 ({cpu})"):
-        job = _place(artifact, folder / "work")
+        job = _place(artifact, build, folder / "work")
         np.save(folder / "work" / "images.npy", batch.numpy())
         command = json.dumps({"images": "images.npy", "outputs": "."})
         program = [PYTHON, "-I", "-B", "worker.py", json.dumps(job)]
@@ -154,10 +156,12 @@ def _run(artifact: Artifact, batch: torch.Tensor, root: Root, cpu: Cpu) -> Emula
     return Emulated(outputs, hwcap)
 
 
-def _place(artifact: Artifact, folder: Path) -> dict[str, Any]:
+def _place(artifact: Artifact, build: Arm64Build, folder: Path) -> dict[str, Any]:
     """Copy the worker and the files of its job into a folder, and return the job as it is there."""
     path = artifact.path
     job = {**resolve_backend(path).job(path, 1, artifact.spec.precision, ""), "threads": 1, "cores": []}
+    if isinstance(build.loaded, Library):
+        job["library"] = library_path(build.loaded)
     named = {key: Path(job[key]) for key in JOB_FILES if key in job}
     for file in {Path(worker.__file__), *named.values(), *artifact_files(path)}:
         shutil.copy(file, folder)

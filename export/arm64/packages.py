@@ -1,10 +1,11 @@
-"""What the emulated machine consists of: the distribution's packages for ARM64, by apt, and pinned wheels, by pip.
+"""What the emulated machine consists of: the distribution's packages for ARM64, by apt, pinned wheels, and a library.
 
 apt resolves dependencies and checks every package against the signed lists of the machine's own sources. It keeps its
 state in a folder that is given: nothing of the machine changes, and no privilege is needed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from pathlib import Path
 from shvit.errors import InputError
 from shvit.files import sha256
 
-from ..backends.backend import Wheel
+from ..backends.backend import Library, Wheel
 
 PACKAGES = ("python3", "libstdc++6", "libgomp1")  # what wheels for Linux take for granted
-MAX_SECONDS = 900  # of one call of apt or pip
+COMPILER = "aarch64-linux-gnu-g++"
+COMPILER_FLAGS = ("-shared", "-fPIC", "-O1")
+MAX_SECONDS = 900  # of one call of apt, pip or the compiler
 GLIBC_MINORS = range(17, 45)  # of 2.x: the platforms that a wheel may be for; its hash names the one
 APT_CONF = """\
 #clear APT::Update::Pre-Invoke;
@@ -105,16 +108,35 @@ def unpack_wheels(wheels: Sequence[Path], folder: Path) -> None:
             archive.extractall(folder)
 
 
-def _call(command: Sequence[str], what: str) -> None:
-    """Run a program; raise InputError with the last line that says what is wrong."""
+def check_compiler() -> None:
+    """Raise InputError, in a line that says what to install, where there is no compiler for ARM64."""
+    if shutil.which(COMPILER) is None:
+        raise InputError(f"--arm64 needs {COMPILER} for this format; install it with: apt-get install "
+                         "g++-aarch64-linux-gnu")  # fmt: skip
+
+
+def compile_library(library: Library, folder: Path) -> None:
+    """Compile a library into a folder of Python packages, with which it is linked.
+
+    Raises:
+        InputError: there is no compiler, or it does not take the source.
+    """
+    check_compiler()
+    _call([COMPILER, *COMPILER_FLAGS, str(library.path), "-o", library.name, *library.flags],
+          f"{library.source} cannot be compiled", folder)  # fmt: skip
+
+
+def _call(command: Sequence[str], what: str, folder: Path | None = None) -> None:
+    """Run a program, in a folder where one is given; raise InputError with the last line that says what is wrong."""
     if shutil.which(command[0]) is None:
         raise InputError(f"--arm64 needs {command[0]}, which Debian and Ubuntu have, and is not installed here")
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MAX_SECONDS,
-                              stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}, check=False)  # fmt: skip
+                              stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}, cwd=folder,
+                              check=False)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise InputError(f"{what}: {Path(command[0]).name} does not end in {MAX_SECONDS} s") from None
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines or ["no message"]
+        errors = [line for line in lines if re.match(r"E:|ERROR:|.* error: ", line)] or lines or ["no message"]
         raise InputError(f"{what} ({errors[-1][:200]})")

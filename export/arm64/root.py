@@ -15,9 +15,18 @@ from shvit.errors import InputError, some
 from shvit.files import atomic_write, is_folder, scratch_folder, sha256
 from shvit.weights.cache import cache_folder
 
-from ..backends.backend import Arm64Build, Wheel
+from ..backends.backend import Arm64Build, Library, Wheel
 from . import emulator
-from .packages import PACKAGES, download_packages, download_wheels, unpack_packages, unpack_wheels
+from .packages import (
+    COMPILER_FLAGS,
+    PACKAGES,
+    check_compiler,
+    compile_library,
+    download_packages,
+    download_wheels,
+    unpack_packages,
+    unpack_wheels,
+)
 
 Log = Callable[[str], None]
 FORMAT_VERSION = 1  # of roots; it rises when they are made in another way
@@ -78,7 +87,7 @@ def open_root(name: str, build: Arm64Build, log: Log = lambda line: None) -> Roo
     Raises:
         InputError: it cannot be made, or has changed since.
     """
-    path = cache_folder() / "arm64" / f"{name}-{_key(build)}"
+    path = _path(name, build)
     with _alone(path):
         if not is_folder(path):
             log(f"making the ARM64 root for {name}, once: {_system()}'s packages and wheels, in {path}")
@@ -91,13 +100,29 @@ def open_root(name: str, build: Arm64Build, log: Log = lambda line: None) -> Roo
     return Root(path, manifest)
 
 
+def check_root(name: str, build: Arm64Build) -> None:
+    """Raise InputError where the cache has no root for a runtime yet, and the compiler that it takes is missing."""
+    if isinstance(build.loaded, Library) and not is_folder(_path(name, build)):
+        check_compiler()
+
+
+def library_path(library: Library) -> str:
+    """Return where a library is inside its root."""
+    return f"/{SITE}/{library.name}"
+
+
+def _path(name: str, build: Arm64Build) -> Path:
+    return cache_folder() / "arm64" / f"{name}-{_key(build)}"
+
+
 def _again(path: Path) -> str:
     return f"remove the folder, and it is made again: {path}"
 
 
 def _key(build: Arm64Build) -> str:
     """Return a digest of what decides how a root is made."""
-    recipe = [FORMAT_VERSION, _system(), PACKAGES, asdict(NUMPY), asdict(build)]
+    source = [COMPILER_FLAGS, sha256(build.loaded.path)] if isinstance(build.loaded, Library) else []
+    recipe = [FORMAT_VERSION, _system(), PACKAGES, asdict(NUMPY), asdict(build), source]
     return hashlib.sha256(to_json(recipe).encode()).hexdigest()[:12]
 
 
@@ -134,6 +159,8 @@ def _make(folder: Path, build: Arm64Build) -> None:
     python = _python(root)
     wheels = download_wheels((NUMPY, *build.wheels), python, downloads / "wheels")
     unpack_wheels(wheels, root / SITE)
+    if isinstance(build.loaded, Library):
+        compile_library(build.loaded, root / SITE)
     _try(root, build)
     manifest = Manifest(FORMAT_VERSION, _system(), python, _digests(packages), _digests(wheels), _files(root))
     (folder / "manifest.json").write_text(to_json(asdict(manifest), indent=1) + "\n")
@@ -154,14 +181,18 @@ def _python(root: Path) -> str:
 
 
 def _try(root: Path, build: Arm64Build) -> None:
-    """Import the runtime once, which shows that it is complete, and keeps the compiled modules in the root."""
+    """Load the runtime once, which shows that it is complete, and keeps the compiled modules in the root."""
+    if isinstance(build.loaded, Library):
+        statement = f"import ctypes; ctypes.CDLL({library_path(build.loaded)!r})"
+    else:
+        statement = f"import {build.loaded}"
     emulator.furnish(root, emulator.DEFAULT_CPU)
-    script = f"import numpy, {build.module}"
-    ended = emulator.run(root, emulator.DEFAULT_CPU, [PYTHON, "-I", "-c", script], "", TRIAL_S)
+    program = [PYTHON, "-I", "-c", f"import numpy; {statement}"]
+    ended = emulator.run(root, emulator.DEFAULT_CPU, program, "", TRIAL_S)
     emulator.strip(root)
     if ended.status != 0:
-        raise InputError(f"{build.module} cannot be imported on ARM64 under QEMU {emulator.qemu_version()} (status "
-                         f"{ended.status}: {ended.last_words})")  # fmt: skip
+        raise InputError(f"the runtime cannot be loaded on ARM64 under QEMU {emulator.qemu_version()}: {statement} "
+                         f"(status {ended.status}: {ended.last_words})")  # fmt: skip
 
 
 def _files(root: Path) -> dict[str, str]:

@@ -153,11 +153,32 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Library:
+    """Functions of C around a runtime in C++, which worker.py's runner calls through ctypes: its job names `library`.
+
+    It is compiled for ARM64 with the headers and libraries of the wheels.
+    """
+
+    source: str  # a C++ file beside this one
+    flags: tuple[str, ...]  # of g++, which runs in the folder that the wheels are unpacked in, and writes there
+
+    @property
+    def path(self) -> Path:
+        """Where the source is."""
+        return Path(__file__).with_name(self.source)
+
+    @property
+    def name(self) -> str:
+        """The compiled file."""
+        return Path(self.source).with_suffix(".so").name
+
+
+@dataclass(frozen=True)
 class Arm64Build:
     """The build of a runtime for ARM64 Linux: what worker.py's runner needs there besides Python and NumPy."""
 
     wheels: tuple[Wheel, ...]
-    module: str  # that the runner imports
+    loaded: str | Library  # by the runner: a module of the wheels, or a library
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------

@@ -37,14 +37,17 @@ from ..spec import Spec
 from ..wrappers import ChannelsLast, Half, Normalized, Tupled, layers, with_attention
 from .backend import (
     HUGE_PAGES,
+    Arm64Build,
     Artifact,
     Backend,
     Delegation,
     FormatOptions,
     ImageInput,
     Job,
+    Library,
     Source,
     Timing,
+    Wheel,
     Writer,
     apply_rounding,
     image_input,
@@ -339,6 +342,27 @@ def delegation(path: Path) -> Delegation:
     return Delegation(len(program.delegates()), program.kernels())
 
 
+ARM64 = Wheel("executorch", "1.5.1", {
+    "3.11": "8ee02348a3ea80ddf770822911ebf78da616b73afce0fbaaa79f23311c88c66a",
+    "3.12": "2c177f7922354a8a0d6111628c954519b87549598640e5e0042bef137b4cb83c",
+    "3.13": "685a8d85b319fc99f2611a5e0ecf598755a91cf5d39a536e057dea60cd8e9682",
+})  # fmt: skip
+LIBRARY = Library("executorch_arm64.cpp", (
+    "-std=c++17",
+    # what ExecuTorch's CMake files ask for
+    "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    "-DET_EVENT_TRACER_ENABLED",
+    "-isystemexecutorch/include",
+    "-isystemexecutorch/include/executorch/runtime/core/portable_type/c10",
+    "-Lexecutorch/lib",
+    "-Wl,-rpath,$ORIGIN/executorch/lib",
+    "-Wl,--no-as-needed",  # kernels and delegates are not called: they register themselves when they are loaded
+    *(f"-l{each}" for each in (
+        "executorch", "executorch_kernels_optimized", "executorch_backend_xnnpack", "executorch_threadpool"
+    )),
+))  # fmt: skip
+"""The wheel's Python binding needs PyTorch, whose wheel for ARM64 Linux has 454 MB."""
+
 EXECUTORCH: Backend[Any] = Backend(
     name="executorch",
     title="ExecuTorch",
@@ -367,4 +391,5 @@ EXECUTORCH: Backend[Any] = Backend(
     float_stem=True,
     float_head=True,
     environment=HUGE_PAGES,
+    arm64=Arm64Build((ARM64,), LIBRARY),
 )

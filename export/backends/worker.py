@@ -102,7 +102,9 @@ def run_litert(job: dict[str, Any]) -> Prepare:
 
 
 def run_executorch(job: dict[str, Any]) -> Prepare:
-    """Open a program in ExecuTorch, which takes one image at a time; its binding needs PyTorch."""
+    """Open a program in ExecuTorch, which takes one image at a time; its binding needs PyTorch, `library` does not."""
+    if "library" in job:
+        return run_executorch_library(job)
     import torch
     from executorch.extension.pybindings import _C
 
@@ -116,6 +118,43 @@ def run_executorch(job: dict[str, Any]) -> Prepare:
             for _ in range(batch):
                 outputs = module.forward([image], clone_outputs=False)
             return outputs
+
+        return call
+
+    return prepare
+
+
+def run_executorch_library(job: dict[str, Any]) -> Prepare:
+    """Open a program in ExecuTorch through the functions of executorch_arm64.cpp."""
+    import ctypes
+
+    import numpy as np
+
+    library, program = ctypes.CDLL(job["library"]), ctypes.c_void_p()
+    library.program_open.restype = library.program_run.restype = ctypes.c_char_p
+    library.output_sizes.restype = ctypes.POINTER(ctypes.c_int32)
+    library.output_values.restype = ctypes.POINTER(ctypes.c_float)
+
+    def check(error: bytes | None) -> None:
+        if error is not None:
+            raise ValueError(f"ExecuTorch says {error.decode()}")
+
+    def output(number: int) -> Any:
+        sizes = library.output_sizes(program, number)[: library.output_dims(program, number)]
+        return np.ctypeslib.as_array(library.output_values(program, number), sizes)
+
+    check(library.program_open(os.fsencode(job["path"]), ctypes.byref(program)))
+
+    def prepare(batch: int, images: Any = None) -> Call:
+        image = random(job["shape"], job["dtype"], job["shape"][0]) if images is None else images
+        image = np.ascontiguousarray(image)
+        sizes = (ctypes.c_int32 * image.ndim)(*image.shape)
+
+        def call() -> Any:
+            for _ in range(batch):
+                pixels = image.ctypes.data_as(ctypes.c_void_p)
+                check(library.program_run(program, pixels, image.dtype == np.uint8, image.ndim, sizes))
+            return map(output, range(library.program_outputs(program)))
 
         return call
 
