@@ -20,7 +20,7 @@ from shvit.weights.resolve import Weights, resolve_weights
 
 from .analysis.comparison import export_all, imports
 from .analysis.survey import MODELS, survey
-from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu, check_emulator
+from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
 from .guards import check_apart, check_own, rows_that_fit
@@ -324,8 +324,6 @@ class ExportAll(_FromModel):
 
     def run(self) -> dict[str, Any]:
         arm64 = _emulated(self.cpu, self.verify_arm64, "--verify-arm64")
-        if arm64 is not None:
-            check_emulator()
         if self.rounds < 0:
             raise InputError(f"--rounds {self.rounds} must be 0 or more")
         check_output_folder(self.output)
@@ -400,7 +398,7 @@ class Verify:
     """Use coreml to run a Core ML package in Core ML, on a Mac; by default it runs in our own evaluator."""
     arm64: bool = False
     """Run up to 64 images in its runtime's build for ARM64 too, which phones run, under QEMU.
-    The first time downloads that build, once for each format."""
+    The first time downloads that build, once for each format; ExecuTorch's needs g++-aarch64-linux-gnu for it."""
     cpu: EmulatedCpu = None
 
     def run(self) -> dict[str, Any]:

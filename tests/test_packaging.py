@@ -52,6 +52,7 @@ def test_wheel_holds_every_package_and_the_data_and_nothing_else(dist):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder)}" in names
     assert "shvit/weights/manifest.toml" in names
+    assert "shvit/export/backends/executorch_arm64.cpp" in names
     for name in ("weights/published.toml", *(f"export/web/explorer.{kind}" for kind in ("html", "css", "js"))):
         assert f"shvit/{name}" in names
     assert "shvit/py.typed" in names

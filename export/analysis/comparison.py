@@ -14,6 +14,7 @@ from shvit.errors import CheckFailed, InputError
 from shvit.files import atomic_write
 from shvit.terminal import quiet
 
+from ..arm64.compare import check_arm64
 from ..arm64.emulator import Cpu
 from ..backends.backend import Backend
 from ..backends.registry import BACKENDS
@@ -76,12 +77,16 @@ def export_all(folder: Path, source: Source, rounds: int, arm64: Cpu | None, con
         arm64: the processor on which QEMU runs files in the ARM64 build of their runtime, where there is one.
 
     Raises:
-        InputError: there are no images to calibrate one of them with; nothing is written.
+        InputError: there are no images to calibrate one of them with, or what ARM64 needs is not installed; nothing is
+            written.
     """
     for backend, precision in ROWS:
         check_calibration(backend, with_precision(source, backend, precision))
     backends = {backend.name: backend for backend, _ in ROWS}
     installed = [name for name, backend in backends.items() if imports(backend, console)]
+    for backend in (backends[name] for name in installed):
+        if arm64 is not None and backend.arm64 is not None:
+            check_arm64(backend)
     rows = {}
     for backend, precision in (row for row in ROWS if row[0].name in installed):
         name, title = f"{source.spec.model}-{precision}{backend.ending}", f"{backend.title} {precision}"

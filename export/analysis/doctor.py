@@ -21,6 +21,7 @@ from shvit.files import scratch_folder
 from shvit.sessions import create_session
 from shvit.terminal import console, quiet, right_aligned
 
+from ..arm64.compare import check_arm64
 from ..arm64.emulator import check_emulator, qemu_version
 from ..backends.backend import Backend
 from ..backends.registry import BACKENDS, load_artifact
@@ -113,7 +114,17 @@ def describe_emulator() -> str:
         check_emulator()
     except InputError as missing:
         return str(missing)
-    return f"files can be verified on processors that QEMU {qemu_version()} emulates, with --arm64"
+    lacking = "".join(_what_arm64_lacks(backend) for backend in BACKENDS.values() if backend.arm64 is not None)
+    return f"files can be verified on processors that QEMU {qemu_version()} emulates, with --arm64{lacking}"
+
+
+def _what_arm64_lacks(backend: Backend[Any]) -> str:
+    """Return the end of a sentence on files of one format; empty where nothing is missing."""
+    try:
+        check_arm64(backend)
+    except InputError as missing:
+        return f"; those of {backend.title} not yet: {missing}"
+    return ""
 
 
 def missing_packages() -> dict[str, list[str]]:

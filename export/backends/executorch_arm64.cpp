@@ -1,12 +1,13 @@
 // ExecuTorch behind functions of C, for worker.py where there is no PyTorch, which ExecuTorch's own binding needs.
 //
-// Each function that can fail returns nullptr, or what went wrong in a line. A program has one at a time of everything:
-// outputs stay as they are until it runs again.
+// A function that can fail returns a line that says why, or nullptr. Outputs stay until the program runs again. Nothing is
+// freed: the worker has one program, and ends with it.
 
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 using executorch::aten::ScalarType;
@@ -44,7 +45,7 @@ const char* program_run(Program* program, void* image, bool is_uint8, int dims, 
     if (!outputs.ok()) return message(outputs.error());
     program->outputs = std::move(*outputs);
     for (const auto& output : program->outputs)
-        if (!output.isTensor() || output.toTensor().scalar_type() != ScalarType::Float) return "an output is not float32";
+        if (!output.isTensor() || output.toTensor().scalar_type() != ScalarType::Float) return "outputs are not float32";
     return nullptr;
 }
 

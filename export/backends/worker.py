@@ -137,7 +137,7 @@ def run_executorch_library(job: dict[str, Any]) -> Prepare:
 
     def check(error: bytes | None) -> None:
         if error is not None:
-            raise ValueError(f"ExecuTorch says {error.decode()}")
+            raise ValueError(f"ExecuTorch: {error.decode()}")
 
     def output(number: int) -> Any:
         sizes = library.output_sizes(program, number)[: library.output_dims(program, number)]

@@ -11,6 +11,7 @@ import torch
 from shvit import cli
 from shvit.export.analysis import doctor
 from shvit.export.analysis.doctor import describe_machine, missing_packages, try_runtimes
+from shvit.export.arm64 import emulator
 from shvit.export.backends.registry import BACKENDS
 
 LOCAL = ("torch", "torch.compile", *(f"{backend.title} files" for backend in BACKENDS.values()))
@@ -41,6 +42,18 @@ def test_each_runtime_is_tried_and_the_last_line_is_json(monkeypatch, capsys):
 def test_missing_qemu_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert re.fullmatch(r"--arm64 needs .*", doctor.describe_emulator())
+
+
+def test_a_missing_compiler_for_arm64_is_said_of_the_format_that_needs_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("SHVIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(emulator, "check_emulator", lambda: None)
+    monkeypatch.setattr(doctor, "check_emulator", lambda: None)
+    monkeypatch.setattr(doctor, "qemu_version", lambda: "7.2")
+    said = doctor.describe_emulator()
+    assert re.fullmatch(
+        r"files can be verified .*; those of ExecuTorch not yet: --arm64 needs aarch64[^;]*; [^;]*", said
+    )
 
 
 def fail(error):

@@ -15,6 +15,7 @@ from shvit.errors import InputError
 from shvit.export.arm64 import emulator
 from shvit.export.arm64.compare import certify_arm64
 from shvit.export.arm64.root import PYTHON, open_root
+from shvit.export.backends.executorch import EXECUTORCH
 from shvit.export.backends.onnx import ONNX
 from shvit.export.pipeline import export_model, verify_artifact
 from shvit.export.source import create_source
@@ -22,7 +23,7 @@ from shvit.export.spec import Spec, randomize_norms
 from shvit.export.tables import show
 from shvit.terminal import console
 from tests.conftest import settle
-from tests.emulation import need_emulator
+from tests.emulation import need_compiler, need_emulator
 
 PX, CLASSES = 64, 3
 
@@ -133,6 +134,19 @@ def test_what_goes_wrong_in_a_program_is_told(root, script, monkeypatch):
 def test_a_program_has_only_so_much_time(root):
     with root.copied("max") as copy, pytest.raises(RuntimeError, match=r"it does not end in 2 s"):  # and starts in one
         emulator.run(copy, "max", [PYTHON, "-I", "-c", "while True: pass"], "", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_executorch_holds_on_arm64(folder, precision):
+    need_emulator()
+    need_compiler()
+    path = folder / f"{precision}.pte"
+    found = export_model("executorch", "tiny_vit", path, checkpoint=folder / "tiny.safetensors", img_size=PX,
+                         precision=precision, images=folder / "images", arm64="cortex-a76")  # fmt: skip
+    assert found.passed is found.arm64.passed is True
+    assert found.arm64.versions["executorch"] == EXECUTORCH.arm64.wheels[0].version
+    assert found.arm64.host_snr_db < 200  # sums in another order: it did run elsewhere
 
 
 def test_options_of_arm64_go_together(folder):

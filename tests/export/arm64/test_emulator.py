@@ -15,11 +15,12 @@ from shvit.errors import InputError
 from shvit.export.arm64 import emulator, packages, root
 from shvit.export.arm64.compare import check_arm64
 from shvit.export.arm64.emulator import DEFAULT_CPU, PROCESSORS, features, furnish, strip
-from shvit.export.arm64.packages import download_packages, download_wheels, unpack_wheels
+from shvit.export.arm64.packages import compile_library, download_packages, download_wheels, unpack_wheels
 from shvit.export.arm64.root import NUMPY, Manifest, open_root
-from shvit.export.backends.backend import Arm64Build, Wheel
+from shvit.export.backends.backend import Arm64Build, Library, Wheel
 from shvit.export.backends.registry import BACKENDS
 from shvit.files import sha256
+from tests.apps.build import need
 from tests.conftest import ROOT
 from tests.emulation import need_emulator
 
@@ -83,6 +84,29 @@ def test_another_system_is_one_line(monkeypatch):
 def test_missing_apt_is_one_line(programs, tmp_path):
     with pytest.raises(InputError, match=r"--arm64 needs apt-get, which Debian and Ubuntu have, and is not installed"):
         download_packages(tmp_path / "apt")
+
+
+def test_missing_compiler_is_one_line_that_installs_it(programs, tmp_path, monkeypatch):
+    """Where the library is to be compiled; a root that has it needs no compiler any more."""
+    monkeypatch.setenv("SHVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(emulator, "check_emulator", lambda: None)
+    backend = BACKENDS["executorch"]
+    with pytest.raises(
+        InputError, match=r"needs aarch64-linux-gnu-g\+\+ .*; install it with: apt-get install g\+\+-aar"
+    ):
+        check_arm64(backend)
+    root._path(backend.name, backend.arm64).mkdir(parents=True)
+    assert check_arm64(backend) is backend.arm64
+    assert check_arm64(BACKENDS["onnx"]) is BUILDS["onnx"]
+
+
+def test_a_library_that_does_not_compile_is_one_line(tmp_path, monkeypatch):
+    need("g++")
+    monkeypatch.setattr(packages, "COMPILER", "g++")
+    without = Library("executorch_arm64.cpp", ())
+    with pytest.raises(InputError, match=r"^executorch_arm64\.cpp cannot be compiled \(.* error: executorch/[^\n]*\)$"):
+        compile_library(without, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_runtime_without_arm64_is_one_line():
@@ -247,11 +271,23 @@ def test_a_damaged_manifest_is_one_line(cached, text):
 
 
 def test_what_decides_how_a_root_is_made_gives_it_another_name(monkeypatch):
-    keys = {root._key(BUILD), root._key(replace(BUILD, module="y")), root._key(BUILDS["onnx"])}
+    keys = {root._key(BUILD), root._key(replace(BUILD, loaded="y")), root._key(BUILDS["onnx"])}
     monkeypatch.setattr(root, "PACKAGES", ("python3",))
     keys.add(root._key(BUILD))
     monkeypatch.setattr(root, "_system", lambda: "debian 13")
     assert len({*keys, root._key(BUILD)}) == 5
+
+
+def test_a_library_and_how_it_is_compiled_give_a_root_another_name(tmp_path, monkeypatch):
+    source = tmp_path / "x.cpp"
+    monkeypatch.setattr(Library, "path", source)
+    keys = set()
+    for text, flags in (("int a;", ()), ("int b;", ()), ("int b;", ("-O0",))):
+        source.write_text(text)
+        keys.add(root._key(replace(BUILD, loaded=Library("x.cpp", flags))))
+    monkeypatch.setattr(root, "COMPILER_FLAGS", ("-O3",))
+    keys.add(root._key(replace(BUILD, loaded=Library("x.cpp", ("-O0",)))))
+    assert len(keys) == 4
 
 
 def test_a_root_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):

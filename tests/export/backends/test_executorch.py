@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from torch import nn
 
 from shvit.deployment import deploy
 from shvit.errors import InputError
+from shvit.export.arm64 import packages
 from shvit.export.backends import executorch as backend
-from shvit.export.backends.executorch import EXECUTORCH, write_executorch
+from shvit.export.backends import worker
+from shvit.export.backends.executorch import EXECUTORCH, LIBRARY, write_executorch
 from shvit.export.backends.registry import load_artifact
 from shvit.export.formats.executorch import XNNPACK, input_steps, program_parameters, read_program
 from shvit.export.formats.executorch_evaluator import Evaluator
@@ -25,6 +28,7 @@ from shvit.export.quantization.pt2 import steps
 from shvit.export.spec import Spec
 from shvit.export.verify import certify
 from shvit.export.wrappers import feature_maps, layer_outputs
+from tests.apps.build import need
 from tests.conftest import assert_close, images, randomize
 from tests.export.backends.conftest import PX, spec_of
 from tests.export.judged import WEIGHT_DEFECTS
@@ -274,3 +278,52 @@ def test_worker_runs_a_program_without_the_exporter(written):
     responses = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(responses) == 3
     assert min(responses[-1]["wall"]) > 0
+
+
+# --- without PyTorch --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The library for ARM64, compiled for this machine, where its wheel has the same headers and libraries."""
+    need("g++")
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "executorch").symlink_to(Path(find_spec("executorch.lib").submodule_search_locations[0]).parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packages, "COMPILER", "g++")
+        packages.compile_library(LIBRARY, folder)
+    return folder / LIBRARY.name
+
+
+def run_library(library: Path, path: Path, batch: torch.Tensor) -> dict:
+    """Run images through a program in a worker that has no PyTorch, and return its last response."""
+    job = {**EXECUTORCH.job(path, 1, "fp32", ""), "threads": 1, "cores": [], "library": str(library)}
+    np.save(path.parent / "images.npy", batch.numpy())
+    command = json.dumps({"images": "images.npy", "outputs": "."})
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    program = [sys.executable, "-I", "-c", code, worker.__file__, json.dumps(job)]
+    done = subprocess.run(program, input=command, cwd=path.parent, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_its_library_gives_what_its_python_binding_gives(library, copied):
+    batch = images(3, 3, PX, PX)
+    assert "error" not in run_library(library, copied, batch)
+    assert_close(torch.from_numpy(np.load(copied.with_name("0.npy"))), load_artifact(copied).run(batch)[0], 1e-6)
+
+
+def test_its_library_takes_pixels_and_gives_all_outputs(tiny, tmp_path, library):
+    path = tmp_path / "features.pte"
+    model, names = feature_maps("shvit_s1", tiny)
+    spec = spec_of(tiny, outputs=names, uint8_input=True)
+    write_executorch(deploy(model, PX), path, spec)
+    pixels = spec.feed(torch.randint(0, 256, (2, 3, PX, PX), dtype=torch.uint8))
+    assert "error" not in run_library(library, path, pixels)
+    for number, expected in enumerate(load_artifact(path).run(pixels)):
+        assert_close(torch.from_numpy(np.load(tmp_path / f"{number}.npy")), expected, 1e-6)
+    assert number == len(names) - 1
+
+
+def test_what_its_library_refuses_is_one_line(library, copied):
+    refused = run_library(library, copied, images(1, 3, PX, PX + 1))
+    assert refused == {"error": "ValueError: ExecuTorch: Error::NotSupported"}
