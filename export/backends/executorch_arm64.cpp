@@ -1,7 +1,7 @@
 // ExecuTorch behind functions of C, for worker.py where there is no PyTorch, which ExecuTorch's own binding needs.
 //
-// A function that can fail returns a line that says why, or nullptr. Outputs stay until the program runs again. Nothing is
-// freed: the worker has one program, and ends with it.
+// A function that can fail returns a line that says why, or nullptr. Outputs stay until the program runs again.
+// Nothing is freed: the worker has one program, and ends with it.
 
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
@@ -44,8 +44,8 @@ const char* program_run(Program* program, void* image, bool is_uint8, int dims, 
     auto outputs = program->module.forward(input);
     if (!outputs.ok()) return message(outputs.error());
     program->outputs = std::move(*outputs);
-    for (const auto& output : program->outputs)
-        if (!output.isTensor() || output.toTensor().scalar_type() != ScalarType::Float) return "outputs are not float32";
+    for (const auto& each : program->outputs)
+        if (!each.isTensor() || each.toTensor().scalar_type() != ScalarType::Float) return "outputs are not float32";
     return nullptr;
 }
 
