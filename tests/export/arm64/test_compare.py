@@ -143,7 +143,8 @@ def test_executorch_holds_on_arm64(folder, precision):
     need_compiler()
     path = folder / f"{precision}.pte"
     found = export_model("executorch", "tiny_vit", path, checkpoint=folder / "tiny.safetensors", img_size=PX,
-                         precision=precision, images=folder / "images", arm64="cortex-a76")  # fmt: skip
+                         precision=precision, raw_pixels=precision == "fp16", images=folder / "images",
+                         arm64="cortex-a76")  # fmt: skip
     assert found.passed is found.arm64.passed is True
     assert found.arm64.versions["executorch"] == EXECUTORCH.arm64.wheels[0].version
     assert found.arm64.host_snr_db < 200  # sums in another order: it did run elsewhere
@@ -158,6 +159,14 @@ def test_options_of_arm64_go_together(folder):
         cli.run(["export", "coreml", "--output", f"{folder}/x.mlpackage", "--verify-arm64"])
     with pytest.raises(InputError, match=r"cortex-a53"):
         cli.run(["verify", "x.onnx", "--arm64", "--cpu", "cortex-m0"])
+
+
+def test_all_formats_are_refused_before_one_is_written_where_arm64_lacks_something(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"--arm64 needs"):
+        cli.run(["export", "all", "--model", "tiny_vit", "--checkpoint", f"{folder}/tiny.safetensors", "--verify-arm64",
+                 "--img-size", f"{PX}", "--images", f"{folder}/images", "--output", f"{folder}/all"])  # fmt: skip
+    assert not (folder / "all").exists()
 
 
 @pytest.mark.slow
