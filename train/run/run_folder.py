@@ -5,7 +5,7 @@ import re
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ from shvit.documents import check_expansion, load_yaml, to_json
 from shvit.environment import versions
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
+from shvit.locks import lock_file
 from shvit.weights.run_info import same_name
 
 from ..recipe import Recipe, differences
@@ -43,7 +44,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(self.path / ".lock")
+            lock = lock_file(self.path / ".lock")
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another run is active in it; stop that one, or choose another "
                              "--output") from error  # fmt: skip
@@ -249,38 +250,6 @@ def _are_images(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(part, dict) and type(part.get("count")) is int for part in value.values()
     )
-
-
-def _lock(path: Path) -> AbstractContextManager:
-    """Lock a file for this process, if its file system has locks; raise BlockingIOError if another process holds it.
-
-    On POSIX filelock does not do: its lock is inherited by a loader's workers, and held by one that outlives its run.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows, where no other process inherits it
-        return _lock_without_fcntl(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)  # neither waits nor truncates
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # which of them is the system's choice
-        file.close()
-        raise BlockingIOError from error
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
-def _lock_without_fcntl(path: Path) -> AbstractContextManager:
-    from filelock import FileLock, Timeout
-
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        raise BlockingIOError from error
-    except NotImplementedError:
-        return nullcontext()  # a file system without locks
 
 
 def _describe_change(before: dict[str, Any], images: dict[str, Any]) -> str:
