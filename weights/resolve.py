@@ -7,8 +7,9 @@ from pathlib import Path
 
 from shvit.checkpoint import read_checkpoint, write_checkpoint
 from shvit.create import check_model_name, has_scheme
+from shvit.documents import parse_json
 from shvit.errors import InputError, first_line, refuse
-from shvit.files import is_file, is_there, sha256
+from shvit.files import is_file, is_folder, is_there, read_text, sha256
 
 from .cache import cache_folder, expected_hash, obtain
 from .connection import bounded_waits
@@ -20,6 +21,9 @@ from .run_info import RunInfo, read_run_info
 __all__ = ["Weights", "find_weights", "resolve_weights"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+RUN_WEIGHTS = {"best_ema.safetensors": "ema_top1", "best.safetensors": "top1"}
+"""The weights in a run folder, with their accuracy in its metrics.jsonl."""
+MAX_METRICS_BYTES = 256 << 20
 Log = Callable[[str], None]
 
 
@@ -94,10 +98,16 @@ def resolve_weights(
 def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[Path, Published | None]:
     """Return a file, or that of a published name, from the cache or downloaded; and its entry in the manifest.
 
+    Of a run folder it is the file with the best validation accuracy.
+
     Raises:
         InputError: neither, or it cannot be downloaded.
     """
     path = Path(checkpoint)
+    if is_folder(path):
+        best = _best_of_run(path)
+        log(f"{path}: its best weights are {best.name}")
+        return best, None
     if is_there(path):
         return path, None
     names = [entry.name for entry in read_manifest()]
@@ -111,6 +121,24 @@ def find_weights(checkpoint: str | Path, log: Log = lambda line: None) -> tuple[
     entry = find(str(checkpoint))
     log(f"{entry.name}: from the cache, or {entry.url}")
     return obtain(entry, entry.url, lambda done, total: None).path, entry
+
+
+def _best_of_run(folder: Path) -> Path:
+    """Return the best weights in a run folder: the EMA weights where they are at least as accurate, as a run says."""
+    files = [folder / name for name in RUN_WEIGHTS if is_file(folder / name)]
+    if not files:
+        raise InputError(f"{folder}: is a folder without {' or '.join(RUN_WEIGHTS)}; give a file of weights, or the "
+                         "folder of a run that finished an epoch")  # fmt: skip
+    if len(files) == 1 or not is_file(metrics := folder / "metrics.jsonl"):
+        return files[0]
+    lines = read_text(metrics, MAX_METRICS_BYTES).splitlines()
+    entries = [parse_json(line, f"{metrics}: line {number}") for number, line in enumerate(lines, 1)]
+    return max(files, key=lambda file: max((_accuracy(each, RUN_WEIGHTS[file.name]) for each in entries), default=0.0))
+
+
+def _accuracy(entry: object, name: str) -> float:
+    value = entry.get(name) if isinstance(entry, dict) else None
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _summary(name: str, model: str, info: RunInfo | None) -> str:
