@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,14 @@ class Probabilities(Wrapper):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x).softmax(dim=1)
+
+
+class Pooled(Wrapper):
+    """A timm model up to what its classifier is given: (B, num_features)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        return model.forward_head(model.forward_features(x), pre_logits=True)
 
 
 def with_attention(model: nn.Module, kind: type[DeployedSHSA]) -> nn.Module:

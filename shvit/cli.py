@@ -51,6 +51,9 @@ COMMANDS = {
     ),
     "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on a folder with a folder for each class."),
     "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
+    "predict": Entry(
+        "shvit.export.predict.main:Predict", "Predict the classes of images, or compute their features, in any number."
+    ),
     "export": Entry(
         "shvit.export.main:EXPORT",
         "Export a checkpoint, verified, to ONNX, OpenVINO, Core ML, LiteRT, ncnn or ExecuTorch.",

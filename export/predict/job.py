@@ -1,0 +1,150 @@
+"""A job: its images go through the predictor, batch by batch, from where an earlier process ended."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shvit.errors import InputError
+
+from .inputs import Inputs
+from .journal import Journal, Record
+from .loading import BEGINNING, Batch, Item, Place, load_batches
+from .models import Predictor
+from .outputs import Columns
+
+LINE_SECONDS = 30.0  # between two plain lines
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images, what predicts, and how."""
+
+    predictor: Predictor
+    inputs: Inputs
+    top: int
+    """Number of classes of each image; 0 for features."""
+    batch_size: int
+    workers: int
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.top, self.inputs.has_frames, self.predictor.shapes)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the predictions depend on, as plain values, by what messages call them."""
+        return {"images": self.inputs.digest(), "top": self.top, **self.predictor.identity()}
+
+    def batches(self, start: Place = BEGINNING) -> Iterator[Batch]:
+        """Yield batches of the images from a place on."""
+        transform = self.predictor.spec.transform(normalize=False)
+        return load_batches(self.inputs, start, transform, self.batch_size, self.workers)
+
+    def run(self, journal: Journal, console: Console, report: Callable[[str], None]) -> float:
+        """Predict what the journal does not have; return the images per second, 0 where there was nothing to do.
+
+        Args:
+            report: called with a line for each image that cannot be read.
+        """
+        if journal.count:
+            console.print(f"resuming after {journal.count:,} images")
+        with Meter(console, len(self.inputs), journal.count) as meter:
+            for batch in self.batches(journal.place):
+                records, arrays = predict_batch(self.predictor, batch, self.top)
+                for item in batch.items:
+                    if item.problem:
+                        report(item.problem)
+                journal.append([item.place for item in batch.items], records, arrays)
+                meter.advance(len(batch.items))
+            journal.commit()
+        return meter.speed
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def predict_batch(predictor: Predictor, batch: Batch, top: int) -> tuple[list[Record], bytes]:
+    """Return a record for each image of a batch, and the bytes of all their features, NaN for what was not read.
+
+    Args:
+        top: number of classes in a record; 0 for features.
+    """
+    outputs = predictor(batch.pixels)
+    if not top:
+        rows = torch.cat([output.flatten(1) for output in outputs], dim=1).float()
+        rows[torch.tensor([bool(item.problem) for item in batch.items])] = float("nan")
+        return [_record(item) for item in batch.items], rows.numpy().astype("<f4", copy=False).tobytes()
+    values, indices = outputs[0].topk(top, dim=1)
+    probabilities = values.numpy().astype("f4")  # whose text is the shortest that stands for a float32
+    return [
+        _record(item, {"labels": [predictor.classes[index] for index in row],
+                       "probabilities": [float(str(value)) for value in likely]})
+        for item, row, likely in zip(batch.items, indices.tolist(), probabilities, strict=True)
+    ], b""  # fmt: skip
+
+
+def _record(item: Item, predicted: Record | None = None) -> Record:
+    """Return the record of an image; of one that could not be read, the problem takes the predictions' place."""
+    frame = {} if item.frame is None else {"frame": item.frame, "seconds": item.seconds}
+    problem = item.problem.removeprefix(f"{item.name}: ")
+    rest = {"error": as_text(problem)} if problem else predicted or {}
+    return {"path": as_text(item.name), **frame, **rest}
+
+
+def as_text(name: str) -> str:
+    r"""Return a file's name as text that every format can hold: bytes that are not UTF-8 become \xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """A progress bar on a terminal, a line now and then elsewhere. A context manager around the work."""
+
+    def __init__(self, console: Console, total: int, done: int):
+        self.console, self.total, self.done = console, total, done
+        self.new = 0
+        columns = (TextColumn("{task.fields[speed]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar = self.progress.add_task("", total=total or None, completed=done, speed="")
+        self.started = self.last_line = time.perf_counter()
+        self.ended: float | None = None
+
+    def __enter__(self) -> "Meter":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended = time.perf_counter()
+        self.progress.stop()
+
+    @property
+    def speed(self) -> float:
+        """Images per second so far."""
+        return self.new / max((self.ended or time.perf_counter()) - self.started, 1e-9)
+
+    def advance(self, count: int) -> None:
+        """Count images that are done."""
+        self.new += count
+        done = self.done + self.new
+        self.progress.update(self.bar, completed=done, speed=f"{self.speed:.0f} images/s")
+        now = time.perf_counter()
+        if not self.console.is_terminal and now - self.last_line > LINE_SECONDS:
+            self.last_line = now
+            of_all = f" of {self.total:,}" if self.total else ""
+            self.console.print(f"{done:,}{of_all} images, {self.speed:.0f} images/s")
+
+
+def refuse_all_damaged(journal: Journal) -> None:
+    """Raise InputError where no image could be read, so that there is nothing to show."""
+    if journal.count == 0:
+        raise InputError("the inputs hold no images")
+    if journal.damaged == journal.count:
+        first = next(journal.records())
+        rest = f"none of the {journal.count:,} images can be read; the first: " if journal.count > 1 else ""
+        raise InputError(f"{rest}{first['path']}: {first['error']}")

@@ -1,0 +1,176 @@
+"""The command `shvit predict`; see shvit/cli.py for how it is called."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from shvit import terminal
+from shvit.errors import InputError, refuse
+from shvit.files import check_output_folder, check_replaceable
+from shvit.weights.resolve import Weights, resolve_weights
+
+from ..guards import check_apart, rows_that_fit
+from .inputs import STDIN, find_inputs
+from .job import Job, refuse_all_damaged
+from .journal import Journal, open_journal, remove_journal
+from .models import Features, Predictor, open_artifact, open_checkpoint
+from .outputs import check_output, write_output
+from .show import MAX_DRAWN, MAX_SHOWN, draw_sheet, prediction_table
+
+console = terminal.console()
+DEFAULT_WEIGHTS = "shvit_s4.in1k"
+FEW = 64
+"""Images that are read without further processes, which take longer to start."""
+MAX_DEFAULT_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict the classes of images, or compute their features, with a checkpoint or an exported file.
+
+    Without --checkpoint, --artifact or --model the published weights shvit_s4.in1k are taken.
+    With --output, the same command resumes an interrupted job: each image has one line, in the order of the inputs.
+    """
+
+    inputs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]] = ()
+    """Image files, folders, uncompressed tars, folders of WebDataset shards, videos, or quoted patterns of such paths.
+    With - a list of them is read from stdin, one on each line, or separated by NULs."""
+    checkpoint: Path | None = None
+    """Weights in any layout, the folder of a run, or a name of `shvit weights list`."""
+    model: str | None = None
+    """A name that timm knows; by default the checkpoint's own model."""
+    pretrained: bool = False
+    """Take the model's published weights in place of a checkpoint."""
+    ema: bool = False
+    """Take the checkpoint's EMA weights."""
+    artifact: Path | None = None
+    """An .onnx, .tflite or .pte file, .xml, .mlpackage or .param of `shvit export`, in place of a checkpoint."""
+    img_size: int | None = None
+    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
+    output: Path | None = None
+    """The file to write, .jsonl, .csv or .parquet, and for features .parquet or .npy; a table by default."""
+    top: int | None = None
+    """Number of classes for each image, the most probable first; 5 by default."""
+    features: Features | None = None
+    """Write embeddings in place of classes: pooled, what the classifier is given, or maps, one for each stage."""
+    draw: Path | None = None
+    """A PNG to draw the first 100 images to, as the model sees them, with their classes."""
+    every: int = 1
+    """Take every n-th frame of a video."""
+    batch_size: int = 32
+    """Batch size."""
+    workers: int | None = None
+    """Number of processes that read images; by default one for each core, at most 8, and none for a few images."""
+
+    def run(self) -> dict[str, Any]:
+        self._check_options()
+        inputs = find_inputs(self.inputs, self.every, console.print)
+        if not inputs.has_frames:
+            refuse("no input is a video", every=self.every if self.every != 1 else None)
+        if self.output is None and (len(inputs) > MAX_SHOWN or inputs.has_frames):
+            what = "frames of a video" if inputs.has_frames else f"{len(inputs):,} images"
+            raise InputError(f"{what} are too many for a table; give --output F.jsonl, F.csv or F.parquet")
+        predictor = self._open_predictor()
+        workers = _default_workers(len(inputs), inputs.has_frames) if self.workers is None else self.workers
+        top = 0 if self.features else self._top(predictor)
+        job = Job(predictor, inputs, top, rows_that_fit(self.batch_size, predictor.spec), workers)
+        if self.output is not None:
+            return self._run(job, self.output)
+        with tempfile.TemporaryDirectory(prefix="shvit-predict-") as folder:
+            return self._run(job, None, Path(folder, "table"))
+
+    def _check_options(self) -> None:
+        from shvit.train.data.eval_loader import check_loader
+
+        if not self.inputs:
+            raise InputError("which images? give files, folders, tars or videos, or - for a list of them on stdin")
+        check_loader(self.batch_size, self.workers or 0, 0)
+        for name, value in (("top", self.top), ("every", self.every)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is out of range; choose 1 or more")
+        if self.features is not None:
+            refuse("features have no classes", top=self.top, draw=self.draw)
+        check_output(self.output, self.features is not None)
+        paths = [path for path in self.inputs if path != STDIN]
+        if self.draw is not None:
+            if self.draw.suffix != ".png":
+                raise InputError(f"--draw {self.draw}: the sheet is a PNG; give a name that ends with .png")
+            check_output_folder(self.draw.parent)
+            check_replaceable(self.draw)
+        for given in paths:
+            check_apart(self.draw, input=given)
+        for option, read in (("checkpoint", self.checkpoint), ("artifact", self.artifact)):
+            if read is None or not read.is_dir():
+                check_apart(self.output, **{option: read})
+                check_apart(self.draw, **{option: read})
+
+    def _open_predictor(self) -> Predictor:
+        if self.artifact is not None:
+            refuse(f"{self.artifact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
+                   pretrained=self.pretrained, ema=self.ema)  # fmt: skip
+            predictor = open_artifact(self.artifact, self.features)
+            if self.img_size not in (None, predictor.spec.img_size):
+                raise InputError(f"{self.artifact} takes {predictor.spec.img_size} px; leave out --img-size "
+                                 f"{self.img_size}")  # fmt: skip
+            return predictor
+        return open_checkpoint(self._weights(), self.img_size, self.features, console.print)
+
+    def _weights(self) -> Weights:
+        if self.checkpoint is None and not self.pretrained:
+            if self.model is not None:
+                raise InputError(f"--model {self.model}: with which weights? give --checkpoint, or --pretrained")
+            refuse("without a checkpoint there are no EMA weights", ema=self.ema)
+            try:
+                return resolve_weights(None, DEFAULT_WEIGHTS, log=console.print)
+            except InputError as error:
+                raise InputError(f"{error}; offline, give weights that are here, as --checkpoint or --artifact"
+                                 ) from error  # fmt: skip
+        return resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
+
+    def _top(self, predictor: Predictor) -> int:
+        classes = len(predictor.classes)
+        if self.top is not None and self.top > classes:
+            raise InputError(f"--top {self.top}: the model has {classes} classes; choose 1 to {classes}")
+        return self.top or min(5, classes)
+
+    def _run(self, job: Job, output: Path | None, place: Path | None = None) -> dict[str, Any]:
+        """Run a job, write its output, and return the command's result.
+
+        Args:
+            place: what the journal stands beside where there is no output.
+        """
+        where = output or place
+        assert where is not None
+        with open_journal(where, job.identity(), job.columns.row_bytes, job.batch_size) as journal:
+            speed = job.run(journal, console, terminal.report)
+            refuse_all_damaged(journal)
+            if output is not None:
+                write_output(journal, output, job.columns)
+            shown = self._show(job, journal, output)
+        remove_journal(where)
+        result = {"images": journal.count, "damaged": journal.damaged, "output": output and str(output)}
+        return {**result, **shown, "images_per_second": round(speed, 1)}
+
+    def _show(self, job: Job, journal: Journal, output: Path | None) -> dict[str, Any]:
+        """Print the table, draw the sheet, and return what the result has of them."""
+        shown: dict[str, Any] = {}
+        if self.draw is not None:
+            draw_sheet(job, list(islice(journal.records(), MAX_DRAWN)), self.draw)
+            shown["draw"] = str(self.draw)
+        if output is None:
+            records = list(journal.records())
+            console.print(prediction_table(records))
+            return {**shown, "predictions": records}
+        damaged = f", {journal.damaged:,} of them damaged" if journal.damaged else ""
+        console.print(f"{output}: {journal.count:,} images{damaged}")
+        return shown
+
+
+def _default_workers(images: int, has_frames: bool) -> int:
+    """Return the number of reading processes: none for a few images, else one for each core."""
+    return min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS) if has_frames or images > FEW else 0

@@ -1,0 +1,134 @@
+"""What predicts: a checkpoint's model or an exported file, as one function from pixels to arrays."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shvit.deployment import deploy
+from shvit.errors import InputError
+from shvit.files import sha256
+from shvit.weights.resolve import Log, Weights
+
+from ..backends.registry import artifact_sha256, load_artifact, refuse_changed
+from ..guards import rows_that_fit
+from ..labels import known_classes
+from ..spec import Spec, open_weights
+from ..wrappers import Pooled, Probabilities, feature_maps, run_model
+
+Features = Literal["pooled", "maps"]
+Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A function from images to probabilities or features, and what identifies it."""
+
+    name: str
+    """Name in messages."""
+    spec: Spec
+    sha256: str
+    """Hash of the weights, or of the exported file."""
+    classes: tuple[str, ...]
+    """Names of the classes, by index; their indices where no names are known. Empty for features."""
+    run: Run
+    """From uint8 (B, C, H, W) to the outputs, float32: probabilities (B, classes), or an array for each of `shapes`."""
+    shapes: dict[str, tuple[int, ...]]
+    """Name and shape, for one image, of each array of features; empty for probabilities."""
+
+    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Return the outputs for images; raise InputError where they are not finite."""
+        parts = [self.run(part) for part in pixels.split(rows_that_fit(len(pixels), self.spec))]
+        outputs = [torch.cat([part.float() for part in each]) for each in zip(*parts, strict=True)]
+        if not all(torch.isfinite(output).all() for output in outputs):
+            raise InputError(f"{self.name}: its outputs are not finite, so that they predict nothing; its weights are "
+                             "damaged, or its training diverged")  # fmt: skip
+        return outputs
+
+    def identity(self) -> dict[str, Any]:
+        """Return what predictions depend on, as plain values, by what messages call them."""
+        names = hashlib.sha256("\0".join(self.classes).encode()).hexdigest()
+        return {"weights": self.sha256, "preprocessing": asdict(self.spec), "names of classes": names,
+                "features": {name: list(shape) for name, shape in self.shapes.items()}}  # fmt: skip
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(weights: Weights, img_size: int | None, features: Features | None, log: Log) -> Predictor:
+    """Return the predictor of a model with trained weights, in its inference form.
+
+    Raises:
+        InputError: as `open_weights`, or the model has no such features.
+    """
+    assert weights.checkpoint is not None
+    model, spec = open_weights(weights, img_size, features is None, log)
+    name = weights.name or weights.model
+    wrapped, outputs = _wrap(name, model, features)
+    deployed = deploy(wrapped.eval(), spec.img_size)
+    classes = () if features else _class_names(known_classes(weights, spec, log), spec)
+
+    def run(pixels: torch.Tensor) -> Sequence[torch.Tensor]:
+        return run_model(deployed, spec.normalize(pixels))
+
+    return _predictor(name, spec, sha256(weights.checkpoint), classes, run, outputs)
+
+
+def _wrap(name: str, model: nn.Module, features: Features | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model with what is asked for as its outputs, and the names of its features."""
+    if features is None:
+        return Probabilities(model), ()
+    if features == "maps":
+        return feature_maps(name, model)
+    if not hasattr(model, "forward_head"):
+        raise InputError(f"{name} has no pooled features; leave out --features")
+    return Pooled(model), ("embedding",)
+
+
+def _class_names(known: Sequence[str], spec: Spec) -> tuple[str, ...]:
+    return tuple(known) if len(known) == spec.num_classes else tuple(map(str, range(spec.num_classes)))
+
+
+def _predictor(
+    name: str, spec: Spec, digest: str, classes: tuple[str, ...], run: Run, features: Sequence[str]
+) -> Predictor:
+    """Return a predictor; the shapes of its features are those of a black image."""
+    if not features:
+        return Predictor(name, spec, digest, classes, run, {})
+    outputs = run(torch.zeros(1, *spec.shape, dtype=torch.uint8))
+    return Predictor(name, spec, digest, (), run, {
+        key: tuple(output.shape[1:]) for key, output in zip(features, outputs, strict=True)
+    })  # fmt: skip
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+def open_artifact(path: Path, features: Features | None) -> Predictor:
+    """Return the predictor of an exported file.
+
+    Raises:
+        InputError: as `load_artifact`, or the file's outputs are others than those that are asked for.
+        CheckFailed: the file is not the one that its certificate describes.
+    """
+    refuse_changed(path)
+    artifact = load_artifact(path)
+    spec = artifact.spec
+    if features is None and spec.output_kind == "features":
+        raise InputError(f"{path} gives feature maps; add --features maps, or export it with logits")
+    if features is not None and spec.output_kind != "features":
+        raise InputError(f"{path} gives {spec.output_kind}; for features give its --checkpoint, or a file that was "
+                         "exported with --features")  # fmt: skip
+    if features == "pooled":
+        raise InputError(f"{path} gives feature maps, which are not pooled; take --features maps")
+
+    def run(pixels: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs = [output.float() for output in artifact.run(spec.feed(pixels))]
+        return [output.softmax(dim=1) for output in outputs] if spec.output_kind == "logits" else outputs
+
+    classes = () if features else _class_names(artifact.labels, spec)
+    return _predictor(str(path), spec, artifact_sha256(path), classes, run, spec.outputs if features else ())
