@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from shvit import terminal
+from shvit.environment import keep_freed_memory
 from shvit.errors import InputError, refuse
 from shvit.files import check_output_folder, check_replaceable
 from shvit.weights.resolve import Weights, resolve_weights
@@ -69,6 +70,7 @@ class Predict:
 
     def run(self) -> dict[str, Any]:
         self._check_options()
+        keep_freed_memory()
         inputs = find_inputs(self.inputs, self.every, console.print)
         if not inputs.has_frames:
             refuse("no input is a video", every=self.every if self.every != 1 else None)
