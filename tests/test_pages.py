@@ -36,6 +36,7 @@ FEWEST = {
     "README.md": 5,
     "docs/start/export.md": 3,
     "docs/start/app.md": 3,
+    "docs/how-to/predict.md": 7,
     "docs/how-to/export.md": 8,
     "docs/how-to/devices.md": 6,
     "docs/how-to/weights.md": 6,

@@ -9,8 +9,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shvit.errors import InputError
-
 from .inputs import Inputs
 from .journal import Journal, Record
 from .loading import BEGINNING, Batch, Item, Place, load_batches
@@ -140,11 +138,12 @@ class Meter:
             self.console.print(f"{done:,}{of_all} images, {self.speed:.0f} images/s")
 
 
-def refuse_all_damaged(journal: Journal) -> None:
-    """Raise InputError where no image could be read, so that there is nothing to show."""
+def lack_of_images(journal: Journal) -> str | None:
+    """Return what to tell a user where no image could be read, so that there is nothing to write; else None."""
     if journal.count == 0:
-        raise InputError("the inputs hold no images")
-    if journal.damaged == journal.count:
-        first = next(journal.records())
-        rest = f"none of the {journal.count:,} images can be read; the first: " if journal.count > 1 else ""
-        raise InputError(f"{rest}{first['path']}: {first['error']}")
+        return "the inputs hold no images; give others"
+    if journal.damaged < journal.count:
+        return None
+    first = next(journal.records())
+    rest = f"none of the {journal.count:,} images can be read; the first: " if journal.count > 1 else ""
+    return f"{rest}{first['path']}: {first['error']}"

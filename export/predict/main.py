@@ -17,7 +17,7 @@ from shvit.weights.resolve import Weights, resolve_weights
 
 from ..guards import check_apart, rows_that_fit
 from .inputs import STDIN, find_inputs
-from .job import Job, refuse_all_damaged
+from .job import Job, lack_of_images
 from .journal import Journal, open_journal, remove_journal
 from .models import Features, Predictor, open_artifact, open_checkpoint
 from .outputs import check_output, write_output
@@ -150,11 +150,13 @@ class Predict:
         assert where is not None
         with open_journal(where, job.identity(), job.columns.row_bytes, job.batch_size) as journal:
             speed = job.run(journal, console, terminal.report)
-            refuse_all_damaged(journal)
-            if output is not None:
+            problem = lack_of_images(journal)
+            if problem is None and output is not None:
                 write_output(journal, output, job.columns)
-            shown = self._show(job, journal, output)
+            shown = {} if problem else self._show(job, journal, output)
         remove_journal(where)
+        if problem is not None:
+            raise InputError(problem)
         result = {"images": journal.count, "damaged": journal.damaged, "output": output and str(output)}
         return {**result, **shown, "images_per_second": round(speed, 1)}
 

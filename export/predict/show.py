@@ -63,7 +63,7 @@ def draw_sheet(job: Job, records: Sequence[Record], path: Path) -> None:
     for axis, record, pixels in zip(axes.flat, records, _images(job.batches()), strict=False):
         axis.imshow(pixels.permute(1, 2, 0).expand(-1, -1, 3).numpy())
         axis.set_title(_caption(record), fontsize=7)
-    with atomic_write(path) as partial:
+    with terminal.quiet(), atomic_write(path) as partial:  # the font lacks letters of many names
         figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
 

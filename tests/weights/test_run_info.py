@@ -474,3 +474,30 @@ def test_options_that_do_not_apply_are_refused(exported, monkeypatch, command, m
         write_checkpoint(timm.create_model("shvit_s1", num_classes=1).state_dict(), exported / "one.safetensors")
     with pytest.raises((InputError, CheckFailed), match=message):
         run(command.split())
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("top1", "ema", "best"), [(70.0, 60.0, "best"), (60.0, 60.0, "best_ema"), (0, 1, "best_ema")])
+def test_a_run_folder_stands_for_its_best_weights(tmp_path, top1, ema, best):
+    for name in ("best", "best_ema"):
+        write_checkpoint(always(0), tmp_path / f"{name}.safetensors", INFO.metadata)
+    metrics = [{"top1": 1.0, "ema_top1": 1.0}, {"top1": top1, "ema_top1": ema}, {"top1": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
+    said = []
+    assert resolve_weights(None, tmp_path, log=said.append).checkpoint == tmp_path / f"{best}.safetensors"
+    assert f"its best weights are {best}.safetensors" in said[0]
+
+
+def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without best_ema\.safetensors or best\.safetensors; give"):
+        resolve_weights(None, tmp_path)
+
+
+def test_metrics_of_somebody_else_are_one_line(tmp_path):
+    for name in ("best", "best_ema"):
+        write_checkpoint(always(0), tmp_path / f"{name}.safetensors", INFO.metadata)
+    (tmp_path / "metrics.jsonl").write_text("[[")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 1: not readable as JSON"):
+        resolve_weights(None, tmp_path)

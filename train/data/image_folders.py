@@ -179,7 +179,7 @@ def _list_tar(path: Path) -> Listing:
         below = listing.below(listing.classes[0])
         if below.loose or not below.names:
             break
-        listing = Listing(path, str(path), below.names, below.folders, listing.skipped, below.members)
+        listing = Listing(path, below.label, below.names, below.folders, listing.skipped, below.members)
     return listing
 
 
