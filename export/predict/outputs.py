@@ -82,8 +82,8 @@ def write_output(journal: Journal, output: Path, columns: Columns) -> None:
 
 
 def _write_jsonl(journal: Journal, path: Path, columns: Columns) -> None:
-    with path.open("w", encoding="ascii", newline="\n") as file:
-        file.writelines(f"{to_json(record)}\n" for record in journal.records())
+    with path.open("wb") as file:
+        file.writelines(journal.texts())
 
 
 def _write_csv(journal: Journal, path: Path, columns: Columns) -> None:

@@ -59,6 +59,58 @@ def attack_image(data: bytes) -> None:
     open_image(_written(data, "x.jpg")).convert("RGB").load()
 
 
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def _videos() -> list[bytes]:
+    import av
+    import numpy as np
+
+    seeds = []
+    for codec, kind, layout in (
+        ("ffv1", "matroska", "bgr0"),
+        ("mpeg4", "mp4", "yuv420p"),
+        ("mjpeg", "avi", "yuvj420p"),
+    ):
+        file = io.BytesIO()
+        with av.open(file, "w", format=kind) as container:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, layout
+            for shade in (0, 90, 200):
+                pixels = np.full((32, 32, 3), shade, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def attack_video(data: bytes) -> None:
+    """As `shvit predict` reads a video's frames."""
+    from shvit.export.predict.videos import open_video
+
+    for frame in open_video(_written(data, "x.mp4"), 1).frames():
+        assert (frame.image is None) == bool(frame.problem)
+
+
+def _journals() -> list[bytes]:
+    records = ({"path": "a.jpg", "labels": ["x"], "probabilities": [0.5]}, {"path": "b.jpg", "error": "damaged"})
+    lines = [f"{part} {offset} {json.dumps(records[offset % 2])}\n" for part in (0, 1) for offset in range(5)]
+    return ["".join(lines).encode(), "".join(lines[:3]).encode()]
+
+
+def attack_journal(data: bytes) -> None:
+    """As an interrupted `shvit predict` resumes: what is kept is whole lines, in order."""
+    from shvit.export.predict.journal import Journal
+
+    path = _written(data, "lines")
+    journal = Journal(path.parent, 0, 2)
+    journal.close()
+    kept = [*journal.records()]
+    assert len(kept) == journal.count
+    assert journal.damaged == sum("error" in record for record in kept)
+    assert data.startswith(path.read_bytes())
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +434,8 @@ def attack_config(data: bytes) -> None:
 
 SURFACES = {
     "images": Surface(_images, attack_image, [mutators.mutate_image]),
+    "videos": Surface(_videos, attack_video, [mutators.mutate_bytes]),
+    "journals": Surface(_journals, attack_journal, [mutators.mutate_text, mutators.mutate_bytes]),
     "onnx": Surface(_onnx, attack_onnx, [mutators.mutate_onnx]),
     "litert": Surface(_litert, attack_litert, [mutators.mutate_bytes]),
     "ncnn": Surface(_ncnn, attack_ncnn, [mutators.mutate_text]),
