@@ -83,7 +83,9 @@ def _wrap(name: str, model: nn.Module, features: Features | None) -> tuple[nn.Mo
     if features is None:
         return Probabilities(model), ()
     if features == "maps":
-        return feature_maps(name, model)
+        maps, names = feature_maps(name, model)
+        unique = len({*names}) == len(names)  # a ViT's stages all have one stride
+        return maps, names if unique else tuple(f"{each}_{stage}" for stage, each in enumerate(names))
     if not hasattr(model, "forward_head"):
         raise InputError(f"{name} has no pooled features; leave out --features")
     return Pooled(model), ("embedding",)

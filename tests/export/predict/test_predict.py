@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 from shvit.cli import run
@@ -151,6 +151,21 @@ def test_maps_are_those_that_timms_model_gives(weights, photos, tmp_path, model,
         np.testing.assert_allclose(maps[name], output, atol=1e-4 * output.abs().max())
         shape = json.loads(table.schema.field(name).metadata[b"shape"])
         assert np.array_equal(np.stack(table[name].to_pylist()).reshape(-1, *shape), maps[name])
+
+
+def test_maps_of_one_stride_have_names_of_their_own(photos, tmp_path):
+    """Of a vision transformer, timm's for tests."""
+    vit = timm.create_model("test_vit").eval()
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    options = ("--model", "test_vit", "--checkpoint", tmp_path / "vit.safetensors", "--features", "maps")
+    predict(photos / "a" / "00.png", *options, "--output", tmp_path / "f.npy")
+    maps = np.load(tmp_path / "f.npy")
+    batch = create_transform(**resolve_data_config(model=vit))(Image.open(photos / "a" / "00.png").convert("RGB"))[None]
+    with torch.inference_mode():
+        expected = vit.forward_intermediates(batch, intermediates_only=True)
+    assert len(expected) == len(maps.dtype.names) > 1
+    for name, output in zip(maps.dtype.names, expected, strict=True):
+        np.testing.assert_allclose(maps[name], output, atol=1e-4 * output.abs().max())
 
 
 # --- exported files ---------------------------------------------------------------------------------------------------
