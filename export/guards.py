@@ -216,10 +216,11 @@ def rows_that_fit(batch_size: int, spec: Spec) -> int:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def check_apart(output: Path | None, **read: object) -> None:
+def check_apart(output: Path | None, written: str = "--output", /, **read: object) -> None:
     """Raise InputError where a command's `output` would overwrite what it reads, or lie in a folder of images.
 
     Args:
+        written: the option that names the output.
         read: paths that the command reads, by their options' names; None, and what does not exist, is skipped.
     """
     for option, value in read.items():
@@ -227,9 +228,12 @@ def check_apart(output: Path | None, **read: object) -> None:
             continue
         target, source, name = output.resolve(), path.resolve(), f"--{option.replace('_', '-')}"
         if target == source or (is_there(output) and output.samefile(path)):
-            raise InputError(f"--output {output}: is what {name} reads; choose another name")
-        if is_folder(path) and target.is_relative_to(source) and path.suffix != ".mlpackage":
-            raise InputError(f"--output {output}: is inside of {name} {path}, among the images; choose a place outside")
+            raise InputError(f"{written} {output}: is what {name} reads; choose another name")
+        holds_images = is_folder(path) and path.suffix != ".mlpackage" and option != "checkpoint"  # that is a run's
+        if holds_images and target.is_relative_to(source):
+            raise InputError(
+                f"{written} {output}: is inside of {name} {path}, among the images; choose a place outside"
+            )
 
 
 def check_files(output: Path, files: Sequence[Path]) -> None:

@@ -98,18 +98,17 @@ class Predict:
         if self.features is not None:
             refuse("features have no classes", top=self.top, draw=self.draw)
         check_output(self.output, self.features is not None)
-        paths = [path for path in self.inputs if path != STDIN]
+        check_apart(self.output, checkpoint=self.checkpoint, artifact=self.artifact)
         if self.draw is not None:
-            if self.draw.suffix != ".png":
-                raise InputError(f"--draw {self.draw}: the sheet is a PNG; give a name that ends with .png")
-            check_output_folder(self.draw.parent)
-            check_replaceable(self.draw)
-        for given in paths:
-            check_apart(self.draw, input=given)
-        for option, read in (("checkpoint", self.checkpoint), ("artifact", self.artifact)):
-            if read is None or not read.is_dir():
-                check_apart(self.output, **{option: read})
-                check_apart(self.draw, **{option: read})
+            self._check_draw(self.draw)
+
+    def _check_draw(self, path: Path) -> None:
+        if path.suffix != ".png":
+            raise InputError(f"--draw {path}: the sheet is a PNG; give a name that ends with .png")
+        check_output_folder(path.parent)
+        check_replaceable(path)
+        for given in self.inputs:
+            check_apart(path, "--draw", input=None if given == STDIN else given, checkpoint=self.checkpoint)
 
     def _open_predictor(self) -> Predictor:
         if self.artifact is not None:

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +19,7 @@ from shvit.errors import InputError
 from shvit.export.predict.inputs import Inputs, find_inputs
 from shvit.export.predict.loading import BEGINNING, Place, load_batches
 from shvit.export.predict.videos import Video
+from tests.conftest import ROOT
 
 from .conftest import draw
 
@@ -135,6 +139,28 @@ def test_frames_are_predicted_as_images_of_them_are(weights, tmp_path):
         (str(video), 0, 0.0), (str(video), 3, 0.3), (str(video), 6, 0.6)
     ]  # fmt: skip
     assert [each["probabilities"] for each in found] == [each["probabilities"] for each in expected]
+
+
+def test_the_commands_of_the_page_run(weights, mine, tmp_path, monkeypatch):
+    """In a folder that has what they name; the weights that would be downloaded are others."""
+    monkeypatch.chdir(tmp_path)
+    for index, name in enumerate(("photo.png", "photos/a.jpg", "more/b/c.jpg")):
+        draw(Path(name), index)
+    Path("photo.png").rename("photo.jpg")
+    write_video(Path("clip.mkv"), frames(2)).rename("clip.mp4")
+    for number in range(100):
+        write_shard(Path(f"shards/train-{number:04}.tar"), "a")
+    Path("runs/mine").mkdir(parents=True)
+    for path in ("best.safetensors", "runs/mine/best_ema.safetensors"):
+        shutil.copy(weights, path)
+    shutil.copy(mine, "s1.onnx")
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "how-to" / "predict.md").read_text(), re.DOTALL)
+    for line in block.splitlines():
+        words = shlex.split(line.replace("shvit_s4.in1k", "best.safetensors"), comments=True)[1:]
+        with_weights = {"--checkpoint", "--artifact"} & {*words}
+        result = run([*words, *(() if with_weights else ("--checkpoint", "best.safetensors"))])
+        assert result["images"] - result["damaged"] > 0
+        assert all(Path(words[words.index(each) + 1]).is_file() for each in ("--output", "--draw") if each in words)
 
 
 def test_a_video_that_ends_in_the_middle_is_damaged_there(tmp_path):

@@ -118,8 +118,9 @@ def test_a_run_folder_gives_its_best_weights(weights, photos, tmp_path, predicte
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     shutil.copy(weights, run_folder / "best.safetensors")
-    result = predict(photos / "a" / "00.png", "--checkpoint", run_folder)
-    assert result["predictions"][0]["labels"] == lines(predicted)[0]["labels"]
+    output = run_folder / "p.jsonl"
+    predict(photos, "--checkpoint", run_folder, "--output", output, "--batch-size", 4)
+    assert output.read_bytes() == predicted.read_bytes()
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ REFUSED = {
     "features and top": (["a.png", "--features", "maps", "--top", "1", "--output", "f.npy"], "features have no class"),
     "somebody's": (["a.png", "--output", "theirs.csv"], r"theirs\.csv: is there already, and is not what"),
     "sheet": (["a.png", "--draw", "sheet.jpg"], "ends with .png"),
-    "sheet inside": (["many", "--output", "p.csv", "--draw", "many/sheet.png"], "among the images"),
+    "sheet inside": (["many", "--output", "p.csv", "--draw", "many/sheet.png"], "--draw many/sheet.png: is inside"),
     "model alone": (["a.png", "--model", "tiny_vit"], "--pretrained"),
     "weights": (["a.png", "--checkpoint", "none.pth"], r"none\.pth: no such file"),
     "empty run": (["a.png", "--checkpoint", "empty"], r"empty: is a folder without best_ema\.safetensors"),
