@@ -22,6 +22,7 @@ R = TypeVar("R")
 MAX_ELEMENTS = 1 << 30
 """Numbers in one tensor inside a model: 4 GiB in float32. SHViT-S4 at 4096 px has 0.2 · 10⁹ in its largest."""
 MAX_PIXEL_BYTES = 2 << 30  # limit of all images in memory at once, uint8: 512 of them up to 1182 px
+MAX_REASON = 300  # characters of a library's message
 MAX_BATCH_ELEMENTS = 1 << 27  # numbers in one batch of images: 512 MiB in float32, 32 images of 1182 px
 
 
@@ -29,8 +30,8 @@ MAX_BATCH_ELEMENTS = 1 << 27  # numbers in one batch of images: 512 MiB in float
 
 
 @contextmanager
-def one_line(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises into an InputError that begins with the path and `what`.
+def one_line(name: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises into an InputError that begins with a file's path, or a model's name, and `what`.
 
     Runtimes have exception types of their own, and raise many others for one kind of fault. A missing package and the
     two errors of ours pass, as they are lines already.
@@ -40,9 +41,9 @@ def one_line(path: Path, what: str) -> Iterator[None]:
     except (InputError, CheckFailed, ImportError):
         raise
     except MemoryError as error:
-        raise InputError(f"{path}: {what} (it needs more memory than this machine has)") from error
+        raise InputError(f"{name}: {what} (it needs more memory than this machine has)") from error
     except Exception as error:
-        raise InputError(f"{path}: {what} ({first_line(error)})") from error
+        raise InputError(f"{name}: {what} ({first_line(error)[:MAX_REASON]})") from error
 
 
 RUNNING = "does not run on what it says that it takes"

@@ -20,7 +20,7 @@ from shvit.terminal import quiet
 
 from ..formats.parameters import LayerParameters, Stored, quantized, range_faults, stored
 from ..formats.rounding import Outputs
-from ..guards import check_ports
+from ..guards import check_ports, one_line
 from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
@@ -117,7 +117,7 @@ def write_coreml(
         InputError: labels, images or names that do not fit, or w8a8 in several sizes.
     """
     _check(spec, labels, classifier, calibration)
-    with quiet():
+    with quiet(), one_line(spec.model, "cannot be converted to Core ML"):
         import coremltools as ct
 
         from ..quantization.coreml_passes import Calibration, pipeline

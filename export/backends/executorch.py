@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shvit.documents import parse_json, parse_model, to_json
-from shvit.errors import InputError, first_line, refuse
+from shvit.errors import InputError, refuse
 from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
 
@@ -28,7 +28,7 @@ from ..formats.executorch import (
 from ..formats.executorch_evaluator import Evaluator, UnknownOperation
 from ..formats.parameters import LayerParameters, range_faults
 from ..formats.rounding import HALVES, Outputs, join
-from ..guards import check_ports, run_trial
+from ..guards import check_ports, one_line, run_trial
 from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
 from ..quantization.pt2 import layer_names, quantize_program
 from ..quantization.qdq import LayerRanges
@@ -150,31 +150,23 @@ def _trace(model: nn.Module, spec: Spec) -> "ExportedProgram":
     if spec.uint8_input:
         model = Pixels(Normalized(model, spec, white=255))
         batch = batch.permute(0, 2, 3, 1).contiguous().to(torch.uint8)  # as apps give it
-    try:
-        with torch.no_grad(), quiet():
-            return export(model.eval(), (batch,))
-    except Exception as error:  # torch.export has many
-        raise InputError(f"{spec.model} cannot be exported to ExecuTorch: {first_line(error)[:200]}") from error
+    with torch.no_grad(), quiet(), one_line(spec.model, "cannot be converted to ExecuTorch"):
+        return export(model.eval(), (batch,))
 
 
 def _lower(program: "ExportedProgram", note: str, spec: Spec, delegate: Delegate = "xnnpack") -> bytes:
     """Return the program's file, with what the delegate can compute in its graphs."""
-    with quiet():
+    with quiet(), one_line(spec.model, f"cannot be converted to ExecuTorch for {delegate}"):
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-        try:
-            edge = to_edge_transform_and_lower(
-                program,
-                partitioner=[_partitioner(delegate, spec)],
-                compile_config=config,
-                constant_methods={NOTES: note},
-            )
-            return bytes(edge.to_executorch().buffer)
-        except Exception as error:  # executorch's passes have many
-            reason = first_line(error)[:200]
-            where = f"ExecuTorch for {delegate}"
-            raise InputError(f"{spec.model} cannot be exported to {where}: {reason}; export it to ONNX") from error
+        edge = to_edge_transform_and_lower(
+            program,
+            partitioner=[_partitioner(delegate, spec)],
+            compile_config=config,
+            constant_methods={NOTES: note},
+        )
+        return bytes(edge.to_executorch().buffer)
 
 
 def _partitioner(delegate: Delegate, spec: Spec) -> "Partitioner":

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shvit.errors import InputError, first_line
 from shvit.fold import DeployedSHSA
 from shvit.terminal import muted
 
@@ -31,7 +30,7 @@ from ..formats.litert import (
 from ..formats.litert_edits import RoundedLitert, halve, invoke, name_parts, quantize, to_planes, with_layer_outputs
 from ..formats.parameters import range_faults
 from ..formats.rounding import Outputs, join
-from ..guards import Port, check_ports
+from ..guards import Port, check_ports, one_line
 from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
 from ..quantization.qdq import LayerRanges
 from ..quantization.ranges import Range
@@ -107,14 +106,11 @@ def convert(model: nn.Module, spec: Spec) -> bytes:
         module = Tupled(module)
     if spec.uint8_input:
         module = ChannelsLast(Normalized(module, spec, white=255))
-    with muted():
+    image = spec.feed(torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size, dtype=torch.uint8))
+    with muted(), one_line(spec.model, "cannot be converted to LiteRT"):
         import litert_torch
 
-        image = spec.feed(torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size, dtype=torch.uint8))
-        try:
-            content = litert_torch.convert(module.eval(), (image,)).model_content()
-        except Exception as error:  # of PyTorch's export, of its decompositions, or of MLIR
-            raise InputError(f"{spec.model} cannot be converted to LiteRT ({first_line(error)})") from error
+        content = litert_torch.convert(module.eval(), (image,)).model_content()
     converted = unpack(content)
     name_parts(converted, model, spec.outputs)
     return pack(converted)

@@ -32,7 +32,7 @@ from ..formats.onnx import (
 )
 from ..formats.parameters import range_faults
 from ..formats.rounding import Outputs, join
-from ..guards import Port, check_ports
+from ..guards import Port, check_ports, one_line
 from ..metadata import INPUT, SPEC_KEY, Ranges, describe, labels_from, ranges_from, spec_from
 from ..quantization.qdq import LAYERS, LayerRanges, quantize_onnx
 from ..spec import Spec
@@ -119,7 +119,7 @@ def write_onnx(
         model = ChannelsLast(Normalized(model, spec, white=255)).eval()
         batch = batch.permute(0, 2, 3, 1).to(torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), one_line(spec.model, "cannot be converted to ONNX"):
         program = torch.onnx.export(
             model,
             (batch,),

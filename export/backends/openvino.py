@@ -29,7 +29,7 @@ from ..formats.openvino import (
 )
 from ..formats.parameters import range_faults
 from ..formats.rounding import HALVES, Outputs, join
-from ..guards import Port, check_ports
+from ..guards import Port, check_ports, one_line
 from ..metadata import INPUT, SPEC_KEY, describe, labels_from, ranges_from, spec_from
 from ..spec import Spec
 from . import onnx
@@ -79,7 +79,7 @@ def write_openvino(source: Path, path: Path, spec: Spec, labels: Sequence[str] =
     """
     import openvino as ov
 
-    with quiet():
+    with quiet(), one_line(spec.model, "cannot be converted to OpenVINO"):
         model = ov.convert_model(source)
         ranges = ranges_from(metadata(load_onnx(source)), source)
         for key, value in describe(spec, labels, ranges).items():

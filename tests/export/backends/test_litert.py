@@ -266,16 +266,6 @@ def test_notes_that_are_none_are_refused(tiny, converted, written):
             load_artifact(written)
 
 
-def test_operations_that_cannot_be_converted_are_one_line(tiny):
-    class Odd(torch.nn.Module):
-        def forward(self, x):
-            return torch.linalg.svdvals(x).mean(2)
-
-    with pytest.raises(InputError, match=r"shvit_s1 cannot be converted to LiteRT \(.+\)") as error:
-        convert(Odd().eval(), spec_of(tiny))
-    assert "\n" not in str(error.value)
-
-
 def test_a_file_larger_than_any_is_not_read(written):
     with written.open("ab") as file:
         file.truncate(1 << 31)

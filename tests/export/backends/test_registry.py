@@ -3,10 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from torch import nn
 
 from shvit.errors import InputError
 from shvit.export.backends.coreml import _by_name
+from shvit.export.backends.registry import BACKENDS
+from shvit.export.pipeline import export_model
 from tests import forks
 
 SPEC = SimpleNamespace(outputs=("probabilities",))
@@ -35,6 +39,24 @@ def test_numbered_labels_without_a_list_are_in_the_order_in_which_people_count()
     chances = {f"class{i}": i / 100 for i in (0, 5, 11, 1, 6, 2, 10, 3, 9, 4, 8, 7)}
     (found,) = _by_name([{"probabilities": chances}], SPEC)
     torch.testing.assert_close(found, torch.arange(12)[None] / 100)
+
+
+class Odd(nn.Module):
+    """What no format has."""
+
+    def forward(self, x):
+        return x + torch.linalg.svdvals(x[:, None]).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_operations_that_a_format_lacks_are_one_line(tmp_path, name):
+    model = timm.create_model("test_efficientnet")
+    model.classifier = nn.Sequential(model.classifier, Odd())
+    with pytest.raises(InputError, match="cannot be converted to|operations that ncnn lacks|does not run") as error:
+        export_model(name, model, tmp_path / f"m{BACKENDS[name].ending}", img_size=64)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert not list(tmp_path.iterdir())
 
 
 GIVEN_UP = """
