@@ -163,6 +163,7 @@ class Eval:
             for name, images, top1 in zip(classes, seen, result.per_class, strict=True):
                 table.add_row(name, str(images), f"{top1:.1f}" if images else "")
             console.print(table)
+        console.print(f"balanced top-1 {result.balanced_top1:.2f} %, the mean of the classes' top-1")
         if self.output is not None:
             name = "confusion_ema.png" if kind == "EMA weights" else "confusion.png"
             plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")

@@ -11,6 +11,7 @@ from shvit.files import is_there
 from shvit.weights.manifest import read_manifest
 
 from .data.eval_loader import max_workers
+from .data.streams import is_stream
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
@@ -19,6 +20,7 @@ RANGES = (  # a field, the lowest and the highest value
     ("batch_size", 1, 1e6),
     ("drop_path", 0, 0.99),
     ("ema_decay", 0, 1),
+    ("balanced_sampling", 0, 1),
     ("seed", 0, 2**31),
     ("data.workers", 0, max_workers()),
     ("data.max_corrupt", 0, 1e9),
@@ -78,6 +80,7 @@ def check_fields(recipe: Recipe) -> None:
     if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
         raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
     _refuse_ignored(recipe)
+    _refuse_balance(recipe)
     _refuse_published(
         recipe.checkpoint, "--checkpoint", f", or start from timm's: --model {recipe.model} --pretrained True"
     )
@@ -95,6 +98,16 @@ def _refuse_ignored(recipe: Recipe) -> None:
         refuse("there is no --data.name", **_changed(recipe.data, data, "data", named))
     else:
         refuse("a named dataset has its own splits", **_changed(recipe.data, data, "data", ["group"]))
+
+
+def _refuse_balance(recipe: Recipe) -> None:
+    """Refuse class weights together with balanced sampling, and either of them for a stream."""
+    given = {"class_weight": recipe.class_weight, "balanced_sampling": recipe.balanced_sampling or None}
+    if is_stream(recipe.data):
+        refuse(f"a stream ({recipe.data.name}) does not tell the number of images of each class", **given)
+    if all(given.values()):
+        raise InputError("--class-weight and --balanced-sampling both make up for rare classes, which would count "
+                         "twice; give one of them")  # fmt: skip
 
 
 def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of any function from images to logits."""
+"""Top-1, top-5 and balanced accuracy of any function from images to logits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +26,8 @@ class Evaluation:
     """Images."""
     loss: float
     """Mean cross-entropy, in nats."""
+    balanced_top1: float
+    """Balanced accuracy: mean of `per_class` over the classes that have images."""
     per_class: tuple[float, ...]
     """Top-1 of each class; NaN would not be JSON, so a class without images has 0."""
 
@@ -57,12 +59,14 @@ class Counts:
         if unusable or not math.isfinite(loss):
             raise InputError(f"the model's outputs are not finite, or too large for a loss, for {int(unusable) or n} "
                              f"of {n} images; its weights are damaged, or its training diverged")  # fmt: skip
+        per_class = 100 * hits.double() / seen.clamp_min(1)
         return Evaluation(
             top1=100 * int(hits.sum()) / n,
             top5=100 * hits5 / n,
             n=n,
             loss=loss / n,
-            per_class=tuple((100 * hits / seen.clamp_min(1)).tolist()),
+            balanced_top1=per_class[seen > 0].mean().item(),
+            per_class=tuple(per_class.tolist()),
         )
 
 

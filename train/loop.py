@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .run.logger import TrainLogger
 from .run.plots import plot_curves
 from .run.run_folder import RunFolder
-from .run.summary import print_splits
+from .run.summary import describe_balance, print_splits
 from .signals import SignalHandler, Stopped
 from .step.batch import Batch, Problem
 from .step.loader import TrainLoader
@@ -87,7 +87,7 @@ class Training:
         self.folder = RunFolder(output, recipe.save.keep)
         self.console = terminal.console(quiet=not world.primary)
         self.total_steps = recipe.epochs * loader.steps_per_epoch
-        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps)
+        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps, loader.class_counts)
         config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
         self.info = RunInfo(
             model=recipe.model,
@@ -140,6 +140,8 @@ class Training:
             f"{recipe.model} at {recipe.img_size} px, {self.loader.length} images of {len(self.classes)} classes"
             f"{validation}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
+        if self.loader.class_counts is not None:
+            self.console.print(describe_balance(recipe, self.classes, self.loader.class_counts))
         if self.world.size > 1 or run.accum_steps > 1:
             largest, smallest = self.loader.sizes[0], self.loader.sizes[-1]
             each = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
@@ -235,9 +237,11 @@ class Training:
             "val_loss": plain.loss,
             "top1": plain.top1,
             "top5": plain.top5,
+            "balanced_top1": plain.balanced_top1,
             "ema_loss": ema.loss,
             "ema_top1": ema.top1,
             "ema_top5": ema.top5,
+            "ema_balanced_top1": ema.balanced_top1,
             "n_val": plain.n,
         }
         self.logger.log_evaluation(entry)

@@ -215,6 +215,12 @@ class Recipe:
     """Decay of the EMA weights, applied at each step."""
     ema_warmup: bool = True
     """Let the EMA decay rise from 0, so that short runs have useful EMA weights too (the reference does not)."""
+    class_weight: Literal["balanced"] | None = None
+    """Weight of each class in the loss; None for none, as in evaluation.
+    With 'balanced', n / (classes · images of the class), whose mean over the n training images is 1."""
+    balanced_sampling: float = 0.0
+    """Strength of class-balanced sampling: 0 for none, 1 to draw an image of each class equally often.
+    In between, a class is drawn in proportion to (its images)^(1 - strength). The epoch keeps its length."""
     seed: int = 0
     """Random seed of weights, order and augmentation."""
     data: Data = field(default_factory=Data)
@@ -246,6 +252,11 @@ class Recipe:
     def mixes(self) -> bool:
         """True if mixup or cutmix is on, so that labels are soft."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+    @property
+    def balances(self) -> bool:
+        """True if class weights or balanced sampling need the number of images of each class."""
+        return self.class_weight is not None or self.balanced_sampling > 0
 
     @property
     def pairs(self) -> int:

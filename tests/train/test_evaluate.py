@@ -32,6 +32,7 @@ def test_accuracies_are_those_counted_by_hand():
     assert result.top1 == pytest.approx(100 * 6 / 7)
     assert result.top5 == 100
     assert result.per_class == (100, 0, 100)
+    assert result.balanced_top1 == pytest.approx(100 * 2 / 3)
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits)[[0, 0, 1, 2, 2, 2, 2]], torch.tensor([0, 0, 1, 2, 2, 2, 2])
     )
@@ -45,8 +46,9 @@ def test_top5_looks_at_five_classes():
     assert result.top5 == pytest.approx(100 * 5 / 8)
 
 
-def test_a_class_without_images_leaves_valid_json():
-    result = evaluate(table_predict([[1.0, 0.0, 0.0]]), batches([0], size=1), 3)
+def test_a_class_without_images_leaves_valid_json_and_the_balanced_accuracy_alone():
+    result = evaluate(table_predict([[1.0, 0.0, 0.0]] * 3), batches([0, 0, 2, 0], size=4), 3)
+    assert (result.per_class, result.balanced_top1) == ((100, 0, 0), 50)
     json.dumps(asdict(result), allow_nan=False)
 
 
@@ -88,7 +90,7 @@ def test_confusion_is_drawn(tmp_path, size):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_reports_weights_and_average_per_class_and_draws_them(tmp_path):
+def test_eval_reports_weights_and_average_per_class_and_draws_them(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for index in range(12):
         path = tmp_path / "val" / ("cat", "dog", "ewe")[index % 3] / f"{index}.png"
@@ -100,6 +102,7 @@ def test_eval_reports_weights_and_average_per_class_and_draws_them(tmp_path):
     torch.save({"model": model.state_dict(), "model_ema": average.state_dict()}, tmp_path / "last.pt")
     options = ["--data", str(tmp_path), "--img-size", "32", "--output", str(tmp_path / "out")]
     result = run(["eval", "--checkpoint", str(tmp_path / "last.pt"), *options])
+    printed = capsys.readouterr().out
     for found, expected in ((result, model), (result["ema"], average)):
         transform = create_transform((3, 32, 32), crop_pct=0.875, interpolation="bicubic")
         hits = [0, 0, 0]
@@ -110,6 +113,8 @@ def test_eval_reports_weights_and_average_per_class_and_draws_them(tmp_path):
             )
         assert found["n"] == 12
         assert found["per_class"] == pytest.approx([25 * hit for hit in hits])
+        assert found["balanced_top1"] == pytest.approx(sum(25 * hit for hit in hits) / 3)
+        assert f"balanced top-1 {found['balanced_top1']:.2f} %" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "accuracy.json",
         "confusion.png",

@@ -75,9 +75,17 @@ class Images(Dataset):
         return [(Path(self.name(i)), int(self.source[self.indices[i]][1])) for i in range(len(self))]
 
     @property
+    def targets(self) -> list[int] | None:
+        """Class index of every item, without reading an image; None where the source tells it only with the image."""
+        if isinstance(self.source, Files | TarFiles):
+            return [self.source.samples[i][1] for i in self.indices]
+        known = getattr(self.source, "targets", None)  # of Hugging Face's datasets, and most of torchvision's
+        return None if known is None else [int(known[i]) for i in self.indices]
+
+    @property
     def class_counts(self) -> list[int]:
         """Number of images of each class, of a folder or a tar."""
-        counts = Counter(target for _, target in self.samples)
+        counts = Counter(self.targets)
         return [counts[index] for index in range(len(self.classes))]
 
     def shard(self, num_shards: int, index: int) -> "Images":
@@ -237,7 +245,8 @@ def check_class_of(dataset: Images | None, index: int) -> None:
     """
     if dataset is None or not isinstance(dataset.source, Files | TarFiles):
         return
-    targets = [dataset.source.samples[place][1] for place in dataset.indices]
+    targets = dataset.targets
+    assert targets is not None
     alike = [other for other, target in enumerate(targets) if target == targets[index]]
     if not any_readable(dataset, alike):
         raise InputError(f"none of the {len(alike)} training images of {dataset.classes[targets[index]]} can be "

@@ -142,6 +142,11 @@ class HubImages(Reader):
     def __len__(self) -> int:
         return len(self.reader)
 
+    @property
+    def targets(self) -> list[int]:
+        """Class index of every item, without reading an image."""
+        return list(self.reader.iter_targets())
+
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = (self.reader.dataset[index][self.reader.image_key] or {}).get("path")
         return f"{self.label}[{index}]" + (f" ({path})" if path else "")

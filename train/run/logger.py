@@ -127,7 +127,8 @@ class TrainLogger:
 
     def log_evaluation(self, entry: dict[str, Any]) -> None:
         """Print a line and write scalars after an evaluation."""
-        names = ("val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5")
+        figures = ("loss", "top1", "top5", "balanced_top1")
+        names = ("val_loss", *figures[1:], *(f"ema_{name}" for name in figures))
         self._write({f"val/{name.removeprefix('val_')}": entry[name] for name in names})
         self.console.print(
             f"epoch {entry['epoch']}: loss {entry['train_loss']:.3f}, validation {entry['top1']:.2f} % "

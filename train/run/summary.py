@@ -1,10 +1,14 @@
-"""A table of the images of each class, printed before training."""
+"""What is printed before training: a table of the images of each class, and how classes are balanced."""
+
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from ..data.datasets import Splits, duplicates_note
 from ..data.image_folders import Files, TarFiles
+from ..recipe import Recipe
+from ..step.balance import balanced_class_weight, class_probabilities
 
 MAX_ROWS = 30  # classes; of more, those with the fewest training images are shown
 
@@ -29,3 +33,18 @@ def _table(splits: Splits) -> Table:
     table.add_section()
     table.add_row(f"{len(rows)} classes", str(len(splits.train)), str(len(splits.val)))
     return table
+
+
+def describe_balance(recipe: Recipe, classes: Sequence[str], counts: Sequence[int]) -> str:
+    """Return a line on the rarest and the most frequent class, and on what class weights or sampling make of them."""
+    ends = [counts.index(find(counts)) for find in (min, max)]
+    if recipe.class_weight is not None:
+        weights = balanced_class_weight(counts).tolist()
+        rarest, most = (f"{weights[i]:.3g} for {classes[i]} ({counts[i]} training images)" for i in ends)
+        return f"class weights of the loss: {rarest} to {most}"
+    drawn = class_probabilities(counts, recipe.balanced_sampling)
+    rarest, most = (
+        f"{100 * drawn[i]:.3g} % {classes[i]} ({counts[i]} training images, {100 * counts[i] / sum(counts):.3g} %)"
+        for i in ends
+    )
+    return f"balanced sampling of strength {recipe.balanced_sampling:g}: an epoch is about {rarest} and {most}"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from shvit.errors import InputError
@@ -20,9 +19,10 @@ from ..data.streams import Stream, open_stream
 from ..distributed import World
 from ..recipe import Recipe
 from .augment import BLACK, Transform, create_train_transform
+from .balance import count_classes, image_weights
 from .batch import Batch, Item, Problem, collate
 from .samplers import Key, MicroBatchSampler, StepSampler, micro_batch_sizes
-from .seeds import AUGMENTATION, STREAM, seed_cpu_generators, seed_generators
+from .seeds import AUGMENTATION, STREAM, derive_seed, seed_cpu_generators, seed_generators
 
 
 class Augmented(Dataset):
@@ -82,6 +82,8 @@ class Streamed(IterableDataset):
 class TrainLoader:
     """Training batches of one process, from any step of the run.
 
+    Its `class_counts` are the number of images of each class where the recipe balances classes, else None.
+
     Args:
         dataset: the training images; None for a stream, which is opened again for each epoch.
         accum_steps: batches of this process in an optimizer step.
@@ -94,9 +96,15 @@ class TrainLoader:
         self.accum_steps = accum_steps
         sizes = {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}
         self.transforms = {size: create_train_transform(recipe.augment, size) for size in sizes}
+        self.class_counts: list[int] | None = None
         if dataset is not None:
             self.length = len(dataset)
-            self.sampler = StepSampler(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed)
+            weights = None
+            if recipe.balances:
+                targets, self.class_counts = count_classes(dataset)
+                if recipe.balanced_sampling > 0:
+                    weights = image_weights(targets, self.class_counts, recipe.balanced_sampling)
+            self.sampler = StepSampler(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed, weights)
             self.steps_per_epoch = self.sampler.steps_per_epoch
         else:
             if recipe.augment.repeats > 1:
@@ -139,7 +147,7 @@ class TrainLoader:
         }
 
     def _open_stream(self, epoch: int) -> Stream:
-        seed = int(np.random.SeedSequence((self.recipe.seed, STREAM, epoch)).generate_state(1)[0]) // 2
+        seed = derive_seed(self.recipe.seed, STREAM, epoch) // 2
         stream = open_stream(self.recipe.data, "train", is_training=True, batch_size=self.sizes[0], seed=seed)
         stream.reader.set_loader_cfg(num_workers=self.recipe.data.workers)
         stream.reader.set_epoch(epoch)

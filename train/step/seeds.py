@@ -16,11 +16,16 @@ def seed_cpu_generators(*key: int) -> int:
 
     `torch.manual_seed` takes a millisecond where a device is not in use: it notes each call's stack for later.
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = derive_seed(*key)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     return seed
 
 
-AUGMENTATION, MIXING, STREAM = 1, 2, 3  # purposes of a seed, so that no two purposes share one
+def derive_seed(*key: int) -> int:
+    """Return a seed of 32 bits from several integers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+AUGMENTATION, MIXING, STREAM, SAMPLING = 1, 2, 3, 4  # purposes of a seed, so that no two purposes share one

@@ -1,10 +1,12 @@
 """Setup of a run: from a recipe to model, task, optimizer, schedule and data loaders."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_data_config
+from timm.loss import create_classification_loss
 from timm.task import ClassificationTask, TokenDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import random_seed
@@ -20,6 +22,7 @@ from ..data.streams import is_stream, open_stream
 from ..distributed import World
 from ..recipe import Recipe
 from .augment import DeviceAugment
+from .balance import ClassWeightedCrossEntropy, balanced_class_weight
 from .loader import TrainLoader
 from .model import check_model, create_train_model, trained_on_others
 from .optim import create_optimizer, create_scheduler
@@ -66,8 +69,19 @@ def _accum_steps(recipe: Recipe, world: World) -> int:
     return smallest
 
 
-def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: int, accum_steps: int) -> Run:
-    """Create a run at its first step. Every process creates and loads the same model."""
+def set_up(
+    recipe: Recipe,
+    world: World,
+    classes: list[str],
+    steps_per_epoch: int,
+    accum_steps: int,
+    class_counts: Sequence[int] | None = None,
+) -> Run:
+    """Create a run at its first step. Every process creates and loads the same model.
+
+    Args:
+        class_counts: number of training images of each class, which class weights need.
+    """
     random_seed(recipe.seed)
     torch.use_deterministic_algorithms(recipe.compute.deterministic)
     torch.backends.cudnn.benchmark = not recipe.compute.deterministic
@@ -88,7 +102,7 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     if recipe.distill.checkpoint is not None and trained_on_others(recipe.distill.checkpoint, classes):
         raise InputError(f"{recipe.distill.checkpoint}: the teacher was trained on other classes than these images', "
                          "or on the same in another order; give a teacher of these classes")  # fmt: skip
-    task = _create_task(recipe, model, world.device, len(classes))
+    task = _create_task(recipe, model, world.device, len(classes), class_counts)
     task.setup_ema(recipe.ema_decay, recipe.ema_warmup)
     if recipe.compute.compile:
         task.compile()
@@ -108,16 +122,18 @@ def set_up(recipe: Recipe, world: World, classes: list[str], steps_per_epoch: in
     )
 
 
-def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_classes: int) -> TrainingTask:
+def _create_task(
+    recipe: Recipe, model: nn.Module, device: torch.device, num_classes: int, class_counts: Sequence[int] | None
+) -> TrainingTask:
     """Create timm's task for the loss of a batch: classification, or distillation into a second head."""
-    loss = {"smoothing": recipe.augment.smoothing, "soft_targets": recipe.mixes}
+    criterion = _create_criterion(recipe, class_counts)
     distill = recipe.distill
     if distill.teacher is None:
-        return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
+        return ClassificationTask(model, criterion, device=device, verbose=False)
     return TokenDistillationTask(
         model,
         Teacher(create_teacher(recipe, num_classes).to(device), device, recipe),
-        criterion_kwargs=loss,
+        criterion,
         distill_type=distill.kind,
         task_loss_weight=1 - distill.alpha,
         temperature=distill.tau,
@@ -126,19 +142,26 @@ def _create_task(recipe: Recipe, model: nn.Module, device: torch.device, num_cla
     )
 
 
+def _create_criterion(recipe: Recipe, class_counts: Sequence[int] | None) -> nn.Module:
+    """Create the loss of the labels: timm's, or PyTorch's with class weights, which timm's cross-entropy lacks."""
+    smoothing = recipe.augment.smoothing
+    if recipe.class_weight is None:
+        return create_classification_loss(smoothing=smoothing, soft_targets=recipe.mixes)
+    assert class_counts is not None
+    left = 0.0 if recipe.mixes else smoothing  # timm's mixup has smoothed the labels already
+    return ClassWeightedCrossEntropy(balanced_class_weight(class_counts), left)
+
+
 def open_training(
     recipe: Recipe, world: World, accum_steps: int, splits: Splits | None = None
 ) -> tuple[list[str], TrainLoader]:
     """Return class names and this process's training loader, of `splits` where they are open already."""
-    if is_stream(recipe.data):
-        classes = open_stream(recipe.data, "train", is_training=True).classes
-        loader = TrainLoader(recipe, None, world, accum_steps)
-    else:
-        dataset = (splits or open_splits(recipe.data)).train
-        classes, loader = dataset.classes, TrainLoader(recipe, dataset, world, accum_steps)
+    dataset = None if is_stream(recipe.data) else (splits or open_splits(recipe.data)).train
+    source = open_stream(recipe.data, "train", is_training=True) if dataset is None else dataset
+    classes = source.classes
     if not classes:
         raise InputError(f"{recipe.data.name}: has no class names; give --data.num-classes")
-    return classes, loader
+    return classes, TrainLoader(recipe, dataset, world, accum_steps)
 
 
 def open_validation(

@@ -1,0 +1,67 @@
+"""Class balance: the weight of a class in the loss, and of an image in the sampler, by the images of its class."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from shvit.errors import InputError
+
+from ..data.datasets import Images
+
+
+def count_classes(dataset: Images) -> tuple[list[int], list[int]]:
+    """Return the class index of each image, and the number of images of each class.
+
+    Raises:
+        InputError: the dataset does not tell the classes of its images, or has classes without an image.
+    """
+    targets = dataset.targets
+    if targets is None:
+        raise InputError("--class-weight and --balanced-sampling need the class of every image before training, which "
+                         "this dataset does not tell without reading images; leave them out")  # fmt: skip
+    size = len(dataset.classes)
+    place = next((place for place, target in enumerate(targets) if not 0 <= target < size), None)
+    if place is not None:
+        raise InputError(f"{dataset.name(place)}: of class {targets[place]}, and there are {size}, counted from 0; "
+                         "correct it, or leave out --class-weight and --balanced-sampling")  # fmt: skip
+    counts = np.bincount(targets, minlength=size).tolist()
+    if 0 in counts:
+        raise InputError(f"no training image of {dataset.classes[counts.index(0)]}, so that it cannot be balanced; add "
+                         "images of it, or leave out --class-weight and --balanced-sampling")  # fmt: skip
+    return targets, counts
+
+
+def balanced_class_weight(counts: Sequence[int]) -> torch.Tensor:
+    """Return the weight of each class, n / (classes · its images), as scikit-learn's `class_weight="balanced"`.
+
+    The mean over the n images is 1, so that the learning rate keeps its meaning.
+    """
+    return torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
+
+
+def class_probabilities(counts: Sequence[int], strength: float) -> list[float]:
+    """Return the probability that a drawn image is of each class, in proportion to count^(1 - strength)."""
+    powers = [count ** (1 - strength) for count in counts]
+    return [power / sum(powers) for power in powers]
+
+
+def image_weights(targets: Sequence[int], counts: Sequence[int], strength: float) -> list[float]:
+    """Return the probability with which each image is drawn: its class's, shared equally by the class's images."""
+    shares = [chance / count for chance, count in zip(class_probabilities(counts, strength), counts, strict=True)]
+    return [shares[target] for target in targets]
+
+
+class ClassWeightedCrossEntropy(nn.CrossEntropyLoss):
+    """PyTorch's cross-entropy with class weights, summed over a batch and divided by its number of images.
+
+    PyTorch divides by the images where targets are soft, but by the sum of their weights where they are class indices:
+    then the parts of a batch, on several processes or in several accumulation steps, would not add up to its loss.
+    """
+
+    def __init__(self, weight: torch.Tensor, label_smoothing: float):
+        super().__init__(weight, reduction="none", label_smoothing=label_smoothing)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # noqa: A002  (PyTorch's)
+        return super().forward(input, target).mean()
