@@ -216,11 +216,12 @@ class Recipe:
     ema_warmup: bool = True
     """Let the EMA decay rise from 0, so that short runs have useful EMA weights too (the reference does not)."""
     class_weight: Literal["balanced"] | None = None
-    """Weight of each class in the loss; None for none, as in evaluation.
-    With 'balanced', n / (classes · images of the class), whose mean over the n training images is 1."""
+    """Class weights in the loss of the labels: None, or 'balanced' as in scikit-learn.
+    A class then has the weight n / (classes · its images), whose mean over the n training images is 1.
+    The validation loss and the loss of a teacher have no weights."""
     balanced_sampling: float = 0.0
-    """Strength of class-balanced sampling: 0 for none, 1 to draw an image of each class equally often.
-    In between, a class is drawn in proportion to (its images)^(1 - strength). The epoch keeps its length."""
+    """Strength of class-balanced sampling: 0 for none, 1 to draw every class equally often.
+    A class is drawn in proportion to (its images)^(1 - strength), with replacement. An epoch keeps its length."""
     seed: int = 0
     """Random seed of weights, order and augmentation."""
     data: Data = field(default_factory=Data)
