@@ -91,7 +91,7 @@ class DeviceAugment:
                 cutmix_alpha=augment.cutmix,
                 prob=augment.mixup_prob,
                 switch_prob=augment.mixup_switch_prob,
-                label_smoothing=augment.smoothing,
+                label_smoothing=augment.smoothing if recipe.class_weight is None else 0.0,  # else the loss smooths
                 num_classes=num_classes,
             )
 

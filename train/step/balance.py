@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from shvit.errors import InputError
 
@@ -53,15 +54,29 @@ def image_weights(targets: Sequence[int], counts: Sequence[int], strength: float
     return [shares[target] for target in targets]
 
 
-class ClassWeightedCrossEntropy(nn.CrossEntropyLoss):
-    """PyTorch's cross-entropy with class weights, summed over a batch and divided by its number of images.
+class ClassWeightedCrossEntropy(nn.Module):
+    """PyTorch's cross-entropy, times the weight of an image's class, averaged over images.
 
-    PyTorch divides by the images where targets are soft, but by the sum of their weights where they are class indices:
-    then the parts of a batch, on several processes or in several accumulation steps, would not add up to its loss.
+    A mixed image has the losses of its two classes, in the proportions of the mixing.
+    PyTorch's own `weight` differs with label smoothing: it multiplies the part of the smoothing that falls on each
+    class by the weight of that class, so that every image is drawn towards the rare classes. It also divides by the sum
+    of a batch's weights, so that the parts of a batch, in several processes or accumulation steps, would not add up.
     """
 
-    def __init__(self, weight: torch.Tensor, label_smoothing: float):
-        super().__init__(weight, reduction="none", label_smoothing=label_smoothing)
+    weight: torch.Tensor
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # noqa: A002  (PyTorch's)
-        return super().forward(input, target).mean()
+    def __init__(self, weight: torch.Tensor, smoothing: float):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits (B, classes).
+
+        Args:
+            targets: class indices (B,), or the proportions of mixed images (B, classes), which are not smoothed yet.
+        """
+        labels = F.cross_entropy(logits, targets, self.weight, reduction="none")  # (B,)
+        uniform = -logits.float().log_softmax(1).mean(1)  # (B,)
+        weight = targets @ self.weight if targets.is_floating_point() else self.weight[targets]  # (B,)
+        return ((1 - self.smoothing) * labels + self.smoothing * weight * uniform).mean()

@@ -143,13 +143,12 @@ def _create_task(
 
 
 def _create_criterion(recipe: Recipe, class_counts: Sequence[int] | None) -> nn.Module:
-    """Create the loss of the labels: timm's, or PyTorch's with class weights, which timm's cross-entropy lacks."""
+    """Create the loss of the labels: timm's, or one with class weights, which timm's cross-entropy lacks."""
     smoothing = recipe.augment.smoothing
     if recipe.class_weight is None:
         return create_classification_loss(smoothing=smoothing, soft_targets=recipe.mixes)
     assert class_counts is not None
-    left = 0.0 if recipe.mixes else smoothing  # timm's mixup has smoothed the labels already
-    return ClassWeightedCrossEntropy(balanced_class_weight(class_counts), left)
+    return ClassWeightedCrossEntropy(balanced_class_weight(class_counts), smoothing)
 
 
 def open_training(

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
 
 from shvit.checkpoint import write_checkpoint
 from shvit.errors import InputError
@@ -21,6 +22,7 @@ from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
 from shvit.train.run.summary import describe_balance
 from shvit.train.step.balance import ClassWeightedCrossEntropy, balanced_class_weight, image_weights
+from shvit.train.step.batch import Batch
 from shvit.train.step.loader import TrainLoader
 from shvit.train.step.samplers import MicroBatchSampler, StepSampler
 from shvit.train.step.setup import check_recipe, open_training, set_up
@@ -69,25 +71,44 @@ def test_class_weights_are_those_of_scikit_learn_and_their_mean_over_images_is_o
     assert weights[TARGETS].mean().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weighted_loss_of_classes_is_that_written_out(smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(12, 3, generator=generator), torch.arange(12) % 3
+def test_weighted_loss_without_smoothing_is_pytorchs():
+    logits, targets = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
     weight = balanced_class_weight(COUNTS)
-    found = ClassWeightedCrossEntropy(weight, smoothing)(logits, targets)
-    soft = (1 - smoothing) * torch.eye(3)[targets] + smoothing / 3
-    expected = -(weight * soft * logits.log_softmax(1)).sum(1).mean()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.nn.functional.cross_entropy(logits, soft, weight).item() == pytest.approx(expected.item(), rel=1e-6)
+    each = torch.nn.functional.cross_entropy(logits, targets, weight, reduction="none")
+    mixed = mixup_target(targets, 3, lam=0.3)
+    found = ClassWeightedCrossEntropy(weight, 0.0)
+    assert found(logits, targets).item() == pytest.approx(each.mean().item(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits, mixed, weight)  # of mixed labels it is the mean over images
+    assert found(logits, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_mixed_labels_are_smoothed_once_and_weighted_as_pytorch_does(rare):
+def test_smoothed_loss_of_an_image_is_multiplied_by_the_weight_of_its_class():
+    logits, targets = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    weight = balanced_class_weight(COUNTS)
+    found = ClassWeightedCrossEntropy(weight, 0.1)
+    plain = [torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1, reduction="none")
+             for y in (targets, targets.flip(0))]  # fmt: skip
+    assert found(logits, targets).item() == pytest.approx((weight[targets] * plain[0]).mean().item(), rel=1e-6)
+    mixed = 0.3 * weight[targets] * plain[0] + 0.7 * weight[targets.flip(0)] * plain[1]
+    assert found(logits, mixup_target(targets, 3, lam=0.3)).item() == pytest.approx(mixed.mean().item(), rel=1e-6)
+
+
+def test_mixed_labels_are_smoothed_once(rare):
     mixed = replace(rare, class_weight="balanced", augment=replace(PLAIN, mixup=0.4, smoothing=0.1))
     run = set_up(mixed, world(), ["blue", "red"], 4, 1, [4, 28])
-    logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-    soft = mixup_target(torch.tensor([0, 1, 1, 1, 0, 1]), 2, lam=0.3, smoothing=0.1)
-    expected = -(torch.tensor([32 / 8, 32 / 56]) * soft * logits.log_softmax(1)).sum(1).mean()
-    assert run.task.criterion(logits, soft).item() == pytest.approx(expected.item(), rel=1e-6)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(pixels, torch.tensor([0, 1, 1, 1, 0, 1]))
+    images, targets = run.augment(batch, 0, 0)
+    assert targets.max() == 1  # of two images of one class, which timm would smooth
+    logits = run.model.train()(images)
+    smoothed = 0.9 * targets + 0.1 * targets.new_tensor([[0.5, 0.5]])
+    unweighted = ClassWeightedCrossEntropy(torch.ones(2), 0.1)(logits, targets)
+    assert unweighted.item() == pytest.approx(SoftTargetCrossEntropy()(logits, smoothed).item(), rel=1e-5)
+    weight = torch.tensor([32 / 8, 32 / 56])
+    each = (targets * weight * -logits.log_softmax(1)).sum(1)
+    uniform = -logits.log_softmax(1).mean(1)
+    expected = (0.9 * each + 0.1 * (targets @ weight) * uniform).mean()
+    assert run.task(images, targets)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def losses(recipe: Recipe, count: int) -> list[float]:
@@ -112,11 +133,9 @@ def test_weighted_steps_are_those_of_plain_pytorch_in_any_number_of_parts(rare):
     run = set_up(weighted, world(), classes, 4, 1, loader.class_counts)
     run.train_mode()
     images, targets = run.augment(next(loader.batches(0, 1)), 0, 0)
-    each = torch.nn.functional.cross_entropy(
-        run.model(images), targets, torch.tensor([32 / 8, 32 / 56]), label_smoothing=0.1, reduction="none"
-    )
+    each = torch.nn.functional.cross_entropy(run.model(images), targets, label_smoothing=0.1, reduction="none")
     whole = losses(weighted, 6)
-    assert whole[0] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert whole[0] == pytest.approx((torch.tensor([32 / 8, 32 / 56])[targets] * each).mean().item(), rel=1e-5)
     assert whole[0] != pytest.approx(losses(replace(weighted, class_weight=None), 1)[0], rel=1e-2)
     assert losses(replace(weighted, compute=Compute(device_batch_size=3)), 6) == pytest.approx(whole, rel=1e-5)
 
@@ -138,8 +157,8 @@ def test_loss_of_the_teacher_has_no_class_weights(rare, tmp_path):
     run.model.train()
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0])
     head, second = run.model(images)
-    weight = torch.tensor([32 / 8, 32 / 56])
-    labels = torch.nn.functional.cross_entropy(head, targets, weight, label_smoothing=0.1, reduction="none").mean()
+    each = torch.nn.functional.cross_entropy(head, targets, label_smoothing=0.1, reduction="none")
+    labels = (torch.tensor([32 / 8, 32 / 56])[targets] * each).mean()
     taught = torch.nn.functional.cross_entropy(second, run.task.teacher(
         run.task.teacher.normalize_input(images, run.task.student_mean, run.task.student_std)
     ).argmax(1))  # fmt: skip
