@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
@@ -76,11 +77,12 @@ class Images(Dataset):
 
     @property
     def targets(self) -> list[int] | None:
-        """Class index of every item, without reading an image; None where the source tells it only with the image."""
+        """Class index of every item, without reading an image; None where the source does not list them."""
         if isinstance(self.source, Files | TarFiles):
             return [self.source.samples[i][1] for i in self.indices]
-        known = getattr(self.source, "targets", None)  # of Hugging Face's datasets, and most of torchvision's
-        return None if known is None else [int(known[i]) for i in self.indices]
+        listed = getattr(self.source, "targets", None)  # of Hugging Face's datasets, and most of torchvision's
+        known = np.asarray([] if listed is None else listed)
+        return known[self.indices].tolist() if known.ndim == 1 and np.issubdtype(known.dtype, np.integer) else None
 
     @property
     def class_counts(self) -> list[int]:

@@ -145,7 +145,8 @@ class HubImages(Reader):
     @property
     def targets(self) -> list[int]:
         """Class index of every item, without reading an image."""
-        return list(self.reader.iter_targets())
+        with library_errors_named(self.label):
+            return list(self.reader.iter_targets())
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = (self.reader.dataset[index][self.reader.image_key] or {}).get("path")

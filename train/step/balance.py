@@ -16,12 +16,12 @@ def count_classes(dataset: Images) -> tuple[list[int], list[int]]:
     """Return the class index of each image, and the number of images of each class.
 
     Raises:
-        InputError: the dataset does not tell the classes of its images, or has classes without an image.
+        InputError: the dataset does not list the classes of its images, or has classes without an image.
     """
     targets = dataset.targets
     if targets is None:
-        raise InputError("--class-weight and --balanced-sampling need the class of every image before training, which "
-                         "this dataset does not tell without reading images; leave them out")  # fmt: skip
+        raise InputError("--class-weight and --balanced-sampling need the class of every image before training, and "
+                         "this dataset does not list them; leave these options out")  # fmt: skip
     size = len(dataset.classes)
     place = next((place for place, target in enumerate(targets) if not 0 <= target < size), None)
     if place is not None:

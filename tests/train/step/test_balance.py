@@ -278,8 +278,11 @@ def test_balancing_that_cannot_be_done_is_refused(rare, fields, message):
     assert "\n" not in str(error.value)
 
 
-class Unlabeled:
-    """A dataset whose items alone tell their classes, as some of torchvision's."""
+class Unlisted:
+    """A dataset that does not list one class for each item: none at all, pairs, or no numbers."""
+
+    def __init__(self, targets: object = None):
+        self.targets = targets
 
     def __len__(self) -> int:
         return 8
@@ -291,7 +294,9 @@ class Unlabeled:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Unlabeled(), "does not tell without reading images; leave them out"),
+        (Unlisted(), "this dataset does not list them; leave these options out"),
+        (Unlisted(torch.zeros(8, 2, dtype=torch.int64)), "this dataset does not list them"),
+        (Unlisted([0, None] * 4), "this dataset does not list them"),
         (Files([(A, 0)] * 8), "no training image of b, so that it cannot be balanced"),
         (
             Files([(A, 0)] * 7 + [(B, 2)]),
