@@ -344,13 +344,19 @@ def _field_names(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
-    """List the fields in which two recipes' `as_dict` differ in what they compute, as dotted names with both values."""
+def differences(
+    first: dict[str, Any], second: dict[str, Any], prefix: str = "", defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """List the fields in which two recipes' `as_dict` differ in what they compute, as dotted names with both values.
+
+    A field that one of them lacks, as it was written before there was such a field, has its default there.
+    """
     found = []
+    defaults = Recipe().as_dict() if defaults is None else defaults
     for name in sorted(first.keys() | second.keys()):
-        a, b = first.get(name), second.get(name)
+        a, b = (recipe.get(name, defaults.get(name)) for recipe in (first, second))
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
+            found += differences(a, b, f"{prefix}{name}.", defaults.get(name) or {})
         elif a != b and not f"{prefix}{name}".startswith(MAY_CHANGE):
             found.append(f"{prefix}{name} ({a} and {b})")
     return found

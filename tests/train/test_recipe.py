@@ -181,6 +181,9 @@ def test_fields_that_change_nothing_computed_do_not_differ():
     )
     assert differences(DEMO.as_dict(), moved.as_dict()) == []
     assert differences(DEMO.as_dict(), replace(DEMO, epochs=9).as_dict()) == ["epochs (8 and 9)"]
+    older = {name: value for name, value in DEMO.as_dict().items() if name != "balanced_sampling"}
+    assert differences(older, DEMO.as_dict()) == []  # a run of before there was such a field
+    assert differences(older, replace(DEMO, balanced_sampling=0.5).as_dict()) == ["balanced_sampling (0.0 and 0.5)"]
     warmer = replace(DEMO, optim=replace(DEMO.optim, lr=1.0))
     assert differences(DEMO.as_dict(), warmer.as_dict()) == ["optim.lr (0.008 and 1.0)"]
 
