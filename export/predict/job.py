@@ -1,4 +1,4 @@
-"""A job: its images go through the predictor, batch by batch, from where an earlier process ended."""
+"""A job: its images go through the model, batch by batch, from where an earlier process ended."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .inputs import Inputs
 from .journal import Journal, Record
 from .loading import BEGINNING, Batch, Item, Place, load_batches
-from .models import Predictor
+from .models import LoadedModel
 from .outputs import Columns
 
 LINE_SECONDS = 30.0  # between two plain lines
@@ -22,7 +22,7 @@ LINE_SECONDS = 30.0  # between two plain lines
 class Job:
     """Images, what predicts, and how."""
 
-    predictor: Predictor
+    model: LoadedModel
     inputs: Inputs
     top: int
     """Number of classes of each image; 0 for features."""
@@ -31,15 +31,15 @@ class Job:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.top, self.inputs.has_frames, self.predictor.shapes)
+        return Columns(self.top, self.inputs.has_frames, self.model.shapes)
 
     def identity(self) -> dict[str, Any]:
         """Return what the predictions depend on, as plain values, by what messages call them."""
-        return {"images": self.inputs.digest(), "top": self.top, **self.predictor.identity()}
+        return {"images": self.inputs.digest(), "top": self.top, **self.model.identity()}
 
     def batches(self, start: Place = BEGINNING) -> Iterator[Batch]:
         """Yield batches of the images from a place on."""
-        transform = self.predictor.spec.transform(normalize=False)
+        transform = self.model.spec.transform(normalize=False)
         return load_batches(self.inputs, start, transform, self.batch_size, self.workers)
 
     def run(self, journal: Journal, console: Console, report: Callable[[str], None]) -> float:
@@ -52,7 +52,7 @@ class Job:
             console.print(f"resuming after {journal.count:,} images")
         with Meter(console, len(self.inputs), journal.count) as meter:
             for batch in self.batches(journal.place):
-                records, arrays = predict_batch(self.predictor, batch, self.top)
+                records, arrays = predict_batch(self.model, batch, self.top)
                 for item in batch.items:
                     if item.problem:
                         report(item.problem)
@@ -65,13 +65,13 @@ class Job:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def predict_batch(predictor: Predictor, batch: Batch, top: int) -> tuple[list[Record], bytes]:
+def predict_batch(model: LoadedModel, batch: Batch, top: int) -> tuple[list[Record], bytes]:
     """Return a record for each image of a batch, and the bytes of all their features, NaN for what was not read.
 
     Args:
         top: number of classes in a record; 0 for features.
     """
-    outputs = predictor(batch.pixels)
+    outputs = model(batch.pixels)
     if not top:
         rows = torch.cat([output.flatten(1) for output in outputs], dim=1).float()
         rows[torch.tensor([bool(item.problem) for item in batch.items])] = float("nan")
@@ -79,7 +79,7 @@ def predict_batch(predictor: Predictor, batch: Batch, top: int) -> tuple[list[Re
     values, indices = outputs[0].topk(top, dim=1)
     probabilities = values.numpy().astype("f4")  # whose text is the shortest that stands for a float32
     return [
-        _record(item, {"labels": [predictor.classes[index] for index in row],
+        _record(item, {"labels": [model.classes[index] for index in row],
                        "probabilities": [float(str(value)) for value in likely]})
         for item, row, likely in zip(batch.items, indices.tolist(), probabilities, strict=True)
     ], b""  # fmt: skip

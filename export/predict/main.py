@@ -13,18 +13,17 @@ from shvit import terminal
 from shvit.environment import keep_freed_memory
 from shvit.errors import InputError, refuse
 from shvit.files import check_output_folder, check_replaceable
-from shvit.weights.resolve import Weights, resolve_weights
 
 from ..guards import check_apart, rows_that_fit
 from .inputs import STDIN, find_inputs
 from .job import Job, lack_of_images
 from .journal import Journal, open_journal, remove_journal
-from .models import Features, Predictor, open_artifact, open_checkpoint
+from .models import Features
 from .outputs import check_output, write_output
+from .predictor import Predictor
 from .show import MAX_DRAWN, MAX_SHOWN, draw_sheet, prediction_table
 
 console = terminal.console()
-DEFAULT_WEIGHTS = "shvit_s4.in1k"
 FEW = 64
 """Images that are read without further processes, which take longer to start."""
 MAX_DEFAULT_WORKERS = 8
@@ -70,6 +69,7 @@ class Predict:
 
     def run(self) -> dict[str, Any]:
         self._check_options()
+        predictor = self._predictor()
         keep_freed_memory()
         inputs = find_inputs(self.inputs, self.every, console.print)
         if not inputs.has_frames:
@@ -77,10 +77,10 @@ class Predict:
         if self.output is None and (len(inputs) > MAX_SHOWN or inputs.has_frames):
             what = "frames of a video" if inputs.has_frames else f"{len(inputs):,} images"
             raise InputError(f"{what} are too many for a table; give --output F.jsonl, F.csv or F.parquet")
-        predictor = self._open_predictor()
+        model = predictor.open(console.print)
         workers = _default_workers(len(inputs), inputs.has_frames) if self.workers is None else self.workers
-        top = 0 if self.features else self._top(predictor)
-        job = Job(predictor, inputs, top, rows_that_fit(self.batch_size, predictor.spec), workers)
+        batch_size = rows_that_fit(self.batch_size, model.spec)
+        job = Job(model, inputs, predictor.count_classes(model), batch_size, workers)
         if self.output is not None:
             return self._run(job, self.output)
         with tempfile.TemporaryDirectory(prefix="shvit-predict-") as folder:
@@ -92,11 +92,10 @@ class Predict:
         if not self.inputs:
             raise InputError("which images? give files, folders, tars or videos, or - for a list of them on stdin")
         check_loader(self.batch_size, self.workers or 0, 0)
-        for name, value in (("top", self.top), ("every", self.every)):
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value} is out of range; choose 1 or more")
+        if self.every < 1:
+            raise InputError(f"--every {self.every} is out of range; choose 1 or more")
         if self.features is not None:
-            refuse("features have no classes", top=self.top, draw=self.draw)
+            refuse("features have no classes", draw=self.draw)
         check_output(self.output, self.features is not None)
         check_apart(self.output, checkpoint=self.checkpoint, artifact=self.artifact)
         if self.draw is not None:
@@ -110,34 +109,11 @@ class Predict:
         for given in self.inputs:
             check_apart(path, "--draw", input=None if given == STDIN else given, checkpoint=self.checkpoint)
 
-    def _open_predictor(self) -> Predictor:
-        if self.artifact is not None:
-            refuse(f"{self.artifact} holds its model and weights", model=self.model, checkpoint=self.checkpoint,
-                   pretrained=self.pretrained, ema=self.ema)  # fmt: skip
-            predictor = open_artifact(self.artifact, self.features)
-            if self.img_size not in (None, predictor.spec.img_size):
-                raise InputError(f"{self.artifact} takes {predictor.spec.img_size} px; leave out --img-size "
-                                 f"{self.img_size}")  # fmt: skip
-            return predictor
-        return open_checkpoint(self._weights(), self.img_size, self.features, console.print)
-
-    def _weights(self) -> Weights:
-        if self.checkpoint is None and not self.pretrained:
-            if self.model is not None:
-                raise InputError(f"--model {self.model}: with which weights? give --checkpoint, or --pretrained")
-            refuse("without a checkpoint there are no EMA weights", ema=self.ema)
-            try:
-                return resolve_weights(None, DEFAULT_WEIGHTS, log=console.print)
-            except InputError as error:
-                raise InputError(f"{error}; offline, give weights that are here, as --checkpoint or --artifact"
-                                 ) from error  # fmt: skip
-        return resolve_weights(self.model, self.checkpoint, self.ema, self.pretrained, console.print)
-
-    def _top(self, predictor: Predictor) -> int:
-        classes = len(predictor.classes)
-        if self.top is not None and self.top > classes:
-            raise InputError(f"--top {self.top}: the model has {classes} classes; choose 1 to {classes}")
-        return self.top or min(5, classes)
+    def _predictor(self) -> Predictor:
+        return Predictor(
+            checkpoint=self.checkpoint, artifact=self.artifact, model=self.model, pretrained=self.pretrained,
+            ema=self.ema, top=self.top, features=self.features, img_size=self.img_size,
+        )  # fmt: skip
 
     def _run(self, job: Job, output: Path | None, place: Path | None = None) -> dict[str, Any]:
         """Run a job, write its output, and return the command's result.

@@ -25,7 +25,7 @@ Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Predictor:
+class LoadedModel:
     """A function from images to probabilities or features, and what identifies it."""
 
     name: str
@@ -59,8 +59,8 @@ class Predictor:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(weights: Weights, img_size: int | None, features: Features | None, log: Log) -> Predictor:
-    """Return the predictor of a model with trained weights, in its inference form.
+def open_checkpoint(weights: Weights, img_size: int | None, features: Features | None, log: Log) -> LoadedModel:
+    """Return a model with trained weights, in its inference form.
 
     Raises:
         InputError: as `open_weights`, or the model has no such features.
@@ -75,7 +75,7 @@ def open_checkpoint(weights: Weights, img_size: int | None, features: Features |
     def run(pixels: torch.Tensor) -> Sequence[torch.Tensor]:
         return run_model(deployed, spec.normalize(pixels))
 
-    return _predictor(name, spec, sha256(weights.checkpoint), classes, run, outputs)
+    return _loaded(name, spec, sha256(weights.checkpoint), classes, run, outputs)
 
 
 def _wrap(name: str, model: nn.Module, features: Features | None) -> tuple[nn.Module, tuple[str, ...]]:
@@ -95,14 +95,14 @@ def _class_names(known: Sequence[str], spec: Spec) -> tuple[str, ...]:
     return tuple(known) if len(known) == spec.num_classes else tuple(map(str, range(spec.num_classes)))
 
 
-def _predictor(
+def _loaded(
     name: str, spec: Spec, digest: str, classes: tuple[str, ...], run: Run, features: Sequence[str]
-) -> Predictor:
-    """Return a predictor; the shapes of its features are those of a black image."""
+) -> LoadedModel:
+    """Return a loaded model; the shapes of its features are those of a black image."""
     if not features:
-        return Predictor(name, spec, digest, classes, run, {})
+        return LoadedModel(name, spec, digest, classes, run, {})
     outputs = run(torch.zeros(1, *spec.shape, dtype=torch.uint8))
-    return Predictor(name, spec, digest, (), run, {
+    return LoadedModel(name, spec, digest, (), run, {
         key: tuple(output.shape[1:]) for key, output in zip(features, outputs, strict=True)
     })  # fmt: skip
 
@@ -110,8 +110,8 @@ def _predictor(
 # --- artifacts --------------------------------------------------------------------------------------------------------
 
 
-def open_artifact(path: Path, features: Features | None) -> Predictor:
-    """Return the predictor of an exported file.
+def open_artifact(path: Path, features: Features | None) -> LoadedModel:
+    """Return an exported file.
 
     Raises:
         InputError: as `load_artifact`, or the file's outputs are others than those that are asked for.
@@ -133,4 +133,4 @@ def open_artifact(path: Path, features: Features | None) -> Predictor:
         return [output.softmax(dim=1) for output in outputs] if spec.output_kind == "logits" else outputs
 
     classes = () if features else _class_names(artifact.labels, spec)
-    return _predictor(str(path), spec, artifact_sha256(path), classes, run, spec.outputs if features else ())
+    return _loaded(str(path), spec, artifact_sha256(path), classes, run, spec.outputs if features else ())
