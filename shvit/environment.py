@@ -34,6 +34,7 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "datasets": ("data",),
     "pyarrow": ("data",),
     "av": ("video",),
+    "ray": ("ray",),
     "pillow_heif": ("heic",),
     "mmengine": ("detection",),
     "mmcv": ("detection",),

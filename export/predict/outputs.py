@@ -126,7 +126,7 @@ def _write_parquet(journal: Journal, path: Path, columns: Columns) -> None:
             table: dict[str, Any] = {field.name: [record.get(field.name) for record in records] for field in schema}
             if columns.shapes:
                 damaged = np.array(["error" in record for record in records])
-                table |= _feature_columns(np.frombuffer(next(arrays), columns.dtype), damaged, columns)
+                table |= feature_columns(np.frombuffer(next(arrays), columns.dtype), damaged, columns)
             writer.write_table(pyarrow.table(table, schema))
 
 
@@ -136,16 +136,24 @@ def _schema(columns: Columns) -> "pyarrow.Schema":
     fields = [pyarrow.field("path", pyarrow.string())]
     if columns.frames:
         fields += [pyarrow.field("frame", pyarrow.int64()), pyarrow.field("seconds", pyarrow.float64())]
+    return pyarrow.schema([*fields, *predicted_fields(columns)])
+
+
+def predicted_fields(columns: Columns) -> "list[pyarrow.Field]":
+    """Return the columns of a table that are predicted, with their types."""
+    import pyarrow
+
+    fields = []
     if columns.top:
         fields += [pyarrow.field("labels", pyarrow.list_(pyarrow.string())),
                    pyarrow.field("probabilities", pyarrow.list_(pyarrow.float32()))]  # fmt: skip
     for name, shape in columns.shapes.items():
         kind = pyarrow.list_(pyarrow.float32(), prod(shape))
         fields.append(pyarrow.field(name, kind, metadata={"shape": to_json(list(shape))}))
-    return pyarrow.schema([*fields, pyarrow.field("error", pyarrow.string())])
+    return [*fields, pyarrow.field("error", pyarrow.string())]
 
 
-def _feature_columns(rows: np.ndarray, damaged: np.ndarray, columns: Columns) -> dict[str, Any]:
+def feature_columns(rows: np.ndarray, damaged: np.ndarray, columns: Columns) -> dict[str, Any]:
     """Return an array of lists for each array of features, null for damaged images."""
     import pyarrow
 

@@ -3,37 +3,33 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
-import torch
-from PIL import Image
 
 from shvit.errors import InputError, refuse, some
 from shvit.files import is_there, sha256
-from shvit.train.data.eval_loader import BLANK
-from shvit.train.data.images import MAX_BYTES, open_image, to_rgb
-from shvit.train.data.locations import check_path
+from shvit.weights.manifest import read_manifest
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
 from ..backends.registry import artifact_sha256
+from .batches import Predictions, prepare_images
 from .job import predict_batch
-from .loading import BEGINNING, Batch, Item
 from .models import Features, LoadedModel, open_artifact, open_checkpoint
 from .outputs import Columns
 
 if TYPE_CHECKING:
     import datasets
     import pandas
+    import pyarrow
 
 DEFAULT_WEIGHTS = "shvit_s4.in1k"
 PIXELS = ("image", "bytes", "content")
 """Columns of images: the usual name, and what Ray's `read_binary_files` and Spark's `binaryFile` call them."""
 PATH = "path"
 MAX_OPEN = 4  # models that a process keeps
-Frame = TypeVar("Frame", dict[str, Any], "pandas.DataFrame")
+Frame = TypeVar("Frame", dict[str, Any], "pandas.DataFrame", "pyarrow.Table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ class Predictor:
     def _digest(self) -> str | None:
         if self.artifact is not None:
             return artifact_sha256(Path(self.artifact))
-        if self.checkpoint is None or not is_there(self.checkpoint):
+        if self.checkpoint is None or (not is_there(self.checkpoint) and _is_published(self.checkpoint)):
             return None
         return sha256(find_weights(self.checkpoint)[0])
 
@@ -146,27 +142,32 @@ class Predictor:
         """Return a batch with `labels` and `probabilities`, or each array of features, and `error`.
 
         Args:
-            batch: a dict (or another mapping) of columns, which are arrays or lists, or a pandas DataFrame. Images are
-                in the column `image`, `bytes` or `content`: PIL images, uint8 (H, W, C) or (H, W), the bytes of files,
-                or dicts of `bytes` or `path`; without such a column, in the files that `path` names.
+            batch: a dict (or another mapping) of columns, which are arrays or lists, a pandas DataFrame, or an Arrow
+                table. Images are in the column `image`, `bytes` or `content`: PIL images, uint8 (H, W, C) or (H, W),
+                the bytes of files, or dicts of `bytes` or `path`; without such a column, in the files that `path`
+                names.
 
         Returns:
-            A dict or a DataFrame, with the other columns of the batch, and without that of the images. `error` is None,
-            or why an image cannot be read, and then the others are None. Features are float32 (B, …) in a dict, with
-            NaN in place of None; in a DataFrame, each is flat.
+            The same kind of batch, with its other columns, and without that of the images. `error` is None, or why an
+            image cannot be read, and then the others are None. Features are float32 (B, …) in a dict, with NaN in place
+            of None; in a DataFrame and a table, each is flat.
 
         Raises:
             InputError: there is no such column, or as `open`.
         """
-        columns = batch if isinstance(batch, Mapping) else {name: batch[name] for name in batch}
-        source = next((name for name in (*PIXELS, PATH) if name in columns), None)
+        names = batch.column_names if _is_table(batch) else list(batch)
+        source = next((name for name in (*PIXELS, PATH) if name in names), None)
         if source is None:
-            raise InputError(f"the batch has the columns {some(list(columns))}, and none of images; name it one of "
+            raise InputError(f"the batch has the columns {some(names)}, and none of images; name it one of "
                              f"{', '.join((*PIXELS, PATH))}")  # fmt: skip
-        predicted = self._predict(list(columns[source]))
+        images = batch[source].to_pylist() if _is_table(batch) else list(batch[source])
+        predictions = self._predict(images)
+        dropped = [name for name in names if name in PIXELS]
         if isinstance(batch, Mapping):
-            return {**{name: batch[name] for name in batch if name not in PIXELS}, **predicted}
-        return batch.drop(columns=[name for name in PIXELS if name in batch]).assign(**_flat(predicted))
+            return {**{name: batch[name] for name in names if name not in dropped}, **predictions.as_arrays()}
+        if _is_table(batch):
+            return predictions.append_to(batch.drop_columns(dropped))
+        return batch.drop(columns=dropped).assign(**predictions.as_lists())
 
     def map_in_pandas(self, frames: Iterable["pandas.DataFrame"]) -> Iterator["pandas.DataFrame"]:
         """Yield the predictions for each DataFrame; a function for Spark's `mapInPandas`."""
@@ -190,18 +191,21 @@ class Predictor:
         }
         return datasets.Features({**features, **added, "error": text})
 
-    def _predict(self, images: Sequence[Any]) -> dict[str, Any]:
-        """Return the new columns for images."""
+    def _predict(self, images: Sequence[Any]) -> Predictions:
         model = _opened(self)
         columns = Columns(self.count_classes(model), False, model.shapes)
-        records, arrays = predict_batch(model, _prepare(model, images), columns.top) if len(images) else ([], b"")
-        names = ("labels", "probabilities") if columns.top else ()
-        rows = np.frombuffer(arrays, columns.dtype) if columns.shapes else {}
-        return {
-            **{name: [record.get(name) for record in records] for name in names},
-            **{name: np.array(rows[name]) for name in columns.shapes},
-            "error": [record.get("error") for record in records],
-        }
+        records, arrays = (
+            predict_batch(model, prepare_images(images, model.spec), columns.top) if len(images) else ([], b"")
+        )
+        return Predictions(columns, records, np.frombuffer(arrays, columns.dtype) if columns.shapes else None)
+
+
+def _is_table(batch: object) -> bool:
+    return hasattr(batch, "column_names")
+
+
+def _is_published(name: str | Path) -> bool:
+    return any(entry.name == str(name) for entry in read_manifest())
 
 
 @lru_cache(maxsize=MAX_OPEN)
@@ -215,66 +219,3 @@ def _array_of(shape: tuple[int, ...]) -> Any:
 
     kinds = {2: datasets.Array2D, 3: datasets.Array3D, 4: datasets.Array4D}
     return kinds[len(shape)](shape, "float32") if len(shape) > 1 else datasets.List(datasets.Value("float32"), *shape)
-
-
-def _flat(predicted: dict[str, Any]) -> dict[str, Any]:
-    """Return columns for a DataFrame: arrays as a list of flat ones, None for images that could not be read."""
-    return {
-        name: [None if error else row.reshape(-1) for row, error in zip(values, predicted["error"], strict=True)]
-        if isinstance(values, np.ndarray) else values
-        for name, values in predicted.items()
-    }  # fmt: skip
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _prepare(model: LoadedModel, images: Sequence[Any]) -> Batch:
-    """Return images as the model wants them; those that cannot be read have a problem, and are black."""
-    transform = model.spec.transform(normalize=False)
-    items, pixels = [], []
-    for image in images:
-        try:
-            read, problem = _read(image), ""
-        except InputError as error:
-            read, problem = BLANK, str(error)
-        items.append(Item(BEGINNING, NAME, problem))
-        pixels.append(transform(read))
-    return Batch(items, torch.stack(pixels))
-
-
-NAME = "image"  # in messages, from which it is then removed
-
-
-def _read(image: Any) -> Image.Image:
-    """Return an image, in any of the forms in which batches hold one, in RGB.
-
-    Raises:
-        InputError: as `open_image`, or there is no image.
-    """
-    if isinstance(image, Mapping):
-        content = image.get("bytes")
-        return _read(image.get("path") if content is None else content)
-    if isinstance(image, Image.Image):
-        return to_rgb(image, NAME)
-    if isinstance(image, bytes | bytearray | memoryview):
-        if len(image) > MAX_BYTES:
-            raise InputError(f"{NAME}: {len(image) / 1e9:.1f} GB is too large for an image; remove or replace it")
-        return open_image(BytesIO(image), NAME)
-    if isinstance(image, str | Path):
-        check_path(Path(image), "the path")
-        return open_image(Path(image), NAME)
-    if isinstance(image, np.ndarray):
-        return to_rgb(_from_array(image), NAME)
-    if image is None or image != image:  # pandas has NaN in place of None
-        raise InputError(f"{NAME}: there is none")
-    raise InputError(f"{NAME}: is of type {type(image).__name__}; give a PIL image, an array, or the bytes of a file")
-
-
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise InputError(f"{NAME}: an array of {pixels.dtype} {pixels.shape}, and images are of uint8 (H, W, C), with "
-                         "1, 3 or 4 channels")  # fmt: skip
-    return Image.fromarray(np.ascontiguousarray(pixels))

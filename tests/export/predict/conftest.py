@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_data_config
 
 from shvit.checkpoint import write_checkpoint
 from shvit.weights.run_info import RunInfo
@@ -38,3 +42,28 @@ def photos(tmp_path_factory) -> Path:
     for index in range(11):
         draw(root / ("a", "b")[index % 2] / f"{index:02}.png", index)
     return root
+
+
+@pytest.fixture(scope="session")
+def model(weights):
+    """As timm makes and loads it."""
+    made = timm.create_model("tiny_vit")
+    made.load_state_dict(load_file(weights))
+    return made.eval()
+
+
+@pytest.fixture(scope="session")
+def transform(model):
+    config = {**resolve_data_config(model=model), "input_size": (3, PX, PX)}
+    return create_transform(**config)
+
+
+@pytest.fixture(scope="session")
+def probabilities(model, transform, photos):
+    """Of each image of the folder, by its path."""
+
+    def of(path: Path) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(transform(Image.open(path).convert("RGB"))[None]).softmax(dim=1)[0]
+
+    return {str(path): of(path) for path in sorted(photos.rglob("*.png"))}

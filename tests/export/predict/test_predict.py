@@ -15,16 +15,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 from shvit.cli import run
 from shvit.errors import InputError
 from tests.conftest import LABELS
 
-from .conftest import PX, draw
-
-MODEL = "tiny_vit"
+from .conftest import draw
 
 
 def predict(*words: object) -> dict:
@@ -33,31 +31,6 @@ def predict(*words: object) -> dict:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def model(weights):
-    """As timm makes and loads it."""
-    made = timm.create_model(MODEL)
-    made.load_state_dict(load_file(weights))
-    return made.eval()
-
-
-@pytest.fixture(scope="module")
-def transform(model):
-    config = {**resolve_data_config(model=model), "input_size": (3, PX, PX)}
-    return create_transform(**config)
-
-
-@pytest.fixture(scope="module")
-def probabilities(model, transform, photos):
-    """Of each image of the folder, by its path."""
-
-    def of(path: Path) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(transform(Image.open(path).convert("RGB"))[None]).softmax(dim=1)[0]
-
-    return {str(path): of(path) for path in sorted(photos.rglob("*.png"))}
 
 
 @pytest.fixture(scope="module")
