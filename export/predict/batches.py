@@ -78,7 +78,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class NewColumns:
     """The predictions for a batch, as new columns of any kind of batch."""
 
     columns: Columns

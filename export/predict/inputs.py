@@ -46,6 +46,13 @@ class Joined(Reader):
         reader, place = self._find(index)
         return reader[place]
 
+    def take(self, start: int, stop: int) -> "Joined":
+        """Return a reader of some of the images, from `start` up to `stop`."""
+        begins = [0, *self.ends]
+        overlaps = ((reader, max(start - begin, 0), min(stop - begin, len(reader)))
+                    for reader, begin in zip(self.readers, begins, strict=False))  # fmt: skip
+        return Joined([reader.take(first, last) for reader, first, last in overlaps if first < last])
+
     def __len__(self) -> int:
         return self.ends[-1]
 

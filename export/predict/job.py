@@ -1,7 +1,7 @@
 """A job: its images go through the model, batch by batch, from where an earlier process ended."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,21 @@ from .models import LoadedModel
 from .outputs import Columns
 
 LINE_SECONDS = 30.0  # between two plain lines
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The predictions for images that follow each other."""
+
+    items: list[Item]
+    records: list[Record]
+    """One for each image."""
+    arrays: bytes
+    """The features of all images; empty where classes are predicted."""
+
+
+Source = Callable[[Place], Iterator[Predicted]]
+"""Gives a job's predictions, in order, from a place on, which is the beginning of a batch."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +57,34 @@ class Job:
         transform = self.model.spec.transform(normalize=False)
         return load_batches(self.inputs, start, transform, self.batch_size, self.workers)
 
-    def run(self, journal: Journal, console: Console, report: Callable[[str], None]) -> float:
+    def predict(self, start: Place = BEGINNING) -> Iterator[Predicted]:
+        """Yield the predictions for the images from a place on, batch by batch."""
+        for batch in self.batches(start):
+            yield Predicted(batch.items, *predict_batch(self.model, batch, self.top))
+
+    def run(self, journal: Journal, source: Source, console: Console, report: Callable[[str], None]) -> float:
         """Predict what the journal does not have; return the images per second, 0 where there was nothing to do.
 
         Args:
+            source: `predict`, or what has others predict.
             report: called with a line for each image that cannot be read.
         """
         if journal.count:
             console.print(f"resuming after {journal.count:,} images")
         with Meter(console, len(self.inputs), journal.count) as meter:
-            for batch in self.batches(journal.place):
-                records, arrays = predict_batch(self.model, batch, self.top)
-                for item in batch.items:
-                    if item.problem:
-                        report(item.problem)
-                journal.append([item.place for item in batch.items], records, arrays)
-                meter.advance(len(batch.items))
+            for predicted in source(journal.place):
+                report_problems(predicted.items, report)
+                journal.append([item.place for item in predicted.items], predicted.records, predicted.arrays)
+                meter.advance(len(predicted.items))
             journal.commit()
         return meter.speed
+
+
+def report_problems(items: Sequence[Item], report: Callable[[str], None]) -> None:
+    """Call a function with a line for each image that could not be read."""
+    for item in items:
+        if item.problem:
+            report(item.problem)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -138,12 +163,12 @@ class Meter:
             self.console.print(f"{done:,}{of_all} images, {self.speed:.0f} images/s")
 
 
-def lack_of_images(journal: Journal) -> str | None:
+def lack_of_images(images: int, damaged: int, records: Iterator[Record]) -> str | None:
     """Return what to tell a user where no image could be read, so that there is nothing to write; else None."""
-    if journal.count == 0:
+    if images == 0:
         return "the inputs hold no images; give others"
-    if journal.damaged < journal.count:
+    if damaged < images:
         return None
-    first = next(journal.records())
-    rest = f"none of the {journal.count:,} images can be read; the first: " if journal.count > 1 else ""
+    first = next(records)
+    rest = f"none of the {images:,} images can be read; the first: " if images > 1 else ""
     return f"{rest}{first['path']}: {first['error']}"

@@ -135,6 +135,25 @@ def open_journal(output: Path, job: Mapping[str, Any], row_bytes: int, batch_siz
     """
     folder = journal_path(output)
     _claim(folder)
+    with lock_folder(folder):
+        if not is_file(folder / JOB) and is_file(folder / LINES) and (folder / LINES).stat().st_size:
+            raise InputError(f"{folder}: has no {JOB}, so that nothing tells whose it is; remove it")
+        check_job(folder / JOB, {"format": FORMAT, **job})
+        journal = Journal(folder, row_bytes, batch_size)
+        try:
+            yield journal
+        finally:
+            journal.commit()
+            journal.close()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder that a job writes to, in a block that writes there.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
     try:
         lock = lock_file(folder / LOCK)
     except BlockingIOError as error:
@@ -143,13 +162,7 @@ def open_journal(output: Path, job: Mapping[str, Any], row_bytes: int, batch_siz
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
     with lock, needs_room(folder):
-        _check_job(folder, {"format": FORMAT, **job})
-        journal = Journal(folder, row_bytes, batch_size)
-        try:
-            yield journal
-        finally:
-            journal.commit()
-            journal.close()
+        yield
 
 
 def remove_journal(output: Path) -> None:
@@ -164,19 +177,21 @@ def _claim(folder: Path) -> None:
     others = {each.name for each in folder.iterdir()} - {JOB, LINES, ARRAYS, LOCK} if is_folder(folder) else set()
     if any(not name.endswith(".partial.json") for name in others):
         raise InputError(f"{folder}: holds {sorted(others)[0]}, which no job wrote; choose another --output")
+    make_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder, if it is not there; raise InputError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _check_job(folder: Path, job: dict[str, Any]) -> None:
-    """Write what identifies the job; raise InputError where the folder is another one's."""
-    path = folder / JOB
+def check_job(path: Path, job: dict[str, Any]) -> None:
+    """Write what identifies the job whose predictions are in a file's folder; raise InputError where it is another."""
     job = json.loads(to_json(job))
     if not is_file(path):
-        if is_file(folder / LINES) and (folder / LINES).stat().st_size:
-            raise InputError(f"{folder}: has no {JOB}, so that nothing tells whose it is; remove it")
         with atomic_write(path) as partial:
             partial.write_text(to_json(job) + "\n")
         return
@@ -184,8 +199,8 @@ def _check_job(folder: Path, job: dict[str, Any]) -> None:
     if before != job:
         names = job if isinstance(before, dict) else ()
         differing = [name for name in names if before.get(name) != job[name]]
-        raise InputError(f"{folder}: was begun with other {', '.join(differing) or 'options'}; give another --output, "
-                         "or remove it to begin anew")  # fmt: skip
+        raise InputError(f"{path.parent}: was begun with other {', '.join(differing) or 'options'}; give another "
+                         "--output, or remove it to begin anew")  # fmt: skip
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,16 @@ import tyro
 from shvit import terminal
 from shvit.environment import keep_freed_memory
 from shvit.errors import InputError, refuse
-from shvit.files import check_output_folder, check_replaceable
+from shvit.files import check_output_folder, check_replaceable, remove
 
 from ..guards import check_apart, rows_that_fit
+from .cluster import LOCAL, connect, predict_on_ray
 from .inputs import STDIN, find_inputs
-from .job import Job, lack_of_images
+from .job import Job, Source, lack_of_images
 from .journal import Journal, open_journal, remove_journal
 from .models import Features
 from .outputs import check_output, write_output
+from .parts import check_parts_folder, divide, part_images, run_in_parts
 from .predictor import Predictor
 from .show import MAX_DRAWN, MAX_SHOWN, draw_sheet, prediction_table
 
@@ -27,6 +30,7 @@ console = terminal.console()
 FEW = 64
 """Images that are read without further processes, which take longer to start."""
 MAX_DEFAULT_WORKERS = 8
+PART_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ class Predict:
     batch_size: int = 32
     """Batch size."""
     workers: int | None = None
-    """Number of processes that read images; by default one for each core, at most 8, and none for a few images."""
+    """Number of processes that read images; by default one for each core, at most 8, and none for a few images. With
+    --ray local, number of cores to predict on; all by default."""
+    ray: str | None = None
+    """Predict on a Ray cluster: local for this machine's cores, auto, or the cluster's HOST:PORT. An --output without a
+    suffix is a folder then, with a Parquet file for each part of the images."""
+    part_size: int | None = None
+    """Number of images that a Ray task predicts; 512 by default."""
 
     def run(self) -> dict[str, Any]:
         self._check_options()
@@ -80,11 +90,13 @@ class Predict:
         model = predictor.open(console.print)
         workers = _default_workers(len(inputs), inputs.has_frames) if self.workers is None else self.workers
         batch_size = rows_that_fit(self.batch_size, model.spec)
-        job = Job(model, inputs, predictor.count_classes(model), batch_size, workers)
+        job = Job(model, inputs, predictor.count_classes(model), batch_size, 0 if self.ray else workers)
+        if self.ray is not None:
+            return self._run_on_ray(job, predictor, self.ray)
         if self.output is not None:
-            return self._run(job, self.output)
+            return self._run(job, job.predict, self.output)
         with tempfile.TemporaryDirectory(prefix="shvit-predict-") as folder:
-            return self._run(job, None, Path(folder, "table"))
+            return self._run(job, job.predict, None, Path(folder, "table"))
 
     def _check_options(self) -> None:
         from shvit.train.data.eval_loader import check_loader
@@ -96,10 +108,33 @@ class Predict:
             raise InputError(f"--every {self.every} is out of range; choose 1 or more")
         if self.features is not None:
             refuse("features have no classes", draw=self.draw)
-        check_output(self.output, self.features is not None)
+        self._check_ray()
+        if not self._in_parts:
+            check_output(self.output, self.features is not None)
         check_apart(self.output, checkpoint=self.checkpoint, artifact=self.artifact)
         if self.draw is not None:
             self._check_draw(self.draw)
+
+    @property
+    def _in_parts(self) -> bool:
+        return self.ray is not None and self.output is not None and not self.output.suffix
+
+    def _check_ray(self) -> None:
+        if self.ray is None:
+            refuse("without --ray there are no parts", part_size=self.part_size)
+            return
+        if self.output is None:
+            raise InputError(
+                "--ray: give --output, a folder for Parquet files, or a .jsonl, .csv, .parquet or .npy file"
+            )
+        if self.part_size is not None and self.part_size < 1:
+            raise InputError(f"--part-size {self.part_size} is out of range; choose 1 or more")
+        if self.ray != LOCAL:
+            refuse("the cluster's own cores predict", workers=self.workers)
+        if self._in_parts:
+            refuse("the output is a folder of parts", draw=self.draw)
+            check_parts_folder(self.output)
+            check_output_folder(self.output.parent)
 
     def _check_draw(self, path: Path) -> None:
         if path.suffix != ".png":
@@ -115,24 +150,45 @@ class Predict:
             ema=self.ema, top=self.top, features=self.features, img_size=self.img_size,
         )  # fmt: skip
 
-    def _run(self, job: Job, output: Path | None, place: Path | None = None) -> dict[str, Any]:
+    def _run_on_ray(self, job: Job, predictor: Predictor, address: str) -> dict[str, Any]:
+        assert self.output is not None
+        size = part_images(self.part_size or PART_IMAGES, job.batch_size, job.columns)
+        with connect(address, self.workers):
+            predict = partial(predict_on_ray, predictor, job.top, job.batch_size)
+            if not self._in_parts:
+                return self._run(job, lambda start: predict(divide(job.inputs, start, size)), self.output)
+            totals = run_in_parts(job, self.output, size, predict, console, terminal.report)
+        if problem := lack_of_images(totals.images, totals.damaged, iter(totals.problems)):
+            remove(self.output)
+            raise InputError(problem)
+        return self._result(totals.images, totals.damaged, {}, totals.images_per_second)
+
+    def _run(self, job: Job, source: Source, output: Path | None, place: Path | None = None) -> dict[str, Any]:
         """Run a job, write its output, and return the command's result.
 
         Args:
+            source: gives the job's predictions.
             place: what the journal stands beside where there is no output.
         """
         where = output or place
         assert where is not None
         with open_journal(where, job.identity(), job.columns.row_bytes, job.batch_size) as journal:
-            speed = job.run(journal, console, terminal.report)
-            problem = lack_of_images(journal)
+            speed = job.run(journal, source, console, terminal.report)
+            problem = lack_of_images(journal.count, journal.damaged, journal.records())
             if problem is None and output is not None:
                 write_output(journal, output, job.columns)
             shown = {} if problem else self._show(job, journal, output)
         remove_journal(where)
         if problem is not None:
             raise InputError(problem)
-        result = {"images": journal.count, "damaged": journal.damaged, "output": output and str(output)}
+        return self._result(journal.count, journal.damaged, shown, speed)
+
+    def _result(self, images: int, damaged: int, shown: dict[str, Any], speed: float) -> dict[str, Any]:
+        """Print where the predictions are, and return the command's result."""
+        if self.output is not None:
+            rest = f", {damaged:,} of them damaged" if damaged else ""
+            console.print(f"{self.output}: {images:,} images{rest}")
+        result = {"images": images, "damaged": damaged, "output": self.output and str(self.output)}
         return {**result, **shown, "images_per_second": round(speed, 1)}
 
     def _show(self, job: Job, journal: Journal, output: Path | None) -> dict[str, Any]:
@@ -144,9 +200,7 @@ class Predict:
         if output is None:
             records = list(journal.records())
             console.print(prediction_table(records))
-            return {**shown, "predictions": records}
-        damaged = f", {journal.damaged:,} of them damaged" if journal.damaged else ""
-        console.print(f"{output}: {journal.count:,} images{damaged}")
+            shown["predictions"] = records
         return shown
 
 

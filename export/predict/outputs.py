@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Columns:
 
 
 def check_output(output: Path | None, has_features: bool) -> None:
-    """Raise InputError, before any work is done, where predictions could not be written to `output`."""
+    """Raise InputError, before any work is done, where predictions could not be written to the file `output`."""
     if output is None:
         if has_features:
             raise InputError("features are written to a file; give --output F.parquet or F.npy")
@@ -114,15 +114,24 @@ def _write_npy(journal: Journal, path: Path, columns: Columns) -> None:
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(journal: Journal, path: Path, columns: Columns) -> None:
+class Predictions(Protocol):
+    """What tables are written of: the records of images, in order, and their arrays."""
+
+    def records(self) -> Iterator[Record]: ...
+
+    def arrays(self, rows: int) -> Iterator[bytes]: ...
+
+
+def write_parquet(predictions: Predictions, path: Path, columns: Columns) -> None:
+    """Write predictions as a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
     schema = _schema(columns)
     rows = rows_at_once(columns)
-    arrays = journal.arrays(rows) if columns.shapes else iter(())
+    arrays = predictions.arrays(rows) if columns.shapes else iter(())
     with parquet.ParquetWriter(path, schema) as writer:
-        for records in _chunks(journal.records(), rows):
+        for records in _chunks(predictions.records(), rows):
             table: dict[str, Any] = {field.name: [record.get(field.name) for record in records] for field in schema}
             if columns.shapes:
                 damaged = np.array(["error" in record for record in records])
@@ -175,4 +184,4 @@ def _chunks(records: Iterator[Record], size: int) -> Iterable[Sequence[Record]]:
         yield chunk
 
 
-WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet, ".npy": _write_npy}
+WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": write_parquet, ".npy": _write_npy}

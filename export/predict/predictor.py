@@ -14,7 +14,7 @@ from shvit.weights.manifest import read_manifest
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
 from ..backends.registry import artifact_sha256
-from .batches import Predictions, prepare_images
+from .batches import NewColumns, prepare_images
 from .job import predict_batch
 from .models import Features, LoadedModel, open_artifact, open_checkpoint
 from .outputs import Columns
@@ -155,19 +155,19 @@ class Predictor:
         Raises:
             InputError: there is no such column, or as `open`.
         """
-        names = batch.column_names if _is_table(batch) else list(batch)
+        names = _column_names(batch)
         source = next((name for name in (*PIXELS, PATH) if name in names), None)
         if source is None:
             raise InputError(f"the batch has the columns {some(names)}, and none of images; name it one of "
                              f"{', '.join((*PIXELS, PATH))}")  # fmt: skip
         images = batch[source].to_pylist() if _is_table(batch) else list(batch[source])
-        predictions = self._predict(images)
+        new = self._predict(images)
         dropped = [name for name in names if name in PIXELS]
         if isinstance(batch, Mapping):
-            return {**{name: batch[name] for name in names if name not in dropped}, **predictions.as_arrays()}
+            return {**{name: batch[name] for name in names if name not in dropped}, **new.as_arrays()}
         if _is_table(batch):
-            return predictions.append_to(batch.drop_columns(dropped))
-        return batch.drop(columns=dropped).assign(**predictions.as_lists())
+            return new.append_to(batch.drop_columns(dropped))
+        return batch.drop(columns=dropped).assign(**new.as_lists())
 
     def map_in_pandas(self, frames: Iterable["pandas.DataFrame"]) -> Iterator["pandas.DataFrame"]:
         """Yield the predictions for each DataFrame; a function for Spark's `mapInPandas`."""
@@ -183,7 +183,7 @@ class Predictor:
         """
         import datasets
 
-        model = _opened(self)
+        model = opened_model(self)
         text, number = datasets.Value("string"), datasets.Value("float32")
         added = {name: _array_of(shape) for name, shape in model.shapes.items()} or {
             "labels": datasets.List(text),
@@ -191,17 +191,21 @@ class Predictor:
         }
         return datasets.Features({**features, **added, "error": text})
 
-    def _predict(self, images: Sequence[Any]) -> Predictions:
-        model = _opened(self)
+    def _predict(self, images: Sequence[Any]) -> NewColumns:
+        model = opened_model(self)
         columns = Columns(self.count_classes(model), False, model.shapes)
         records, arrays = (
             predict_batch(model, prepare_images(images, model.spec), columns.top) if len(images) else ([], b"")
         )
-        return Predictions(columns, records, np.frombuffer(arrays, columns.dtype) if columns.shapes else None)
+        return NewColumns(columns, records, np.frombuffer(arrays, columns.dtype) if columns.shapes else None)
 
 
 def _is_table(batch: object) -> bool:
     return hasattr(batch, "column_names")
+
+
+def _column_names(batch: Any) -> list[str]:
+    return list(batch.column_names if _is_table(batch) else batch)
 
 
 def _is_published(name: str | Path) -> bool:
@@ -209,7 +213,7 @@ def _is_published(name: str | Path) -> bool:
 
 
 @lru_cache(maxsize=MAX_OPEN)
-def _opened(predictor: Predictor) -> LoadedModel:
+def opened_model(predictor: Predictor) -> LoadedModel:
     """Return the predictor's model, opened once in a process."""
     return predictor.open()
 

@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -258,6 +259,10 @@ class Files(Reader):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def take(self, start: int, stop: int) -> "Files":
+        """Return a reader of some of the images, from `start` up to `stop`."""
+        return Files(self.samples[start:stop], self.names[start:stop])
+
     def size(self, index: int) -> int:
         """Return the size of a file in bytes."""
         return self.samples[index][0].stat().st_size
@@ -292,6 +297,13 @@ class TarFiles(Reader):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def take(self, start: int, stop: int) -> "TarFiles":
+        """Return a reader of some of the images, from `start` up to `stop`."""
+        taken = copy(self)
+        for name in ("samples", "places", "names"):
+            setattr(taken, name, getattr(self, name)[start:stop])
+        return taken
 
     def size(self, index: int) -> int:
         """Return the size of a file in bytes."""

@@ -147,14 +147,14 @@ def test_it_is_pickled_as_its_arguments_and_opened_once(weights, paths, expected
     copy = tmp_path / "tiny.safetensors"
     shutil.copy(weights, copy)
     monkeypatch.chdir(tmp_path)
-    opened = module._opened.cache_info().misses
+    opened = module.opened_model.cache_info().misses
     pickled = pickle.dumps(Predictor(checkpoint="tiny.safetensors"))
     assert len(pickled) < 1000
     monkeypatch.chdir("/")
-    assert module._opened.cache_info().misses == opened
+    assert module.opened_model.cache_info().misses == opened
     for _ in range(2):
         assert pickle.loads(pickled)({"path": paths})["labels"] == expected
-    assert module._opened.cache_info().misses == opened + 1
+    assert module.opened_model.cache_info().misses == opened + 1
 
 
 def test_another_file_of_that_name_is_refused(weights, mine, paths, tmp_path):

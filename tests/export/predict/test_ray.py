@@ -1,22 +1,36 @@
-"""Predictions on Ray: a local cluster with several workers."""
+"""Predictions on Ray, by a local cluster with several workers, against those of the plain command."""
 
 import importlib.util
+import os
 import re
 import shutil
+import signal
+import subprocess
+import tarfile
+import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
 import timm
 
 from shvit.checkpoint import write_checkpoint
+from shvit.cli import run
+from shvit.errors import InputError
 from shvit.export import Predictor
+from shvit.export.predict.cluster import predict_on_ray
+from shvit.export.predict.inputs import find_inputs
+from shvit.export.predict.loading import BEGINNING
+from shvit.export.predict.parts import JobPart
 from shvit.weights.run_info import RunInfo
 from tests.conftest import LABELS, ROOT, images, randomize, settle
+from tests.train.forked import start
 
 from .conftest import PX, draw
+from .test_inputs import frames, write_video
 
 ray = pytest.importorskip("ray")
 
@@ -95,3 +109,148 @@ def written(folder: str) -> dict[str, list[str] | None]:
     table = pandas.read_parquet(folder)
     names = [name.removeprefix("file:") for name in table["path"]]
     return {name: found if found is None else [*found] for name, found in zip(names, table["labels"], strict=True)}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def predict(*words: object) -> dict:
+    return run(["predict", *map(str, words)])
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def table_of(folder: Path) -> list[dict]:
+    return [row for path in parts_of(folder) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+@pytest.fixture
+def words(place, known, tmp_path) -> list[object]:
+    """Of a folder, a tar and a video, in that order."""
+    with tarfile.open("more.tar", "w") as archive:
+        archive.add("photos/00.png", "z.png")
+        archive.add("photos/01.png", "y.png")
+    write_video(Path("clip.mkv"), frames(5))
+    return ["photos", "more.tar", "clip.mkv", "--checkpoint", known, "--batch-size", 2]
+
+
+def test_files_have_the_same_bytes(cluster, words):
+    """With relative paths, which are those of this process."""
+    for options, names in ((("--top", 2), ("p.jsonl", "p.csv", "p.parquet")),
+                           (("--features", "maps"), ("f.npy",))):  # fmt: skip
+        for name in names:
+            expected = predict(*words, *options, "--output", f"plain_{name}")
+            result = predict(*words, *options, "--output", name, "--ray", "auto", "--part-size", 3)
+            assert Path(name).read_bytes() == Path(f"plain_{name}").read_bytes()
+            assert (result["images"], result["damaged"]) == (19, 1) == (expected["images"], expected["damaged"])
+
+
+def test_parts_that_are_there_are_not_predicted_again(cluster, words, capsys):
+    predict(*words, "--output", "plain.parquet")
+    options = ("--output", "parts", "--ray", "auto", "--part-size", 4)
+    predict(*words, *options)
+    names = [path.name for path in parts_of(Path("parts"))]
+    assert names == [f"part-{index:05}-of-00005.parquet" for index in range(5)]  # 4 + 4 + 4 images, a tar, a video
+    expected = pyarrow.parquet.read_table("plain.parquet").to_pylist()
+    assert table_of(Path("parts")) == expected
+    assert len(pandas.read_parquet("parts")) == 19
+    Path("parts", names[1]).unlink()
+    Path("parts", names[4]).unlink()
+    for name in ("photos/00.png", "photos/05.png"):  # of a part that is there, and of one that is not
+        Path(name).write_bytes(b"damaged since")
+    capsys.readouterr()
+    assert predict(*words, *options)["damaged"] == 2
+    assert "resuming: 3 of 5 parts are there" in capsys.readouterr().out
+    changed = [index for index, row in enumerate(table_of(Path("parts"))) if row != expected[index]]
+    assert [expected[index]["path"] for index in changed] == ["photos/05.png"]
+    with pytest.raises(InputError, match="begun with other part size;"):
+        predict(*words, *options[:-1], 6)
+    with pytest.raises(InputError, match="begun with other images;"):
+        predict("photos", *words[3:], *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--ray: give --output"),
+        (("--output", "p.txt"), r"written as \.jsonl, \.csv, \.parquet"),
+        (("--output", "parts", "--draw", "sheet.png"), "--draw does not apply: the output is a folder"),
+        (("--output", "parts", "--part-size", 0), "--part-size 0 is out of range"),
+        (("--output", "parts", "--workers", 2), "--workers does not apply: the cluster's own cores"),
+        (("--output", "photos"), r"photos: holds 00\.png, .* which no job wrote"),
+    ],
+)
+def test_unusable_options_are_one_line(cluster, words, options, message):
+    with pytest.raises(InputError, match=message) as failed:
+        predict(*words, "--ray", "auto", *options)
+    assert "\n" not in str(failed.value)
+
+
+def test_without_ray_there_are_no_parts(words):
+    with pytest.raises(InputError, match="--part-size does not apply"):
+        predict(*words, "--output", "p.csv", "--part-size", 3)
+
+
+def test_nothing_is_left_where_no_image_can_be_read(cluster, known, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1\.jpg: not a readable image"):
+        predict(tmp_path / "bad", "--checkpoint", known, "--output", tmp_path / "parts", "--ray", "auto")
+    assert not (tmp_path / "parts").exists()
+
+
+def test_what_a_task_raises_is_one_line(cluster, known, tmp_path, monkeypatch):
+    copy = tmp_path / "known.safetensors"
+    shutil.copy(known, copy)
+    predictor = Predictor(checkpoint=copy)
+    copy.write_bytes(b"another file")
+    job_part = JobPart(BEGINNING, find_inputs([str(draw(tmp_path / "a.png", 0))], 1, print).parts[0], 0)
+    with pytest.raises(InputError, match=r"known\.safetensors: is another file here") as failed:
+        list(predict_on_ray(predictor, 1, 1, [job_part]))
+    assert "\n" not in str(failed.value)
+
+    class Ends:
+        def open(self) -> None:
+            os._exit(1)
+
+    monkeypatch.setattr("shvit.export.predict.cluster.RETRIES", 0)
+    with pytest.raises(InputError, match=r"a\.png: the worker that read it, .* ended 1 times") as failed:
+        list(predict_on_ray(Ends(), 1, 1, [job_part]))
+    assert "\n" not in str(failed.value)
+
+
+def run_locally(words: list[str]) -> None:
+    predict(*words)
+
+
+def tasks_below(pid: int) -> list[int]:
+    """The workers of a process that predict at this moment: they have the task as their name."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    family = {str(pid)}
+    for _ in range(5):
+        family |= {child for child, parent, _ in rows if parent in family}
+    return [int(child) for child, _, name in rows if child in family and name.startswith("ray::predict_part")]
+
+
+def test_a_worker_is_killed_and_each_image_has_its_row(known, tmp_path):
+    """Of large images, so that it is killed while it predicts one of the later parts."""
+    listed = [str(draw(tmp_path / f"{index}.png", index, (900, 900))) for index in range(5)] * 10
+    options = ["--checkpoint", str(known), "--batch-size", "2"]
+    predict(*listed, *options, "--output", tmp_path / "plain.parquet", "--workers", 0)
+    parts = tmp_path / "parts"
+    on_ray = ["--output", str(parts), "--ray", "local", "--workers", "2", "--part-size", "2"]
+    process = start(run_locally, [*listed, *options, *on_ray])
+    killed = None
+    while killed is None and process.is_alive():
+        if len(parts_of(parts)) >= 2 and (workers := tasks_below(process.pid)):
+            killed = workers[0]
+            os.kill(killed, signal.SIGKILL)
+            assert len(parts_of(parts)) < 25
+        time.sleep(0.01)
+    process.join()
+    assert killed is not None
+    assert process.exitcode == 0
+    assert table_of(parts) == pyarrow.parquet.read_table(tmp_path / "plain.parquet").to_pylist()
