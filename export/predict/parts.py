@@ -1,7 +1,7 @@
 """A job in parts, which processes elsewhere predict, and a folder with a Parquet file for each of them."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from shvit.errors import InputError, some
 from shvit.files import atomic_write, is_folder, is_there, open_file
 
+from ..guards import one_line
 from .inputs import Inputs, Joined
 from .inputs import Part as InputPart
 from .job import Job, Meter, Predicted, report_problems
@@ -111,7 +112,7 @@ def run_in_parts(
     """Write the parts of a job to a folder, each atomically, except those that are there; return what it holds then.
 
     Raises:
-        InputError: the folder is another job's or being written, or it does not hold each image once at the end.
+        InputError: the folder is another job's or being written, or a part does not have its images at the end.
     """
     with _open_folder(folder, {**job.identity(), "part size": size}):
         parts = list(divide(job.inputs, BEGINNING, size))
@@ -126,11 +127,7 @@ def run_in_parts(
                 with atomic_write(paths[part]) as partial:
                     write_parquet(Part(predicted, job.columns.row_bytes), partial, job.columns)
                 meter.advance(len(predicted.items))
-        totals = _totals(list(paths.values()), meter.speed)
-        if not job.inputs.has_frames and totals.images != len(job.inputs):
-            raise InputError(f"{folder}: has {totals.images:,} rows for {len(job.inputs):,} images; something else has "
-                             "changed its files, remove it and begin anew")  # fmt: skip
-        return totals
+        return _totals(paths, meter.speed)
 
 
 @contextmanager
@@ -142,15 +139,18 @@ def _open_folder(folder: Path, job: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _totals(paths: Iterable[Path], speed: float) -> Totals:
-    """Count the rows of files, and those with an error."""
+def _totals(paths: Mapping[JobPart, Path], speed: float) -> Totals:
+    """Count the rows of all parts, and those with an error; raise InputError where a part has others than its own."""
     from pyarrow import parquet
 
     images = damaged = 0
     problems: list[Record] = []
-    for path in paths:
-        with open_file(path) as file:
+    for part, path in paths.items():
+        with one_line(path, "not a part that a job wrote; remove it"), open_file(path) as file:
             table = parquet.read_table(file, columns=["path", "error"])
+        if isinstance(part.images, Joined) and len(table) != len(part):
+            raise InputError(f"{path}: has {len(table)} rows for {len(part)} images; something else has changed it, "
+                             "remove it and run the same command")  # fmt: skip
         images += len(table)
         damaged += len(table) - table["error"].null_count
         if damaged and not problems:

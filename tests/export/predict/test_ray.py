@@ -169,6 +169,13 @@ def test_parts_that_are_there_are_not_predicted_again(cluster, words, capsys):
         predict(*words, *options[:-1], 6)
     with pytest.raises(InputError, match="begun with other images;"):
         predict("photos", *words[3:], *options)
+    path = Path("parts", names[0])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).slice(1), path)
+    with pytest.raises(InputError, match=r"of-00005\.parquet: has 3 rows for 4 images"):
+        predict(*words, *options)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"of-00005\.parquet: not a part that a job wrote; remove it"):
+        predict(*words, *options)
 
 
 @pytest.mark.parametrize(
