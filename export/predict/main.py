@@ -124,9 +124,9 @@ class Predict:
             refuse("without --ray there are no parts", part_size=self.part_size)
             return
         if self.output is None:
-            raise InputError(
-                "--ray: give --output, a folder for Parquet files, or a .jsonl, .csv, .parquet or .npy file"
-            )
+            raise InputError("--ray: give --output, a folder for Parquet files, or a file as without --ray")
+        if self.workers == 0:
+            raise InputError("--workers 0: Ray needs at least one core to predict on; choose 1 or more")
         if self.part_size is not None and self.part_size < 1:
             raise InputError(f"--part-size {self.part_size} is out of range; choose 1 or more")
         if self.ray != LOCAL:

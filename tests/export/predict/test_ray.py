@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -186,6 +187,7 @@ def test_parts_that_are_there_are_not_predicted_again(cluster, words, capsys):
         (("--output", "parts", "--draw", "sheet.png"), "--draw does not apply: the output is a folder"),
         (("--output", "parts", "--part-size", 0), "--part-size 0 is out of range"),
         (("--output", "parts", "--workers", 2), "--workers does not apply: the cluster's own cores"),
+        (("--output", "parts", "--workers", 0), "--workers 0: Ray needs at least one core"),
         (("--output", "photos"), r"photos: holds 00\.png, .* which no job wrote"),
     ],
 )
@@ -193,6 +195,25 @@ def test_unusable_options_are_one_line(cluster, words, options, message):
     with pytest.raises(InputError, match=message) as failed:
         predict(*words, "--ray", "auto", *options)
     assert "\n" not in str(failed.value)
+
+
+def test_a_cluster_that_is_not_there_is_one_line(words):
+    """In a process of its own, which is connected to none."""
+    line = [
+        sys.executable,
+        "-c",
+        "from shvit.cli import program; program()",
+        "predict",
+        *map(str, words),
+        "--output",
+        "parts",
+        "--ray",
+        "auto",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--ray auto: no Ray cluster there" in done.stderr
+    assert not Path("parts").exists()
 
 
 def test_without_ray_there_are_no_parts(words):
