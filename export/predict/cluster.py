@@ -1,6 +1,7 @@
 """A job's parts on a Ray cluster: tasks predict them, and those of a worker that ends are run again."""
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,8 @@ from .predictor import Predictor, opened_model
 if TYPE_CHECKING:
     import ray
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
+CONNECT_S = 10.0
 AHEAD = 4
 """Parts that are asked for at a time, for each core of the cluster."""
 RETRIES = 3  # of a part, where the worker that predicts it ends
@@ -41,6 +43,8 @@ def connect(address: str, workers: int | None) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # which Ray reads when it is imported, and reports at its end
     import ray
 
+    if address not in (LOCAL, AUTO):
+        _check_reachable(address)
     if ray.is_initialized():
         yield
         return
@@ -48,12 +52,25 @@ def connect(address: str, workers: int | None) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray's, gRPC's and the system's
-        raise InputError(f"--ray {address}: no Ray cluster there ({first_line(error)}); give local, auto, or the "
-                         "HOST:PORT of one") from error  # fmt: skip
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise InputError where nothing answers at a host and port, for which Ray waits two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(f"--ray {address}: no Ray cluster there ({first_line(error)}); give local, auto, or the HOST:PORT "
+                      "of one")  # fmt: skip
 
 
 def predict_on_ray(predictor: Predictor, top: int, batch_size: int, parts: Iterable[JobPart]) -> Iterator[Predicted]:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -179,6 +178,14 @@ def test_parts_that_are_there_are_not_predicted_again(cluster, words, capsys):
         predict(*words, *options)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:x"])
+def test_a_cluster_that_is_not_there_is_one_line(cluster, words, address):
+    with pytest.raises(InputError, match=f"--ray {address}: no Ray cluster there") as failed:
+        predict(*words, "--output", "parts", "--ray", address)
+    assert "\n" not in str(failed.value)
+    assert not Path("parts").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,25 +202,6 @@ def test_unusable_options_are_one_line(cluster, words, options, message):
     with pytest.raises(InputError, match=message) as failed:
         predict(*words, "--ray", "auto", *options)
     assert "\n" not in str(failed.value)
-
-
-def test_a_cluster_that_is_not_there_is_one_line(words):
-    """In a process of its own, which is connected to none."""
-    line = [
-        sys.executable,
-        "-c",
-        "from shvit.cli import program; program()",
-        "predict",
-        *map(str, words),
-        "--output",
-        "parts",
-        "--ray",
-        "auto",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--ray auto: no Ray cluster there" in done.stderr
-    assert not Path("parts").exists()
 
 
 def test_without_ray_there_are_no_parts(words):
