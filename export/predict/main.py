@@ -16,13 +16,12 @@ from shvit.errors import InputError, refuse
 from shvit.files import check_output_folder, check_replaceable, remove
 
 from ..guards import check_apart, rows_that_fit
-from .cluster import LOCAL, connect, predict_on_ray
+from .cluster import LOCAL, check_parts_folder, connect, divide, part_images, predict_on_ray, run_in_parts
 from .inputs import STDIN, find_inputs
 from .job import Job, Source, lack_of_images
 from .journal import Journal, open_journal, remove_journal
 from .models import Features
 from .outputs import check_output, write_output
-from .parts import check_parts_folder, divide, part_images, run_in_parts
 from .predictor import Predictor
 from .show import MAX_DRAWN, MAX_SHOWN, draw_sheet, prediction_table
 

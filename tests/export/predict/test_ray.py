@@ -21,10 +21,9 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.errors import InputError
 from shvit.export import Predictor
-from shvit.export.predict.cluster import predict_on_ray
+from shvit.export.predict.cluster import JobPart, predict_on_ray
 from shvit.export.predict.inputs import find_inputs
 from shvit.export.predict.loading import BEGINNING
-from shvit.export.predict.parts import JobPart
 from shvit.weights.run_info import RunInfo
 from tests.conftest import LABELS, ROOT, images, randomize, settle
 from tests.train.forked import start
