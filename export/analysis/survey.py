@@ -145,7 +145,7 @@ def _try(connection: Connection, name: str, model: str, precision: Precision, im
 
 
 def _settled(name: str, images: Path | None) -> nn.Module:
-    """Return a model with random weights, whose BatchNorms have the statistics of some images.
+    """Return a model with random weights, its classifier's too, whose BatchNorms have the statistics of some images.
 
     With others a random model gives nearly the same outputs for all images, and no file could be told from another.
     """
@@ -156,6 +156,8 @@ def _settled(name: str, images: Path | None) -> nn.Module:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # the mean of all batches, of which there is one
+        elif isinstance(module, nn.Linear) and not module.weight.any():  # a classifier that begins with zeros
+            nn.init.normal_(module.weight, std=0.02)
     with torch.no_grad():
         model.train()(spec.normalize(read_pixels(sample_images(images, limit=SETTLING_IMAGES), spec)))
     return model.eval()
@@ -177,9 +179,8 @@ def markdown(outcomes: Outcomes) -> str:
     refused = [each for each in total if each.passed is False and each.snr_db is not None]
     held = sum(each.passed is not False for each in total)
     text = (
-        f"Of {len(total)} files that were asked for, {held} hold, {len(refused)} were refused, of which {len(loose)} "
-        f"have a cosine of {LOOSE_COSINE} or more on every image, and {len(total) - held - len(refused)} could not be "
-        "written or run."
+        f"{len(total)} files were asked for: {held} hold; {len(refused)} refused, {len(loose)} of them with a cosine "
+        f"of {LOOSE_COSINE} or more on every image; {len(total) - held - len(refused)} could not be written or run."
     )
     reasons = "".join(
         f"- `{model}`, {BACKENDS[name].title if name in BACKENDS else name}: {each.reason}\n"

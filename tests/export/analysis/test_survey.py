@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import timm
 
 from shvit.errors import InputError
 from shvit.export.analysis import survey as module
@@ -50,6 +51,13 @@ def test_a_process_that_ends_or_does_not_is_an_outcome(monkeypatch, what, reason
     assert re.search(reason, outcome.reason)
 
 
+def test_models_have_no_outputs_of_zeros():
+    assert timm.create_model("mixer_s32_224").head.weight.abs().max() == 0
+    model = module._settled("mixer_s32_224", None)
+    assert model.head.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].mlp_tokens.fc1.weight.any()
+
+
 def test_table_marks_what_a_loose_check_accepts():
     wrong = Outcome(False, 12.5, 0.957, "SNR 12.5 dB is below 60 dB | and more")
     table = markdown(
@@ -58,8 +66,7 @@ def test_table_marks_what_a_loose_check_accepts():
     assert "| `m` | **refused**, cosine 0.957 | 111 dB |" in table
     assert "| `n` | **refused** |  |" in table
     assert (
-        "asked for, 1 hold, 2 were refused, of which 1 have a cosine of 0.9 or more on every image, and 0 could"
-        in table
+        "3 files were asked for: 1 hold; 2 refused, 1 of them with a cosine of 0.9 or more on every image; 0" in table
     )
     assert "- `m`, ncnn: SNR 12.5 dB is below 60 dB | and more" in table
 
