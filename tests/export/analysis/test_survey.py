@@ -52,9 +52,9 @@ def test_a_process_that_ends_or_does_not_is_an_outcome(monkeypatch, what, reason
 
 
 def test_models_have_no_outputs_of_zeros():
-    assert timm.create_model("mixer_s32_224").head.weight.abs().max() == 0
+    assert timm.create_model("mixer_s32_224").head.weight.any().item() is False
     model = module._settled("mixer_s32_224", None)
-    assert model.head.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.blocks[0].mlp_tokens.fc1.weight.any()
 
 
