@@ -242,7 +242,12 @@ def _handle(label: str, color: str, **look: Any) -> Line2D:
 
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    """Put a legend below the panels, in as many columns as the figure is wide enough for."""
+    for columns in range(min(5, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _ticks(axis: Axis) -> None:

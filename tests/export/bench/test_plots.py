@@ -98,6 +98,18 @@ def test_every_device_has_panels_of_its_own(machine, name, tmp_path, pareto):
     assert pareto.axes[0].get_title() == ""
 
 
+def test_legend_of_many_runtimes_is_within_the_figure():
+    names = ("torch", "onnxruntime", "openvino", "litert", "ncnn", "executorch", "onnxruntime-int8", "openvino-int8")
+    cases = tuple(replace(result("m", None, 3.0), runtime=name, ratio_to_first=None) for name in names)
+    figure = draw_latency(replace(NONE, results=cases))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = legend.get_window_extent()
+    assert len(legend.get_texts()) == len(names) + 1
+    assert shown.x0 >= 0
+    assert shown.x1 <= figure.bbox.width
+
+
 def test_one_bar_for_each_case_with_a_whisker_and_a_mark_if_too_noisy():
     figure = draw_latency(MEASUREMENTS)
     first, second = figure.axes
