@@ -200,7 +200,7 @@ def check_job(path: Path, job: dict[str, Any]) -> None:
         names = job if isinstance(before, dict) else ()
         differing = [name for name in names if before.get(name) != job[name]]
         raise InputError(f"{path.parent}: was begun with other {', '.join(differing) or 'options'}; give another "
-                         "--output, or remove it to begin anew")  # fmt: skip
+                         "--output, or remove it to start from the first image")  # fmt: skip
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

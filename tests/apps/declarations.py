@@ -230,27 +230,28 @@ package org.pytorch.executorch
 import java.io.Closeable
 import java.nio.ByteBuffer
 abstract class Tensor internal constructor() {
-    open val dataAsFloatArray: FloatArray get() = TODO()
+    open val dataAsFloatArray: FloatArray get() = error("only compiled")
     companion object {
-        @JvmStatic fun fromBlobUnsigned(data: ByteArray, shape: LongArray): Tensor = TODO()
-        @JvmStatic fun fromBlobUnsigned(data: ByteBuffer, shape: LongArray): Tensor = TODO()
+        @JvmStatic fun fromBlobUnsigned(data: ByteArray, shape: LongArray): Tensor = error("only compiled")
+        @JvmStatic fun fromBlobUnsigned(data: ByteBuffer, shape: LongArray): Tensor = error("only compiled")
     }
 }
 class EValue private constructor() {
-    fun toTensor(): Tensor = TODO()
+    fun toTensor(): Tensor = error("only compiled")
     companion object {
-        @JvmStatic fun from(tensor: Tensor): EValue = TODO()
-        @JvmStatic fun from(value: Boolean): EValue = TODO()
-        @JvmStatic fun from(value: Long): EValue = TODO()
-        @JvmStatic fun from(value: Double): EValue = TODO()
-        @JvmStatic fun from(value: String): EValue = TODO()
+        @JvmStatic fun from(tensor: Tensor): EValue = error("only compiled")
+        @JvmStatic fun from(value: Boolean): EValue = error("only compiled")
+        @JvmStatic fun from(value: Long): EValue = error("only compiled")
+        @JvmStatic fun from(value: Double): EValue = error("only compiled")
+        @JvmStatic fun from(value: String): EValue = error("only compiled")
     }
 }
 open class Module private constructor() : Closeable {
-    open fun forward(vararg inputs: EValue): Array<EValue> = TODO()
-    override fun close() = TODO()
+    open fun forward(vararg inputs: EValue): Array<EValue> = error("only compiled")
+    override fun close() = error("only compiled")
     companion object {
-        @JvmStatic @JvmOverloads fun load(modelPath: String?, loadMode: Int = 0, numThreads: Int = 0): Module = TODO()
+        @JvmStatic @JvmOverloads fun load(modelPath: String?, loadMode: Int = 0, numThreads: Int = 0): Module =
+            error("only compiled")
     }
 }
 """,

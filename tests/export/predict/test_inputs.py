@@ -10,6 +10,7 @@ import tarfile
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -115,7 +116,6 @@ def frames(count: int) -> list[np.ndarray]:
 
 def write_video(path: Path, images: list[np.ndarray]) -> Path:
     """Without loss, ten frames a second."""
-    av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=Fraction(10))
         stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
@@ -176,7 +176,6 @@ def test_a_video_that_ends_in_the_middle_is_damaged_there(tmp_path):
 
 def test_lists_of_other_files_are_not_videos(tmp_path, monkeypatch):
     """FFmpeg opens what they name."""
-    av = pytest.importorskip("av")
     monkeypatch.chdir(tmp_path)
     write_video(Path("secret.mkv"), frames(2))
     path = Path("list.mp4")

@@ -4,11 +4,13 @@ import pickle
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas
 import pyarrow
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from shvit.errors import InputError
@@ -211,7 +213,6 @@ def test_unusable_batches_are_one_line(weights):
 
 def test_datasets_of_hugging_face(weights, paths, expected, tmp_path, monkeypatch):
     """Types are those of the first rows, in which no image is damaged, unless they are given."""
-    datasets = pytest.importorskip("datasets")
     draw(tmp_path / "bad.png", 0).write_bytes(b"no image")
     listed = [*paths[:2], str(tmp_path / "bad.png"), paths[2]]
     dataset = datasets.Dataset.from_dict({"image": listed, "id": [1, 2, 3, 4]})
@@ -231,8 +232,7 @@ def test_datasets_of_hugging_face(weights, paths, expected, tmp_path, monkeypatc
 
 def test_a_cached_dataset_is_that_of_the_same_predictor(weights, mine):
     """Which `datasets` tells by a hash of the function's pickle."""
-    fingerprint = pytest.importorskip("datasets.fingerprint")
-    first, second = (fingerprint.Hasher.hash(Predictor(checkpoint=weights)) for _ in range(2))
+    first, second = (Hasher.hash(Predictor(checkpoint=weights)) for _ in range(2))
     others = {"checkpoint": weights, "top": 1}, {"artifact": mine}
     assert first == second
-    assert len({first, *(fingerprint.Hasher.hash(Predictor(**each)) for each in others)}) == 3
+    assert len({first, *(Hasher.hash(Predictor(**each)) for each in others)}) == 3

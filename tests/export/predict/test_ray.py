@@ -15,6 +15,7 @@ import numpy as np
 import pandas
 import pyarrow.parquet
 import pytest
+import ray
 import timm
 
 from shvit.checkpoint import write_checkpoint
@@ -30,8 +31,6 @@ from tests.train.forked import start
 
 from .conftest import PX, draw
 from .test_inputs import frames, write_video
-
-ray = pytest.importorskip("ray")
 
 MODEL, WIDTH = "test_resnet", 96  # which timm has, so that workers know it too
 
