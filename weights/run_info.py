@@ -7,13 +7,18 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from shvit.documents import load_json, load_yaml, parse_json, to_json
 from shvit.errors import InputError
 from shvit.files import is_file
 
-__all__ = ["RUN_KEY", "RunInfo", "is_name", "read_run_info", "same_name"]
+__all__ = ["RUN_KEY", "TASKS", "RunInfo", "Task", "is_name", "read_run_info", "same_name"]
+
+Task = Literal["classification", "multi_label", "regression"]
+"""What a model's outputs are: logits of which one class is true, logits of labels of which any number is, or a value
+in the unit of its labels."""
+TASKS: tuple[Task, ...] = get_args(Task)
 
 RUN_KEY = "shvit.run"
 """The entry of a checkpoint's metadata (a top-level key of a `torch.save` file) that holds it, as JSON."""
@@ -42,7 +47,7 @@ class RunInfo:
     model: str
     """Name of a model in timm."""
     classes: tuple[str, ...]
-    """Names, by class index; empty where they are not known."""
+    """Names, by class index; empty where they are not known. Of a regression, the name of its value."""
     img_size: int
     """Height and width in pixels that accuracy was measured at."""
     mean: tuple[float, ...] | None = None
@@ -51,6 +56,10 @@ class RunInfo:
     interpolation: str | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
+    task: Task = "classification"
+    thresholds: tuple[float, ...] = ()
+    """Of multi-label classification: the probability of each label from which it is predicted, chosen on validation
+    images; empty where none were chosen."""
     data: Mapping[str, Any] | None = None
     """The identity of the images that it was trained on, and how they were split: plain values, as recipe.yaml has
     them."""
@@ -85,8 +94,23 @@ class RunInfo:
             return f"crop_mode is {str(self.crop_mode)[:80]!r}; it must be one of {', '.join(CROP_MODES)}"
         if self.crop_pct is not None and not (_is_number(self.crop_pct) and 0.05 <= self.crop_pct <= 2):
             return f"crop_pct is {str(self.crop_pct)[:80]}; it must be 0.05 to 2"
+        if problem := self._task_problem():
+            return problem
         if self.data is not None and (not isinstance(self.data, Mapping) or _values(self.data) > MAX_DATA_VALUES):
             return "data must be a mapping of few plain values"
+        return None
+
+    def _task_problem(self) -> str | None:
+        if self.task not in TASKS:
+            return f"task is {str(self.task)[:80]!r}; it must be one of {', '.join(TASKS)}"
+        if self.task == "regression" and len(self.classes) != 1:
+            return f"a regression has {len(self.classes)} classes; it must have one, the name of its value"
+        if not isinstance(self.thresholds, tuple) or not all(_is_number(t) and 0 <= t <= 1 for t in self.thresholds):
+            return f"thresholds are {str(self.thresholds)[:80]}; they must be probabilities"
+        if len(self.thresholds) not in (0, len(self.classes)):
+            return f"{len(self.thresholds)} thresholds for {len(self.classes)} labels; each needs one"
+        if self.thresholds and self.task != "multi_label":
+            return f"thresholds are given, and {self.task} has none"
         return None
 
     @property
@@ -131,6 +155,7 @@ def read_recipe_file(path: Path) -> RunInfo | None:
     if isinstance(data, dict) and isinstance(options, dict) and options.get("group") is not None:
         data = {**data, "group": options["group"]}  # by which the images were split
     known = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
+    known["task"] = recipe.get("task", "classification")
     return _checked({**known, "classes": content.get("classes", [])}, path)
 
 
