@@ -61,7 +61,8 @@ def export_model(
         ema: take the checkpoint's EMA weights.
         precision: weight and compute precision.
         img_size: input height and width in pixels; those that the checkpoint was trained for where None.
-        outputs: logits; probabilities; or features, the maps at strides 16, 32 and 64 of a SHViT.
+        outputs: logits; probabilities; or features, the maps at strides 16, 32 and 64 of a SHViT. In place of logits
+            a multi-label model gives the probability of each label, and a regression its value.
         images: a folder of images to verify with; scikit-image's bundled ones where None.
         calibration: a folder of training images from which 8-bit ranges are learned.
         labels: a text file with the name of a class on each line; those that are known of the weights where None.
@@ -95,6 +96,9 @@ def export_model(
     else:
         weights = resolve_weights(model, _path(checkpoint), ema, pretrained, log)
     source = create_source(weights, outputs, img_size, _path(images), _path(calibration), _path(labels), log)
+    if source.spec.task == "multi_label":
+        refuse("a multi-label model gives the probability of each label as it is", softmax=softmax,
+               classifier=chosen.classifies)  # fmt: skip
     if source.spec.num_classes == 1:
         refuse("the model has one output, of which there are no probabilities", softmax=softmax,
                classifier=chosen.classifies)  # fmt: skip

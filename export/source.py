@@ -21,7 +21,7 @@ from .quantization.qdq import LayerRanges, activation_ranges, unfold_identities
 from .quantization.ranges import Range
 from .spec import Spec, open_weights
 from .verify import Reference
-from .wrappers import Probabilities, feature_maps, without_softmax
+from .wrappers import LabelProbabilities, Probabilities, feature_maps, without_probabilities
 
 RANKED_IMAGES = 8  # images on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
@@ -68,7 +68,7 @@ class Source:
     def ranges(self, symmetric: bool = False) -> dict[str, LayerRanges]:
         """Return the ranges of layers in int8; of formats without a zero point symmetric ones."""
         batches = map(self.spec.normalize, self.calibration_pixels().split(CALIBRATION_BATCH))
-        model, key = without_softmax(self.unfolded()), ("ranges", self.spec.img_size, symmetric)
+        model, key = without_probabilities(self.unfolded()), ("ranges", self.spec.img_size, symmetric)
         return self.once(key, lambda: activation_ranges(model, batches, symmetric))
 
     def coreml_ranges(self) -> dict[str, Range]:
@@ -79,7 +79,7 @@ class Source:
         """Return the noise that int8 adds to each layer, the noisiest first."""
 
         def measure() -> dict[str, float]:
-            model = without_softmax(self.unfolded() if unfolded else self.deployed())
+            model = without_probabilities(self.unfolded() if unfolded else self.deployed())
             pixels = self.calibration_pixels()
             return layer_noise(model, self.spec.normalize(pixels[spread(range(len(pixels)), RANKED_IMAGES)]))
 
@@ -93,6 +93,7 @@ class Source:
 
 
 Outputs = Literal["logits", "probabilities", "features"]
+"""What is asked of a classifier; multi-label models and regressions have one kind of predictions."""
 
 
 def create_source(
@@ -131,7 +132,7 @@ def create_source(
 def create_wrapped_model(
     weights: Weights | nn.Module, outputs: Outputs, img_size: int | None, log: Log
 ) -> tuple[nn.Module, Spec]:
-    """Return the model with the given outputs, and its spec."""
+    """Return the model with the given outputs, those of its task if it is no classifier, and its spec."""
     if isinstance(weights, Weights):
         name = weights.model
         model, spec = open_weights(weights, img_size, outputs != "features", log)
@@ -142,6 +143,15 @@ def create_wrapped_model(
     if outputs == "features":
         model, names = feature_maps(name, model)
         return model, replace(spec, outputs=names)
+    return with_predictions(model, spec, outputs)
+
+
+def with_predictions(model: nn.Module, spec: Spec, outputs: Outputs = "logits") -> tuple[nn.Module, Spec]:
+    """Return the model with what files of its task give, and its spec: labels' probabilities, a value, or `outputs`."""
+    if spec.task == "multi_label":
+        return LabelProbabilities(model).eval(), replace(spec, outputs=("probabilities",))
+    if spec.task == "regression":
+        return model, replace(spec, outputs=("value",))
     if outputs == "probabilities":
         return Probabilities(model).eval(), replace(spec, outputs=("probabilities",))
     return model, spec
@@ -156,8 +166,13 @@ def create_reference(
     limit: int,
     classes: Sequence[str] = (),
 ) -> Reference:
-    """Return the model on images of a folder, whose folders are named like `classes` where there are no labels."""
-    files = sample_images(images, spec.num_classes, limit=limit, classes=labels or classes)
+    """Return the model on images of a folder, whose folders are named like `classes` where there are no labels.
+
+    Folders tell the one class of an image, and so nothing for other tasks.
+    """
+    one_of_classes = spec.task == "classification"
+    names = (labels or classes) if one_of_classes else ()
+    files = sample_images(images, spec.num_classes if one_of_classes else 0, limit=limit, classes=names)
     source = str(images or BUNDLED)
     if not isinstance(weights, Weights):
         return Reference(model, spec, files, source, labels, in_memory=True)

@@ -1,5 +1,6 @@
 """A model's input and preprocessing: written into every artifact, and read back from it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
 from shvit.weights.resolve import Log, Weights, resolve_weights
-from shvit.weights.run_info import RunInfo
+from shvit.weights.run_info import RunInfo, Task
 
 if TYPE_CHECKING:
     from torchvision.transforms import Compose
@@ -23,6 +24,14 @@ PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # tim
 MAX_CLASSES = 1_000_000
 MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 MAX_SIZES = 64
+OUTPUTS: Mapping[Task, tuple[str, ...]] = {
+    "classification": ("logits", "probabilities"),
+    "multi_label": ("probabilities",),
+    "regression": ("value",),
+}
+"""What an artifact may give for each task, besides feature maps; the first by default."""
+THRESHOLD = 0.5
+"""The probability from which a label is predicted where none was chosen for it."""
 MAX_RESIZED = 2 * MAX_IMG_SIZE
 """Pixels of the shorter side before the crop: 200 MB for a square image. timm's smallest crop_pct is 0.5."""
 
@@ -51,6 +60,7 @@ def _check_choice(*choices: int | str) -> AfterValidator:
 Name = Annotated[str, AfterValidator(_check_name)]
 Side = Annotated[int, Field(ge=1, le=MAX_IMG_SIZE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,13 @@ class Spec:
     """The artifact's weight and compute precision. Core ML's int8 rounds weights alone, its w8a8 activations too."""
     uint8_input: bool = False  # the artifact takes pixels, 0–255, and normalizes them itself
     outputs: Annotated[tuple[Name, ...], AfterValidator(_check_outputs)] = ("logits",)
-    """Names of the outputs, in order: logits, or probabilities, or stride_16, … for feature maps."""
+    """Names of the outputs, in order: logits, or probabilities, or value, or stride_16, … for feature maps."""
     other_sizes: Annotated[tuple[Side, ...], Field(max_length=MAX_SIZES - 1)] = ()
     """Further heights and widths in pixels that it takes."""
     excluded_layers: tuple[Name, ...] = ()  # layers that an int8 artifact excludes from quantization
+    task: Task = "classification"
+    thresholds: Annotated[tuple[Probability, ...], Field(max_length=MAX_CLASSES)] = ()
+    """Of multi-label classification: the probability of each label from which it is predicted; empty for 0.5."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -96,7 +109,8 @@ class Spec:
             info: record of the run, if any.
 
         Raises:
-            InputError: `img_size` is out of range or not the model's only one, or images do not have its channels.
+            InputError: `img_size` is out of range or not the model's only one, images do not have its channels, or the
+                run's task is not one of a model with its number of classes.
         """
         from timm.data import resolve_data_config
 
@@ -118,12 +132,39 @@ class Spec:
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
         resizing = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-        return cls(name, size, in_chans, getattr(model, "num_classes", 0), mean, std, **resizing)
+        num_classes = getattr(model, "num_classes", 0)
+        task = {"task": info.task, "thresholds": info.thresholds} if info and num_classes else {}
+        spec = cls(name, size, in_chans, num_classes, mean, std, **resizing, **task)
+        if problem := spec._task_problem():
+            raise InputError(f"{name}: its run says that it is {problem}; take the checkpoint from its source again")
+        return spec
+
+    def _task_problem(self) -> str | None:
+        """Return what contradicts the task, as what the model is; None where nothing does."""
+        count, task = len(self.thresholds), self.task.replace("_", "-")
+        if self.task == "regression" and self.num_classes != 1:
+            return f"a regression with {self.num_classes} outputs, which has one"
+        if count and self.task != "multi_label":
+            return f"a {task} model with thresholds, which multi-label ones alone have"
+        if count not in (0, self.num_classes):
+            return f"a {task} model with {count} thresholds for {self.num_classes} labels"
+        return None
 
     @property
     def output_kind(self) -> str:
-        """Kind of the outputs: logits, probabilities or features."""
-        return self.outputs[0] if self.outputs[0] in ("logits", "probabilities") else "features"
+        """Kind of the outputs: logits, probabilities, value or features."""
+        return self.outputs[0] if self.outputs[0] in sum(OUTPUTS.values(), ()) else "features"
+
+    @property
+    def chooses_class(self) -> bool:
+        """Whether one class of several is true of an image, and the outputs tell which."""
+        return self.task == "classification" and self.output_kind != "features" and self.num_classes > 1
+
+    @property
+    def label_thresholds(self) -> torch.Tensor:
+        """The probability from which each label is predicted, float64 (num_classes,)."""
+        thresholds = self.thresholds or (THRESHOLD,) * self.num_classes
+        return torch.tensor(thresholds, dtype=torch.float64)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -163,6 +204,11 @@ class Spec:
         if not len(spec.mean) == len(spec.std) == spec.in_chans:
             raise InputError(f"{where}: mean {some(spec.mean)} and std {some(spec.std)} must have a number for each of "
                              f"{spec.in_chans} channels; export the model again")  # fmt: skip
+        problem = spec._task_problem()
+        if problem is None and spec.output_kind not in ("features", *OUTPUTS[spec.task]):
+            problem = f"a {spec.task.replace('_', '-')} model that gives {spec.output_kind}"
+        if problem is not None:
+            raise InputError(f"{where}: it is {problem}; export the model again")
         return spec
 
     def blank(self, batch_size: int = 1) -> torch.Tensor:

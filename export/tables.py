@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Column, Table
 
+from .verdict import Figures
 from .verify import MAX_FLOAT_MACS, Arm64, Certificate
 
 
@@ -18,11 +19,8 @@ def show(certificate: Certificate, console: Console) -> None:
             f"largest {certificate.max_rel_error:.1e} ({certificate.worst_image})",
         ),
         ("largest difference", f"{certificate.max_abs_error:.1e}"),
-        ("top-1 / top-5 agreement", f"{certificate.top1_agreement:.1f} / {certificate.top5_agreement:.1f} %"),
+        *_decision_rows(certificate),
     ]
-    if certificate.changed:
-        near_ties = certificate.changed - certificate.changed_decisions
-        rows.append(("other top-1", f"{certificate.changed_decisions} decisions, {near_ties} near-ties"))
     if certificate.accuracy is not None:
         rows.append(("accuracy, model → file", f"{certificate.model_accuracy:.2f} → {certificate.accuracy:.2f} %"))
     if certificate.worst_layer is not None:
@@ -46,6 +44,17 @@ def show(certificate: Certificate, console: Console) -> None:
         _show_arm64(certificate.arm64, console)
 
 
+def _decision_rows(figures: Figures) -> list[tuple[str, str]]:
+    """Return the rows of what is decided: one class of each image, or each of its labels; none for other outputs."""
+    changed = f"{figures.changed_decisions} decisions, {figures.changed - figures.changed_decisions} near-ties"
+    if figures.top1_agreement is not None:
+        agreement = ("top-1 / top-5 agreement", f"{figures.top1_agreement:.1f} / {figures.top5_agreement:.1f} %")
+        return [agreement, *([("other top-1", changed)] if figures.changed else [])]
+    if figures.decisions:
+        return [("labels on another side", f"{changed}, of {figures.decisions} decisions")]
+    return []
+
+
 def _show_arm64(section: Arm64, console: Console) -> None:
     """Print the section on ARM64."""
     verdict = {True: "matches its model", False: "EXCEEDS its tolerance", None: "is undecided"}[section.passed]
@@ -58,12 +67,10 @@ def _show_arm64(section: Arm64, console: Console) -> None:
     table.add_row("signal to noise", f"{section.snr_db:.1f} dB below the outputs' spread")
     table.add_row("error of an image, of the spread",
                   f"median {section.median_rel_error:.1e}, largest {section.max_rel_error:.1e}")  # fmt: skip
-    table.add_row("top-1 / top-5 agreement", f"{section.top1_agreement:.1f} / {section.top5_agreement:.1f} %")
-    table.add_row("other top-1", f"{section.changed_decisions} decisions, "
-                  f"{section.changed - section.changed_decisions} near-ties")  # fmt: skip
-    table.add_row(
-        "against this machine", f"{section.host_snr_db:.1f} dB, {section.host_top1_agreement:.1f} % same top-1"
-    )
+    for row in _decision_rows(section):
+        table.add_row(*row)
+    same = "" if section.host_top1_agreement is None else f", {section.host_top1_agreement:.1f} % same top-1"
+    table.add_row("against this machine", f"{section.host_snr_db:.1f} dB{same}")
     console.print(table)
 
 

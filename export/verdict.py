@@ -7,7 +7,8 @@ margin, and it means the same for one output or 21 thousand classes: a file that
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -43,7 +44,8 @@ class Tolerance:
     be that."""
     max_rel_error: float  # largest error of one image, as a share of the spread
     top1_agreement: float
-    """Percent of the model's decisions that stay; on few images a binomial interval is asked whether it can be that."""
+    """Percent of the model's decisions that stay; of few decisions a binomial interval is asked whether it can be that.
+    """
     far_images: float = 0.0
     """Percent of images that may be off by more than `max_rel_error`, up to twice it; a binomial interval here too."""
 
@@ -75,23 +77,33 @@ class Figures:
     snr_high_db: float  # upper end of the one-sided 95 % interval: what it may be over all images of this kind
     evidence: float  # the spread as a share of the outputs' size: how far the images tell a sound file from another
     cosine: float  # lowest cosine of the two outputs for one image
-    top1_agreement: float  # percent of images with the same highest class; 100 for feature maps
-    top5_agreement: float
-    """Percent of the model's five highest classes that are among the artifact's; 100 for feature maps."""
-    changed: int  # images with another highest class
-    decisions: int  # images on which the model is surer than the tolerance lets rounding move it
-    changed_decisions: int  # decisions with another highest class; other changes are near-ties
+    top1_agreement: float | None  # percent of images with the same highest class; None where none of them is true
+    top5_agreement: float | None
+    """Percent of the model's five highest classes that are among the artifact's; None as before."""
+    changed: int
+    """Images with another highest class; of a multi-label model, pairs of an image and a label whose probability is on
+    the other side of the label's threshold."""
+    decisions: int  # images, or pairs, on which the model is surer than the tolerance lets rounding move it
+    changed_decisions: int  # decisions among the changed ones; other changes are near-ties
+
+
+Figure = float | None
 
 
 def compare(
-    reference: torch.Tensor, output: torch.Tensor, tolerance: Tolerance, probabilities: bool = False
-) -> dict[str, float]:
+    reference: torch.Tensor,
+    output: torch.Tensor,
+    tolerance: Tolerance,
+    probabilities: bool = False,
+    thresholds: torch.Tensor | None = None,
+) -> dict[str, Figure]:
     """Return figures of one output's errors over a set of images.
 
     Args:
         reference: the model's, (n, classes) or (n, C, H, W).
         output: the artifact's, of the same shape.
         probabilities: what rounding moves in them is between the highest two, not spread over all classes.
+        thresholds: of a multi-label model's probabilities, those from which its labels are predicted, (labels,).
 
     Returns:
         spread, evidence: the scale of all errors, and its share of the outputs' root mean square.
@@ -104,10 +116,11 @@ def compare(
         size_snr_db: the same for the outputs' own power in place of the spread's.
         cosine: the lowest of an image's two outputs.
         top1_agreement, top5_agreement: percent of the images with the same highest class, percent of the model's five
-            highest that are among the artifact's; 100 for what has no classes.
-        changed: images with another highest class.
-        decisions: images on which the model is surer of its highest class than the tolerance lets rounding move it.
-        changed_decisions: those of them with another highest class.
+            highest that are among the artifact's; None where no class is chosen.
+        changed: images with another highest class; with `thresholds`, pairs of an image and a label on another side.
+        decisions: images on which the model is surer of its highest class than the tolerance lets rounding move it; or
+            pairs whose probability is that far from the label's threshold.
+        changed_decisions: the changed ones among the decisions.
 
     Raises:
         CheckFailed: the shapes differ, or the output is not finite.
@@ -126,8 +139,7 @@ def compare(
     power = errors.square().mean().item()
     shares = errors / max(spread, TINY)
     quantiles = shares.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
-    movable = SIGMAS * math.sqrt(2) * 10 ** (-tolerance.snr_db / 20) * spread
-    movable /= math.sqrt(2 if probabilities else max(classes, 1))
+    allowed = 10 ** (-tolerance.snr_db / 20) * spread
     return {
         "spread": spread,
         "evidence": spread / size if size else 0.0,
@@ -140,14 +152,29 @@ def compare(
         "snr_high_db": min(_db(spread**2, power) + _margin_db(distances.square(), errors.square()), MAX_DB),
         "size_snr_db": _db(size**2, power),
         "cosine": torch.cosine_similarity(reference, output, eps=TINY).min().item(),
-        **(_decisions(reference, output, movable) if classes > 1 else NO_DECISIONS),
+        **(
+            _label_decisions(reference, output, thresholds, allowed)
+            if thresholds is not None
+            else _decisions(reference, output, allowed, probabilities)
+            if classes > 1
+            else NO_DECISIONS
+        ),
     }
 
 
-NO_DECISIONS = {"top1_agreement": 100.0, "top5_agreement": 100.0, "changed": 0, "decisions": 0, "changed_decisions": 0}
+NO_DECISIONS: dict[str, Figure] = {
+    **dict.fromkeys(("top1_agreement", "top5_agreement")),
+    **dict.fromkeys(("changed", "decisions", "changed_decisions"), 0),
+}
 
 
-def _decisions(reference: torch.Tensor, output: torch.Tensor, movable: float) -> dict[str, float]:
+def _decisions(reference: torch.Tensor, output: torch.Tensor, allowed: float, probabilities: bool) -> dict[str, Figure]:
+    """Return the figures of highest classes.
+
+    Args:
+        allowed: the tolerance's error of an image, a root mean square.
+    """
+    movable = SIGMAS * math.sqrt(2) * allowed / math.sqrt(2 if probabilities else reference.shape[1])
     top = min(5, reference.shape[1])
     ranked, highest = reference.topk(top), output.topk(top).indices
     sure = ranked.values[:, 0] - ranked.values[:, 1] > movable
@@ -155,6 +182,26 @@ def _decisions(reference: torch.Tensor, output: torch.Tensor, movable: float) ->
     return {
         "top1_agreement": 100 * (~changed).double().mean().item(),
         "top5_agreement": 100 * (ranked.indices[:, :, None] == highest[:, None]).any(2).double().mean().item(),
+        "changed": int(changed.sum()),
+        "decisions": int(sure.sum()),
+        "changed_decisions": int((changed & sure).sum()),
+    }
+
+
+def _label_decisions(
+    reference: torch.Tensor, output: torch.Tensor, thresholds: torch.Tensor, allowed: float
+) -> dict[str, Figure]:
+    """Return the figures of labels, each on one side of its threshold.
+
+    The sigmoid moves a probability p by p(1 - p) of what its logit moves, so that the errors that the tolerance allows
+    are those of the labels that the model is unsure of: as many for each image as (4p(1 - p))² adds up to.
+    """
+    unsure = (4 * reference * (1 - reference)).square().sum(1).mean().item()
+    movable = SIGMAS * allowed / math.sqrt(max(unsure, 1))
+    sure = (reference - thresholds).abs() > movable
+    changed = (output >= thresholds) != (reference >= thresholds)
+    return {
+        **NO_DECISIONS,
         "changed": int(changed.sum()),
         "decisions": int(sure.sum()),
         "changed_decisions": int((changed & sure).sum()),
@@ -189,7 +236,7 @@ def _finite(share: float) -> float:
     return min(share, 1e12)
 
 
-def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple[Verdict, list[str]]:
+def judge(figures: Mapping[str, Any], tolerance: Tolerance, images: int) -> tuple[Verdict, list[str]]:
     """Return the verdict on the figures of `compare`, and the reasons where it is not a pass.
 
     Without evidence, errors are held against the outputs' own size: what is wrong even so is refused, and the rest is
@@ -209,13 +256,13 @@ def judge(figures: dict[str, float], tolerance: Tolerance, images: int) -> tuple
     return ("refused" if reasons else "passed"), reasons
 
 
-def _beside_size(figures: dict[str, float]) -> dict[str, float]:
+def _beside_size(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures as shares of the outputs' size in place of their spread."""
     high = figures["snr_high_db"] + figures["size_snr_db"] - figures["snr_db"]
     return {**figures, "snr_high_db": high, "max_rel_error": figures["max_rel_error"] * figures["evidence"]}
 
 
-def _too_far(figures: dict[str, float], tolerance: Tolerance, images: int) -> list[str]:
+def _too_far(figures: Mapping[str, Any], tolerance: Tolerance, images: int) -> list[str]:
     """Return which of the tolerance's bounds the figures exceed, each as a sentence."""
     reasons, far = [], int(figures["far_images"])
     if figures["snr_high_db"] < tolerance.snr_db:
@@ -245,10 +292,7 @@ def lack_of_evidence(evidence: float, images: int) -> str:
 
 def allowed_failures(percent: float, trials: int) -> int:
     """Return the largest number of failures whose true rate can still be that many percent."""
-    count = 0
-    while count < trials and lowest_rate(count + 1, trials) <= percent / 100:
-        count += 1
-    return count
+    return bisect_right(range(1, trials + 1), percent / 100, key=lambda count: lowest_rate(count, trials))
 
 
 def lowest_rate(count: int, trials: int) -> float:
@@ -264,10 +308,14 @@ def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     return next(each for each in order if each in verdicts)
 
 
-def worst_figures(outputs: Sequence[dict[str, float]]) -> dict[str, Any]:
+def worst_figures(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the least favorable of each figure over several outputs and sizes."""
     lowest = {"evidence", "spread", "snr_db", "snr_high_db", "size_snr_db", "cosine"}
     lowest |= {"top1_agreement", "top5_agreement", "decisions"}
     worst = max(outputs, key=lambda each: each["max_rel_error"])
-    figures = {key: (min if key in lowest else max)(each[key] for each in outputs) for key in outputs[0]}
+    known = (key for key, value in outputs[0].items() if value is not None)
+    figures = {
+        **dict.fromkeys(outputs[0]),
+        **{key: (min if key in lowest else max)(each[key] for each in outputs) for key in known},
+    }
     return {**figures, "worst_image": worst["worst_image"]}

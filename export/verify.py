@@ -25,6 +25,7 @@ from .quantization.qdq import unfold_identities
 from .spec import PREPROCESSING, Spec
 from .verdict import (
     TOLERANCES,
+    Figure,
     Figures,
     Tolerance,
     Verdict,
@@ -68,8 +69,8 @@ class Arm64(Figures):
     root_sha256: str  # of all files of the emulated machine
     images: int
     host_snr_db: float
-    host_top1_agreement: float
-    outputs: dict[str, dict[str, float]]
+    host_top1_agreement: float | None
+    outputs: dict[str, dict[str, Figure]]
     accuracy: float | None
     passed: bool | None
     reasons: tuple[str, ...]
@@ -82,8 +83,9 @@ class Certificate(Figures, Envelope):
     random_weights: bool
     spec: Spec  # input, preprocessing and precision; for int8 also the layers that are excluded from quantization
     worst_image: str  # the file with the largest error
-    outputs: dict[str, dict[str, float]]  # these figures of each output at each size
-    accuracy: float | None  # top-1 of the artifact, percent, at its first size; None where folders give no labels
+    outputs: dict[str, dict[str, Figure]]  # these figures of each output at each size
+    accuracy: float | None
+    """Top-1 of the artifact, percent, at its first size; None where folders give no labels, and for other tasks."""
     model_accuracy: float | None  # top-1 of the model, percent
     worst_layer: str | None
     """The convolution or linear layer whose output is farthest from the model's; None where layers are not known."""
@@ -96,7 +98,8 @@ class Certificate(Figures, Envelope):
     """Largest difference, in gray levels of 255, of the artifact's preprocessing from timm's; at most 1 is allowed."""
     tolerance: Tolerance
     faults: tuple[str, ...]
-    """What is wrong beside the outputs' errors: preprocessing, weights, scales, labels. They are among the reasons."""
+    """What is wrong beside the outputs' errors: preprocessing, task, weights, scales, labels. They are among the
+    reasons."""
     notes: tuple[str, ...]  # what users of the file should know
     arm64: Arm64 | None = None
     """The same on a phone's kind of processor, whose verdict counts as much; None where it was not asked for."""
@@ -156,6 +159,26 @@ class Reference:
             images = spread(self.images, PREPROCESSED_IMAGES)
             self._gray_levels[key] = gray_level_difference(declared, self.spec, images)
         return self._gray_levels[key]
+
+    @cached_property
+    def zero(self) -> torch.Tensor:
+        """The value that a regression's outputs are measured from, (1,): 0, or its last layer's bias if that is nearer.
+
+        A unit may have its zero anywhere, as years and degrees have, and the size of values then tells nothing.
+        """
+        zeros = [torch.zeros(1)]
+        if self.spec.output_kind != "value":
+            return zeros[0]
+        biases = [layer.bias for _, layer in layers(self.model) if isinstance(layer, nn.Linear)][-1:]
+        zeros += [bias.detach().float() for bias in biases if bias is not None and bias.shape == (1,)]
+        (values,) = self.outputs(self.spec.img_size)
+        return min(zeros, key=lambda zero: (values - zero).square().mean().item())
+
+    @property
+    def image_labels(self) -> torch.Tensor:
+        """The class of each image, (n,); -1 where it is not known, or images are not of one class."""
+        known = self.spec.task == "classification"
+        return torch.tensor([image.label if known else -1 for image in self.images])
 
     def outputs(self, px: int) -> list[torch.Tensor]:
         """Return the model's outputs for all images at one size."""
@@ -218,6 +241,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
     gray_levels, faults = preprocessing_faults(artifact.spec, reference, layer_values, limit, stem)
     weights = compare_parameters(parameters, _quantizable(artifact, reference))
     faults += [*weights.faults, *artifact.scale_faults(), *label_faults(artifact.labels, reference.labels)]
+    faults += task_faults(artifact.spec, reference.spec)
     verdict = "refused" if faults else outputs.verdict
     worst: dict[str, Any] = worst_figures(list(outputs.figures.values()))
     shown = {each.name for each in fields(Certificate)}
@@ -260,7 +284,7 @@ def certify(artifact: Artifact, reference: Reference, name: str = "") -> Certifi
 
 @dataclass(frozen=True)
 class _Outputs:
-    figures: dict[str, dict[str, float]]  # figures of each output at each size
+    figures: dict[str, dict[str, Figure]]  # figures of each output at each size
     verdict: Verdict
     reasons: tuple[str, ...]
     accuracy: float | None
@@ -269,8 +293,8 @@ class _Outputs:
 
 def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
     """Run all images at each size; raise CheckFailed if a value does not fit the artifact's half precision."""
-    labels = torch.tensor([image.label for image in reference.images])
-    figures: dict[str, dict[str, float]] = {}
+    labels = reference.image_labels
+    figures: dict[str, dict[str, Figure]] = {}
     verdicts, reasons, accuracies = [], [], []
     for px in artifact.spec.sizes:
         expected = reference.outputs(px)
@@ -278,7 +302,7 @@ def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
         outputs = run_batches(lambda batch: artifact.run(artifact.spec.feed(batch)), pixels)
         _check_overflow(artifact)
         accuracies.append((accuracy(outputs[0], labels), accuracy(expected[0], labels)))
-        figure, verdict, why = judge_outputs(artifact.spec, px, expected, outputs)
+        figure, verdict, why = judge_outputs(artifact.spec, px, expected, outputs, reference)
         figures |= figure
         verdicts.append(verdict)
         reasons += why
@@ -286,16 +310,18 @@ def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
 
 
 def judge_outputs(
-    spec: Spec, px: int, expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-) -> tuple[dict[str, dict[str, float]], Verdict, list[str]]:
+    spec: Spec, px: int, expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], reference: Reference
+) -> tuple[dict[str, dict[str, Figure]], Verdict, list[str]]:
     """Return the figures of each output at a size, by its name, and the verdict on all of them with its reasons.
 
     Raise CheckFailed where outputs are not finite or of another shape than the model's, which are `expected`.
     """
     tolerance, probabilities = TOLERANCES[spec.precision], spec.output_kind == "probabilities"
+    own = reference.spec
+    thresholds = own.label_thresholds if probabilities and own.task == "multi_label" else None
     figures, verdicts, reasons = {}, [], []
     for name, model_output, output in zip(spec.outputs, expected, outputs, strict=True):
-        figure = compare(model_output, output, tolerance, probabilities)
+        figure = compare(model_output - reference.zero, output - reference.zero, tolerance, probabilities, thresholds)
         verdict, why = judge(figure, tolerance, len(output))
         figures[f"{name} at {px} px"] = figure
         verdicts.append(verdict)
@@ -325,6 +351,16 @@ def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
     if outputs.dim() != 2 or not known.any():
         return None
     return 100 * (outputs.argmax(1) == labels)[known].double().mean().item()
+
+
+def task_faults(declared: Spec, spec: Spec) -> list[str]:
+    """Return what an artifact says of its task that is not the model's."""
+    if declared.task != spec.task:
+        return [f"its task is {declared.task} and the model's {spec.task}"]
+    pairs = enumerate(zip(declared.label_thresholds.tolist(), spec.label_thresholds.tolist(), strict=False))
+    wrong = [f"label {index} has the threshold {ours:g} and the model's {own:g}" for index, (ours, own) in pairs
+             if ours != own]  # fmt: skip
+    return wrong[:MAX_REASONS] if spec.task == "multi_label" else []
 
 
 def preprocessing_faults(

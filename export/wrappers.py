@@ -69,6 +69,13 @@ class Probabilities(Wrapper):
         return self.model(x).softmax(dim=1)
 
 
+class LabelProbabilities(Probabilities):
+    """The model with a sigmoid behind its logits: any number of its labels may be true."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).sigmoid()
+
+
 class Pooled(Wrapper):
     """A timm model up to what its classifier is given: (B, num_features)."""
 
@@ -86,7 +93,7 @@ def with_attention(model: nn.Module, kind: type[DeployedSHSA]) -> nn.Module:
     return model
 
 
-def without_softmax(model: nn.Module) -> nn.Module:
+def without_probabilities(model: nn.Module) -> nn.Module:
     """Return the model inside of `Probabilities`, whose gradients vanish where it is certain; others as they are."""
     return model.model if isinstance(model, Probabilities) else model
 

@@ -32,7 +32,7 @@ ROWS: Sequence[tuple[Backend[Any], Precision]] = [
 """Formats and precisions that are compared with each other."""
 FIGURES = ("top-1 %", "same top-1 %", "SNR dB", "ARM64: SNR dB", "MB", "ms", "ratio")
 HEAD = ("file", *FIGURES, "excluded from int8", "passed")
-OPTIONAL = ("ARM64: SNR dB", "ms", "ratio")  # columns that stand only where something was measured
+OPTIONAL = ("same top-1 %", "ARM64: SNR dB", "ms", "ratio")  # columns that stand only where something was measured
 RULE = ("---", *("---:" for _ in FIGURES), "---", "---")
 
 
@@ -56,7 +56,7 @@ class Row:
         return (
             self.title,
             _percent(certificate["accuracy"]),
-            f"{certificate['top1_agreement']:.1f}",
+            _percent(certificate["top1_agreement"], 1),
             f"{certificate['snr_db']:.1f}",
             f"{arm64['snr_db']:.1f}" if arm64 else "",
             f"{certificate['artifact_bytes'] / 1e6:.2f}",
@@ -172,5 +172,5 @@ def with_precision(source: Source, backend: Backend[Any], precision: Precision) 
     return replace(source, spec=backend.all_options.complete(replace(source.spec, precision=precision)))
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

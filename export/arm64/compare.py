@@ -80,11 +80,10 @@ def _compare(
     here = run_batches(lambda batch: artifact.run(spec.feed(batch)), pixels)
     expected = [output[chosen] for output in reference.outputs(px)]
     try:
-        figures, verdict, reasons = judge_outputs(spec, px, expected, outputs)
+        figures, verdict, reasons = judge_outputs(spec, px, expected, outputs, reference)
     except CheckFailed as error:
         raise CheckFailed(f"on ARM64 ({cpu}) {error}", error.result) from error
     known = {each.name for each in fields(Arm64)} - {"outputs"}
-    labels = torch.tensor([reference.images[index].label for index in chosen])
     return Arm64(
         cpu=cpu,
         features=emulator.features(emulated.hwcap),
@@ -94,9 +93,9 @@ def _compare(
         images=len(chosen),
         **{name: value for name, value in worst_figures(list(figures.values())).items() if name in known},
         host_snr_db=min(snr_db(a, b) for a, b in zip(here, outputs, strict=True)),
-        host_top1_agreement=min(_same_class(a, b) for a, b in zip(here, outputs, strict=True)),
+        host_top1_agreement=_same_class(here[0], outputs[0]) if spec.chooses_class else None,
         outputs=figures,
-        accuracy=accuracy(outputs[0], labels),
+        accuracy=accuracy(outputs[0], reference.image_labels[chosen]),
         passed=PASSED[verdict],
         reasons=tuple(dict.fromkeys(reasons)),
     )
@@ -108,8 +107,8 @@ def _versions(root: Root, build: Arm64Build) -> dict[str, str]:
 
 
 def _same_class(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the percentage of images with the same highest class; 100 for feature maps."""
-    return 100 * (one.argmax(1) == other.argmax(1)).double().mean().item() if one.dim() == 2 else 100.0
+    """Return the percentage of images with the same highest class."""
+    return 100 * (one.argmax(1) == other.argmax(1)).double().mean().item()
 
 
 def _joined(certificate: Certificate, section: Arm64, where: str) -> Certificate:

@@ -175,16 +175,19 @@ def calibrate(function: Function, tensors: Sequence[Var], calibration: Calibrati
 
     def evaluate(x: torch.Tensor) -> tuple[list[torch.Tensor], dict[Var, torch.Tensor]]:
         values = values_of(x)
-        return [values[_before_softmax(var)] for var in function.outputs], {var: values[var] for var in tensors}
+        return [values[_logits(var)] for var in function.outputs], {var: values[var] for var in tensors}
 
     return learn_ranges(evaluate, calibration.inputs)
 
 
-def _before_softmax(var: Var) -> Var:
-    """Return the logits of an output that is their softmax, whose gradient vanishes where it is certain."""
+PROBABILITIES = ("softmax", "sigmoid")  # operations that make them of logits
+
+
+def _logits(var: Var) -> Var:
+    """Return the logits of an output that is made of them, whose gradient vanishes where it is certain."""
     source = var
-    while source.op is not None and source.op.op_type in ("cast", "softmax"):
+    while source.op is not None and source.op.op_type in ("cast", *PROBABILITIES):
         source = source.op.inputs["x"]
-        if source.child_ops[0].op_type == "softmax":
+        if source.child_ops[0].op_type in PROBABILITIES:
             return source
     return var
