@@ -88,7 +88,7 @@ class NewColumns:
 
     def as_lists(self) -> dict[str, list[Any]]:
         """Return lists; those of features hold a flat array for each image, or None."""
-        found = {name: [record.get(name) for record in self.records] for name in (*self._texts, "error")}
+        found = {name: [record.get(name) for record in self.records] for name in (*self.columns.predicted, "error")}
         flat = {
             name: [None if error else row.reshape(-1) for row, error in zip(rows, found["error"], strict=True)]
             for name, rows in self._features().items()
@@ -111,10 +111,6 @@ class NewColumns:
             value = values[each.name]
             table = table.append_column(each, pyarrow.array(value, each.type) if isinstance(value, list) else value)
         return table
-
-    @property
-    def _texts(self) -> tuple[str, ...]:
-        return ("labels", "probabilities") if self.columns.top else ()
 
     def _features(self) -> dict[str, np.ndarray]:
         return {} if self.rows is None else {name: np.array(self.rows[name]) for name in self.columns.shapes}

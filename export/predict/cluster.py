@@ -225,7 +225,7 @@ def predict_on_ray(predictor: Predictor, top: int, batch_size: int, parts: Itera
     """Yield the predictions for each part, in their order, of the cluster that the process is connected to.
 
     Args:
-        top: number of classes of each image; 0 for features.
+        top: number of classes of each image; 0 for labels, a value, and features.
 
     Raises:
         InputError: a task raised it, or the workers that ran one ended each time.

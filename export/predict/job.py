@@ -26,7 +26,7 @@ class Predicted:
     records: list[Record]
     """One for each image."""
     arrays: bytes
-    """The features of all images; empty where classes are predicted."""
+    """The features of all images; empty where something else is predicted."""
 
 
 Source = Callable[[Place], Iterator[Predicted]]
@@ -40,13 +40,13 @@ class Job:
     model: LoadedModel
     inputs: Inputs
     top: int
-    """Number of classes of each image; 0 for features."""
+    """Number of classes of each image; 0 for what has not as many for each."""
     batch_size: int
     workers: int
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.top, self.inputs.has_frames, self.model.shapes)
+        return Columns(self.model.kind(self.top), self.top, self.inputs.has_frames, self.model.shapes)
 
     def identity(self) -> dict[str, Any]:
         """Return what the predictions depend on, as plain values, by what messages call them."""
@@ -94,20 +94,40 @@ def predict_batch(model: LoadedModel, batch: Batch, top: int) -> tuple[list[Reco
     """Return a record for each image of a batch, and the bytes of all their features, NaN for what was not read.
 
     Args:
-        top: number of classes in a record; 0 for features.
+        top: number of classes in a record; 0 for labels, a value, or features.
     """
-    outputs = model(batch.pixels)
-    if not top:
+    outputs, kind = model(batch.pixels), model.kind(top)
+    if kind == "features":
         rows = torch.cat([output.flatten(1) for output in outputs], dim=1).float()
         rows[torch.tensor([bool(item.problem) for item in batch.items])] = float("nan")
         return [_record(item) for item in batch.items], rows.numpy().astype("<f4", copy=False).tobytes()
-    values, indices = outputs[0].topk(top, dim=1)
-    probabilities = values.numpy().astype("f4")  # whose text is the shortest that stands for a float32
+    if kind == "value":
+        found = [{"value": value} for (value,) in _short(outputs[0])]
+    elif kind == "labels":
+        found = _labels(outputs[0], model)
+    else:
+        found = _most_probable(outputs[0], [top] * len(batch.items), model)
+    return [_record(item, each) for item, each in zip(batch.items, found, strict=True)], b""
+
+
+def _labels(probabilities: torch.Tensor, model: LoadedModel) -> list[Record]:
+    """Return the labels of each image: those whose probability reaches its threshold."""
+    has = probabilities.double() >= model.spec.label_thresholds
+    return _most_probable(probabilities.where(has, torch.tensor(-1.0)), has.sum(1).tolist(), model)
+
+
+def _most_probable(probabilities: torch.Tensor, counts: Sequence[int], model: LoadedModel) -> list[Record]:
+    """Return the most probable classes of each image, as many as `counts` has for it."""
+    values, indices = probabilities.topk(max(counts, default=0), dim=1)
     return [
-        _record(item, {"labels": [model.classes[index] for index in row],
-                       "probabilities": [float(str(value)) for value in likely]})
-        for item, row, likely in zip(batch.items, indices.tolist(), probabilities, strict=True)
-    ], b""  # fmt: skip
+        {"labels": [model.classes[index] for index in row[:count]], "probabilities": likely[:count]}
+        for row, likely, count in zip(indices.tolist(), _short(values), counts, strict=True)
+    ]
+
+
+def _short(rows: torch.Tensor) -> list[list[float]]:
+    """Return rows of float32 as the numbers of the shortest texts that stand for them."""
+    return [[float(str(value)) for value in row] for row in rows.numpy().astype("f4")]
 
 
 def _record(item: Item, predicted: Record | None = None) -> Record:

@@ -21,7 +21,7 @@ from .inputs import STDIN, find_inputs
 from .job import Job, Source, lack_of_images
 from .journal import Journal, open_journal, remove_journal
 from .models import Features
-from .outputs import check_output, write_output
+from .outputs import check_labels, check_output, write_output
 from .predictor import Predictor
 from .show import MAX_DRAWN, MAX_SHOWN, draw_sheet, prediction_table
 
@@ -34,7 +34,7 @@ PART_IMAGES = 512
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict the classes of images, or compute their features, with a checkpoint or an exported file.
+    """Predict the classes, labels or value of images, or compute features, with a checkpoint or an exported file.
 
     Without --checkpoint, --artifact or --model the published weights shvit_s4.in1k are taken.
     With --output, the same command resumes an interrupted job: each image has one line, in the order of the inputs.
@@ -58,7 +58,8 @@ class Predict:
     output: Path | None = None
     """The file to write, .jsonl, .csv or .parquet, and for features .parquet or .npy; a table by default."""
     top: int | None = None
-    """Number of classes for each image, the most probable first; 5 by default."""
+    """Number of classes for each image, the most probable first; 5 by default.
+    Of a multi-label model, those by default whose probability reaches their threshold."""
     features: Features | None = None
     """Write embeddings in place of classes: pooled, what the classifier is given, or maps, one for each stage."""
     draw: Path | None = None
@@ -90,6 +91,7 @@ class Predict:
         workers = _default_workers(len(inputs), inputs.has_frames) if self.workers is None else self.workers
         batch_size = rows_that_fit(self.batch_size, model.spec)
         job = Job(model, inputs, predictor.count_classes(model), batch_size, 0 if self.ray else workers)
+        check_labels(self.output, job.columns, model.classes)
         if self.ray is not None:
             return self._run_on_ray(job, predictor, self.ray)
         if self.output is not None:
@@ -198,7 +200,7 @@ class Predict:
             shown["draw"] = str(self.draw)
         if output is None:
             records = list(journal.records())
-            console.print(prediction_table(records))
+            console.print(prediction_table(records, job.columns.kind, job.model.classes))
             shown["predictions"] = records
         return shown
 

@@ -17,16 +17,19 @@ from shvit.weights.resolve import Log, Weights
 from ..backends.registry import artifact_sha256, load_artifact, refuse_changed
 from ..guards import rows_that_fit
 from ..labels import known_classes
+from ..source import with_predictions
 from ..spec import Spec, open_weights
-from ..wrappers import Pooled, Probabilities, feature_maps, run_model
+from ..wrappers import Pooled, feature_maps, run_model
 
 Features = Literal["pooled", "maps"]
+Kind = Literal["classes", "labels", "value", "features"]
+"""What is predicted of an image: its most probable classes, the labels that it has, a value, or arrays."""
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A function from images to probabilities or features, and what identifies it."""
+    """A function from images to probabilities, a value or features, and what identifies it."""
 
     name: str
     """Name in messages."""
@@ -36,9 +39,10 @@ class LoadedModel:
     classes: tuple[str, ...]
     """Names of the classes, by index; their indices where no names are known. Empty for features."""
     run: Run
-    """From uint8 (B, C, H, W) to the outputs, float32: probabilities (B, classes), or an array for each of `shapes`."""
+    """From uint8 (B, C, H, W) to the outputs, float32: probabilities (B, classes), values (B, 1), or an array for each
+    of `shapes`."""
     shapes: dict[str, tuple[int, ...]]
-    """Name and shape, for one image, of each array of features; empty for probabilities."""
+    """Name and shape, for one image, of each array of features; empty for all else."""
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Return the outputs for images; raise InputError where they are not finite."""
@@ -49,10 +53,21 @@ class LoadedModel:
                              "damaged, or its training diverged")  # fmt: skip
         return outputs
 
+    def kind(self, top: int) -> Kind:
+        """Return what it predicts where the `top` most probable classes are asked for, or none of them."""
+        if self.shapes:
+            return "features"
+        if self.spec.task == "regression":
+            return "value"
+        return "classes" if top else "labels"
+
     def identity(self) -> dict[str, Any]:
         """Return what predictions depend on, as plain values, by what messages call them."""
         names = hashlib.sha256("\0".join(self.classes).encode()).hexdigest()
-        return {"weights": self.sha256, "preprocessing": asdict(self.spec), "names of classes": names,
+        preprocessing = asdict(self.spec)
+        task, thresholds = preprocessing.pop("task"), preprocessing.pop("thresholds")
+        return {"weights": self.sha256, "preprocessing": preprocessing, "task": task, "thresholds": thresholds,
+                "names of classes": names,
                 "features": {name: list(shape) for name, shape in self.shapes.items()}}  # fmt: skip
 
 
@@ -68,7 +83,7 @@ def open_checkpoint(weights: Weights, img_size: int | None, features: Features |
     assert weights.checkpoint is not None
     model, spec = open_weights(weights, img_size, features is None, log)
     name = weights.name or weights.model
-    wrapped, outputs = _wrap(name, model, features)
+    wrapped, outputs = _wrap(name, model, spec, features)
     deployed = deploy(wrapped.eval(), spec.img_size)
     classes = () if features else _class_names(known_classes(weights, spec, log), spec)
 
@@ -78,10 +93,10 @@ def open_checkpoint(weights: Weights, img_size: int | None, features: Features |
     return _loaded(name, spec, sha256(weights.checkpoint), classes, run, outputs)
 
 
-def _wrap(name: str, model: nn.Module, features: Features | None) -> tuple[nn.Module, tuple[str, ...]]:
+def _wrap(name: str, model: nn.Module, spec: Spec, features: Features | None) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the model with what is asked for as its outputs, and the names of its features."""
     if features is None:
-        return Probabilities(model), ()
+        return with_predictions(model, spec, "probabilities")[0], ()
     if features == "maps":
         maps, names = feature_maps(name, model)
         unique = len({*names}) == len(names)  # a ViT's stages all have one stride

@@ -15,6 +15,7 @@ from shvit.errors import InputError
 from shvit.files import atomic_write, check_output_folder, check_replaceable, is_file, open_file
 
 from .journal import Journal, Record
+from .models import Kind
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,18 +25,26 @@ BEGINNINGS = {".jsonl": b'{"path": ', ".csv": b"path,", ".parquet": b"PAR1", ".n
 """The first bytes of what is written, by which it is known that a file may be replaced."""
 ROWS = 4096  # images that are converted at a time
 MAX_GROUP_BYTES = 64 << 20
+SEPARATOR = "|"  # between the labels of an image in CSV
 
 
 @dataclass(frozen=True)
 class Columns:
     """The columns of a job's output."""
 
+    kind: Kind
     top: int
-    """Number of classes of each image; 0 for features."""
+    """Number of classes of each image, of the kind `classes`; 0 for others."""
     frames: bool
     """Whether images may be frames of videos, which have a number and a time."""
     shapes: Mapping[str, tuple[int, ...]]
     """Name and shape, for one image, of each array of features."""
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The names of what records hold of an image besides its path."""
+        known: dict[Kind, tuple[str, ...]] = {"value": ("value",), "features": ()}
+        return known.get(self.kind, ("labels", "probabilities"))
 
     @property
     def row_bytes(self) -> int:
@@ -69,6 +78,15 @@ def check_output(output: Path | None, has_features: bool) -> None:
         import pyarrow.parquet  # noqa: F401  (or says how it is installed)
 
 
+def check_labels(output: Path | None, columns: Columns, classes: Sequence[str]) -> None:
+    """Raise InputError where the names of labels cannot be told apart in the file `output`."""
+    if output is None or output.suffix != ".csv" or columns.kind != "labels":
+        return
+    if (wrong := next((name for name in classes if SEPARATOR in name), None)) is not None:
+        raise InputError(f"--output {output}: the label {wrong!r} holds {SEPARATOR}, which stands between labels; "
+                         "give --output F.jsonl or F.parquet")  # fmt: skip
+
+
 def _files(output: Path) -> list[Path]:
     """Return the files that are written: beside an array, the lines that name its rows."""
     return [output.with_suffix(".jsonl"), output] if output.suffix == ".npy" else [output]
@@ -88,14 +106,24 @@ def _write_jsonl(journal: Journal, path: Path, columns: Columns) -> None:
 
 def _write_csv(journal: Journal, path: Path, columns: Columns) -> None:
     ranked = [f"{name}_{rank}" for rank in range(1, columns.top + 1) for name in ("label", "probability")]
+    names = ranked if columns.kind == "classes" else columns.predicted
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", *(("frame", "seconds") if columns.frames else ()), *ranked, "error"])
+        writer.writerow(["path", *(("frame", "seconds") if columns.frames else ()), *names, "error"])
         for record in journal.records():
             place = (record.get("frame"), record.get("seconds")) if columns.frames else ()
-            pairs = zip(record.get("labels", ()), record.get("probabilities", ()), strict=True)
-            cells = [cell for pair in pairs for cell in pair] or [None] * len(ranked)
+            cells = [None] * len(names) if "error" in record else _cells(record, columns)
             writer.writerow([record["path"], *place, *cells, record.get("error")])
+
+
+def _cells(record: Record, columns: Columns) -> list[Any]:
+    """Return what is predicted of an image as cells: of any number of labels two, with all of them."""
+    found = [record[name] for name in columns.predicted]
+    if columns.kind == "classes":
+        return [cell for pair in zip(*found, strict=True) for cell in pair]
+    if columns.kind == "labels":
+        return [SEPARATOR.join(map(str, each)) for each in found]
+    return found
 
 
 # --- NumPy ------------------------------------------------------------------------------------------------------------
@@ -152,10 +180,12 @@ def predicted_fields(columns: Columns) -> "list[pyarrow.Field]":
     """Return the columns of a table that are predicted, with their types."""
     import pyarrow
 
-    fields = []
-    if columns.top:
-        fields += [pyarrow.field("labels", pyarrow.list_(pyarrow.string())),
-                   pyarrow.field("probabilities", pyarrow.list_(pyarrow.float32()))]  # fmt: skip
+    types = {
+        "labels": pyarrow.list_(pyarrow.string()),
+        "probabilities": pyarrow.list_(pyarrow.float32()),
+        "value": pyarrow.float32(),
+    }
+    fields = [pyarrow.field(name, types[name]) for name in columns.predicted]
     for name, shape in columns.shapes.items():
         kind = pyarrow.list_(pyarrow.float32(), prod(shape))
         fields.append(pyarrow.field(name, kind, metadata={"shape": to_json(list(shape))}))

@@ -46,7 +46,8 @@ class Predictor:
         model: a name that timm knows; by default the checkpoint's own model.
         pretrained: take the model's published weights in place of a checkpoint.
         ema: take the checkpoint's EMA weights.
-        top: number of classes for each image, the most probable first; 5 by default, or all where there are fewer.
+        top: number of classes for each image, the most probable first; 5 by default, or all where there are fewer. Of a
+            multi-label model, those labels by default whose probability reaches their threshold, which may be none.
         features: give embeddings in place of classes: "pooled", what the classifier is given, or "maps", one for each
             stage.
         img_size: input height and width in pixels; those that the model was trained for by default.
@@ -103,14 +104,16 @@ class Predictor:
             log: called with a line about what is done that was not asked for.
 
         Raises:
-            InputError: its file cannot be used, is not the one that was there when this object was made, or has fewer
-                than `top` classes.
+            InputError: its file cannot be used, is not the one that was there when this object was made, has fewer
+                than `top` classes, or is a regression's and `top` is given.
             CheckFailed: an artifact is not the one that its certificate describes.
         """
         if self.sha256 is not None and self._digest() != self.sha256:
             raise InputError(f"{self.artifact or self.checkpoint}: is another file here than where it was named first "
                              "(their hashes differ); give all processes the same one")  # fmt: skip
         model = self._open(log)
+        if model.spec.task == "regression":
+            refuse("the model predicts a value, and has no classes", top=self.top)
         if self.top is not None and self.top > len(model.classes):
             raise InputError(f"--top {self.top}: the model has {len(model.classes)} classes; choose 1 to "
                              f"{len(model.classes)}")  # fmt: skip
@@ -133,13 +136,15 @@ class Predictor:
             raise InputError(f"{error}; offline, give weights that are here, as --checkpoint or --artifact") from error
 
     def count_classes(self, model: LoadedModel) -> int:
-        """Return the number of classes that each image is given; 0 for features."""
-        return 0 if self.features else self.top or min(5, len(model.classes))
+        """Return the number of classes that each image is given; 0 for labels, a value, and features."""
+        if self.features or (self.top is None and model.spec.task != "classification"):
+            return 0
+        return self.top or min(5, len(model.classes))
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Frame) -> Frame:
-        """Return a batch with `labels` and `probabilities`, or each array of features, and `error`.
+        """Return a batch with `labels` and `probabilities`, or `value`, or each array of features, and `error`.
 
         Args:
             batch: a dict (or another mapping) of columns, which are arrays or lists, a pandas DataFrame, or an Arrow
@@ -183,17 +188,20 @@ class Predictor:
         """
         import datasets
 
-        model = opened_model(self)
         text, number = datasets.Value("string"), datasets.Value("float32")
-        added = {name: _array_of(shape) for name, shape in model.shapes.items()} or {
-            "labels": datasets.List(text),
-            "probabilities": datasets.List(number),
-        }
+        types = {"labels": datasets.List(text), "probabilities": datasets.List(number), "value": number}
+        columns = self._columns(opened_model(self))
+        added = {name: _array_of(shape) for name, shape in columns.shapes.items()}
+        added |= {name: types[name] for name in columns.predicted}
         return datasets.Features({**features, **added, "error": text})
+
+    def _columns(self, model: LoadedModel) -> Columns:
+        top = self.count_classes(model)
+        return Columns(model.kind(top), top, False, model.shapes)
 
     def _predict(self, images: Sequence[Any]) -> NewColumns:
         model = opened_model(self)
-        columns = Columns(self.count_classes(model), False, model.shapes)
+        columns = self._columns(model)
         records, arrays = (
             predict_batch(model, prepare_images(images, model.spec), columns.top) if len(images) else ([], b"")
         )
