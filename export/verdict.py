@@ -197,7 +197,7 @@ def _label_decisions(
     are those of the labels that the model is unsure of: as many for each image as (4p(1 - p))² adds up to.
     """
     unsure = (4 * reference * (1 - reference)).square().sum(1).mean().item()
-    movable = SIGMAS * allowed / math.sqrt(max(unsure, 1))
+    movable = SIGMAS * allowed / math.sqrt(max(unsure, TINY))
     sure = (reference - thresholds).abs() > movable
     changed = (output >= thresholds) != (reference >= thresholds)
     return {

@@ -22,6 +22,7 @@ LABELS = ("cat", "dog", "owl", "a tree")
 THRESHOLDS = (0.5, 0.3, 0.7, 0.45)
 VALUE = "year"
 MEAN, STEPS = 1950.0, (4.0, 9.0, -15.0, 22.0)
+SMALL = {**TINY, "depth": (1, 1, 1)}
 
 
 def draw_labeled(folder: Path, count: int, seed: int) -> torch.Tensor:
@@ -40,13 +41,13 @@ def draw_labeled(folder: Path, count: int, seed: int) -> torch.Tensor:
 @register_model
 def tiny_labels(pretrained: bool = False, **kwargs) -> nn.Module:
     """A name for a model of so many labels."""
-    return timm.create_model("shvit_s1", **{**TINY, "num_classes": len(LABELS), **kwargs})
+    return timm.create_model("shvit_s1", **{**SMALL, "num_classes": len(LABELS), **kwargs})
 
 
 @register_model
 def tiny_value(pretrained: bool = False, **kwargs) -> nn.Module:
     """A name for a model of one value."""
-    return timm.create_model("shvit_s1", **{**TINY, "num_classes": 1, **kwargs})
+    return timm.create_model("shvit_s1", **{**SMALL, "num_classes": 1, **kwargs})
 
 
 INFOS: dict[Task, RunInfo] = {

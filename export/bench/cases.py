@@ -25,7 +25,7 @@ from ..guards import one_line
 from ..images import sample_images
 from ..metadata import INPUT
 from ..pipeline import MIN_CALIBRATION
-from ..source import Source
+from ..source import Source, with_predictions
 from ..spec import Precision, Spec, open_weights
 from ..verify import Reference
 from .runtimes import RUNTIMES, check_runtimes
@@ -78,7 +78,7 @@ class BenchModel:
         """Return the file of a format (a key of `BACKENDS`) that `shvit export all` would write."""
         if (name, precision) not in self._files:
             backend, path = BACKENDS[name], self._path(f"-{precision}{BACKENDS[name].ending}")
-            spec = backend.all_options.complete(replace(self.spec, precision=precision))
+            spec = backend.all_options.complete(replace(self._source.spec, precision=precision))
             write = backend.create_writer(replace(self._source, spec=spec), backend.all_options)
             floats = backend.float_layers(self._source.deployed()) if precision == "int8" else ()
             write(path, replace(spec, excluded_layers=floats))
@@ -88,7 +88,8 @@ class BenchModel:
     @cached_property
     def _source(self) -> Source:
         calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
-        return Source(Reference(self.opened[0], self.spec, [], ""), self.spec, calibration)
+        model, spec = with_predictions(*self.opened)
+        return Source(Reference(model, spec, [], ""), spec, calibration)
 
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""

@@ -83,7 +83,7 @@ def prepare_models(
         images: a folder of images to verify with; scikit-image's where None.
 
     Raises:
-        InputError: an unknown model, a file without a certificate, or one that does not classify.
+        InputError: an unknown model, a file without a certificate, or what does not choose one of several classes.
         CheckFailed: a file exceeds its tolerance or has changed since it was certified.
     """
     served = []
@@ -114,6 +114,7 @@ def load_served(path: Path) -> ServedModel:
         CheckFailed: it has changed since it was certified.
     """
     artifact = load_artifact(path, threads=1)
+    _require_classes(path.name, artifact.spec)
     if artifact.spec.output_kind == "features":
         raise InputError(f"{path}: gives feature maps; export it with logits to compare outputs")
     if artifact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
@@ -135,8 +136,16 @@ def load_served(path: Path) -> ServedModel:
     )
 
 
+def _require_classes(name: str, spec: Spec) -> None:
+    """Raise InputError for what the page, which shows the most probable class, would show wrongly."""
+    if spec.task != "classification":
+        task = spec.task.replace("_", "-")
+        raise InputError(f"{name}: is a {task} model, and the page shows the most probable class; give a classifier")
+
+
 def _export(bench_model: BenchModel, precision: Precision, images: Path | None) -> ServedModel:
     (model, spec), weights = bench_model.opened, bench_model.weights
+    _require_classes(bench_model.name, spec)
     checkpoint = weights.checkpoint
     path = bench_model.folder / f"{bench_model.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes, weights.classes)
