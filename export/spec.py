@@ -1,7 +1,7 @@
 """A model's input and preprocessing: written into every artifact, and read back from it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -133,8 +133,9 @@ class Spec:
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
         resizing = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
         num_classes = getattr(model, "num_classes", 0)
-        task = {"task": info.task, "thresholds": info.thresholds} if info and num_classes else {}
-        spec = cls(name, size, in_chans, num_classes, mean, std, **resizing, **task)
+        spec = cls(name, size, in_chans, num_classes, mean, std, **resizing)
+        if info is not None and num_classes:
+            spec = replace(spec, task=info.task, thresholds=info.thresholds)
         if problem := spec._task_problem():
             raise InputError(f"{name}: its run says that it is {problem}; take the checkpoint from its source again")
         return spec

@@ -32,7 +32,13 @@ ROWS: Sequence[tuple[Backend[Any], Precision]] = [
 """Formats and precisions that are compared with each other."""
 FIGURES = ("top-1 %", "same top-1 %", "SNR dB", "ARM64: SNR dB", "MB", "ms", "ratio")
 HEAD = ("file", *FIGURES, "excluded from int8", "passed")
-OPTIONAL = ("same top-1 %", "ARM64: SNR dB", "ms", "ratio")  # columns that stand only where something was measured
+OPTIONAL = (
+    "top-1 %",
+    "same top-1 %",
+    "ARM64: SNR dB",
+    "ms",
+    "ratio",
+)  # columns that stand only where something was measured
 RULE = ("---", *("---:" for _ in FIGURES), "---", "---")
 
 
