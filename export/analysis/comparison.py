@@ -32,13 +32,8 @@ ROWS: Sequence[tuple[Backend[Any], Precision]] = [
 """Formats and precisions that are compared with each other."""
 FIGURES = ("top-1 %", "same top-1 %", "SNR dB", "ARM64: SNR dB", "MB", "ms", "ratio")
 HEAD = ("file", *FIGURES, "excluded from int8", "passed")
-OPTIONAL = (
-    "top-1 %",
-    "same top-1 %",
-    "ARM64: SNR dB",
-    "ms",
-    "ratio",
-)  # columns that stand only where something was measured
+OPTIONAL = ("ARM64: SNR dB", "ms", "ratio")  # columns that stand only where something was measured
+OF_CLASSES = ("top-1 %", "same top-1 %")  # columns that say nothing of other tasks
 RULE = ("---", *("---:" for _ in FIGURES), "---", "---")
 
 
@@ -147,7 +142,9 @@ def markdown(rows: Sequence[Row]) -> str:
     known = (row.certificate["model_accuracy"] for row in rows if "model_accuracy" in row.certificate)
     model = ("PyTorch fp32", _percent(next(known, None)), *("" for _ in HEAD[2:]))
     cells = [model, *(row.cells() for row in rows)]
-    used = [column for column, name in enumerate(HEAD) if name not in OPTIONAL or any(row[column] for row in cells)]
+    tasks = {row.certificate.get("spec", {}).get("task", "classification") for row in rows}
+    optional = OPTIONAL if tasks == {"classification"} else (*OF_CLASSES, *OPTIONAL)
+    used = [column for column, name in enumerate(HEAD) if name not in optional or any(row[column] for row in cells)]
     lines = ([row[column] for column in used] for row in (HEAD, RULE, *cells))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
