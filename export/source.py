@@ -21,7 +21,7 @@ from .quantization.qdq import LayerRanges, activation_ranges, unfold_identities
 from .quantization.ranges import Range
 from .spec import Spec, open_weights
 from .verify import Reference
-from .wrappers import LabelProbabilities, Probabilities, feature_maps, without_probabilities
+from .wrappers import feature_maps, with_predictions, without_probabilities
 
 RANKED_IMAGES = 8  # images on which layers are ranked by the noise that int8 makes of them
 CALIBRATION_BATCH = 8
@@ -143,18 +143,7 @@ def create_wrapped_model(
     if outputs == "features":
         model, names = feature_maps(name, model)
         return model, replace(spec, outputs=names)
-    return with_predictions(model, spec, outputs)
-
-
-def with_predictions(model: nn.Module, spec: Spec, outputs: Outputs = "logits") -> tuple[nn.Module, Spec]:
-    """Return the model with what files of its task give, and its spec: labels' probabilities, a value, or `outputs`."""
-    if spec.task == "multi_label":
-        return LabelProbabilities(model).eval(), replace(spec, outputs=("probabilities",))
-    if spec.task == "regression":
-        return model, replace(spec, outputs=("value",))
-    if outputs == "probabilities":
-        return Probabilities(model).eval(), replace(spec, outputs=("probabilities",))
-    return model, spec
+    return with_predictions(model, spec, softmax=outputs == "probabilities")
 
 
 def create_reference(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ class LabelProbabilities(Probabilities):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x).sigmoid()
+
+
+def with_predictions(model: nn.Module, spec: Spec, softmax: bool = False) -> tuple[nn.Module, Spec]:
+    """Return the model with what files of its task give, and its spec: classes' logits, labels' probabilities, a value.
+
+    Args:
+        softmax: give probabilities of a classifier in place of logits.
+    """
+    if spec.task == "multi_label":
+        return LabelProbabilities(model).eval(), replace(spec, outputs=("probabilities",))
+    if spec.task == "regression":
+        return model, replace(spec, outputs=("value",))
+    if softmax:
+        return Probabilities(model).eval(), replace(spec, outputs=("probabilities",))
+    return model, spec
 
 
 class Pooled(Wrapper):

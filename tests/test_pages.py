@@ -11,11 +11,13 @@ import pytest
 import timm
 from PIL import Image
 
-from shvit.cli import _parse, _split
+from shvit.checkpoint import write_checkpoint
+from shvit.cli import _parse, _split, run
 from shvit.train import recipes
 from shvit.train.main import Plot, Train, parse
 from shvit.train.recipe import Recipe
-from tests.conftest import LABELS
+from tests import task_models
+from tests.conftest import LABELS, create_tiny
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -156,6 +158,21 @@ def test_exported_file_runs_without_this_package(photo, mine, capsys):
     exec(code, values)
     assert capsys.readouterr().out.startswith(LABELS)
     assert values["image"].size == (64, 64)
+
+
+def test_labels_of_an_exported_file_are_those_of_its_thresholds(photo):
+    weights = create_tiny(num_classes=4, depth=(1, 1, 1)).state_dict()
+    write_checkpoint(weights, "m.safetensors", task_models.INFOS["multi_label"].metadata)
+    run(["export", "onnx", "--checkpoint", "m.safetensors", "--raw-pixels", "--output", "pixels.onnx"])
+    values: dict = {}
+    for word in ("onnxruntime", "thresholds"):
+        (code,) = (code for code in python_blocks(DOCS / "start" / "app.md") if word in code)
+        exec(code, values)
+    likely = dict(zip(task_models.LABELS, values["probabilities"][0], strict=True))
+    assert values["thresholds"] == [*task_models.THRESHOLDS]
+    assert values["found"] == [name for name, least in zip(likely, task_models.THRESHOLDS, strict=True)
+                               if likely[name] >= least]  # fmt: skip
+    assert values["spec"]["task"] == "multi_label"
 
 
 def test_model_is_exported_verified_and_opened_in_python(photo, mine):

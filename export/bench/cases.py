@@ -25,9 +25,10 @@ from ..guards import one_line
 from ..images import sample_images
 from ..metadata import INPUT
 from ..pipeline import MIN_CALIBRATION
-from ..source import Source, with_predictions
+from ..source import Source
 from ..spec import Precision, Spec, open_weights
 from ..verify import Reference
+from ..wrappers import with_predictions
 from .runtimes import RUNTIMES, check_runtimes
 
 VARIANTS = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")

@@ -17,9 +17,8 @@ from shvit.weights.resolve import Log, Weights
 from ..backends.registry import artifact_sha256, load_artifact, refuse_changed
 from ..guards import rows_that_fit
 from ..labels import known_classes
-from ..source import with_predictions
 from ..spec import Spec, open_weights
-from ..wrappers import Pooled, feature_maps, run_model
+from ..wrappers import Pooled, feature_maps, run_model, with_predictions
 
 Features = Literal["pooled", "maps"]
 Kind = Literal["classes", "labels", "value", "features"]
@@ -96,7 +95,7 @@ def open_checkpoint(weights: Weights, img_size: int | None, features: Features |
 def _wrap(name: str, model: nn.Module, spec: Spec, features: Features | None) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the model with what is asked for as its outputs, and the names of its features."""
     if features is None:
-        return with_predictions(model, spec, "probabilities")[0], ()
+        return with_predictions(model, spec, softmax=True)[0], ()
     if features == "maps":
         maps, names = feature_maps(name, model)
         unique = len({*names}) == len(names)  # a ViT's stages all have one stride
