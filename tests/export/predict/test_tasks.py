@@ -17,6 +17,11 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.errors import InputError
 from shvit.export import Predictor
+from shvit.export.predict.cluster import Part, divide, predict_part
+from shvit.export.predict.inputs import find_inputs
+from shvit.export.predict.job import Job
+from shvit.export.predict.loading import BEGINNING
+from shvit.export.predict.outputs import write_parquet
 from shvit.export.predict.show import _predictions, prediction_table
 from shvit.export.spec import Spec
 from shvit.weights.run_info import RunInfo, Task
@@ -181,6 +186,24 @@ def test_batches_have_the_same_predictions(folder, written, task):
     mapped = dataset.map(predictor, batched=True, batch_size=2, features=predictor.output_features(dataset.features))
     assert mapped.column_names == ["path", *names, "error"]
     assert [each is None for each in mapped[names[0]]] == [False] * 14 + [True]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_parts_of_a_job_have_the_same_predictions(folder, written, tmp_path, task):
+    """As a worker of Ray predicts them, and a folder of Parquet files holds them."""
+    predictor, inputs = (
+        Predictor(checkpoint=folder / f"{task}.safetensors"),
+        find_inputs([str(folder / "images")], 1, str),
+    )
+    job = Job(predictor.open(), inputs, 0, 4, 0)
+    records, parts = [], list(divide(inputs, BEGINNING, 8))
+    for part in parts:
+        predicted = predict_part(predictor, part, job.top, 4, str(Path.cwd()))
+        write_parquet(Part(predicted, 0), tmp_path / f"{len(records)}.parquet", job.columns)
+        records += predicted.records
+    assert (len(parts), records) == (2, written[task])
+    values = pandas.read_parquet(tmp_path)["value" if task == "regression" else "labels"]
+    assert [each is None or (task == "regression" and np.isnan(each)) for each in values] == [False] * 14 + [True]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
