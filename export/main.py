@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from rich.table import Table
 
 from shvit import terminal
 from shvit.certificate import certificate_path, read_origin
@@ -23,6 +22,7 @@ from .analysis.survey import MODELS, survey
 from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
+from .evaluation import PLOTS, Case, plot_name, report
 from .guards import check_apart, check_own, rows_that_fit
 from .labels import known_classes, match_classes, refuse_unknown
 from .pipeline import export_model, verify_artifact
@@ -32,22 +32,30 @@ from .tables import show
 from .verify import require
 
 console = terminal.console()
-MAX_CLASSES_PRINTED = 50
-MAX_CLASSES_COUNTED = 50_000  # the matrix of their confusions has 20 GB; ImageNet-21k has 21,841
+TABLE_OPTIONS = ("file_column", "label_columns", "label_separator")
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure top-1 and top-5 accuracy of a checkpoint or an exported file on a folder of class folders.
+    """Measure the accuracy of a checkpoint or an exported file on a folder of class folders, or by a table of labels.
 
-    Class folders are matched by name to the classes that the checkpoint's run, or the file, knows.
+    Classes are matched by name to those that the checkpoint's run, or the file, knows. For labels of which an image has
+    any number it is the mean average precision, for values the coefficient of determination and mean errors.
     """
 
     data: str
     """A folder of class folders, or one that holds them under val/, or a tar of one.
     Also a folder of WebDataset shards, a name that timm knows, such as torch/cifar10, or `elpv` (the demo's images)."""
+    labels: Annotated[Path | None, tyro.conf.arg(name="data.labels")] = None
+    """A table of labels, .csv, .tsv or .parquet, of the images in the folder --data."""
+    file_column: Annotated[str | None, tyro.conf.arg(name="data.file-column")] = None
+    """Column of file names in the table; by default one with a usual name."""
+    label_columns: Annotated[tuple[str, ...], tyro.conf.arg(name="data.label-columns")] = ()
+    """Column of labels in the table, or a column for each class; by default as in training."""
+    label_separator: Annotated[str | None, tyro.conf.arg(name="data.label-separator")] = None
+    """Separator of several labels in one cell; by default | or ; or a comma, whichever occurs."""
     split: str | None = None
-    """Split name, for sharded or named datasets; validation by default."""
+    """Split name, for sharded or named datasets and tables with a column of splits; validation by default."""
     checkpoint: Path | None = None
     """Weights in any layout, or a name of `shvit weights list`.
     For a run's last.pt both the weights and EMA weights are evaluated."""
@@ -75,26 +83,28 @@ class Eval:
     """A folder for accuracy.json and a confusion matrix."""
 
     def run(self) -> dict[str, Any]:
-        from shvit.train.data.eval_dataset import has_one_part, open_eval_dataset, takes_split
+        from shvit.train.data.eval_dataset import has_one_part, takes_split
         from shvit.train.data.eval_loader import check_loader
         from shvit.train.data.splits import check_outside
 
         check_loader(self.batch_size, self.workers, self.max_corrupt)
         check_output_folder(self.output)
-        check_own(self.output, "accuracy.json", b'"model"', ("confusion.png", "confusion_ema.png"))
+        check_own(self.output, "accuracy.json", b'"model"', PLOTS)
         check_apart(self.output, checkpoint=self.checkpoint, artifact=self.artifact)
         if not self.data:
             raise InputError("--data is empty; give a folder of class folders, a tar or a name that timm knows")
         check_outside(self.output, Path(self.data))
-        if not takes_split(self.data):
-            refuse(f"{self.data} is not a dataset with splits of its own", split=self.split)
-        if not has_one_part(self.data):
+        if self.labels is None:
+            refuse("there is no --data.labels", **{f"data.{name}": getattr(self, name) for name in TABLE_OPTIONS})
+            if not takes_split(self.data):
+                refuse(f"{self.data} is not a dataset with splits of its own", split=self.split)
+        if self.labels is None and not has_one_part(self.data):
             refuse(f"{self.data} has a part of its own to evaluate on", all_images=self.all_images)
         predict, spec, transform, known, weights = self._predict()
         trained_on = None if self.all_images else self._trained_on(weights)
-        dataset = open_eval_dataset(self.data, self.split or "validation", trained_on)
+        dataset = self._dataset(spec, trained_on)
         console.print(f"{self.data}: {dataset.part}")
-        classes, index = self._match(dataset.classes, known, spec)
+        dataset, classes, index = self._with_classes(dataset, known, spec)
         kind = "weights" if weights is not None else "artifact"
         evaluated = (transform, dataset, classes, index)
         result = {"model": spec.model, **self._evaluate(kind, predict, spec, *evaluated)}
@@ -105,6 +115,34 @@ class Eval:
             with atomic_write(self.output / "accuracy.json") as partial:
                 partial.write_text(to_json({**result, "classes": classes}, indent=2) + "\n")
         return result
+
+    def _dataset(self, spec: Spec, trained_on: Any) -> Any:
+        """Return the images to evaluate on."""
+        from shvit.train.data.eval_dataset import open_eval_dataset
+        from shvit.train.labels.dataset import open_labeled
+        from shvit.train.recipe import Data
+
+        if self.labels is None:
+            if spec.task != "classification":
+                raise InputError(f"{spec.model} was trained for {spec.task}, and folders do not tell its labels; give "
+                                 "--data.labels, a table of files and labels")  # fmt: skip
+            return open_eval_dataset(self.data, self.split or "validation", trained_on)
+        options = {name: getattr(self, name) for name in TABLE_OPTIONS}
+        return open_labeled(
+            Data(root=Path(self.data), labels=self.labels, **options), spec.task, self.split, trained_on
+        )
+
+    def _with_classes(self, dataset: Any, known: tuple[str, ...], spec: Spec) -> tuple[Any, list[str], Any]:
+        """Return the dataset, the model's classes, and where the dataset's are class indices, the model's for each."""
+        from shvit.train.labels.dataset import LabeledImages
+
+        if spec.task == "regression":
+            return dataset, list(known) or dataset.classes, None
+        classes, index = self._match(dataset.classes, known, spec)
+        if not isinstance(dataset, LabeledImages):
+            return dataset, classes, index
+        places = list(range(len(classes))) if index is None else index
+        return dataset.reordered(places, classes), classes, None
 
     def _match(self, names: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:
         """Return the model's classes and, for each of the dataset's, the model's index; None where they are the same.
@@ -141,33 +179,21 @@ class Eval:
         classes: list[str],
         index: list[int] | None,
     ) -> dict[str, Any]:
-        """Print and return the accuracy; plot it if there is a folder for that."""
+        """Print and return the figures; plot them if there is a folder for that."""
         from shvit.train.data.eval_loader import eval_loader
-        from shvit.train.evaluate import count, plot_confusion
 
-        if spec.num_classes > MAX_CLASSES_COUNTED:
-            raise InputError(f"{spec.num_classes:,} classes are more than the {MAX_CLASSES_COUNTED:,} whose "
-                             "confusions can be counted; evaluate a model with fewer")  # fmt: skip
         loader = eval_loader(dataset, transform, rows_that_fit(self.batch_size, spec), self.workers, self.max_corrupt)
         batches = loader if index is None else Renumbered(loader, index)
-        counts = count(predict, batches, spec.num_classes)
-        result = counts.evaluation()
-        left_out = getattr(batches, "skipped", 0)
-        top5 = f", top-5 {result.top5:.2f} %" if spec.num_classes > 5 else ""
-        rest = f"; {left_out} of classes that the model does not know are left out" if left_out else ""
-        rest += f"; {loader.damaged} damaged ones are left out" if loader.damaged else ""
-        console.print(f"{kind}: top-1 {result.top1:.2f} %{top5} on {result.n} images{rest}")
-        if len(classes) <= MAX_CLASSES_PRINTED:
-            table = Table("class", *terminal.right_aligned("images", "top-1 %"))
-            seen = counts.confusion.sum(1).tolist()
-            for name, images, top1 in zip(classes, seen, result.per_class, strict=True):
-                table.add_row(name, str(images), f"{top1:.1f}" if images else "")
-            console.print(table)
-        console.print(f"balanced top-1 {result.balanced_top1:.2f} %, the mean of the classes' top-1")
-        if self.output is not None:
-            name = "confusion_ema.png" if kind == "EMA weights" else "confusion.png"
-            plot_confusion(counts, classes, self.output / name, f"{spec.model}, {kind}: top-1 {result.top1:.2f} %")
-        return {**asdict(result), "left_out": left_out, "damaged": loader.damaged}
+
+        def rest() -> str:
+            left_out = getattr(batches, "skipped", 0)
+            unknown = f"; {left_out} of classes that the model does not know are left out" if left_out else ""
+            return unknown + (f"; {loader.damaged} damaged ones are left out" if loader.damaged else "")
+
+        suffix = "_ema" if kind == "EMA weights" else ""
+        plot = None if self.output is None else self.output / plot_name(spec, suffix)
+        figures = report(Case(kind, predict, spec, batches, classes, rest), console, plot)
+        return {**figures, "left_out": getattr(batches, "skipped", 0), "damaged": loader.damaged}
 
     def _predict(self) -> tuple[Predict, Spec, Any, tuple[str, ...], Weights | None]:
         """Return the function to logits, its spec, its transform, known names of classes, and the weights, if any."""
@@ -220,9 +246,11 @@ class Renumbered:
 
 
 def _to_logits(artifact: Artifact) -> Predict:
-    """Return a function to the artifact's logits; for probabilities their logarithm."""
-    if artifact.spec.output_kind == "logits":
+    """Return a function to the artifact's logits, or values; for probabilities to what gives these."""
+    if artifact.spec.output_kind != "probabilities":
         return artifact
+    if artifact.spec.task == "multi_label":
+        return lambda pixels: artifact(pixels).double().logit(eps=1e-15)
     return lambda pixels: artifact(pixels).clamp_min(1e-30).log()
 
 

@@ -90,6 +90,19 @@ def check_fields(recipe: Recipe) -> None:
 def _refuse_ignored(recipe: Recipe) -> None:
     """Refuse fields that have no effect without another one, which is not given."""
     data, distill = Data(), Distill()
+    if recipe.data.labels is None:
+        tables = ["val_labels", "file_column", "label_columns", "label_separator"]
+        refuse("there is no --data.labels", **_changed(recipe.data, data, "data", tables))
+        if recipe.task != "classification":
+            raise InputError(f"--task {recipe.task} needs labels that folders do not tell; give --data.labels, a table "
+                             "(CSV or Parquet) of files and labels")  # fmt: skip
+    else:
+        refuse("labels are a table's, --data.labels", **_changed(recipe.data, data, "data", ["name"]))
+    if recipe.task != "multi_label":
+        refuse(f"the task is {recipe.task}", multi_label_loss=_unless(recipe.multi_label_loss, "bce"),
+               **_changed(recipe.data, data, "data", ["label_separator"]))  # fmt: skip
+    if recipe.task != "classification":
+        refuse(f"a teacher knows classes, and the task is {recipe.task}", **{"distill.teacher": recipe.distill.teacher})
     if not recipe.distill.teacher:
         others = [each.name for each in fields(distill) if each.name != "teacher"]
         refuse("there is no --distill.teacher", **_changed(recipe.distill, distill, "distill", others))
@@ -103,11 +116,21 @@ def _refuse_ignored(recipe: Recipe) -> None:
 def _refuse_balance(recipe: Recipe) -> None:
     """Refuse class weights together with balanced sampling, and either of them for a stream."""
     given = {"class_weight": recipe.class_weight, "balanced_sampling": recipe.balanced_sampling or None}
+    if recipe.task == "multi_label":
+        refuse("an image has any number of labels; --class-weight balances these", balanced_sampling=given.pop(
+            "balanced_sampling"))  # fmt: skip
+    if recipe.task == "regression":
+        refuse("a regression has no classes", **given)
     if is_stream(recipe.data):
         refuse(f"a stream ({recipe.data.name}) does not tell the number of images of each class", **given)
-    if all(given.values()):
+    if recipe.class_weight and recipe.balanced_sampling:
         raise InputError("--class-weight and --balanced-sampling both make up for rare classes, which would count "
                          "twice; give one of them")  # fmt: skip
+
+
+def _unless(value: str, default: str) -> str | None:
+    """Return an option's value; None for its default."""
+    return None if value == default else value
 
 
 def _changed(part: Data | Distill, default: Data | Distill, prefix: str, names: Sequence[str]) -> dict[str, str]:

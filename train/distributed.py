@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -45,6 +45,14 @@ class World:
         values = [value if self.primary else None]
         distributed.broadcast_object_list(values, src=0, device=self.device if self.device.type == "cuda" else None)
         return values[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of each process, by rank; tensors in it must be on the CPU."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in place."""

@@ -18,16 +18,17 @@ from shvit.checkpoint import write_checkpoint
 from shvit.errors import CheckFailed, InputError
 from shvit.weights.run_info import RunInfo, read_recipe_file
 
-from .data.datasets import Splits, check_class_of, open_splits
+from .data.datasets import Splits, check_class_of
 from .data.splits import check_outside
 from .data.streams import is_stream
 from .distributed import World, join
-from .evaluate import Evaluation, count
+from .evaluate.tasks import FIGURES, Evaluation
+from .labels.dataset import open_recipe_splits
 from .recipe import Recipe
 from .run.logger import TrainLogger
 from .run.plots import plot_curves
 from .run.run_folder import RunFolder
-from .run.summary import describe_balance, print_splits
+from .run.summary import describe_balance, describe_targets, print_splits
 from .signals import SignalHandler, Stopped
 from .step.batch import Batch, Problem
 from .step.loader import TrainLoader
@@ -55,7 +56,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     try:
         with join(recipe.compute.device) as world, signals.installed():
             accum_steps = check_recipe(recipe, world)
-            splits = None if is_stream(recipe.data) else open_splits(recipe.data)
+            splits = None if is_stream(recipe.data) else open_recipe_splits(recipe)
             classes, loader = open_training(recipe, world, accum_steps, splits)
             training = Training(recipe, output, world, classes, loader, accum_steps, signals, splits)
             with training.folder.locked() if world.primary else nullcontext():
@@ -87,7 +88,8 @@ class Training:
         self.folder = RunFolder(output, recipe.save.keep)
         self.console = terminal.console(quiet=not world.primary)
         self.total_steps = recipe.epochs * loader.steps_per_epoch
-        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps, loader.class_counts)
+        self.figures = FIGURES[recipe.task]
+        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps, loader.statistics)
         config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
         self.info = RunInfo(
             model=recipe.model,
@@ -98,6 +100,7 @@ class Training:
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
+            task=recipe.task,
         )
         self.validation, self.validation_count = open_validation(recipe, world, config, splits)
         self.corrupt: dict[str, int] = {}
@@ -136,12 +139,13 @@ class Training:
         if self.splits is not None and self.world.primary:
             print_splits(self.splits, self.console)
         validation = f", {self.validation_count} for validation" if self.validation_count is not None else ""
+        targets = describe_targets(recipe, self.classes)
         self.console.print(
-            f"{recipe.model} at {recipe.img_size} px, {self.loader.length} images of {len(self.classes)} classes"
+            f"{recipe.model} at {recipe.img_size} px, {self.loader.length} images {targets}"
             f"{validation}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
-        if self.loader.class_counts is not None:
-            self.console.print(describe_balance(recipe, self.classes, self.loader.class_counts))
+        if self.loader.statistics.class_counts is not None:
+            self.console.print(describe_balance(recipe, self.classes, self.loader.statistics))
         if self.world.size > 1 or run.accum_steps > 1:
             largest, smallest = self.loader.sizes[0], self.loader.sizes[-1]
             each = f"{largest}" if largest == smallest else f"{smallest} or {largest}"
@@ -225,7 +229,7 @@ class Training:
         due = epoch % self.recipe.save.eval_epochs == 0 or epoch == self.recipe.epochs
         if within or epoch <= done or not due:
             return
-        plain, ema = self._accuracy(run.model), self._accuracy(run.ema)
+        plain, ema = self._evaluate(run.model), self._evaluate(run.ema)
         sums = run.sums.tolist()
         entry = {
             "epoch": epoch,
@@ -235,49 +239,51 @@ class Training:
             "grad_norm": sums[1] / sums[2],
             **self.logger.throughput(),
             "val_loss": plain.loss,
-            "top1": plain.top1,
-            "top5": plain.top5,
-            "balanced_top1": plain.balanced_top1,
+            **{name: getattr(plain, name) for name in self.figures.logged},
             "ema_loss": ema.loss,
-            "ema_top1": ema.top1,
-            "ema_top5": ema.top5,
-            "ema_balanced_top1": ema.balanced_top1,
+            **{f"ema_{name}": getattr(ema, name) for name in self.figures.logged},
             "n_val": plain.n,
         }
-        self.logger.log_evaluation(entry)
+        self.logger.log_evaluation(entry, self.figures)
         with self.signals.defer_signals():
             if self.world.primary:
-                self._keep_best(entry)
+                self._keep_best("best", run.model, plain, self.figures.best)
+                self._keep_best("best_ema", run.ema, ema, f"ema_{self.figures.best}")
             run.log.append(entry)
             run.sums.zero_()
             self._save()
             if self.world.primary:
                 self.folder.write_log(run.log)
 
-    def _accuracy(self, model: torch.nn.Module) -> Evaluation:
+    def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         """Evaluate on all validation images, each in one process, in float32, with the primary's BatchNorm."""
         model.eval()
         if self.world.size > 1:
             distribute_bn(model, self.world.size)
         memory_format = torch.channels_last if self.recipe.compute.channels_last else torch.contiguous_format
 
+        scale = self.run.scale
+
         def predict(images: torch.Tensor) -> torch.Tensor:
-            return model(images.to(memory_format=memory_format))
+            outputs = model(images.to(memory_format=memory_format))
+            return outputs if scale is None else scale.values(outputs.float())
 
         with torch.inference_mode():
-            counts = count(predict, self.validation, len(self.classes), self.world.device)
+            totals = self.figures.totals(predict, self.validation, len(self.classes), self.world.device)
         try:
-            return counts.summed(self.world.sum).evaluation()
+            return totals.across(self.world).evaluation()
         except InputError as error:
             state = next(iter(self.folder.states), None)
             kept = f"{state} holds the last state before it" if state else "no state was saved yet"
             raise CheckFailed(f"step {self.run.step}: {error}; {kept}; lower --optim.lr and choose another --output",
                               {"step": self.run.step, "state": str(state) if state else None}) from error  # fmt: skip
 
-    def _keep_best(self, entry: dict[str, Any]) -> None:
-        for figure, name, model in (("top1", "best", self.run.model), ("ema_top1", "best_ema", self.run.ema)):
-            if entry[figure] > self.run.best(figure):
-                write_checkpoint(model.state_dict(), self.folder.path / f"{name}.safetensors", self.info.metadata)
+    def _keep_best(self, name: str, model: torch.nn.Module, evaluation: Evaluation, figure: str) -> None:
+        """Write the weights if their figure is the highest so far, with the thresholds that these images choose."""
+        if getattr(evaluation, self.figures.best) <= self.run.best(figure):
+            return
+        info = replace(self.info, thresholds=getattr(evaluation, "best_thresholds", ()))
+        write_checkpoint(self.run.weights(model), self.folder.path / f"{name}.safetensors", info.metadata)
 
     # --- states -------------------------------------------------------------------------------------------------------
 
@@ -301,11 +307,11 @@ class Training:
 
     def _result(self) -> dict[str, Any]:
         run, path = self.run, self.folder.path
-        top1, ema_top1 = run.best("top1"), run.best("ema_top1")
-        checkpoint = path / ("best_ema.safetensors" if ema_top1 >= top1 else "best.safetensors")
-        self.console.print(
-            f"best validation accuracy {top1:.2f} %, of the EMA weights {ema_top1:.2f} %; see {checkpoint}"
-        )
+        figure, ema_figure = self.figures.best, f"ema_{self.figures.best}"
+        best, ema_best = run.best(figure), run.best(ema_figure)
+        checkpoint = path / ("best_ema.safetensors" if ema_best >= best else "best.safetensors")
+        self.console.print(f"best on validation images: {self.figures.text(best)}, EMA weights "
+                           f"{self.figures.text(ema_best)}; see {checkpoint}")  # fmt: skip
         return {
             "output": str(path),
             "checkpoint": str(checkpoint),
@@ -313,10 +319,10 @@ class Training:
             "img_size": self.recipe.img_size,
             "epochs": run.log[-1]["epoch"],
             "steps": run.step,
-            "top1": top1,
-            "ema_top1": ema_top1,
-            "last_top1": run.log[-1]["top1"],
-            "last_ema_top1": run.log[-1]["ema_top1"],
+            figure: best,
+            ema_figure: ema_best,
+            f"last_{figure}": run.log[-1][figure],
+            f"last_{ema_figure}": run.log[-1][ema_figure],
             "n_val": run.log[-1].get("n_val", 0),
             "classes": self.classes,
             "seconds": round(run.seconds, 1),

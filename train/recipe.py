@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shvit.errors import InputError
 from shvit.files import read_bytes
+from shvit.weights.run_info import Task
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -38,6 +39,20 @@ class Data:
     """Regular expression for class folders without a split, matched with image names below the class folder.
     Images with the same first group, such as frames of one video, stay on one side of the split.
     By default, copies by Roboflow (.rf.) and those with _aug or -aug in their name stay with their original."""
+    labels: Path | None = None
+    """A table of labels in place of class folders, .csv, .tsv or .parquet.
+    It has a column of file names, and one of labels or one for each class.
+    `root` is then the folder that the file names are relative to, by default the table's own.
+    Where it has a column of splits (train, val), that is the split."""
+    val_labels: Path | None = None
+    """A second table, of the validation images."""
+    file_column: str | None = None
+    """Column of file names in the tables; by default one with a usual name, such as file, path or image_id."""
+    label_columns: tuple[str, ...] = ()
+    """Column of labels in the tables, or a column for each class.
+    By default one with a usual name, such as label or class, or else all other columns if they hold numbers."""
+    label_separator: str | None = None
+    """Separator of several labels in one cell; by default | or ; or a comma, whichever occurs."""
     changed: Literal["refuse", "continue"] = "refuse"
     """Whether a run resumes when its images have changed since it started.
     With 'continue', finished epochs stay finished, and the schedule is fitted to the present images."""
@@ -88,7 +103,7 @@ class Augment:
     mixup_switch_prob: float = 0.5
     """Probability of cutmix rather than mixup, where both are on."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing, of classification alone."""
     repeats: int = 3
     """Repeated augmentation: an epoch is drawn from this many copies of each image; 1 for none.
     The epoch keeps its length, so each image is seen in about one of `repeats` epochs."""
@@ -195,6 +210,9 @@ class Recipe:
 
     model: str = "shvit_s1"
     """Model to train, a name that timm knows."""
+    task: Task = "classification"
+    """What labels are: one class, any number of labels (multi_label), or a number (regression).
+    The last two need --data.labels."""
     img_size: int = 224
     """Image height and width in pixels."""
     first_img_size: int | None = None
@@ -215,9 +233,13 @@ class Recipe:
     """Decay of the EMA weights, applied at each step."""
     ema_warmup: bool = True
     """Let the EMA decay rise from 0, so that short runs have useful EMA weights too (the reference does not)."""
+    multi_label_loss: Literal["bce", "asl"] = "bce"
+    """Loss of multi-label classification: binary cross-entropy (bce), or timm's asymmetric loss (asl; γ 4 and 1, clip
+    0.05), by which the many labels that an image does not have weigh less."""
     class_weight: Literal["balanced"] | None = None
     """Class weights in the loss of the labels: None, or 'balanced' as in scikit-learn.
     A class then has the weight n / (classes · its images), whose mean over the n training images is 1.
+    In multi-label classification the images with a label weigh as much as those without it.
     The validation loss and the loss of a teacher have no weights."""
     balanced_sampling: float = 0.0
     """Strength of class-balanced sampling: 0 for none, 1 to draw every class equally often.
@@ -233,7 +255,8 @@ class Recipe:
 
     def at_home(self) -> "Recipe":
         """Return the recipe with a leading ~ in its paths expanded; shells expand it only at the start of a word."""
-        data = replace(self.data, root=at_home(self.data.root))
+        paths = {name: at_home(getattr(self.data, name)) for name in ("root", "labels", "val_labels")}
+        data = replace(self.data, **paths)
         distill = replace(self.distill, checkpoint=at_home(self.distill.checkpoint))
         return replace(self, checkpoint=at_home(self.checkpoint), data=data, distill=distill)
 
@@ -280,6 +303,8 @@ def at_home(path: PathOrNone) -> PathOrNone:
 
 MAY_CHANGE = (
     "data.root",
+    "data.labels",
+    "data.val_labels",
     "data.workers",
     "data.max_corrupt",
     "data.changed",

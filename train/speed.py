@@ -107,7 +107,7 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
     ))  # fmt: skip
     training = Training(recipe, folder, world, classes, train_loader, accum_steps, SignalHandler(), splits)
     run = training.run
-    plain = set_up(plain_recipe, world, classes, train_loader.steps_per_epoch, accum_steps, train_loader.class_counts)
+    plain = set_up(plain_recipe, world, classes, train_loader.steps_per_epoch, accum_steps, train_loader.statistics)
     training.logger = TrainLogger(folder, recipe, run, train_loader.steps_per_epoch, terminal.console(quiet=True))
     batches = list(islice(train_loader.batches(0, 1), accum_steps))
     endless = repeat(batches[0])

@@ -1,6 +1,7 @@
 """Weights as a command line names them (a file, a published name, pretrained), and what is known about them."""
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from .connection import bounded_waits
 from .imagenet import imagenet_names, is_imagenet
 from .layouts import variant_of
 from .manifest import Published, find, read_manifest
-from .run_info import RunInfo, read_run_info
+from .run_info import BEST_FIGURES, RunInfo, read_run_info
 
 __all__ = ["Weights", "find_weights", "resolve_weights"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-RUN_WEIGHTS = {"best_ema.safetensors": "ema_top1", "best.safetensors": "top1"}
-"""The weights in a run folder, with their accuracy in its metrics.jsonl."""
+RUN_WEIGHTS = {"best_ema.safetensors": "ema_", "best.safetensors": ""}
+"""The weights in a run folder, with the beginning of the names of their figures in its metrics.jsonl."""
 MAX_METRICS_BYTES = 256 << 20
 Log = Callable[[str], None]
 
@@ -133,12 +134,14 @@ def _best_of_run(folder: Path) -> Path:
         return files[0]
     lines = read_text(metrics, MAX_METRICS_BYTES).splitlines()
     entries = [parse_json(line, f"{metrics}: line {number}") for number, line in enumerate(lines, 1)]
-    return max(files, key=lambda file: max((_accuracy(each, RUN_WEIGHTS[file.name]) for each in entries), default=0.0))
+    return max(files, key=lambda file: max((_figure(each, RUN_WEIGHTS[file.name]) for each in entries),
+                                           default=-math.inf))  # fmt: skip
 
 
-def _accuracy(entry: object, name: str) -> float:
-    value = entry.get(name) if isinstance(entry, dict) else None
-    return float(value) if isinstance(value, int | float) else 0.0
+def _figure(entry: object, start: str) -> float:
+    """Return the figure of an evaluation by which weights are chosen, whatever the task; -∞ without one."""
+    values = [entry.get(f"{start}{best}") for best in BEST_FIGURES.values()] if isinstance(entry, dict) else []
+    return max((float(value) for value in values if isinstance(value, int | float)), default=-math.inf)
 
 
 def _summary(name: str, model: str, info: RunInfo | None) -> str:

@@ -19,6 +19,8 @@ Task = Literal["classification", "multi_label", "regression"]
 """What a model's outputs are: logits of which one class is true, logits of labels of which any number is, or a value
 in the unit of its labels."""
 TASKS: tuple[Task, ...] = get_args(Task)
+BEST_FIGURES: Mapping[Task, str] = {"classification": "top1", "multi_label": "map", "regression": "r2"}
+"""The figure of a run's log by which its best weights are chosen; with `ema_` before it for the EMA weights."""
 
 RUN_KEY = "shvit.run"
 """The entry of a checkpoint's metadata (a top-level key of a `torch.save` file) that holds it, as JSON."""

@@ -248,7 +248,9 @@ def test_names_that_are_formulas_or_steer_a_terminal_are_drawn(tmp_path):
 def test_training_does_not_go_on_with_outputs_that_are_not_finite(image_folder, tmp_path, monkeypatch):
     recipe = plain_recipe(image_folder)
     monkeypatch.setattr("shvit.train.loop.distribute_bn", lambda *_: None)
-    monkeypatch.setattr("shvit.train.evaluate.F.cross_entropy", lambda *_, **__: torch.tensor(float("nan")))
+    monkeypatch.setattr(
+        "shvit.train.evaluate.classification.F.cross_entropy", lambda *_, **__: torch.tensor(float("nan"))
+    )
     with pytest.raises(CheckFailed, match="not finite"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

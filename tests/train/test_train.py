@@ -165,7 +165,7 @@ def test_run_resumes_from_the_state_before_a_damaged_one(small, small_run, small
 def test_stopping_in_an_evaluation_repeats_it(small, small_run, tmp_path, monkeypatch):
     from shvit.train.loop import Training
 
-    accuracy = Training._accuracy
+    accuracy = Training._evaluate
 
     def stopped(self, model):
         if self.run.step == 8:
@@ -173,7 +173,7 @@ def test_stopping_in_an_evaluation_repeats_it(small, small_run, tmp_path, monkey
         return accuracy(self, model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_accuracy", stopped)
+        patch.setattr(Training, "_evaluate", stopped)
         with pytest.raises(SystemExit):
             train(small, tmp_path / "cut")
     assert len(state(tmp_path / "cut")["log"]) == 1

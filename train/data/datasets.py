@@ -25,7 +25,7 @@ from .images import open_image, to_rgb
 from .locations import check_path
 from .splits import as_listing, check_nesting, class_names, find_parts, may_be_split
 from .splits import check_outside as check_outside
-from .streams import HubImages, Split, Stream, check_named, create_named, numbered
+from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, numbered
 
 
 class Images(Dataset):
@@ -62,6 +62,27 @@ class Images(Dataset):
         read = to_rgb if isinstance(file, Image.Image) else open_image
         return read(file, self.name(index)), target
 
+    @property
+    def blank_target(self) -> "int | np.ndarray":
+        """The target of a black image in place of a damaged one."""
+        return 0
+
+    @property
+    def ignored_target(self) -> "int | np.ndarray":
+        """The target of an image that does not count."""
+        return IGNORED
+
+    def check_target(self, index: int, target: Any) -> None:
+        """Raise InputError for a class index that no class has."""
+        if not 0 <= target < (len(self.classes) or target + 1):
+            raise InputError(
+                f"{self.name(index)}: of class {target}, and there are {len(self.classes)}, counted from 0"
+            )
+
+    def describe(self, index: int) -> str:
+        """Return the class of an item of a folder or a tar, for the identity of the images."""
+        return same_name(self.classes[self.source.samples[self.indices[index]][1]])
+
     def name(self, index: int) -> str:
         """Return what messages call an item."""
         if isinstance(self.source, Reader):
@@ -92,7 +113,11 @@ class Images(Dataset):
 
     def shard(self, num_shards: int, index: int) -> "Images":
         """Return item `index` and every `num_shards`-th after it, as one process's images."""
-        return Images(self.source, self.classes, self.indices[index::num_shards])
+        return self.subset(self.indices[index::num_shards], self.part)
+
+    def subset(self, indices: Sequence[int], part: str) -> "Images":
+        """Return other items of the same source."""
+        return Images(self.source, self.classes, indices, part)
 
 
 # --- folders and tars -------------------------------------------------------------------------------------------------
@@ -248,7 +273,8 @@ def check_class_of(dataset: Images | None, index: int) -> None:
     if dataset is None or not isinstance(dataset.source, Files | TarFiles):
         return
     targets = dataset.targets
-    assert targets is not None
+    if targets is None:  # labels of which an image has any number
+        return
     alike = [other for other, target in enumerate(targets) if target == targets[index]]
     if not any_readable(dataset, alike):
         raise InputError(f"none of the {len(alike)} training images of {dataset.classes[targets[index]]} can be "
@@ -259,8 +285,7 @@ def identity(dataset: "Images | Stream") -> dict[str, Any]:
     """Return what identifies a dataset's images: `count`, and for folders and tars `names_sha256`."""
     if isinstance(dataset, Stream) or not isinstance(dataset.source, Files | TarFiles):
         return {"count": len(dataset)}
-    source, classes = dataset.source, list(map(same_name, dataset.classes))
-    names = sorted(f"{classes[source.samples[i][1]]}/{source.names[i]}\n" for i in dataset.indices)
+    names = sorted(f"{dataset.describe(place)}/{dataset.source.names[i]}\n" for place, i in enumerate(dataset.indices))
     content = "".join(names).encode(errors="surrogateescape")  # file names need not be UTF-8
     return {"count": len(names), "names_sha256": hashlib.sha256(content).hexdigest()}
 

@@ -12,7 +12,7 @@ from shvit.files import is_file, is_folder
 from ..recipe import Data
 from .datasets import Images, elpv, identity, open_named
 from .groups import group_keys, in_validation
-from .image_folders import Listing, class_reader
+from .image_folders import class_reader
 from .locations import NAMED
 from .shards import has_info
 from .splits import as_listing, find_parts
@@ -54,7 +54,8 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
         record = load_yaml(path)
         data, images = record["recipe"]["data"], record["data"]
         trained_on = TrainedOn.from_weights({**images, "group": data["group"]})
-        return replace(trained_on, root=Path(data["root"])) if trained_on else None
+        root = data["root"] or Path(data["labels"]).parent
+        return replace(trained_on, root=Path(root)) if trained_on else None
     except (InputError, KeyError, TypeError):
         return None
 
@@ -92,8 +93,8 @@ def open_eval_dataset(
     everything = Images(class_reader(listing, listing.classes), listing.classes)
     if parts.val is not None:
         everything.part = f"its {listing.label.removeprefix(f'{root}/')}"
-    elif trained_on is not None:
-        return _unseen(everything, listing, trained_on)
+    else:
+        return unseen_part(everything, listing.root, trained_on)
     return everything
 
 
@@ -108,8 +109,15 @@ def takes_split(data: str | Path) -> bool:
     return str(data).startswith(NAMED) or (is_folder(root) and has_info(root))
 
 
-def _unseen(everything: Images, listing: Listing, trained_on: TrainedOn) -> Images:
-    """Return the part of a run's own folder, without splits, that the run kept for validation."""
+def unseen_part(everything: Images, root: Path, trained_on: TrainedOn | None) -> Images:
+    """Return the part of a run's own images, without splits, that the run kept for validation; all of other images.
+
+    Args:
+        root: the folder of the images.
+        trained_on: the images of the run; None where they are not known, or all are to be used.
+    """
+    if trained_on is None:
+        return everything
     found = identity(everything)
     if found == trained_on.images["train"]:
         everything.part = "images that this run was trained on"
@@ -117,9 +125,8 @@ def _unseen(everything: Images, listing: Listing, trained_on: TrainedOn) -> Imag
         return everything
     keys = group_keys(everything.source.names, trained_on.group)
     kept = [i for i, key in enumerate(keys) if in_validation(key)]
-    source, classes = everything.source, everything.classes
-    validation = Images(source, classes, kept, "the part that this run kept for validation")
-    own_folder = trained_on.root is not None and trained_on.root.resolve() == listing.root.resolve()
+    validation = everything.subset(kept, "the part that this run kept for validation")
+    own_folder = trained_on.root is not None and trained_on.root.resolve() == root.resolve()
     grown = trained_on.count != len(everything)
     if kept and (identity(validation) == trained_on.images["val"] or (own_folder and grown)):
         return validation

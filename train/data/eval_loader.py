@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,17 +14,17 @@ from shvit.errors import InputError
 
 from .datasets import Images
 from .splits import check_outside as check_outside
-from .streams import IGNORED, Stream
+from .streams import Stream
 
 Prepare = Callable[[Image.Image], torch.Tensor]
-PreparedItem = tuple[torch.Tensor, int, str, int]
-"""(transformed image, class index, why it could not be read, number of images missing with it)."""
+PreparedItem = tuple[torch.Tensor, Any, str, int]
+"""(transformed image, class index or vector of targets, why it could not be read, number of images missing with it)."""
 BLANK = Image.new("RGB", (8, 8))
 MAX_CORRUPT = 10  # damaged images that an evaluation skips
 
 
 class Prepared(Dataset):
-    """Transformed images for an evaluation; damaged ones are black and have the class `IGNORED`."""
+    """Transformed images for an evaluation; damaged ones are black and have the dataset's `ignored_target`."""
 
     def __init__(self, dataset: Images, transform: Prepare):
         self.dataset = dataset
@@ -36,7 +37,7 @@ class Prepared(Dataset):
         try:
             image, target = self.dataset[index]
         except InputError as error:
-            return self.transform(BLANK), IGNORED, str(error), 0
+            return self.transform(BLANK), self.dataset.ignored_target, str(error), 0
         return self.transform(image), target, "", 0
 
 
@@ -53,7 +54,8 @@ class PreparedStream(IterableDataset):
 
 
 class EvalBatches:
-    """Batches of (images, int64 class indices), each image once; one that cannot be read has the class `IGNORED`.
+    """Batches of (images, targets), each image once: int64 class indices, `IGNORED` for one that cannot be read; or
+    float32 vectors, NaN for such.
 
     Each problem is reported. After a pass, `damaged` counts images that could not be read, and `missing` those that
     were announced, by shards for example, and are not there.
@@ -132,7 +134,7 @@ def eval_loader(
     max_missing: int = 0,
     report: Callable[[str], None] = terminal.report,
 ) -> EvalBatches:
-    """Create a loader of every image once, in order: batches of (transformed images, int64 (B,)); see `EvalBatches`."""
+    """Create a loader of every image once, in order: batches of (transformed images, targets); see `EvalBatches`."""
     if isinstance(dataset, Stream):
         dataset.reader.set_loader_cfg(num_workers=workers)
         streamed = PreparedStream(dataset, transform)

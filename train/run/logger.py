@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..evaluate.tasks import TaskFigures
 from ..recipe import Recipe
 from ..step.state import Run
 
@@ -125,14 +126,14 @@ class TrainLogger:
         seconds = max(self.epoch_seconds, 1e-9)
         return {"images_per_s": self.epoch_images / seconds, "loader_wait": self.epoch_wait / seconds}
 
-    def log_evaluation(self, entry: dict[str, Any]) -> None:
+    def log_evaluation(self, entry: dict[str, Any], figures: TaskFigures) -> None:
         """Print a line and write scalars after an evaluation."""
-        figures = ("loss", "top1", "top5", "balanced_top1")
-        names = ("val_loss", *figures[1:], *(f"ema_{name}" for name in figures))
+        names = ("val_loss", *figures.logged, "ema_loss", *(f"ema_{name}" for name in figures.logged))
         self._write({f"val/{name.removeprefix('val_')}": entry[name] for name in names})
+        best, ema_best = (figures.text(entry[name]) for name in (figures.best, f"ema_{figures.best}"))
         self.console.print(
-            f"epoch {entry['epoch']}: loss {entry['train_loss']:.3f}, validation {entry['top1']:.2f} % "
-            f"(EMA weights {entry['ema_top1']:.2f} %), lr {entry['lr']:.1e}, {entry['images_per_s']:.0f} images/s"
+            f"epoch {entry['epoch']}: loss {entry['train_loss']:.3f}, validation {best} "
+            f"(EMA weights {ema_best}), lr {entry['lr']:.1e}, {entry['images_per_s']:.0f} images/s"
         )
         self.norm_before = self.steps_before = 0.0
         self._begin_epoch()

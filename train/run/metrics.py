@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError
 from shvit.files import check_file, read_text
+from shvit.weights.run_info import BEST_FIGURES
 
 MAX_BYTES = 256 << 20  # of metrics.jsonl: half a million evaluations
 
@@ -30,8 +31,12 @@ def _entry_type() -> Any:
         grad_norm: value | None
         val_loss: value | None
         ema_loss: value | None
-        top1: percent
-        ema_top1: percent
+        top1: percent | None = None
+        ema_top1: percent | None = None
+        map: percent | None = None
+        ema_map: percent | None = None
+        r2: value | None = None
+        ema_r2: value | None = None
         step: count = 0
         n_val: count = 0
 
@@ -53,9 +58,18 @@ def check_log(log: Any, name: str) -> list[dict[str, Any]]:
         raise InputError(f"{name}: its log has values other than numbers and text") from error
     kind: Any = list[_entry_type()]  # type: ignore[misc]
     parse_model(kind, plain, f"{name}: not the log of a run")
+    for number, entry in enumerate(plain, 1):
+        if not any(_has(entry, best) and _has(plain[0], best) for best in BEST_FIGURES.values()):
+            raise InputError(f"{name}: not the log of a run: entry {number} has not the figure of the first, one of "
+                             f"{', '.join(BEST_FIGURES.values())}")  # fmt: skip
     if any(after["epoch"] <= before["epoch"] for before, after in pairwise(plain)):
         raise InputError(f"{name}: not the log of a run: its epochs do not rise")
     return log
+
+
+def _has(entry: dict[str, Any], best: str) -> bool:
+    """Return whether an entry has a figure of the weights and of the EMA weights."""
+    return entry.get(best) is not None and entry.get(f"ema_{best}") is not None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

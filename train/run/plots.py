@@ -6,24 +6,28 @@ from typing import Any
 
 from shvit.files import atomic_write
 
-PANELS = {
-    "loss": {"train_loss": "training", "val_loss": "validation", "ema_loss": "validation, EMA weights"},
-    "validation top-1, %": {"top1": "weights", "ema_top1": "EMA weights"},
+from ..evaluate.tasks import figures_of
+
+LOSS = {"train_loss": "training", "val_loss": "validation", "ema_loss": "validation, EMA weights"}
+STEPS = {
     "learning rate": {"lr": "last step of the epoch"},
     "gradient norm": {"grad_norm": "mean before clipping"},
 }
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy, learning rate and gradient norm over epochs as a PNG."""
+    """Draw loss, the task's best figure, learning rate and gradient norm over epochs as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), layout="constrained")
+    figures = figures_of(log)
+    best = {figures.best: "weights", f"ema_{figures.best}": "EMA weights"}
+    panels = {"loss": LOSS, figures.title: best, **STEPS}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
     epochs = [entry["epoch"] for entry in log]
-    for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for key, label in lines.items():
             axis.plot(
                 epochs,

@@ -7,8 +7,10 @@ from rich.table import Column, Table
 
 from ..data.datasets import Splits, duplicates_note
 from ..data.image_folders import Files, TarFiles
+from ..labels.balance import balanced_class_weight, class_probabilities
+from ..labels.dataset import LabeledImages
+from ..labels.statistics import LabelStatistics
 from ..recipe import Recipe
-from ..step.balance import balanced_class_weight, class_probabilities
 
 MAX_ROWS = 30  # classes; of more, those with the fewest training images are shown
 
@@ -16,10 +18,25 @@ MAX_ROWS = 30  # classes; of more, those with the fewest training images are sho
 def print_splits(splits: Splits, console: Console) -> None:
     """Print the number of images of each class in training and validation, and notes on them; reads files."""
     if isinstance(splits.train.source, Files | TarFiles):  # others would have to decode each image
-        console.print(_table(splits))
+        console.print(_values_table(splits) if _holds_values(splits) else _table(splits))
     for note in (*splits.notes, duplicates_note(splits)):
         if note:
             console.print(f"  {note}")
+
+
+def _holds_values(splits: Splits) -> bool:
+    return isinstance(splits.train, LabeledImages) and splits.train.task == "regression"
+
+
+def _values_table(splits: Splits) -> Table:
+    """Return a table of a regression's values."""
+    names = ("images", "lowest", "mean", "highest")
+    table = Table(splits.train.classes[0], *(Column(name, justify="right") for name in names))
+    for name, part in (("training", splits.train), ("validation", splits.val)):
+        assert isinstance(part, LabeledImages)
+        values = part.chosen
+        table.add_row(name, str(len(values)), *(f"{each:.4g}" for each in (values.min(), values.mean(), values.max())))
+    return table
 
 
 def _table(splits: Splits) -> Table:
@@ -35,11 +52,22 @@ def _table(splits: Splits) -> Table:
     return table
 
 
-def describe_balance(recipe: Recipe, classes: Sequence[str], counts: Sequence[int]) -> str:
+def describe_targets(recipe: Recipe, classes: Sequence[str]) -> str:
+    """Return what the targets of a recipe's images are, as what follows "images"."""
+    if recipe.task == "regression":
+        return f"with the value {classes[0]}"
+    return f"with {len(classes)} labels" if recipe.task == "multi_label" else f"of {len(classes)} classes"
+
+
+def describe_balance(recipe: Recipe, classes: Sequence[str], statistics: LabelStatistics) -> str:
     """Return a line on the rarest and the most frequent class, and on what class weights or sampling make of them."""
+    counts = statistics.class_counts
+    assert counts is not None
     ends = [counts.index(find(counts)) for find in (min, max)]
     if recipe.class_weight is not None:
-        weights = balanced_class_weight(counts).tolist()
+        n = statistics.images
+        ratios = [max(n - count, 0) / count for count in counts]  # of the images without a label to those with it
+        weights = ratios if recipe.task == "multi_label" else balanced_class_weight(counts).tolist()
         rarest, most = (f"{weights[i]:.3g} for {classes[i]} ({counts[i]} training images)" for i in ends)
         return f"class weights of the loss: {rarest} to {most}"
     drawn = class_probabilities(counts, recipe.balanced_sampling)

@@ -70,10 +70,21 @@ def posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
 class DeviceAugment:
     """Turns bytes into the model's input: normalized, erased and mixed by timm, on the device.
 
-    Returns (images float32 (B, 3, H, W), targets: int64 (B,), or (B, classes) where batches are mixed).
+    Returns (images float32 (B, 3, H, W), targets: int64 (B,), or float32 (B, targets) where they are vectors or mixed).
+
+    Args:
+        dense: targets are vectors: proportions of classes, labels, or values.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int, mean: Sequence[float], std: Sequence[float], world: World):
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        world: World,
+        dense: bool = False,
+    ):
         augment = recipe.augment
         self.device = world.device
         self.memory_format = torch.channels_last if recipe.compute.channels_last else torch.contiguous_format
@@ -84,6 +95,9 @@ class DeviceAugment:
         self.erase = None
         if augment.random_erasing > 0:
             self.erase = RandomErasing(augment.random_erasing, mode="pixel", device=str(self.device))
+        smooths = recipe.task == "classification" and recipe.class_weight is None  # else the loss does, or nothing
+        smoothing = augment.smoothing if smooths else 0.0
+        self.smoothing = smoothing if dense else 0.0
         self.mix = None
         if recipe.mixes:
             self.mix = Mixup(
@@ -91,8 +105,9 @@ class DeviceAugment:
                 cutmix_alpha=augment.cutmix,
                 prob=augment.mixup_prob,
                 switch_prob=augment.mixup_switch_prob,
-                label_smoothing=augment.smoothing if recipe.class_weight is None else 0.0,  # else the loss smooths
+                label_smoothing=0.0 if dense else smoothing,
                 num_classes=num_classes,
+                multi_label=dense,
             )
 
     def __call__(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,4 +118,6 @@ class DeviceAugment:
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.erase is not None:
             images = self.erase(images)
+        if self.smoothing:
+            targets = (1 - self.smoothing) * targets + self.smoothing / targets.shape[1]
         return self.mix(images, targets) if self.mix is not None else (images, targets)

@@ -18,7 +18,7 @@ class Batch:
     images: torch.Tensor
     """(B, 3, H, W), uint8."""
     targets: torch.Tensor
-    """(B,), int64."""
+    """(B,), int64: class indices; or (B, targets), float32: proportions of classes, labels or values."""
     problems: tuple[Problem, ...] = ()
     """Damaged images, which others have replaced."""
 
@@ -27,10 +27,11 @@ class Batch:
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.problems)
 
 
-Item = tuple[np.ndarray, int, tuple[Problem, ...]]
+Item = tuple[np.ndarray, int | np.ndarray, tuple[Problem, ...]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Collate items into a batch; called by DataLoader."""
-    images, targets = fast_collate([(image, target) for image, target, _ in items])
+    images, _ = fast_collate([(image, 0) for image, _, _ in items])
+    targets = torch.from_numpy(np.stack([np.asarray(target) for _, target, _ in items]))
     return Batch(images, targets, tuple(problem for _, _, problems in items for problem in problems))

@@ -17,9 +17,10 @@ from ..data.datasets import Images
 from ..data.eval_loader import ignore_interrupt
 from ..data.streams import Stream, open_stream
 from ..distributed import World
+from ..labels.balance import image_weights
+from ..labels.statistics import LabelStatistics, count_classes, label_statistics
 from ..recipe import Recipe
 from .augment import BLACK, Transform, create_train_transform
-from .balance import count_classes, image_weights
 from .batch import Batch, Item, Problem, collate
 from .samplers import Key, MicroBatchSampler, StepSampler, micro_batch_sizes
 from .seeds import AUGMENTATION, STREAM, derive_seed, seed_cpu_generators, seed_generators
@@ -40,13 +41,11 @@ class Augmented(Dataset):
     def __getitem__(self, key: Key) -> Item:
         place, index = key
         problems: list[Problem] = []
-        image, target = BLACK, 0
+        image, target = BLACK, self.dataset.blank_target
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
-                if not 0 <= target < (len(self.dataset.classes) or target + 1):
-                    raise InputError(f"{self.dataset.name(index)}: of class {target}, and there are "
-                                     f"{len(self.dataset.classes)}, counted from 0")  # fmt: skip
+                self.dataset.check_target(index, target)
                 break
             except InputError as error:
                 problems.append((str(error), index, 1))
@@ -82,7 +81,7 @@ class Streamed(IterableDataset):
 class TrainLoader:
     """Training batches of one process, from any step of the run.
 
-    Its `class_counts` are the number of images of each class where the recipe balances classes, else None.
+    Its `statistics` are of the labels of all training images.
 
     Args:
         dataset: the training images; None for a stream, which is opened again for each epoch.
@@ -96,14 +95,12 @@ class TrainLoader:
         self.accum_steps = accum_steps
         sizes = {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}
         self.transforms = {size: create_train_transform(recipe.augment, size) for size in sizes}
-        self.class_counts: list[int] | None = None
         if dataset is not None:
             self.length = len(dataset)
+            self.statistics = label_statistics(dataset, recipe)
             weights = None
-            if recipe.balances:
-                targets, self.class_counts = count_classes(dataset)
-                if recipe.balanced_sampling > 0:
-                    weights = image_weights(targets, self.class_counts, recipe.balanced_sampling)
+            if recipe.balanced_sampling > 0:
+                weights = image_weights(*count_classes(dataset), recipe.balanced_sampling)
             self.sampler = StepSampler(self.length, recipe.batch_size, recipe.augment.repeats, recipe.seed, weights)
             self.steps_per_epoch = self.sampler.steps_per_epoch
         else:
@@ -111,6 +108,7 @@ class TrainLoader:
                 raise InputError("repeated augmentation needs random access to images, and a stream has a fixed order; "
                                  "give --augment.repeats 1")  # fmt: skip
             self.length = len(self._open_stream(0))
+            self.statistics = LabelStatistics(self.length)
             self.steps_per_epoch = self.length // recipe.batch_size
             if self.steps_per_epoch < 1:
                 raise InputError(f"the stream has {self.length} images, fewer than the batch of "

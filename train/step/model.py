@@ -11,7 +11,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
-from shvit.weights.run_info import read_run_info, same_name
+from shvit.weights.run_info import Task, read_run_info, same_name
 
 from ..recipe import Recipe
 from .state import train_mode
@@ -62,9 +62,14 @@ def _check_size(model: nn.Module, recipe: Recipe, count: int, size: int, num_cla
             )
 
 
-def trained_on_others(checkpoint: Path, classes: Sequence[str]) -> bool:
-    """Return whether a checkpoint's run is known to have had other classes, or these in another order."""
+def trained_on_others(checkpoint: Path, classes: Sequence[str], task: Task = "classification") -> bool:
+    """Return whether a checkpoint's run is known to have had another task, other classes, or these in another order.
+
+    Nothing is known of a file without a record of its run, whose outputs are taken for those of classes.
+    """
     info = read_run_info(checkpoint)
+    if (info.task if info else "classification") != task:
+        return True
     return info is not None and bool(info.classes) and list(map(same_name, info.classes)) != [*map(same_name, classes)]
 
 
@@ -87,7 +92,7 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
         else:
             if recipe.model.startswith("shvit"):
                 options.setdefault("distilled", False)
-            new_head = True if classes and trained_on_others(recipe.checkpoint, classes) else None
+            new_head = True if classes and trained_on_others(recipe.checkpoint, classes, recipe.task) else None
             model = create_model(
                 recipe.model, recipe.checkpoint, num_classes, reset_head=new_head, in_chans=3, **options
             )

@@ -1,12 +1,10 @@
 """Setup of a run: from a recipe to model, task, optimizer, schedule and data loaders."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_data_config
-from timm.loss import create_classification_loss
 from timm.task import ClassificationTask, TokenDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import random_seed
@@ -16,13 +14,16 @@ import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError
 
 from ..checks import check_fields
-from ..data.datasets import Splits, any_readable, open_splits
+from ..data.datasets import Splits, any_readable
 from ..data.eval_loader import EvalBatches, eval_loader
 from ..data.streams import is_stream, open_stream
 from ..distributed import World
+from ..labels.dataset import open_recipe_splits
+from ..labels.losses import create_criterion
+from ..labels.scale import OutputScale
+from ..labels.statistics import LabelStatistics
 from ..recipe import Recipe
 from .augment import DeviceAugment
-from .balance import ClassWeightedCrossEntropy, balanced_class_weight
 from .loader import TrainLoader
 from .model import check_model, create_train_model, trained_on_others
 from .optim import create_optimizer, create_scheduler
@@ -75,17 +76,22 @@ def set_up(
     classes: list[str],
     steps_per_epoch: int,
     accum_steps: int,
-    class_counts: Sequence[int] | None = None,
+    statistics: LabelStatistics = LabelStatistics(),  # noqa: B008  (frozen)
 ) -> Run:
     """Create a run at its first step. Every process creates and loads the same model.
 
     Args:
-        class_counts: number of training images of each class, which class weights need.
+        statistics: of the labels of all training images, for losses and scales that need them.
     """
     random_seed(recipe.seed)
     torch.use_deterministic_algorithms(recipe.compute.deterministic)
     torch.backends.cudnn.benchmark = not recipe.compute.deterministic
     model = create_train_model(recipe, len(classes), classes)
+    scale = None
+    if recipe.task == "regression":
+        scale = OutputScale.of(model, recipe.model, statistics.mean, statistics.std)
+        if recipe.checkpoint is not None and not trained_on_others(recipe.checkpoint, classes, recipe.task):
+            model.load_state_dict(scale.standardized(model.state_dict()))
     config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
     check_model(model, recipe, len(classes))
     if recipe.compute.grad_checkpointing:
@@ -99,10 +105,10 @@ def set_up(
     if recipe.compute.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(recipe, model)
-    if recipe.distill.checkpoint is not None and trained_on_others(recipe.distill.checkpoint, classes):
+    if recipe.distill.checkpoint is not None and trained_on_others(recipe.distill.checkpoint, classes, recipe.task):
         raise InputError(f"{recipe.distill.checkpoint}: the teacher was trained on other classes than these images', "
                          "or on the same in another order; give a teacher of these classes")  # fmt: skip
-    task = _create_task(recipe, model, world.device, len(classes), class_counts)
+    task = _create_task(recipe, model, world.device, len(classes), create_criterion(recipe, statistics))
     task.setup_ema(recipe.ema_decay, recipe.ema_warmup)
     if recipe.compute.compile:
         task.compile()
@@ -116,17 +122,17 @@ def set_up(
         optimizer=optimizer,
         scheduler=create_scheduler(recipe, optimizer, steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.compute.precision == "fp16"),
-        augment=DeviceAugment(recipe, len(classes), config["mean"], config["std"], world),
+        augment=DeviceAugment(recipe, len(classes), config["mean"], config["std"], world, statistics.dense),
+        scale=scale,
         accum_steps=accum_steps,
         steps_per_epoch=steps_per_epoch,
     )
 
 
 def _create_task(
-    recipe: Recipe, model: nn.Module, device: torch.device, num_classes: int, class_counts: Sequence[int] | None
+    recipe: Recipe, model: nn.Module, device: torch.device, num_classes: int, criterion: nn.Module
 ) -> TrainingTask:
-    """Create timm's task for the loss of a batch: classification, or distillation into a second head."""
-    criterion = _create_criterion(recipe, class_counts)
+    """Create timm's task for the loss of a batch: of the labels alone, or with distillation into a second head."""
     distill = recipe.distill
     if distill.teacher is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)
@@ -142,20 +148,11 @@ def _create_task(
     )
 
 
-def _create_criterion(recipe: Recipe, class_counts: Sequence[int] | None) -> nn.Module:
-    """Create the loss of the labels: timm's, or one with class weights, which timm's cross-entropy lacks."""
-    smoothing = recipe.augment.smoothing
-    if recipe.class_weight is None:
-        return create_classification_loss(smoothing=smoothing, soft_targets=recipe.mixes)
-    assert class_counts is not None
-    return ClassWeightedCrossEntropy(balanced_class_weight(class_counts), smoothing)
-
-
 def open_training(
     recipe: Recipe, world: World, accum_steps: int, splits: Splits | None = None
 ) -> tuple[list[str], TrainLoader]:
     """Return class names and this process's training loader, of `splits` where they are open already."""
-    dataset = None if is_stream(recipe.data) else (splits or open_splits(recipe.data)).train
+    dataset = None if is_stream(recipe.data) else (splits or open_recipe_splits(recipe)).train
     source = open_stream(recipe.data, "train", is_training=True) if dataset is None else dataset
     classes = source.classes
     if not classes:

@@ -1,7 +1,8 @@
 """Everything that changes while training: one optimizer step, and the state that a run resumes from."""
 
 import contextlib
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError, first_line
 
 from ..distributed import World
+from ..labels.scale import OutputScale
 from ..recipe import Recipe
 from .augment import DeviceAugment
 from .batch import Batch
@@ -48,6 +50,8 @@ class Run:
     augment: DeviceAugment
     accum_steps: int
     steps_per_epoch: int
+    scale: OutputScale | None = None
+    """Of a regression, which is learned in standard deviations."""
     step: int = 0
     """Optimizer steps done."""
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -83,6 +87,7 @@ class Run:
         images_total = sum(len(batch.targets) for batch in batches)
         for micro_step, batch in enumerate(batches):
             images, targets = self.augment(batch, self.step, micro_step)
+            targets = targets if self.scale is None else self.scale.targets(targets)
             with self.task.no_sync() if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
                 with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
                     loss = self.task(images, targets)["loss"] * (len(batch.targets) / images_total)
@@ -123,9 +128,10 @@ class Run:
         model = self.model.state_dict()
         if self._unfinished:
             model.update({name: before for name, before in self._before.items() if name in model})
+        weights = {"model": model, "model_ema": self.ema.state_dict()}
         return {
-            "model": model,
-            "model_ema": self.ema.state_dict(),
+            **weights,
+            **self._natural(weights),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -136,6 +142,27 @@ class Run:
             "seconds": self.seconds,
         }
 
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the weights of the model, or of the one with EMA weights, as they are saved."""
+        return model.state_dict() if self.scale is None else self.scale.natural(model.state_dict())
+
+    def _natural(self, weights: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return a regression's weights in the unit of its values, and beside them what to resume from bit by bit."""
+        if self.scale is None:
+            return {}
+        own = {name: self.scale.own(state) for name, state in weights.items()}
+        return {
+            **{name: self.scale.natural(state) for name, state in weights.items()},
+            "output": {"mean": self.scale.mean, "std": self.scale.std, **own},
+        }
+
+    def _load_scale(self, output: dict[str, Any]) -> None:
+        """Load the scale of a regression's output, which stays that of its first images, and the layer's weights."""
+        assert self.scale is not None
+        self.scale = replace(self.scale, mean=float(output["mean"]), std=float(output["std"]))
+        for model, name in ((self.model, "model"), (self.ema, "model_ema")):
+            model.load_state_dict({**model.state_dict(), **self.scale.own(output[name])})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state; if the number of images has changed, finished epochs stay finished.
 
@@ -145,6 +172,8 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["model_ema"])
+            if self.scale is not None:
+                self._load_scale(state["output"])
             self._load_optimizer(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.log, self.seconds = state["step"], state["log"], float(state["seconds"])
@@ -194,5 +223,5 @@ class Run:
         return bool(torch.isfinite(self.sums).all())
 
     def best(self, metric: str) -> float:
-        """Return the highest value of a metric so far; -1 before the first evaluation."""
-        return max((entry[metric] for entry in self.log), default=-1.0)
+        """Return the highest value of a metric so far; -∞ before the first evaluation."""
+        return max((entry[metric] for entry in self.log), default=-math.inf)

@@ -12,6 +12,7 @@ from timm.data import create_transform
 
 from shvit.cli import run
 from shvit.errors import InputError
+from shvit.train.distributed import World
 from shvit.train.evaluate import Counts, count, evaluate, plot_confusion
 
 
@@ -75,7 +76,13 @@ def test_counts_of_two_processes_add_up():
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
     )
     others = iter((second.confusion, second.totals))
-    assert first.summed(lambda tensor: tensor + next(others)).evaluation().top1 == whole.evaluation().top1
+
+    class TwoProcesses(World):
+        def sum(self, tensor):
+            return tensor + next(others)
+
+    both = first.across(TwoProcesses(0, 2, torch.device("cpu")))
+    assert both.evaluation().top1 == whole.evaluation().top1
     assert torch.equal(first.confusion + second.confusion, whole.confusion)
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for target, row in zip(targets, logits, strict=True):

@@ -1,9 +1,10 @@
-"""Top-1, top-5 and balanced accuracy of any function from images to logits."""
+"""Top-1, top-5 and balanced accuracy."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -11,8 +12,11 @@ from torch.nn import functional as F
 from shvit.errors import InputError, printable
 from shvit.files import atomic_write
 
+if TYPE_CHECKING:
+    from ..distributed import World
+
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Normalized float32 (B, C, H, W) → logits (B, num_classes), from PyTorch or any other runtime."""
+"""Normalized float32 (B, C, H, W) → outputs (B, num_classes), from PyTorch or any other runtime: logits, or values."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,9 @@ class Counts:
     totals: torch.Tensor
     """(3,) float64: images whose class is among the 5 highest, summed cross-entropy, images without finite logits."""
 
-    def summed(self, total: Callable[[torch.Tensor], torch.Tensor]) -> "Counts":
-        """Return the counts summed over several processes, by a function that sums a tensor over them."""
-        return Counts(total(self.confusion), total(self.totals))
+    def across(self, world: "World") -> "Counts":
+        """Return the counts of all processes."""
+        return Counts(world.sum(self.confusion), world.sum(self.totals))
 
     def evaluation(self) -> Evaluation:
         """Return the accuracy.
@@ -79,7 +83,8 @@ def count(
     """Run every batch through `predict` and count its predictions.
 
     Args:
-        batches: (images, int64 class indices); an image with a negative index does not count.
+        batches: (images, int64 class indices), of which a negative one does not count; or (images, float32
+            proportions of the classes), whose highest is the class, and none of which counts where they are NaN.
         device: where `predict` wants its images.
 
     Raises:
@@ -88,18 +93,19 @@ def count(
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for images, targets in batches:
-        if targets.max() >= num_classes:
+        if not targets.is_floating_point() and targets.max() >= num_classes:
             raise InputError(f"an image of class {int(targets.max())}, and the model has {num_classes} classes, "
                              "counted from 0; evaluate on the classes that it was trained for")  # fmt: skip
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         logits = predict(images).float()
-        counted = targets >= 0
+        counted = targets.isfinite().all(dim=1) if targets.is_floating_point() else targets >= 0
         logits, targets = logits[counted], targets[counted]
+        totals[1] += F.cross_entropy(logits, targets, reduction="sum").double()
+        targets = targets.argmax(dim=1) if targets.is_floating_point() else targets
         ranked = logits.topk(min(5, num_classes), dim=1).indices
         confusion += torch.bincount(targets * num_classes + ranked[:, 0], minlength=num_classes * num_classes)
         totals[0] += (ranked == targets[:, None]).any(dim=1).sum()
         totals[2] += (~logits.isfinite().all(dim=1)).sum()
-        totals[1] += F.cross_entropy(logits, targets, reduction="sum").double()
     return Counts(confusion.reshape(num_classes, num_classes), totals)
 
 

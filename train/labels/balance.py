@@ -2,36 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from shvit.errors import InputError
-
-from ..data.datasets import Images
-
-
-def count_classes(dataset: Images) -> tuple[list[int], list[int]]:
-    """Return the class index of each image, and the number of images of each class.
-
-    Raises:
-        InputError: the dataset does not list the classes of its images, or has classes without an image.
-    """
-    targets = dataset.targets
-    if targets is None:
-        raise InputError("--class-weight and --balanced-sampling need the class of every image before training, and "
-                         "this dataset does not list them; leave these options out")  # fmt: skip
-    size = len(dataset.classes)
-    place = next((place for place, target in enumerate(targets) if not 0 <= target < size), None)
-    if place is not None:
-        raise InputError(f"{dataset.name(place)}: of class {targets[place]}, and there are {size}, counted from 0; "
-                         "correct it, or leave out --class-weight and --balanced-sampling")  # fmt: skip
-    counts = np.bincount(targets, minlength=size).tolist()
-    if 0 in counts:
-        raise InputError(f"no training image of {dataset.classes[counts.index(0)]}, so that it cannot be balanced; add "
-                         "images of it, or leave out --class-weight and --balanced-sampling")  # fmt: skip
-    return targets, counts
 
 
 def balanced_class_weight(counts: Sequence[int]) -> torch.Tensor:

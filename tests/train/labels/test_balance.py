@@ -18,10 +18,11 @@ from shvit.errors import InputError
 from shvit.train.data.datasets import Images, Splits
 from shvit.train.data.image_folders import Files
 from shvit.train.distributed import World
+from shvit.train.labels.balance import ClassWeightedCrossEntropy, balanced_class_weight, image_weights
+from shvit.train.labels.statistics import LabelStatistics
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Distill, Optim, Recipe
 from shvit.train.run.summary import describe_balance
-from shvit.train.step.balance import ClassWeightedCrossEntropy, balanced_class_weight, image_weights
 from shvit.train.step.batch import Batch
 from shvit.train.step.loader import TrainLoader
 from shvit.train.step.samplers import MicroBatchSampler, StepSampler
@@ -95,7 +96,7 @@ def test_smoothed_loss_of_an_image_is_multiplied_by_the_weight_of_its_class():
 
 def test_mixed_labels_are_smoothed_once(rare):
     mixed = replace(rare, class_weight="balanced", augment=replace(PLAIN, mixup=0.4, smoothing=0.1))
-    run = set_up(mixed, world(), ["blue", "red"], 4, 1, [4, 28])
+    run = set_up(mixed, world(), ["blue", "red"], 4, 1, LabelStatistics(32, [4, 28]))
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = Batch(pixels, torch.tensor([0, 1, 1, 1, 0, 1]))
     images, targets = run.augment(batch, 0, 0)
@@ -114,7 +115,7 @@ def test_mixed_labels_are_smoothed_once(rare):
 def losses(recipe: Recipe, count: int) -> list[float]:
     accum_steps = check_recipe(recipe, world())
     classes, loader = open_training(recipe, world(), accum_steps)
-    run = set_up(recipe, world(), classes, loader.steps_per_epoch, accum_steps, loader.class_counts)
+    run = set_up(recipe, world(), classes, loader.steps_per_epoch, accum_steps, loader.statistics)
     batches, found = loader.batches(0, count), []
     for _ in range(count):
         run.train_mode()
@@ -130,7 +131,7 @@ def test_weighted_steps_are_those_of_plain_pytorch_in_any_number_of_parts(rare):
         rare, class_weight="balanced", freeze_bn=True, optim=Optim(lr=1e-1, warmup_epochs=0, clip_grad=None)
     )
     classes, loader = open_training(weighted, world(), 1)
-    run = set_up(weighted, world(), classes, 4, 1, loader.class_counts)
+    run = set_up(weighted, world(), classes, 4, 1, loader.statistics)
     run.train_mode()
     images, targets = run.augment(next(loader.batches(0, 1)), 0, 0)
     each = torch.nn.functional.cross_entropy(run.model(images), targets, label_smoothing=0.1, reduction="none")
@@ -153,7 +154,7 @@ def test_loss_of_the_teacher_has_no_class_weights(rare, tmp_path):
     write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
     distill = Distill("test_efficientnet", tmp_path / "teacher.safetensors", alpha=0.3)
     recipe = replace(rare, model="tiny_vit", distill=distill, class_weight="balanced")
-    run = set_up(recipe, world(), ["blue", "red"], 4, 1, [4, 28])
+    run = set_up(recipe, world(), ["blue", "red"], 4, 1, LabelStatistics(32, [4, 28]))
     run.model.train()
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0])
     head, second = run.model(images)
@@ -223,7 +224,7 @@ def test_balanced_batches_resume_in_the_middle_of_an_epoch(rare, workers):
 
 def test_no_balancing_leaves_the_order_as_it_was(rare):
     _, loader = open_training(rare, world(), 1)
-    assert loader.class_counts is None
+    assert loader.statistics.class_counts is None
     assert sorted(drawn(loader.sampler, 0, 4)) == list(range(32))
 
 
@@ -323,12 +324,12 @@ def test_tars_and_hugging_face_datasets_are_counted_without_reading_an_image(rar
         Data(name="torch/image_folder", root=unbalanced, train_split="train", val_split="val"),
     ):
         classes, loader = open_training(replace(rare, balanced_sampling=1.0, data=data), world(), 1)
-        assert (classes, loader.class_counts) == (["blue", "red"], [4, 28])
+        assert (classes, loader.statistics.class_counts) == (["blue", "red"], [4, 28])
 
 
 def test_loader_counts_its_own_part_of_the_images_and_weighs_it_by_the_strength():
     images = Images(Files([(A, 0), (B, 1), (A, 0), (B, 1)]), ["a", "b"], [0, 1, 2])
     recipe = Recipe(img_size=32, batch_size=2, augment=PLAIN, class_weight="balanced")
-    assert TrainLoader(recipe, images, world(), 1).class_counts == [2, 1]
+    assert TrainLoader(recipe, images, world(), 1).statistics.class_counts == [2, 1]
     sampled = TrainLoader(replace(recipe, class_weight=None, balanced_sampling=0.5), images, world(), 1)
     assert np.array(sampled.sampler.weights) * 2**0.5 / sampled.sampler.weights[1] == pytest.approx([1, 2**0.5, 1])

@@ -1,0 +1,1 @@
+"""Installed as `shvit.train.labels`: labels from a table, in place of class folders."""
