@@ -128,9 +128,8 @@ class Eval:
                                  "--data.labels, a table of files and labels")  # fmt: skip
             return open_eval_dataset(self.data, self.split or "validation", trained_on)
         options = {name: getattr(self, name) for name in TABLE_OPTIONS}
-        return open_labeled(
-            Data(root=Path(self.data), labels=self.labels, **options), spec.task, self.split, trained_on
-        )
+        table = Data(root=Path(self.data), labels=self.labels, **options)
+        return open_labeled(table, spec.task, self.split, trained_on)
 
     def _with_classes(self, dataset: Any, known: tuple[str, ...], spec: Spec) -> tuple[Any, list[str], Any]:
         """Return the dataset, the model's classes, and where the dataset's are class indices, the model's for each."""

@@ -6,15 +6,19 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shvit.errors import InputError, first_line, some
 from shvit.files import open_file, read_bytes
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 MAX_BYTES = 2 << 30
 MAX_COLUMNS = 30_000
 MAX_CELLS = 200_000_000
+MAX_TEXT = 100_000  # bytes of a cell
 SEPARATORS = (",", ";", "\t")
 """Characters that separate the cells of a CSV: a comma, in countries with a decimal comma a semicolon, or a tab."""
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -114,38 +118,64 @@ def _split(path: Path, text: str, separator: str) -> Table:
 
 
 def _is_index(name: str) -> bool:
-    """Return whether a column is the row numbers that pandas writes, which have no name."""
-    return not name or name.startswith("Unnamed: ")
+    """Return whether a column is the row numbers that pandas writes, which have no name of their own."""
+    return not name or name.startswith(("Unnamed: ", "__index_level_"))
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
 def _read_parquet(path: Path) -> Table:
+    """Read the columns of text, numbers and lists of them; others, such as the images themselves, are no labels."""
     from pyarrow import parquet
 
     try:
         with open_file(path) as file, parquet.ParquetFile(file) as table:
-            metadata = table.metadata
-            names = _checked(path, table.schema_arrow.names, metadata.num_rows)
-            _check_bytes(path, metadata)
-            columns = table.read().to_pydict()
+            schema, rows = table.schema_arrow, table.metadata.num_rows
+            _checked(path, schema.names, rows)
+            _check_bytes(path, table.metadata)
+            names = [field.name for field in schema if _is_plain(field.type) and not _is_index(field.name)]
+            texts = [leaf.path for leaf in map(table.schema.column, range(len(table.schema)))
+                     if leaf.physical_type == "BYTE_ARRAY"]  # fmt: skip
+            file.seek(0)
+            columns = parquet.read_table(file, columns=names, read_dictionary=texts)
+            for name in names:
+                _check_expansion(path, columns.column(name))
+            plain = columns.to_pydict()
     except InputError:
         raise
     except Exception as error:  # pyarrow has its own for each kind of damage
         raise InputError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from error
-    rows = len(next(iter(columns.values()), []))
-    kept = {name: cells for name, cells in zip(names, columns.values(), strict=True) if not _is_index(name)}
-    return Table(
-        path, {name: cells for name, cells in kept.items() if not name.startswith("__index_")}, range(1, rows + 1)
-    )
+    return Table(path, {name.strip(): cells for name, cells in plain.items()}, range(1, rows + 1))
+
+
+def _is_plain(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in tests)
 
 
 def _check_bytes(path: Path, metadata: Any) -> None:
     total = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if total > MAX_BYTES:
-        raise InputError(f"{path}: holds {total / 1e9:.0f} GB of values, more than the {MAX_BYTES / 1e9:.0f} allowed; "
+        raise InputError(f"{path}: holds {total / 1e9:.1g} GB of values, more than the {MAX_BYTES / 1e9:.1g} allowed; "
                          "keep only the columns of files and labels")  # fmt: skip
+
+
+def _check_expansion(path: Path, column: "pyarrow.ChunkedArray") -> None:
+    """Raise InputError for values that are stored once and would take gigabytes where each row has its own."""
+    import pyarrow.compute as compute
+
+    for chunk in column.chunks:
+        values = chunk.flatten() if hasattr(chunk, "flatten") and hasattr(chunk, "offsets") else chunk
+        words = getattr(values, "dictionary", None)
+        longest = 0 if words is None or not len(words) else compute.max(compute.binary_length(words)).as_py() or 0
+        if longest > MAX_TEXT or len(values) > MAX_CELLS:
+            raise InputError(f"{path}: a cell of {longest:,} bytes, or {len(values):,} labels, are more than the "
+                             f"{MAX_TEXT:,} bytes and {MAX_CELLS:,} labels allowed")  # fmt: skip
 
 
 def describe_columns(table: Table) -> str:

@@ -250,7 +250,7 @@ def test_run_says_what_it_balances_and_logs_the_balanced_accuracy(rare, tmp_path
     assert "class weights of the loss: 4 for blue (4 training images) to 0.571 for red (28" in capsys.readouterr().out
     entry = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert entry["balanced_top1"] == pytest.approx(entry["top1"])  # four validation images of each
-    sampled = describe_balance(replace(rare, balanced_sampling=0.5), ["a", "b"], [10, 90])
+    sampled = describe_balance(replace(rare, balanced_sampling=0.5), ["a", "b"], LabelStatistics(100, [10, 90]))
     assert sampled == (
         "balanced sampling of strength 0.5: an epoch is about 25 % a (10 training images, 10 %) and 75 % b "
         "(90 training images, 90 %)"
