@@ -144,10 +144,13 @@ def _figure(entry: object, start: str) -> float:
     return max((float(value) for value in values if isinstance(value, int | float)), default=-math.inf)
 
 
+TARGETS = {"classification": "{0} classes", "multi_label": "{0} labels", "regression": "the value {1}"}
+
+
 def _summary(name: str, model: str, info: RunInfo | None) -> str:
     if info is None:
         return f"{name}: {model} by its widths and depths; its classes and size are not known"
-    classes = f", {len(info.classes)} classes" if info.classes else ""
+    classes = f", {TARGETS[info.task].format(len(info.classes), *info.classes[:1])}" if info.classes else ""
     return f"{name}: {model} at {info.img_size} px{classes}, as it was trained"
 
 
