@@ -22,7 +22,7 @@ from .analysis.survey import MODELS, survey
 from .arm64.emulator import DEFAULT_CPU, PROCESSORS, Cpu
 from .backends.backend import Artifact, Backend, FormatOptions
 from .backends.registry import BACKENDS, artifact_files, load_artifact, refuse_changed, torch_predict
-from .evaluation import PLOTS, Case, plot_name, report
+from .evaluation.report import PLOTS, Case, plot_name, report
 from .guards import check_apart, check_own, rows_that_fit
 from .labels import known_classes, match_classes, refuse_unknown
 from .pipeline import export_model, verify_artifact
@@ -120,16 +120,14 @@ class Eval:
         """Return the images to evaluate on."""
         from shvit.train.data.eval_dataset import open_eval_dataset
         from shvit.train.labels.dataset import open_labeled
-        from shvit.train.recipe import Data
 
         if self.labels is None:
             if spec.task != "classification":
                 raise InputError(f"{spec.model} was trained for {spec.task}, and folders do not tell its labels; give "
                                  "--data.labels, a table of files and labels")  # fmt: skip
             return open_eval_dataset(self.data, self.split or "validation", trained_on)
-        options = {name: getattr(self, name) for name in TABLE_OPTIONS}
-        table = Data(root=Path(self.data), labels=self.labels, **options)
-        return open_labeled(table, spec.task, self.split, trained_on)
+        columns = {name: getattr(self, name) for name in TABLE_OPTIONS}
+        return open_labeled(self.labels, Path(self.data), spec.task, self.split, trained_on, **columns)
 
     def _with_classes(self, dataset: Any, known: tuple[str, ...], spec: Spec) -> tuple[Any, list[str], Any]:
         """Return the dataset, the model's classes, and where the dataset's are class indices, the model's for each."""

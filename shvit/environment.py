@@ -29,6 +29,7 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "flatbuffers": ("executorch",),
     "elpv_dataset": ("demo",),
     "matplotlib": ("train", *EXPORT),
+    "sklearn": ("train", *EXPORT),
     "tensorboard": ("train", "detection", "demo"),
     "torchvision": ("train", "detection", "demo"),
     "datasets": ("data",),
@@ -54,7 +55,7 @@ COMMAND_EXTRAS = {  # words that a command begins with, longest first: the extra
     "train": "train",
     "demo": "demo",
 }
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python-headless"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
 
 
 def extra_of(module: str, words: Sequence[str] = ()) -> str | None:

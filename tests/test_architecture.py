@@ -36,8 +36,8 @@ MAY_IMPORT = {  # besides itself
     "shvit": set(),
     "weights": {"shvit"},
     "train": {"shvit", "weights"},
-    "export": {"shvit", "weights", *(f"train.{name}" for name in ("data", "evaluate", "folders", "images", "splits"))},
-    "detection": {"shvit", "weights", *(f"train.{name}" for name in ("data", "evaluate", "folders", "images"))},
+    "export": {"shvit", "weights", "train.data", "train.evaluate", "train.labels"},
+    "detection": {"shvit", "weights", "train.data", "train.evaluate"},
 }
 FLOORS = (  # of export: a room may import those of its floor and of the floors before it
     {"spec", "wrappers", "images", "metadata", "guards", "labels", "web"},
@@ -47,7 +47,7 @@ FLOORS = (  # of export: a room may import those of its floor and of the floors 
     {"backends"},
     {"verify", "verdict"},
     {"arm64"},
-    {"source", "pipeline", "tables"},
+    {"source", "pipeline", "tables", "evaluation"},
     {"bench"},
     {"analysis", "browser", "predict"},
     {"export"},  # its __init__.py, the functions for Python

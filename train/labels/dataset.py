@@ -5,6 +5,7 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -135,25 +136,34 @@ def open_recipe_splits(recipe: Recipe) -> Splits:
     return open_splits(recipe.data) if recipe.data.labels is None else open_labeled_splits(recipe.data, recipe.task)
 
 
-def open_labeled(data: Data, task: Task, split: str | None = None, trained_on: TrainedOn | None = None) -> Images:
+def open_labeled(
+    labels: Path,
+    root: Path | None,
+    task: Task,
+    split: str | None = None,
+    trained_on: TrainedOn | None = None,
+    **columns: Any,
+) -> Images:
     """Open the images of one table to evaluate on: where it has a column of splits, those of a split.
 
     Args:
+        labels: the table.
+        root: the folder of its images; its own where None.
         split: train, val or test; val by default.
         trained_on: as in `open_eval_dataset`, for a table without splits.
+        columns: what the columns are, by the names of `Data`'s fields.
 
     Raises:
         InputError: as `open_labeled_splits`, or no image is of that split.
     """
-    assert data.labels is not None
-    rows = _read(data.labels, data, task)
+    rows = _read(labels, Data(root=root, labels=labels, **columns), task)
     if not rows.splits:
-        refuse(f"{data.labels} has no column of splits", split=split)
+        refuse(f"{labels} has no column of splits", split=split)
         return unseen_part(rows.images(None, "all images"), rows.listing.root, trained_on)
     wanted = _canonical(split or "val")
     places = rows.places(wanted)
     if not places:
-        raise InputError(f"{data.labels}: no image is of the split {wanted}, only of {some(sorted(set(rows.splits)))}")
+        raise InputError(f"{labels}: no image is of the split {wanted}, only of {some(sorted(set(rows.splits)))}")
     return rows.images(places, f"its {wanted} images")
 
 

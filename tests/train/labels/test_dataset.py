@@ -41,10 +41,10 @@ def test_a_column_of_splits_is_the_split(folder):
     assert "1 images of other splits are left out" in notes
     assert "without a validation image: x, z" in notes
     assert "35 images are not in labels.csv, and are left out" in notes
-    test = open_labeled(Data(labels=path), "multi_label", "test")
+    test = open_labeled(path, None, "multi_label", "test")
     assert ([each.tolist() for _, each in test], test.part) == ([[1, 0, 0]], "its test images")
     with pytest.raises(InputError, match="no image is of the split dev, only of test, train, val"):
-        open_labeled(Data(labels=path), "multi_label", "dev")
+        open_labeled(path, None, "multi_label", "dev")
 
 
 def test_without_splits_a_tenth_is_kept_and_groups_stay_together(folder):
@@ -84,8 +84,8 @@ def test_a_tar_is_a_folder(folder):
     path.write_text("file,label\n" + "".join(f"a/{index}.png,{index % 3}\n" for index in range(1, 40, 2)))
     with tarfile.open(folder / "images.tar", "w") as archive:
         archive.add(folder / "images" / "a", "a")
-    in_tar = open_labeled(Data(labels=path, root=folder / "images.tar"), "classification")
-    in_folder = open_labeled(Data(labels=path, root=folder / "images"), "classification")
+    in_tar = open_labeled(path, folder / "images.tar", "classification")
+    in_folder = open_labeled(path, folder / "images", "classification")
     pairs = zip(in_tar, in_folder, strict=True)
     assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in pairs)
     assert identity(in_tar) == identity(in_folder)
@@ -94,19 +94,19 @@ def test_a_tar_is_a_folder(folder):
 def test_names_may_lack_their_suffix_and_have_backslashes(folder):
     path = folder / "labels.csv"
     path.write_text(f"id,label\nimages/b/0,x\nimages\\a\\1.png,y\n./images/b/../b/2.png,x\n{folder}/images/b/4.png,y\n")
-    images = open_labeled(Data(labels=path), "classification")
+    images = open_labeled(path, None, "classification")
     assert [image.getpixel((0, 0))[0] // 6 for image, _ in images] == [0, 1, 2, 4]
 
 
 def test_a_label_in_each_row_is_a_list(folder):
     path = folder / "labels.csv"
     path.write_text("file,label\nimages/b/0.png,x\nimages/a/1.png,y\nimages/b/0.png,y\n")
-    images = open_labeled(Data(labels=path), "multi_label")
+    images = open_labeled(path, None, "multi_label")
     assert [target.tolist() for _, target in images] == [[1, 1], [0, 1]]
     with pytest.raises(InputError, match=r"line 4: images/b/0\.png has another label in line 2; .*--task multi_label"):
-        open_labeled(Data(labels=path), "classification")
+        open_labeled(path, None, "classification")
     path.write_text("file,label\nimages/b/0.png,x\nimages/a/1.png,y\nimages/b/0.png,x\n")
-    assert len(open_labeled(Data(labels=path), "classification")) == 2
+    assert len(open_labeled(path, None, "classification")) == 2
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_files_that_are_not_there_are_refused(folder, name, message):
     path = folder / "labels.csv"
     path.write_text(f"file,label\nimages/b/0.png,x\n{name},y\n")
     with pytest.raises(InputError, match=message):
-        open_labeled(Data(labels=path), "classification")
+        open_labeled(path, None, "classification")
 
 
 def test_ambiguous_names_are_refused(folder):
@@ -133,4 +133,4 @@ def test_ambiguous_names_are_refused(folder):
     path = folder / "labels.csv"
     path.write_text("file,label\nimages/b/0,x\nimages/a/1.png,y\n")
     with pytest.raises(InputError, match=r"images/b/0 may be images/b/0\.jpg, images/b/0\.png; write the whole name"):
-        open_labeled(Data(labels=path), "classification")
+        open_labeled(path, None, "classification")

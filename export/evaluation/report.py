@@ -15,7 +15,7 @@ from shvit.train.evaluate import Predict, count, plot_confusion
 from shvit.train.evaluate.multi_label import MultiLabelEvaluation, plot_precision_recall, score_labels
 from shvit.train.evaluate.regression import plot_values, score_values
 
-from .spec import Spec
+from ..spec import Spec
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 MAX_CLASSES_PRINTED = 50
