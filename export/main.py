@@ -119,7 +119,7 @@ class Eval:
     def _dataset(self, spec: Spec, trained_on: Any) -> Any:
         """Return the images to evaluate on."""
         from shvit.train.data.eval_dataset import open_eval_dataset
-        from shvit.train.labels.dataset import open_labeled
+        from shvit.train.labels.splits import open_labeled
 
         if self.labels is None:
             if spec.task != "classification":
@@ -131,7 +131,7 @@ class Eval:
 
     def _with_classes(self, dataset: Any, known: tuple[str, ...], spec: Spec) -> tuple[Any, list[str], Any]:
         """Return the dataset, the model's classes, and where the dataset's are class indices, the model's for each."""
-        from shvit.train.labels.dataset import LabeledImages
+        from shvit.train.labels.images import LabeledImages
 
         if spec.task == "regression":
             return dataset, list(known) or dataset.classes, None

@@ -23,7 +23,7 @@ from .data.splits import check_outside
 from .data.streams import is_stream
 from .distributed import World, join
 from .evaluate.tasks import FIGURES, Evaluation
-from .labels.dataset import open_recipe_splits
+from .labels.splits import open_recipe_splits
 from .recipe import Recipe
 from .run.logger import TrainLogger
 from .run.plots import plot_curves

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints and exported files: what is printed, drawn and returned for each task. Installed as `shvit.export.evaluation`."""
+"""Evaluation of checkpoints and exported files, for each task. Installed as `shvit.export.evaluation`."""

@@ -9,7 +9,7 @@ from shvit.errors import InputError
 
 from ..data.datasets import Images
 from ..recipe import Recipe
-from .dataset import LabeledImages
+from .images import LabeledImages
 
 
 @dataclass(frozen=True)

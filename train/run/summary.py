@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from ..data.datasets import Splits, duplicates_note
 from ..data.image_folders import Files, TarFiles
 from ..labels.balance import balanced_class_weight, class_probabilities
-from ..labels.dataset import LabeledImages
+from ..labels.images import LabeledImages
 from ..labels.statistics import LabelStatistics
 from ..recipe import Recipe
 

@@ -18,9 +18,9 @@ from ..data.datasets import Splits, any_readable
 from ..data.eval_loader import EvalBatches, eval_loader
 from ..data.streams import is_stream, open_stream
 from ..distributed import World
-from ..labels.dataset import open_recipe_splits
 from ..labels.losses import create_criterion
 from ..labels.scale import OutputScale
+from ..labels.splits import open_recipe_splits
 from ..labels.statistics import LabelStatistics
 from ..recipe import Recipe
 from .augment import DeviceAugment

@@ -8,7 +8,7 @@ from PIL import Image
 
 from shvit.errors import InputError
 from shvit.train.data.datasets import identity
-from shvit.train.labels.dataset import open_labeled, open_labeled_splits
+from shvit.train.labels.splits import open_labeled, open_labeled_splits
 from shvit.train.recipe import Data
 
 
@@ -74,8 +74,16 @@ def test_two_tables_share_the_classes_of_the_first(folder):
     second.write_text("file,labels\nimages/b/2.png,w\n")
     with pytest.raises(InputError, match=r"has classes that .*labels\.csv does not have: w"):
         open_labeled_splits(Data(labels=first, val_labels=second), "multi_label")
+    (folder / "other").mkdir()
+    (folder / "other" / "val.csv").write_text("file,labels\n0.png,z\n")
+    first.write_text("file,labels\n0.png,z\n")
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    Image.new("RGB", (8, 8)).save(folder / "other" / "0.png")  # of one name in two folders
+    both = open_labeled_splits(Data(labels=first, val_labels=folder / "other" / "val.csv"), "multi_label")
+    assert (len(both.train), len(both.val)) == (1, 1)
+    first.write_text("file,labels\nimages/b/0.png,x|y|z\n")
     second.write_text("file,labels\nimages/b/0.png,z\n")
-    with pytest.raises(InputError, match=r"1 images are in both .*, such as images/b/0\.png"):
+    with pytest.raises(InputError, match=r"1 images are in both .*, such as .*images/b/0\.png"):
         open_labeled_splits(Data(labels=first, val_labels=second), "multi_label")
 
 
