@@ -19,6 +19,7 @@ from shvit.weights.run_info import is_name, same_name
 from .spec import Spec
 
 MAX_BYTES = 10 << 20
+MAX_FAULTS = 4  # that are named
 
 
 def find_labels(path: Path | None, num_classes: int, classes: Sequence[str] = ()) -> list[str]:
@@ -97,7 +98,19 @@ def label_faults(labels: Sequence[str], expected: Sequence[str]) -> list[str]:
         index = next(i for i, (a, b) in enumerate(zip(labels, expected, strict=True)) if a != b)
         return [f"labels in another order: class {index} is called {labels[index]!r} and is {expected[index]!r}"]
     others = sorted(set(labels) - set(expected))
-    return [f"labels that are not the model's classes: {', '.join(map(repr, others[:4]))}"]
+    return [f"labels that are not the model's classes: {', '.join(map(repr, others[:MAX_FAULTS]))}"]
+
+
+def task_faults(declared: Spec, spec: Spec) -> list[str]:
+    """Return what an artifact says of its task that is not the model's."""
+    if declared.task != spec.task:
+        return [f"its task is {declared.task} and the model's {spec.task}"]
+    if spec.task != "multi_label":
+        return []
+    pairs = enumerate(zip(declared.label_thresholds.tolist(), spec.label_thresholds.tolist(), strict=False))
+    wrong = [f"label {index} has the threshold {ours:g} and the model's {own:g}" for index, (ours, own) in pairs
+             if ours != own]  # fmt: skip
+    return wrong[:MAX_FAULTS]
 
 
 # --- folders of classes -----------------------------------------------------------------------------------------------

@@ -193,8 +193,11 @@ def _label_decisions(
 ) -> dict[str, Figure]:
     """Return the figures of labels, each on one side of its threshold.
 
-    The sigmoid moves a probability p by p(1 - p) of what its logit moves, so that the errors that the tolerance allows
-    are those of the labels that the model is unsure of: as many for each image as (4p(1 - p))² adds up to.
+    The sigmoid moves a probability p by p(1 - p) of what its logit moves, a quarter at most. So an image's error is
+    that of the labels that the model is unsure of, as many as (4p(1 - p))² adds up to, and is spread over these.
+
+    Args:
+        allowed: the tolerance's error of an image, a root mean square.
     """
     unsure = (4 * reference * (1 - reference)).square().sum(1).mean().item()
     movable = SIGMAS * allowed / math.sqrt(max(unsure, TINY))
@@ -206,6 +209,14 @@ def _label_decisions(
         "decisions": int(sure.sum()),
         "changed_decisions": int((changed & sure).sum()),
     }
+
+
+def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Return the percentage of labeled images whose highest class is the right one."""
+    known = labels >= 0
+    if outputs.dim() != 2 or not known.any():
+        return None
+    return 100 * (outputs.argmax(1) == labels)[known].double().mean().item()
 
 
 def snr_db(reference: torch.Tensor, output: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from .backends.backend import Artifact
 from .backends.registry import artifact_files, artifact_sha256, resolve_backend
 from .formats.parameters import LayerParameters, compare_parameters, convolve, holds_shvit, rounding_output
 from .images import ImageFile, gray_level_difference, read_pixels, spread
-from .labels import label_faults
+from .labels import label_faults, task_faults
 from .quantization.qdq import unfold_identities
 from .spec import PREPROCESSING, Spec
 from .verdict import (
@@ -29,13 +29,14 @@ from .verdict import (
     Figures,
     Tolerance,
     Verdict,
+    accuracy,
     compare,
     judge,
     snr_db,
     worst_figures,
     worst_verdict,
 )
-from .wrappers import first_layer, layer_outputs, layers, run_batches, run_model, share_of_macs
+from .wrappers import first_layer, layer_outputs, layers, nearest_zero, run_batches, run_model, share_of_macs
 
 PACKAGES = (
     *("shvit", "torch", "timm", "onnx", "onnxruntime", "openvino", "coremltools", "ncnn", "pnnx", "litert-torch"),
@@ -166,13 +167,9 @@ class Reference:
 
         A unit may have its zero anywhere, as years and degrees have, and the size of values then tells nothing.
         """
-        zeros = [torch.zeros(1)]
         if self.spec.output_kind != "value":
-            return zeros[0]
-        biases = [layer.bias for _, layer in layers(self.model) if isinstance(layer, nn.Linear)][-1:]
-        zeros += [bias.detach().float() for bias in biases if bias is not None and bias.shape == (1,)]
-        (values,) = self.outputs(self.spec.img_size)
-        return min(zeros, key=lambda zero: (values - zero).square().mean().item())
+            return torch.zeros(1)
+        return nearest_zero(self.model, self.outputs(self.spec.img_size)[0])
 
     @property
     def image_labels(self) -> torch.Tensor:
@@ -343,24 +340,6 @@ def _saturation(artifact: Artifact, reference: Reference) -> list[str]:
         return []
     return [f"8-bit sums overflow on this kind of processor (x86 without VNNI) with {artifact.runtime}'s own settings, "
             f"which leaves {defaults_db:.1f} dB: {resolve_backend(artifact.path).overflow_advice}"]  # fmt: skip
-
-
-def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Return the percentage of labeled images whose highest class is the right one."""
-    known = labels >= 0
-    if outputs.dim() != 2 or not known.any():
-        return None
-    return 100 * (outputs.argmax(1) == labels)[known].double().mean().item()
-
-
-def task_faults(declared: Spec, spec: Spec) -> list[str]:
-    """Return what an artifact says of its task that is not the model's."""
-    if declared.task != spec.task:
-        return [f"its task is {declared.task} and the model's {spec.task}"]
-    pairs = enumerate(zip(declared.label_thresholds.tolist(), spec.label_thresholds.tolist(), strict=False))
-    wrong = [f"label {index} has the threshold {ours:g} and the model's {own:g}" for index, (ours, own) in pairs
-             if ours != own]  # fmt: skip
-    return wrong[:MAX_REASONS] if spec.task == "multi_label" else []
 
 
 def preprocessing_faults(

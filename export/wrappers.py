@@ -163,6 +163,13 @@ def run_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, ...]
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
+def nearest_zero(model: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """Return 0 or a model's last bias, (1,), whichever is nearer to its values (n, 1) in the root mean square."""
+    biases = [layer.bias for _, layer in layers(model) if isinstance(layer, nn.Linear)][-1:]
+    zeros = [torch.zeros(1), *(bias.detach().float() for bias in biases if bias is not None and bias.shape == (1,))]
+    return min(zeros, key=lambda zero: (values - zero).square().mean().item())
+
+
 def first_layer(model: nn.Module, batch: torch.Tensor) -> str | None:
     """Return the dotted name of the convolution whose input is the batch itself; None where there is none."""
     names: list[str] = []

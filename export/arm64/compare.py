@@ -19,8 +19,8 @@ from ..backends.registry import artifact_files, load_artifact, resolve_backend
 from ..formats.rounding import Outputs
 from ..guards import checked_run, one_line
 from ..images import spread
-from ..verdict import snr_db, worst_figures, worst_verdict
-from ..verify import PASSED, Arm64, Certificate, Reference, accuracy, judge_outputs
+from ..verdict import accuracy, snr_db, worst_figures, worst_verdict
+from ..verify import PASSED, Arm64, Certificate, Reference, judge_outputs
 from ..wrappers import run_batches
 from . import emulator
 from .emulator import Cpu
