@@ -14,6 +14,7 @@ from shvit import terminal
 from shvit.certificate import certificate_path, check_unchanged, write_certificate
 from shvit.errors import InputError, RunInstead, some
 from shvit.files import atomic_write, check_output_folder, sha256
+from shvit.img_size import ImgSize
 from shvit.train.data.image_folders import image_files
 from shvit.weights.run_info import read_run_info, same_name
 
@@ -246,13 +247,10 @@ class Export(_Command):
 
     def _export_pyramid(self, checkpoint: Path, img_size: tuple[int, int]) -> RunInstead:
         """Return the command that exports the backbone and the neck, which are a model with feature maps."""
-        height, width = img_size
-        if height != width:
-            raise InputError(f"an .mlpackage takes a square, not {height}×{width}; give --img-size one number")
         if self.options or self.trust_config:
             raise InputError("an .mlpackage is made from the config as it is; leave out --options and --trust-config")
         model = ("--model", f"detector:{self.config}", "--checkpoint", str(checkpoint), "--features")
-        rest = ("--img-size", str(height), "--precision", self.precision, "--output", str(self.output))
+        rest = ("--img-size", str(ImgSize(*img_size)), "--precision", self.precision, "--output", str(self.output))
         images = () if self.images is None else ("--images", str(self.images))
         return RunInstead("export", "coreml", *model, *rest, *images)
 

@@ -146,7 +146,7 @@ def check_ports(path: Path, spec: Spec, inputs: Sequence[Port], outputs: Sequenc
     if [port.name for port in inputs] != [name]:
         names = f"the inputs {', '.join(port.name for port in inputs)}" if inputs else "no input"
         raise InputError(f"{path}: has {names}, and should have one, {name}; export the model again")
-    pixels = (spec.img_size, spec.img_size, spec.in_chans)
+    pixels = (*spec.img_size, spec.in_chans)
     expected = pixels if spec.uint8_input and inputs[0].dtype != "image" else spec.shape
     _check_port(path, inputs[0], ("uint8", "image") if spec.uint8_input else FLOATS, (None, *expected))
     by_name = {port.name: port for port in outputs}
@@ -205,7 +205,7 @@ def check_operators(path: Path, operators: Mapping[str, int] | Iterable[str]) ->
 
 def images_that_fit(limit: int, *specs: Spec) -> int:
     """Return how many images, at most `limit`, may be held at once at the largest of the specs' sizes."""
-    largest = max(spec.in_chans * px * px for spec in specs for px in spec.sizes)
+    largest = max(spec.in_chans * size.height * size.width for spec in specs for size in spec.sizes)
     return max(1, min(limit, MAX_PIXEL_BYTES // largest))
 
 

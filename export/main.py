@@ -14,6 +14,7 @@ from shvit.checkpoint import holds_ema
 from shvit.documents import to_json
 from shvit.errors import InputError, refuse, some
 from shvit.files import atomic_write, check_output_folder
+from shvit.img_size import ImgSize
 from shvit.train.evaluate import Predict
 from shvit.weights.resolve import Weights, resolve_weights
 
@@ -67,8 +68,9 @@ class Eval:
     """Evaluate the checkpoint's EMA weights alone."""
     artifact: Path | None = None
     """An .onnx, .tflite or .pte file, .xml, .mlpackage or .param of `shvit export`, in place of a checkpoint."""
-    img_size: int | None = None
-    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
+    img_size: ImgSize | None = None
+    """Input size in pixels, as 224 or HEIGHTxWIDTH.
+    By default the size that the checkpoint was trained for, or the model's own."""
     skip_unknown_classes: bool = False
     """Skip and count images of classes that the model does not know; by default they are an error."""
     all_images: bool = False
@@ -261,8 +263,9 @@ class _FromModel:
     """Take the model's published weights in place of a checkpoint."""
     ema: bool = False
     """Take the checkpoint's EMA weights."""
-    img_size: int | None = None
-    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
+    img_size: ImgSize | None = None
+    """Input size in pixels, as 224 or HEIGHTxWIDTH.
+    By default the size that the checkpoint was trained for, or the model's own."""
     images: Path | None = None
     """A folder of images to verify with, ideally the validation images in folders of their classes.
     By default scikit-image's bundled ones."""

@@ -13,6 +13,7 @@ from torch import nn
 from shvit.certificate import Envelope, certificate_path, read_origin, write_certificate
 from shvit.errors import CheckFailed, InputError, refuse
 from shvit.files import atomic_write, is_file, scratch_folder, sha256
+from shvit.img_size import ImgSizeLike
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
 from .arm64.compare import certify_arm64, check_arm64
@@ -40,7 +41,7 @@ def export_model(
     pretrained: bool = False,
     ema: bool = False,
     precision: Precision = "fp32",
-    img_size: int | None = None,
+    img_size: ImgSizeLike | None = None,
     outputs: Outputs = "logits",
     images: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -60,7 +61,8 @@ def export_model(
         pretrained: take the model's published weights in place of a checkpoint.
         ema: take the checkpoint's EMA weights.
         precision: weight and compute precision.
-        img_size: input height and width in pixels; those that the checkpoint was trained for where None.
+        img_size: input size in pixels, one number or (height, width); the one that the checkpoint was trained for where
+            None.
         outputs: logits; probabilities; or features, the maps at strides 16, 32 and 64 of a SHViT. In place of logits
             a multi-label model gives the probability of each label, and a regression its value.
         images: a folder of images to verify with; scikit-image's bundled ones where None.

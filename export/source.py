@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shvit.deployment import deploy
+from shvit.img_size import ImgSize, ImgSizeLike
 from shvit.weights.resolve import Log, Weights
 
 from .guards import images_that_fit
@@ -49,8 +50,8 @@ class Source:
         return self.reference.labels
 
     @cached_property
-    def size(self) -> int | None:
-        """Height and width that the model is deployed for; None for any."""
+    def size(self) -> ImgSize | None:
+        """Size that the model is deployed for; None for any."""
         return None if self.spec.other_sizes else self.spec.img_size
 
     def deployed(self) -> nn.Module:
@@ -99,7 +100,7 @@ Outputs = Literal["logits", "probabilities", "features"]
 def create_source(
     weights: Weights | nn.Module,
     outputs: Outputs = "logits",
-    img_size: int | None = None,
+    img_size: ImgSizeLike | None = None,
     images: Path | None = None,
     calibration: Path | None = None,
     labels: Path | None = None,
@@ -109,7 +110,7 @@ def create_source(
 
     Args:
         weights: result of `resolve_weights`, or a model in memory with the weights that it has.
-        img_size: height and width in pixels; where None, those that the model was trained for.
+        img_size: in pixels, one number or (height, width); where None, the one that the model was trained for.
         images: a folder of images to verify with; scikit-image's where None.
         calibration: a folder of images to learn 8-bit ranges from; scikit-image's where None.
         labels: a text file with the name of a class on each line.
@@ -130,7 +131,7 @@ def create_source(
 
 
 def create_wrapped_model(
-    weights: Weights | nn.Module, outputs: Outputs, img_size: int | None, log: Log
+    weights: Weights | nn.Module, outputs: Outputs, img_size: ImgSizeLike | None, log: Log
 ) -> tuple[nn.Module, Spec]:
     """Return the model with the given outputs, those of its task if it is no classifier, and its spec."""
     if isinstance(weights, Weights):

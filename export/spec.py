@@ -12,6 +12,7 @@ from torch import nn
 from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
+from shvit.img_size import MAX_IMG_SIZE, ImgSize, ImgSizeLike
 from shvit.weights.resolve import Log, Weights, resolve_weights
 from shvit.weights.run_info import RunInfo, Task
 
@@ -22,7 +23,6 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # timm's names of all but the size
 MAX_CLASSES = 1_000_000
-MAX_IMG_SIZE = 4096  # pixels; a larger one is a slip of the finger
 MAX_SIZES = 64
 OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "classification": ("logits", "probabilities"),
@@ -58,7 +58,6 @@ def _check_choice(*choices: int | str) -> AfterValidator:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
-Side = Annotated[int, Field(ge=1, le=MAX_IMG_SIZE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -67,14 +66,15 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class Spec:
     """Input and preprocessing of one model.
 
-    Images are resized so that the shorter side is `img_size / crop_pct`, center-cropped to `img_size`, scaled to
-    0–1 and normalized as (x - mean) / std, channel order RGB; in gray levels first for a model of one channel.
+    Images are resized so that both sides are at least `img_size / crop_pct` and one of them is just that,
+    center-cropped to `img_size`, scaled to 0–1 and normalized as (x - mean) / std, channel order RGB; in gray levels
+    first for a model of one channel. In JSON a size is one number for a square, and [height, width] otherwise.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
     model: Name
-    img_size: Side  # height and width in pixels
+    img_size: ImgSize
     in_chans: Annotated[int, _check_choice(1, 3)]
     num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)]
     mean: tuple[Finite, ...]
@@ -88,20 +88,26 @@ class Spec:
     uint8_input: bool = False  # the artifact takes pixels, 0–255, and normalizes them itself
     outputs: Annotated[tuple[Name, ...], AfterValidator(_check_outputs)] = ("logits",)
     """Names of the outputs, in order: logits, or probabilities, or value, or stride_16, … for feature maps."""
-    other_sizes: Annotated[tuple[Side, ...], Field(max_length=MAX_SIZES - 1)] = ()
-    """Further heights and widths in pixels that it takes."""
+    other_sizes: Annotated[tuple[ImgSize, ...], Field(max_length=MAX_SIZES - 1)] = ()
+    """Further sizes that it takes."""
     excluded_layers: tuple[Name, ...] = ()  # layers that an int8 artifact excludes from quantization
     task: Task = "classification"
     thresholds: Annotated[tuple[Probability, ...], Field(max_length=MAX_CLASSES)] = ()
     """Of multi-label classification: the probability of each label from which it is predicted; empty for 0.5."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "img_size", ImgSize.of(self.img_size))
+        object.__setattr__(self, "other_sizes", tuple(map(ImgSize.of, self.other_sizes)))
+
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Every height and width that the artifact takes."""
+    def sizes(self) -> tuple[ImgSize, ...]:
+        """Every size that the artifact takes."""
         return (self.img_size, *self.other_sizes)
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, img_size: int | None = None, info: RunInfo | None = None) -> "Spec":
+    def of(
+        cls, name: str, model: nn.Module, img_size: ImgSizeLike | None = None, info: RunInfo | None = None
+    ) -> "Spec":
         """Return the preprocessing of a model's run, or else timm's for the model, at `img_size` pixels.
 
         Args:
@@ -115,18 +121,16 @@ class Spec:
         from timm.data import resolve_data_config
 
         config = {**resolve_data_config(model=model), **_of_run(info)}
-        chans, own_size, _ = config["input_size"]
-        own_size = info.img_size if info else own_size
+        chans, *sides = config["input_size"]
+        own_size = info.img_size if info else ImgSize(*sides)
         in_chans = getattr(model, "in_chans", chans)
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if in_chans == 1 and len(mean) > 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # as timm's loader does
         if in_chans not in (1, 3):
             raise InputError(f"{name} takes {in_chans} channels; images have 3, or 1 of gray levels")
-        size = own_size if img_size is None else img_size
-        if not 1 <= size <= MAX_IMG_SIZE:
-            raise InputError(f"--img-size {size} is out of range; choose 1 to {MAX_IMG_SIZE}, {own_size} by default")
-        if size / config["crop_pct"] > MAX_RESIZED:
+        size = own_size if img_size is None else ImgSize.of(img_size, "--img-size")
+        if max(size) / config["crop_pct"] > MAX_RESIZED:
             raise InputError(f"{name}: {size} px at crop_pct {config['crop_pct']} would resize images to more than "
                              f"{MAX_RESIZED} px; choose a smaller --img-size")  # fmt: skip
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
@@ -170,7 +174,7 @@ class Spec:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one input."""
-        return (self.in_chans, self.img_size, self.img_size)
+        return (self.in_chans, *self.img_size)
 
     def transform(self, normalize: bool = True) -> "Compose":
         """Return timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalized; or uint8, the pixels."""
@@ -199,8 +203,9 @@ class Spec:
         """Return the spec that `to_json` wrote; raise InputError for any other text, from a file called `name`."""
         where = f"{name}: its description of its input"
         spec = parse_model(cls, parse_json(text, where), where, "export the model again")
-        if max(spec.sizes) / spec.crop_pct > MAX_RESIZED:
-            raise InputError(f"{where}: {max(spec.sizes)} px at crop_pct {spec.crop_pct} would resize images to more "
+        longest = max(map(max, spec.sizes))
+        if longest / spec.crop_pct > MAX_RESIZED:
+            raise InputError(f"{where}: {longest} px at crop_pct {spec.crop_pct} would resize images to more "
                              f"than {MAX_RESIZED} px; export the model again")  # fmt: skip
         if not len(spec.mean) == len(spec.std) == spec.in_chans:
             raise InputError(f"{where}: mean {some(spec.mean)} and std {some(spec.std)} must have a number for each of "
@@ -225,7 +230,7 @@ def _of_run(info: RunInfo | None) -> dict[str, Any]:
 def open_model(
     name: str | None,
     checkpoint: Path | None = None,
-    img_size: int | None = None,
+    img_size: ImgSizeLike | None = None,
     ema: bool = False,
     classifies: bool = True,
 ) -> tuple[nn.Module, Spec]:
@@ -234,13 +239,13 @@ def open_model(
 
 
 def open_weights(
-    weights: Weights, img_size: int | None = None, classifies: bool = True, log: Log = lambda line: None
+    weights: Weights, img_size: ImgSizeLike | None = None, classifies: bool = True, log: Log = lambda line: None
 ) -> tuple[nn.Module, Spec]:
     """Return a timm model in eval mode and its spec, with the preprocessing of its run where that is known.
 
     Args:
         weights: where they have no file, random ones (always the same) of a trained model's scale.
-        img_size: input height and width in pixels; where None, the run's, or else the model's own.
+        img_size: input size in pixels, one number or (height, width); where None, the run's, or else the model's own.
         classifies: require a classifier.
         log: called with a line for each value that is not as would be expected.
 

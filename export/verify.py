@@ -15,6 +15,7 @@ from shvit.deployment import deploy
 from shvit.environment import versions
 from shvit.errors import CheckFailed, InputError
 from shvit.files import sha256, size
+from shvit.img_size import ImgSize
 
 from .backends.backend import Artifact
 from .backends.registry import artifact_files, artifact_sha256, resolve_backend
@@ -136,7 +137,7 @@ class Reference:
     data: Mapping[str, Any] | None = None
     in_memory: bool = False
     _pixels: dict[Spec, torch.Tensor] = field(default_factory=dict)
-    _outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _outputs: dict[ImgSize, list[torch.Tensor]] = field(default_factory=dict)
     _gray_levels: dict[Spec, float] = field(default_factory=dict)
 
     @property
@@ -177,7 +178,7 @@ class Reference:
         known = self.spec.task == "classification"
         return torch.tensor([image.label if known else -1 for image in self.images])
 
-    def outputs(self, px: int) -> list[torch.Tensor]:
+    def outputs(self, px: ImgSize) -> list[torch.Tensor]:
         """Return the model's outputs for all images at one size."""
         if px not in self._outputs:
             spec = replace(self.spec, img_size=px)
@@ -307,7 +308,7 @@ def _compare_outputs(artifact: Artifact, reference: Reference) -> _Outputs:
 
 
 def judge_outputs(
-    spec: Spec, px: int, expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], reference: Reference
+    spec: Spec, px: ImgSize, expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], reference: Reference
 ) -> tuple[dict[str, dict[str, Figure]], Verdict, list[str]]:
     """Return the figures of each output at a size, by its name, and the verdict on all of them with its reasons.
 

@@ -149,10 +149,12 @@ def _parse(name: str, options: list[str]) -> Command:
 
     import tyro
 
+    from .img_size import command_line_types
+
     prog = f"shvit {name}"
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), command_line_types():
             if isinstance(target, dict):
                 return tyro.extras.subcommand_cli_from_dict(target, prog=prog, args=options)
             if inspect.isfunction(target):
@@ -164,6 +166,10 @@ def _parse(name: str, options: list[str]) -> Command:
         raise InputError(_one_line(message.getvalue())) from stop
 
 
+HELP_FOLLOWS = "Argument helptext:"
+"""The line of tyro's between why a value is not taken and the option's help."""
+
+
 def _one_line(panel: str) -> str:
     """Return tyro's framed message as one line: what is wrong, and the option that may have been meant."""
     lines = [line.strip(" ╭╮╰╯│─\n") for line in panel.splitlines()]
@@ -172,6 +178,10 @@ def _one_line(panel: str) -> str:
     if misplaced := _misplaced(rest):
         return misplaced
     suggested = next((line for line in lines if line.startswith("--")), None)
+    if HELP_FOLLOWS in lines:
+        lines = [" ".join(lines[: lines.index(HELP_FOLLOWS)])]
+        if ";" in lines[0]:  # a message of ours, which says what to give
+            return lines[0]
     if suggested and not lines[0].endswith(":"):
         return f"{lines[0]}; did you mean {suggested}?"
     message = " ".join(lines) or title

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError, first_line
 from .files import read_bytes
+from .img_size import ImgSize
 
 if TYPE_CHECKING:
     import yaml
@@ -113,13 +114,18 @@ def is_deeper(content: object, depth: int) -> bool:
 
 
 def to_json(content: object, indent: int | None = None) -> str:
-    """Return plain values as JSON that every reader takes: NaN and infinities become null, other letters escapes."""
+    """Return plain values as JSON that every reader takes: NaN and infinities become null, other letters escapes.
+
+    An image size becomes one number for a square, and [height, width] otherwise.
+    """
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
 def _finite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
+    if isinstance(content, ImgSize):
+        return content.plain
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

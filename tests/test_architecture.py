@@ -23,7 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 KNOWN_IMPORTS: set[tuple[str, str]] = set()  # importing, imported
 KNOWN_ROOMS: set[str] = set()  # of export, and not drawn in the plan
 KNOWN_FULL = {
-    "shvit": "five files of the model, and nine of one subject each that all folders stand on, such as errors.py; "
+    "shvit": "five files of the model, and ten of one subject each that all folders stand on, such as errors.py; "
     "fold.py and deployment.py in one file would be a circle, checkpoint.py and create.py too long",
 }
 KNOWN_LONG: set[str] = set()

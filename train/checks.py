@@ -15,7 +15,6 @@ from .data.streams import is_stream
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
-    ("img_size", 1, 4096),
     ("epochs", 1, 1e6),
     ("batch_size", 1, 1e6),
     ("drop_path", 0, 0.99),
@@ -77,8 +76,9 @@ def check_fields(recipe: Recipe) -> None:
                              "lower one first")  # fmt: skip
     if not all(0 <= beta < 1 for beta in recipe.optim.betas):
         raise InputError(f"--optim.betas {' '.join(map(str, recipe.optim.betas))}: choose from 0 to below 1")
-    if recipe.first_img_size is not None and not 1 <= recipe.first_img_size <= recipe.img_size:
-        raise InputError(f"--first-img-size {recipe.first_img_size} must be 1 to --img-size {recipe.img_size}")
+    first = recipe.first_img_size or recipe.img_size
+    if first.height > recipe.img_size.height or first.width > recipe.img_size.width:
+        raise InputError(f"--first-img-size {first} must be at most --img-size {recipe.img_size} in height and width")
     _refuse_ignored(recipe)
     _refuse_balance(recipe)
     _refuse_published(

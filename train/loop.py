@@ -90,7 +90,7 @@ class Training:
         self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.figures = FIGURES[recipe.task]
         self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps, loader.statistics)
-        config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=self.run.model)
+        config = resolve_data_config({"input_size": (3, *recipe.img_size)}, model=self.run.model)
         self.info = RunInfo(
             model=recipe.model,
             classes=tuple(classes),

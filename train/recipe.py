@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shvit.errors import InputError
 from shvit.files import read_bytes
+from shvit.img_size import ImgSize
 from shvit.weights.run_info import Task
 
 if TYPE_CHECKING:
@@ -213,10 +214,11 @@ class Recipe:
     task: Task = "classification"
     """What labels are: one class, any number of labels (multi_label), or a number (regression).
     The last two need --data.labels."""
-    img_size: int = 224
-    """Image height and width in pixels."""
-    first_img_size: int | None = None
-    """Progressive resizing: height and width in the first epochs, which grow by 32 px at equal intervals."""
+    img_size: ImgSize = field(default=ImgSize(224, 224))
+    """Image size in pixels: one number for a square, or HEIGHTxWIDTH."""
+    first_img_size: ImgSize | None = None
+    """Progressive resizing: image size in the first epochs.
+    At equal intervals the side that grows most grows by 32 px, and the other in proportion."""
     epochs: int = 300
     """Number of passes over the training images."""
     batch_size: int = 2048
@@ -253,6 +255,11 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
     save: Save = field(default_factory=Save)
 
+    def __post_init__(self) -> None:
+        for name in ("img_size", "first_img_size"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, ImgSize.of(size, f"--{name.replace('_', '-')}"))
+
     def at_home(self) -> "Recipe":
         """Return the recipe with a leading ~ in its paths expanded; shells expand it only at the start of a word."""
         paths = {name: at_home(getattr(self.data, name)) for name in ("root", "labels", "val_labels")}
@@ -265,11 +272,11 @@ class Recipe:
         """Learning rate after warm-up: `optim.lr` per 512 images of a batch."""
         return self.optim.lr * self.batch_size / 512
 
-    def img_size_at(self, epoch: int) -> int:
-        """Return the height and width in pixels of the training images in an epoch, counted from 0."""
+    def img_size_at(self, epoch: int) -> ImgSize:
+        """Return the size of the training images in an epoch, counted from 0."""
         if self.first_img_size is None:
             return self.img_size
-        sizes = [*range(self.first_img_size, self.img_size, 32), self.img_size]
+        sizes = [*_sizes_between(self.first_img_size, self.img_size), self.img_size]
         return sizes[min(epoch * len(sizes) // self.epochs, len(sizes) - 1)]
 
     @property
@@ -290,7 +297,20 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as YAML and JSON hold them; bytes of paths that are not UTF-8 are escaped."""
         plain = asdict(self)
+        for name in ("img_size", "first_img_size"):
+            size = plain[name]
+            plain[name] = size and (size.height if size.is_square else str(size))
         return json.loads(json.dumps(plain, default=lambda path: str(path).encode(errors="backslashreplace").decode()))
+
+
+def _sizes_between(first: ImgSize, last: ImgSize) -> list[ImgSize]:
+    """Return the sizes from the first up to the last, without it: each side grows by whole multiples of 32 px."""
+    growth = [b - a for a, b in zip(first, last, strict=True)]
+    longest = max(growth)
+    return [
+        ImgSize(*(side + 32 * round(grown * part / longest / 32) for side, part in zip(first, growth, strict=True)))
+        for grown in range(0, longest, 32)
+    ]
 
 
 def at_home(path: PathOrNone) -> PathOrNone:
@@ -356,7 +376,8 @@ def _first_problem(error: "ErrorDetails") -> str:
         return f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     found = repr(error["input"])
     found = found if len(found) <= 80 else f"{found[:80]}…"
-    return f"{name} is {found}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name} is {found}; {message[0].lower()}{message[1:]}"
 
 
 def _field_names(kind: Any, prefix: str = "") -> list[str]:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from shvit.img_size import ImgSize
+
 from .recipe import Augment, Compute, Distill, Optim, Recipe, Save
 
 # The paper's runs on ImageNet-1k: 300 epochs, global batch 2048 (8 × 256), 224 px (S4: 256); weight decay differs.
@@ -9,20 +11,20 @@ from .recipe import Augment, Compute, Distill, Optim, Recipe, Save
 S1 = Recipe()
 S2 = replace(S1, model="shvit_s2", optim=replace(S1.optim, weight_decay=0.032))
 S3 = replace(S1, model="shvit_s3", optim=replace(S1.optim, weight_decay=0.035))
-S4 = replace(S1, model="shvit_s4", img_size=256, optim=replace(S1.optim, weight_decay=0.03))
+S4 = replace(S1, model="shvit_s4", img_size=ImgSize.of(256), optim=replace(S1.optim, weight_decay=0.03))
 
 # Higher resolution, from the 300-epoch weights (--checkpoint): 30 epochs, weight decay 1e-8. Expected top-1 of S4 at
 # 512 px: 82.0 %. The learning rate is that of the authors' log at 512 px, 4e-5 (the paper prints 0.004); their batch
 # is not known, so the rate is tied to a batch of 512.
 FINETUNE_512 = replace(
     S4,
-    img_size=512,
+    img_size=ImgSize.of(512),
     epochs=30,
     batch_size=512,
     optim=replace(S4.optim, lr=4e-5, weight_decay=1e-8, min_lr=1e-6),
     compute=replace(S4.compute, device_batch_size=64),
 )
-FINETUNE_384 = replace(FINETUNE_512, img_size=384, compute=replace(S4.compute, device_batch_size=128))
+FINETUNE_384 = replace(FINETUNE_512, img_size=ImgSize.of(384), compute=replace(S4.compute, device_batch_size=128))
 
 # Distillation as in DeiT, from RegNetY-16GF. Expected top-1 74.0, 76.2, 78.3 and 80.2 %. The reference used DeiT's file
 # regnety_160-a5fe301d.pth, which timm publishes under this tag.
@@ -47,8 +49,8 @@ FINETUNE = Recipe(
 # 0.7, three seeds), EMA weights 79.8 %; plain AdamW, cosine, RandAugment at 128 px for as long: 74.8 % (0.3) and
 # 75.1 %.
 SCRATCH = Recipe(
-    img_size=128,
-    first_img_size=96,
+    img_size=ImgSize.of(128),
+    first_img_size=ImgSize.of(96),
     epochs=66,
     batch_size=64,
     ema_decay=0.998,
@@ -62,7 +64,7 @@ SCRATCH = Recipe(
 # Real images in a minute or two on two cores: mono- and polycrystalline solar cells from the PyPI package
 # elpv-dataset. Color says nothing in grayscale images, so it is left alone; a cell has no up and down.
 DEMO = Recipe(
-    img_size=96,
+    img_size=ImgSize.of(96),
     epochs=8,
     batch_size=64,
     ema_decay=0.98,
@@ -74,7 +76,7 @@ DEMO = Recipe(
 )  # fmt: skip
 
 # Several hundred images in half a minute, checkpoints often: a smoke test.
-DEBUG = replace(DEMO, img_size=64, epochs=3, batch_size=32, save=Save(every_minutes=0.05))
+DEBUG = replace(DEMO, img_size=ImgSize.of(64), epochs=3, batch_size=32, save=Save(every_minutes=0.05))
 
 RECIPES = {
     "s1": S1,

@@ -21,6 +21,7 @@ from torch import nn
 from shvit import terminal
 from shvit.environment import take_turns
 from shvit.errors import InputError
+from shvit.img_size import ImgSize
 
 from .data.datasets import open_splits
 from .data.streams import is_stream
@@ -42,7 +43,7 @@ class Speed:
     """Images per second of this machine, over all processes; medians over rounds, ratios taken round by round."""
 
     model: str
-    img_size: int
+    img_size: ImgSize
     batch_size: int
     steps: int
     step_images_per_s: float

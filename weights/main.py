@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from shvit import terminal
 from shvit.errors import CheckFailed, InputError
 from shvit.files import atomic_write, check_replaceable, is_file, is_folder, is_there, sha256
+from shvit.img_size import ImgSize
 from shvit.terminal import right_aligned
 
 from .address import shown_address
@@ -25,7 +26,7 @@ from .manifest import Published, find, read_manifest
 
 
 def _pixels(img_size: tuple[int, int] | None) -> str:
-    return "×".join(str(side) for side in dict.fromkeys(img_size or ()))
+    return str(ImgSize(*img_size)) if img_size else ""
 
 
 # --- shvit list -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from shvit.documents import parse_model
 from shvit.errors import InputError
 from shvit.files import read_text
+from shvit.img_size import ImgSize
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,7 +114,7 @@ def find(name: str) -> Published:
     raise InputError(f"unknown checkpoint {name!r}; choose from {', '.join(close or names)} (`shvit weights list`)")
 
 
-def published_top1(name: str, img_size: int) -> float | None:
+def published_top1(name: str, img_size: ImgSize) -> float | None:
     """Return ImageNet-1k top-1 in percent at exactly `img_size` pixels; None where it is not known.
 
     Args:
@@ -122,9 +123,9 @@ def published_top1(name: str, img_size: int) -> float | None:
     """
     for entry in read_manifest():
         named = entry.task == "classification" and name in (entry.model, entry.name)
-        if named and entry.img_size == (img_size, img_size):
+        if named and entry.img_size == img_size:
             return entry.accuracy["top1"]
-    return _baselines().get(name, {}).get(img_size)
+    return _baselines().get(name, {}).get(img_size.height) if img_size.is_square else None
 
 
 @cache

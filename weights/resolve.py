@@ -11,6 +11,7 @@ from shvit.create import check_model_name, has_scheme
 from shvit.documents import parse_json
 from shvit.errors import InputError, first_line, refuse
 from shvit.files import is_file, is_folder, is_there, read_text, sha256
+from shvit.img_size import ImgSize
 
 from .cache import cache_folder, expected_hash, obtain
 from .connection import bounded_waits
@@ -180,7 +181,7 @@ def _published_info(entry: Published) -> RunInfo | None:
     """Return what the publisher says about a classifier."""
     if entry.task != "classification":
         return None
-    return RunInfo(model=entry.model, classes=imagenet_names(), img_size=entry.img_size[0])
+    return RunInfo(model=entry.model, classes=imagenet_names(), img_size=ImgSize(*entry.img_size))
 
 
 def _pretrained(model: str, log: Log) -> Weights:
@@ -216,6 +217,6 @@ def _timm_file(model: str, log: Log) -> Path:
         raise InputError(f"{model}: timm's weights cannot be fetched ({first_line(error)}); check the network, or give "
                          "--checkpoint") from error  # fmt: skip
     known = infer_imagenet_subset(cfg.to_dict()) == "imagenet-1k"
-    info = RunInfo(model, imagenet_names() if known else (), max(cfg.input_size[1:]))
+    info = RunInfo(model, imagenet_names() if known else (), ImgSize(*cfg.input_size[1:]))
     write_checkpoint(made.state_dict(), path, info.metadata)
     return path

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from shvit.documents import load_json, load_yaml, parse_json, to_json
 from shvit.errors import InputError
 from shvit.files import is_file
+from shvit.img_size import ImgSize
 
 __all__ = ["RUN_KEY", "TASKS", "RunInfo", "Task", "is_name", "read_run_info", "same_name"]
 
@@ -28,7 +29,6 @@ FORMAT = 1
 MAX_BYTES = 32 << 20
 MAX_CLASSES = 1_000_000
 MAX_NAME = 500  # characters
-MAX_IMG_SIZE = 4096  # pixels
 MAX_DATA_VALUES = 10_000  # of the data's identity, nested ones included
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
@@ -50,8 +50,8 @@ class RunInfo:
     """Name of a model in timm."""
     classes: tuple[str, ...]
     """Names, by class index; empty where they are not known. Of a regression, the name of its value."""
-    img_size: int
-    """Height and width in pixels that accuracy was measured at."""
+    img_size: ImgSize
+    """Size of the images that accuracy was measured at."""
     mean: tuple[float, ...] | None = None
     """One value for each channel; None: timm's for the model, as for the four fields below."""
     std: tuple[float, ...] | None = None
@@ -67,6 +67,7 @@ class RunInfo:
     them."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "img_size", ImgSize.of(self.img_size, "img_size"))
         if problem := self._problem():
             raise InputError(problem)
 
@@ -83,8 +84,6 @@ class RunInfo:
             )
         if len(set(map(same_name, self.classes))) < len(self.classes):
             return "a class name is given twice, if only with its accents written in two ways; each needs its own"
-        if type(self.img_size) is not int or not 1 <= self.img_size <= MAX_IMG_SIZE:
-            return f"img_size is {str(self.img_size)[:80]}; it must be 1 to {MAX_IMG_SIZE}"
         constants = (self.mean, self.std)
         if any(each is not None and not _are_constants(each) for each in constants) or (
             self.std is not None and min(self.std) <= 0
@@ -188,8 +187,8 @@ def _from_hub(path: Path) -> RunInfo | None:
         return None
     size, labels = cfg.get("input_size"), content.get("label_names", cfg.get("label_names"))
     constants = {name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    side = size[1] if isinstance(size, list) and len(size) == 3 and size[1] == size[2] else None
-    return _checked({"model": content["architecture"], "img_size": side, "classes": labels or [], **constants}, path)
+    sides = size[1:] if isinstance(size, list) and len(size) == 3 else None
+    return _checked({"model": content["architecture"], "img_size": sides, "classes": labels or [], **constants}, path)
 
 
 def _checked(content: dict[str, Any], path: Path) -> RunInfo:

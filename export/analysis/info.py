@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shvit.deployment import deploy
+from shvit.img_size import ImgSize
 from shvit.shvit import FFN, SHSA, ConvNorm, PatchMerging, Residual, SHViT
 from shvit.terminal import right_aligned
 
@@ -48,10 +49,10 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class Description:
-    """Cost of a model with float32 parameters for one image of `img_size` pixels in height and width."""
+    """Cost of a model with float32 parameters for one image of `img_size` pixels."""
 
     model: str
-    img_size: int
+    img_size: ImgSize
     macs: int
     params: int
     rows: list[Row]

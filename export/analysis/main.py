@@ -6,6 +6,7 @@ from typing import Any
 import tyro
 
 from shvit import terminal
+from shvit.img_size import ImgSize
 
 from ..spec import open_model
 from .info import describe, tables
@@ -17,8 +18,8 @@ class Info:
 
     model: tyro.conf.Positional[str]
     """Model name that timm knows."""
-    img_size: int | None = None
-    """Input height and width in pixels; the model's own by default."""
+    img_size: ImgSize | None = None
+    """Input size in pixels, as 224 or HEIGHTxWIDTH; the model's own by default."""
 
     def run(self) -> dict[str, Any]:
         description = describe(*open_model(self.model, None, self.img_size))

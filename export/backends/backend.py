@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from shvit.errors import InputError
+from shvit.img_size import ImgSize
 
 from ..formats.parameters import LayerParameters
 from ..formats.rounding import Outputs, Rounded
@@ -73,7 +74,7 @@ class Artifact:
 class ImageInput(NamedTuple):
     """The input of an image model's file, which need not be one of ours."""
 
-    img_size: int  # height in pixels
+    img_size: ImgSize
     batch: int | None  # the one batch size that it takes; None for any
     precision: str
 
@@ -89,7 +90,7 @@ def image_input(path: Path, shapes: Sequence[Sequence[int | str | None]], precis
     sizes = [side for side in sides if isinstance(side, int) and side > 4]
     if len(sizes) < 2:
         raise InputError(f"{path}: leaves the image's height and width open; export it for one size")
-    return ImageInput(sizes[0], batch if isinstance(batch, int) else None, precision)
+    return ImageInput(ImgSize(*sizes[:2]), batch if isinstance(batch, int) else None, precision)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 
 from shvit.errors import InputError
 from shvit.fold import DeployedSHSA
+from shvit.img_size import ImgSize
 from shvit.terminal import quiet
 
 from ..formats.parameters import LayerParameters, Stored, quantized, range_faults, stored
@@ -23,7 +24,7 @@ from ..formats.rounding import Outputs
 from ..guards import check_ports, one_line
 from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
-from ..spec import MAX_IMG_SIZE, Spec
+from ..spec import Spec
 from ..wrappers import MIL_LAYERS, Normalized, Tupled, layer_name, with_attention
 from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer
 from .compute_plan import COMPUTE_UNITS
@@ -44,8 +45,8 @@ class CoremlOptions(FormatOptions):
 
     tensor_input: bool = False
     """Take a normalized float32 (1, C, H, W); an RGB image by default."""
-    other_sizes: tuple[int, ...] = ()
-    """Further heights and widths in pixels that the same package takes."""
+    other_sizes: tuple[ImgSize, ...] = ()
+    """Further image sizes in pixels that the same package takes, as 192 or HEIGHTxWIDTH."""
     classifier: bool = False
     """Write a classifier with labels and their probabilities, as Vision and Xcode's preview expect."""
 
@@ -56,12 +57,10 @@ class CoremlOptions(FormatOptions):
     def complete(self, spec: Spec) -> Spec:
         if self.other_sizes and spec.precision == "w8a8":
             raise InputError("--precision w8a8 takes one size; leave out --other-sizes")
-        for px in self.other_sizes:
-            if not 1 <= px <= MAX_IMG_SIZE:
-                raise InputError(f"--other-sizes {px} is out of range; choose 1 to {MAX_IMG_SIZE}")
-        if spec.img_size in self.other_sizes or len(set(self.other_sizes)) < len(self.other_sizes):
+        others = tuple(ImgSize.of(size, "--other-sizes") for size in self.other_sizes)
+        if spec.img_size in others or len(set(others)) < len(others):
             raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
-        return replace(spec, uint8_input=not self.tensor_input, other_sizes=tuple(self.other_sizes))
+        return replace(spec, uint8_input=not self.tensor_input, other_sizes=others)
 
 
 def create_writer(source: Source, options: CoremlOptions) -> Writer:
@@ -188,7 +187,7 @@ def _input(spec: Spec) -> "ct.TensorType | ct.ImageType":
     """Return coremltools' description of the input."""
     import coremltools as ct
 
-    shapes = [(1, spec.in_chans, size, size) for size in spec.sizes]
+    shapes = [(1, spec.in_chans, *size) for size in spec.sizes]
     shape = ct.EnumeratedShapes(shapes, default=shapes[0]) if spec.other_sizes else shapes[0]
     if not spec.uint8_input:
         return ct.TensorType(name=INPUT, shape=shape, dtype=np.float32)
@@ -244,7 +243,7 @@ def load(path: Path, threads: int | None) -> Artifact:
     package = Package(path)
     spec, labels = spec_from(package.metadata, path), labels_from(package.metadata, path)
     check_ports(path, spec, *package.ports, INPUT)
-    if wrong := [px for px in spec.sizes if (1, spec.in_chans, px, px) not in package.inputs[0].shapes]:
+    if wrong := [size for size in spec.sizes if (1, spec.in_chans, *size) not in package.inputs[0].shapes]:
         raise InputError(f"{path}: says that it takes {wrong[0]} px, and does not; export the model again")
     package.half = spec.precision != "fp32"
     if package.labels not in ((), labels):

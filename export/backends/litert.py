@@ -106,7 +106,7 @@ def convert(model: nn.Module, spec: Spec) -> bytes:
         module = Tupled(module)
     if spec.uint8_input:
         module = ChannelsLast(Normalized(module, spec, white=255))
-    image = spec.feed(torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size, dtype=torch.uint8))
+    image = spec.feed(torch.zeros(1, *spec.shape, dtype=torch.uint8))
     with muted(), one_line(spec.model, "cannot be converted to LiteRT"):
         import litert_torch
 

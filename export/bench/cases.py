@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shvit.errors import InputError, refuse
 from shvit.files import is_there
+from shvit.img_size import ImgSize
 from shvit.shvit import SHViT
 from shvit.terminal import quiet
 from shvit.weights.resolve import Weights, find_weights, resolve_weights
@@ -40,7 +41,7 @@ class Settings:
 
     threads: int
     checkpoint: Path | None = None
-    img_size: int | None = None
+    img_size: ImgSize | None = None
     compute_units: str = "all"
     """A key of `COMPUTE_UNITS`."""
     pretrained: bool = False
@@ -142,7 +143,7 @@ class BenchCase:
     model: str
     runtime: str
     precision: str
-    img_size: int
+    img_size: ImgSize
     batch_size: int
     macs: int | None
     job: Job

@@ -9,6 +9,7 @@ import tyro
 
 from shvit.errors import InputError, refuse
 from shvit.files import scratch_folder
+from shvit.img_size import ImgSize
 
 from .records import LayerTime, LeftOut, Partition, Placement, Scaling
 from .runtimes import DEFAULT_RUNTIMES, RUNTIMES, describe_runtimes, is_artifact
@@ -54,8 +55,9 @@ class Bench:
     """Numbers of images in a batch."""
     threads: int = 1
     """CPU threads of each runtime, each on a core of its own."""
-    img_size: int | None = None
-    """Input height and width in pixels; by default those that the checkpoint was trained for, or each model's own."""
+    img_size: ImgSize | None = None
+    """Input size in pixels, as 224 or HEIGHTxWIDTH.
+    By default the size that the checkpoint was trained for, or each model's own."""
     checkpoint: Path | None = None
     """Weights of the models: a file, or a name of `shvit weights list`. Random weights, the default, are as fast."""
     pretrained: bool = False

@@ -22,6 +22,7 @@ import torch
 from shvit.environment import take_turns, users_environment
 from shvit.errors import InputError, first_line
 from shvit.files import scratch_folder
+from shvit.img_size import ImgSize, ImgSizeLike
 from shvit.weights.manifest import published_top1
 
 from ..backends import worker
@@ -220,7 +221,7 @@ def benchmark(
     *,
     batch_sizes: Sequence[int] = (1,),
     threads: int = 1,
-    img_size: int | None = None,
+    img_size: ImgSizeLike | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
     rounds: int = 15,
@@ -234,7 +235,7 @@ def benchmark(
         runtimes: those of the named models; see `shvit bench --help`.
         batch_sizes: images per call.
         threads: CPU threads of each runtime, each on a core of its own.
-        img_size: input height and width in pixels; each model's own where None.
+        img_size: input size in pixels, one number or (height, width); each model's own where None.
         checkpoint: weights of the models, a file or a name of `shvit weights list`; random ones where None.
         pretrained: use each model's published weights in place of a checkpoint.
         rounds: rounds in which each case is timed.
@@ -246,7 +247,8 @@ def benchmark(
     """
     file = None if checkpoint is None else Path(checkpoint)
     names, weights = resolve_models(list(map(str, models)), file, pretrained, progress)
-    settings = Settings(threads, weights, img_size, pretrained=pretrained)
+    size = None if img_size is None else ImgSize.of(img_size)
+    settings = Settings(threads, weights, size, pretrained=pretrained)
     return measure_models(names, runtimes, batch_sizes, settings, rounds, against, progress)
 
 
@@ -355,7 +357,7 @@ def measure_scaling(
     """Time a model over image sizes, one image at a time, and over batch sizes, at the model's own size."""
     cores = choose_cores(settings.threads)
     with pinned(cores, settings.threads):
-        by_size = [BenchModel(name, replace(settings, img_size=side), folder) for side in SWEEP_SIDES]
+        by_size = [BenchModel(name, replace(settings, img_size=ImgSize(side, side)), folder) for side in SWEEP_SIDES]
         own = BenchModel(name, settings, folder)
         sizes = [create_case(model, runtime, 1, cores) for model in by_size]
         batches = [create_case(own, runtime, batch, cores) for batch in SWEEP_BATCHES]

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from shvit.files import atomic_write
+from shvit.img_size import ImgSize
 
 from .records import BenchResult, LayerTime, Measurements, Scaling, describe_preemption
 
@@ -69,7 +70,7 @@ def front(results: Sequence[BenchResult]) -> list[BenchResult]:
 
 def best_forms(results: Sequence[BenchResult]) -> list[BenchResult]:
     """Return the result of the fastest runtime and precision of each model at each size and batch size."""
-    forms: dict[tuple[str, int, int], list[BenchResult]] = {}
+    forms: dict[tuple[str, ImgSize, int], list[BenchResult]] = {}
     for result in results:
         forms.setdefault((result.model, result.img_size, result.batch_size), []).append(result)
     return [min(each, key=lambda form: form.latency_ms_p50) for each in forms.values()]
@@ -381,7 +382,7 @@ def _on(color: str) -> str:
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
 
 
-def _model(result: BenchResult) -> tuple[str, int]:
+def _model(result: BenchResult) -> tuple[str, ImgSize]:
     return result.model, result.img_size
 
 

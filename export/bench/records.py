@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from shvit.documents import load_json, parse_model, to_json
 from shvit.files import atomic_write
+from shvit.img_size import ImgSize
 from shvit.weights.run_info import is_name
 
 WALL, PROCESSOR = "wall time", "processor time"
@@ -67,8 +68,7 @@ class BenchResult:
     precision: Text
     """Precision of the arithmetic: fp32, bf16, fp16 or int8; fp32 where bf16 was requested and the processor has no
     instructions for it."""
-    img_size: Size
-    """Height and width in pixels."""
+    img_size: ImgSize
     batch_size: Size
     threads: Count
     rounds: Count

@@ -9,6 +9,7 @@ import tyro
 
 from shvit.errors import CheckFailed, InputError, refuse
 from shvit.files import check_output_folder, scratch_folder, sha256
+from shvit.img_size import ImgSize
 
 from ..bench.records import Measurements, read_measurements
 from ..bench.runtimes import is_artifact
@@ -37,8 +38,9 @@ class _BrowserOptions:
     """Weights of the named models, a file or a name of `shvit weights list`; random ones, equally fast, by default."""
     pretrained: bool = False
     """Use each named model's published weights in place of a checkpoint."""
-    img_size: int | None = None
-    """Input height and width in pixels of the named models; by default the checkpoint's, or each model's own."""
+    img_size: ImgSize | None = None
+    """Input size in pixels of the named models, as 224 or HEIGHTxWIDTH.
+    By default the size that the checkpoint was trained for, or each model's own."""
     images: Path | None = None
     """A folder of images, some of which are sent to the browser, resized and cropped, and published with a site.
     By default scikit-image's bundled images."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shvit.documents import parse_json
 from shvit.errors import InputError
 from shvit.files import atomic_write, is_there, read_bytes
+from shvit.img_size import ImgSize
 from shvit.weights.manifest import published_top1
 
 from ..bench.measure import percentiles, ratio_interval
@@ -68,7 +69,7 @@ class CaseRecord(_Strict):
     model: Name
     precision: Precision
     sha256: Sha256
-    img_size: Annotated[int, Field(ge=1, le=4096)]
+    img_size: ImgSize
     gmacs: Annotated[float, Field(gt=0, le=1e6)] | None
     backend: Backend
     threads: Annotated[int, Field(ge=1, le=64)]

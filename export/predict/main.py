@@ -14,6 +14,7 @@ from shvit import terminal
 from shvit.environment import keep_freed_memory
 from shvit.errors import InputError, refuse
 from shvit.files import check_output_folder, check_replaceable, remove
+from shvit.img_size import ImgSize
 
 from ..guards import check_apart, rows_that_fit
 from .cluster import LOCAL, check_parts_folder, connect, divide, part_images, predict_on_ray, run_in_parts
@@ -53,8 +54,9 @@ class Predict:
     """Take the checkpoint's EMA weights."""
     artifact: Path | None = None
     """An .onnx, .tflite or .pte file, .xml, .mlpackage or .param of `shvit export`, in place of a checkpoint."""
-    img_size: int | None = None
-    """Input height and width in pixels; those that the checkpoint was trained for by default, or the model's own."""
+    img_size: ImgSize | None = None
+    """Input size in pixels, as 224 or HEIGHTxWIDTH.
+    By default the size that the checkpoint was trained for, or the model's own."""
     output: Path | None = None
     """The file to write, .jsonl, .csv or .parquet, and for features .parquet or .npy; a table by default."""
     top: int | None = None

@@ -12,6 +12,7 @@ from torch import nn
 from shvit.deployment import deploy
 from shvit.errors import InputError
 from shvit.files import sha256
+from shvit.img_size import ImgSizeLike
 from shvit.weights.resolve import Log, Weights
 
 from ..backends.registry import artifact_sha256, load_artifact, refuse_changed
@@ -73,7 +74,7 @@ class LoadedModel:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(weights: Weights, img_size: int | None, features: Features | None, log: Log) -> LoadedModel:
+def open_checkpoint(weights: Weights, img_size: ImgSizeLike | None, features: Features | None, log: Log) -> LoadedModel:
     """Return a model with trained weights, in its inference form.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 
 from shvit.errors import InputError, refuse, some
 from shvit.files import is_there, sha256
+from shvit.img_size import ImgSize, ImgSizeLike
 from shvit.weights.manifest import read_manifest
 from shvit.weights.resolve import Log, Weights, find_weights, resolve_weights
 
@@ -50,7 +51,8 @@ class Predictor:
             multi-label model, those labels by default whose probability reaches their threshold, which may be none.
         features: give embeddings in place of classes: "pooled", what the classifier is given, or "maps", one for each
             stage.
-        img_size: input height and width in pixels; those that the model was trained for by default.
+        img_size: input size in pixels, one number or (height, width); by default the one that the model was trained
+            for.
 
     Raises:
         InputError: arguments exclude each other, or no such file is there.
@@ -63,7 +65,7 @@ class Predictor:
     ema: bool = False
     top: int | None = None
     features: Features | None = None
-    img_size: int | None = None
+    img_size: ImgSizeLike | None = None
     sha256: str | None = field(init=False, default=None)
     """Hash of the file; None for weights with a published name, whose hash is checked when they are downloaded."""
 
@@ -73,6 +75,8 @@ class Predictor:
             given = getattr(self, name)
             if given is not None:  # absolute: a process elsewhere has another working directory
                 object.__setattr__(self, name, str(Path(given).absolute() if is_there(given) else given))
+        if self.img_size is not None:
+            object.__setattr__(self, "img_size", ImgSize.of(self.img_size, "--img-size"))
         object.__setattr__(self, "sha256", self._digest())
 
     def _check(self) -> None:

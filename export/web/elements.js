@@ -22,6 +22,8 @@ const number = (value, unit = "") => {
   const text = Math.abs(value) >= 99.95 ? Math.round(value).toLocaleString("en-GB") : value.toPrecision(3);
   return unit ? `${text}\u00a0${unit}` : text;
 };
+/** Returns the size of a model's images, which is one number for a square, or [height, width]: 224, or 224x640. */
+const sizeText = (size) => [size].flat().join("x");
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-export { counted, fill, h, isNumber, number, scroller, section, svg };
+export { counted, fill, h, isNumber, number, scroller, section, sizeText, svg };

@@ -19,7 +19,7 @@ const SHAPES = [
 const results = data.results.filter((result) => result.latency_ms_p50 > 1e-6);
 const rated = results.filter((result) => isNumber(result.top1));
 const formOf = ({ runtime, precision }) => (runtime.endsWith(precision) ? runtime : `${runtime} ${precision}`);
-const modelOf = (result) => `${result.model} @${result.img_size}`;
+const modelOf = (result) => `${result.model} @${sizeText(result.img_size)}`;
 const isOurs = (result) => result.model.startsWith("shvit");
 const forms = unique(results.map(formOf));
 const devices = unique(results.map((result) => result.device));
@@ -28,7 +28,7 @@ const onDevice = (result) => (devices.length > 1 ? ` on ${deviceName(result.devi
 const colorOf = (device) => `c${devices.indexOf(device) % 12}`;
 const shapeOf = (result) => SHAPES[forms.indexOf(formOf(result)) % SHAPES.length];
 const nameOf = (result) =>
-  results.some((other) => other.model === result.model && other.img_size !== result.img_size)
+  results.some((other) => other.model === result.model && modelOf(other) !== modelOf(result))
     ? modelOf(result) : result.model;
 const firstOf = (result) =>
   results.find((other) => other.device === result.device && other.batch_size === result.batch_size);
@@ -308,7 +308,7 @@ function card(result) {
   ];
   return [
     h("h3", { class: isOurs(result) ? "ours" : null }, result.model),
-    h("p", {}, `${formOf(result)}${onDevice(result)}, ${result.img_size} px, batch ${result.batch_size}, `
+    h("p", {}, `${formOf(result)}${onDevice(result)}, ${sizeText(result.img_size)} px, batch ${result.batch_size}, `
       + `${threads(result.threads)}; ${result.rounds} rounds of ${result.calls} calls`),
     h("dl", {}, ...rows.flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)])),
     first === result ? null : h("p", { class: "ratio" },
@@ -347,11 +347,15 @@ function chooser() {
 // --- table ----------------------------------------------------------------------------------------------------
 
 const fixed = (value) => (isNumber(value) ? value.toFixed(2) : "–");
+const pixelsOf = ({ img_size: size }) => {
+  const [height, width = height] = [size].flat();
+  return height * width;
+};
 const COLUMNS = [
   ["model", (r) => r.model], ["runs in", formOf],
   ...(devices.length > 1 ? [["device", (r) => deviceName(r.device)]] : []),
   ["p50 ms", (r) => r.latency_ms_p50], ["batch", (r) => r.batch_size, String], ["top-1 %", (r) => r.top1, fixed],
-  ["px", (r) => r.img_size, String],
+  ["px", pixelsOf, (_, r) => sizeText(r.img_size)],
   ["p90 ms", (r) => r.latency_ms_p90], ["p99 ms", (r) => r.latency_ms_p99],
   ["ratio", (r) => r.ratio_to_first, (_, r) => ratioOf(r) + (byProcessor(r) ? " CPU" : "")], ["CPU ms", (r) => r.cpu_ms], ["GMACs", (r) => r.gmacs],
   ["% of peak", (r) => r.percent_of_peak], ["load ms", (r) => r.load_ms], ["first call ms", (r) => r.first_ms],

@@ -1,6 +1,6 @@
 // Measuring in a browser: its backends, whether a file's outputs match there, and how long it takes.
 // Nothing here draws; phone.js does. `served` is served.json of export/browser/served.py; a `model` is one of its models.
-import { normalize } from "./pixels.js";
+import { normalize, sidesOf } from "./pixels.js";
 
 const TIMEOUT_S = 180; // limit of one response of a worker; a backend that takes longer is terminated
 const OVERHEAD_S = 0.5; // of a round of a case, besides what is timed: opening, warming up
@@ -176,9 +176,10 @@ export const nameOf = ({ model, precision }) => `${model} ${precision}`;
 
 /** Returns a model's input for pixels (H, W, C): the pixels, or normalized ones. */
 export function inputOf({ spec }, pixels) {
-  const { img_size: px, in_chans: chans, uint8_input: raw } = spec;
-  return raw ? { type: "uint8", data: pixels, dims: [1, px, px, chans] }
-    : { type: "float32", data: normalize(pixels, spec), dims: [1, chans, px, px] };
+  const { in_chans: chans, uint8_input: raw } = spec;
+  const sides = sidesOf(spec.img_size);
+  return raw ? { type: "uint8", data: pixels, dims: [1, ...sides, chans] }
+    : { type: "float32", data: normalize(pixels, spec), dims: [1, chans, ...sides] };
 }
 
 /** Returns the served images as inputs of a model, preprocessed as in its certificate. */

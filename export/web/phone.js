@@ -1,10 +1,10 @@
 // The page that measures: its form, its chart and its "Try it" section; measure.js does the measuring.
 // Everything is built inside #shvit-phone; names are only ever set as text.
-import { counted, h, number, scroller, section, svg } from "./elements.js";
+import { counted, h, number, scroller, section, sizeText, svg } from "./elements.js";
 import {
   Engine, inputOf, labelOf, labelsOf, listBackends, measure, nameOf, needsHttps, plain, quantile, secondsOf, slowdownOf,
 } from "./measure.js";
-import { cut, readImage } from "./pixels.js";
+import { cut, readImage, sidesOf } from "./pixels.js";
 
 const STORAGE_KEY = "shvit-phone-record"; // of the last record in the browser's storage
 const root = document.getElementById("shvit-phone");
@@ -94,7 +94,7 @@ function chart(cases) {
   const groups = new Map();
   cases.forEach((item, i) => groups.set(item.model, [...(groups.get(item.model) ?? []), i]));
   return [...groups].map(([model, indices]) => h("div", {},
-    h("h3", {}, nameOf(model), h("span", { class: "note" }, ` ${model.spec.img_size} px`)),
+    h("h3", {}, nameOf(model), h("span", { class: "note" }, ` ${sizeText(model.spec.img_size)} px`)),
     ...indices.map((i) => {
       const { backend, check, error, rounds } = cases[i];
       const bar = h("i", {});
@@ -313,14 +313,15 @@ function tryIt(served, { backends }) {
 }
 
 /** Draws the pixels that are the model's input. */
-function draw(canvas, pixels, { img_size: px, in_chans: chans }) {
-  const image = new ImageData(px, px);
-  for (let i = 0; i < px * px; i += 1) {
+function draw(canvas, pixels, { img_size: size, in_chans: chans }) {
+  const [height, width] = sidesOf(size);
+  const image = new ImageData(width, height);
+  for (let i = 0; i < width * height; i += 1) {
     for (let c = 0; c < 3; c += 1) image.data[4 * i + c] = pixels[chans * i + Math.min(c, chans - 1)];
     image.data[4 * i + 3] = 255;
   }
-  canvas.width = px;
-  canvas.height = px;
+  canvas.width = width;
+  canvas.height = height;
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 

@@ -15,6 +15,9 @@ const FILTERS = {
   },
 };
 
+/** [height, width] of a size in JSON, which is one number for a square. */
+export const sidesOf = (size) => (Array.isArray(size) ? size : [size, size]);
+
 /** To the nearest integer, halves to the even one, as Python rounds; x ≥ 0. */
 const round = (x) => {
   const up = Math.round(x);
@@ -68,19 +71,20 @@ export async function readImage(source) {
 // --- resizing and cropping ----------------------------------------------------------------------------------------
 
 /**
- * The square of an image that a model of `spec` sees, resized and cropped as Spec.transform does it, bit for bit.
+ * The part of an image that a model of `spec` sees, resized and cropped as Spec.transform does it, bit for bit.
  *
  * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGBA; A is not looked at.
- * @returns {Uint8Array} (H, W, C), H = W = spec.img_size.
+ * @returns {Uint8Array} (H, W, C)
  * @throws {Error} The spec asks for what is not known here, or the image is so narrow that nothing is left of it.
  */
 export function cut(image, spec) {
-  const { img_size: size, in_chans: chans } = spec;
+  const { in_chans: chans } = spec;
+  const [rows, columns] = sidesOf(spec.img_size);
   const filter = choose("interpolation", FILTERS, spec.interpolation);
   const [width, height] = resizedTo(image, spec);
-  const x = axis(image.width, width, size, filter);
-  const y = axis(image.height, height, size, filter);
-  const pixels = new Uint8ClampedArray(3 * size * size);
+  const x = axis(image.width, width, columns, filter);
+  const y = axis(image.height, height, rows, filter);
+  const pixels = new Uint8ClampedArray(3 * rows * columns);
   if (spec.crop_mode === "border") {
     const fill = spec.mean.map((mean) => round(255 * mean));
     for (let i = 0; i < pixels.length; i++) pixels[i] = fill[i % chans];
@@ -89,7 +93,7 @@ export function cut(image, spec) {
   const data = chans === 1 ? gray(image.data) : image.data;
   const whole = { data, row: 4 * image.width, column: 4 };
   const source = within(whole, y.first, x.first);
-  const target = within({ data: pixels, row: 3 * size, column: 3 }, y.margin, x.margin);
+  const target = within({ data: pixels, row: 3 * columns, column: 3 }, y.margin, x.margin);
   const lost = image.height - height;
   if (lost > 0 && lost > 2 * (image.width - width)) { // Pillow's order since 13.0; until 12 it was always the other
     const between = blank(y.shown, x.seen);
@@ -105,14 +109,17 @@ export function cut(image, spec) {
 
 /** Width and height of the whole image when resized, of which the crop is then taken. */
 function resizedTo({ width, height }, { img_size: size, crop_pct: pct, crop_mode: mode }) {
-  const scaled = Math.floor(size / pct);
+  const [rows, columns] = sidesOf(size).map((side) => Math.floor(side / pct));
   const [shorter, longer] = width <= height ? [width, height] : [height, width];
+  const ratios = [width / columns, height / rows];
+  const by = (ratio) => [round(width / ratio), round(height / ratio)];
+  const shorterTo = (side) => [width, height].map((each) => (each === shorter ? side : Math.trunc((side * longer) / shorter)));
   const sizes = {
-    center: (side) => (side === shorter ? scaled : Math.trunc((scaled * longer) / shorter)),
-    squash: () => scaled,
-    border: (side) => round(side / (longer / scaled)),
+    center: () => (rows === columns ? shorterTo(rows) : by(Math.min(...ratios))),
+    squash: () => [columns, rows],
+    border: () => by(Math.max(...ratios)),
   };
-  const resized = [width, height].map(choose("crop mode", sizes, mode));
+  const resized = choose("crop mode", sizes, mode)();
   if (!Math.min(...resized)) throw new Error(`an image of ${width}×${height} pixels is too narrow; choose another one`);
   return resized;
 }

@@ -142,6 +142,13 @@ public class JSONObject {
     public native double getDouble(String name) throws JSONException;
     public native int getInt(String name) throws JSONException;
     public native String getString(String name) throws JSONException;
+    public native JSONArray optJSONArray(String name);
+}
+""",
+    "org/json/JSONArray.java": """
+package org.json;
+public class JSONArray {
+    public native int getInt(int index) throws JSONException;
 }
 """,
     "org/tensorflow/lite/InterpreterApi.java": """

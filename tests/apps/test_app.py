@@ -20,7 +20,7 @@ from tests.conftest import ROOT, assert_close, create_tiny, images, settle
 
 from . import build
 
-PX, CLASSES = 64, 3
+SIZE, CLASSES = (64, 96), 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ CASES = {
         "litert/c/litert_model.h",
         build.litert,
         "mine.tflite",
-        "Classifier classifier(file, img_size, num_classes);",
+        "Classifier classifier(file, height, width, num_classes);",
         "classifier.classify(rgb.data())",
     ),
     "ncnn": Case(
@@ -48,14 +48,14 @@ CASES = {
         lambda _: build.ncnn(),
         "mine.ncnn.param",
         'ncnn::Net net; load(net, file.substr(0, file.find(".ncnn")), precision);',
-        "classify(net, rgb.data(), img_size)",
+        "classify(net, rgb.data(), height, width)",
     ),
     "executorch": Case(
         "executorch/extension/module/module.h",
         lambda _: build.executorch(),
         "mine.pte",
         "executorch::extension::Module module(file);",
-        "classify(module, rgb.data(), img_size)",
+        "classify(module, rgb.data(), height, width)",
     ),
 }
 MAIN = r"""
@@ -64,8 +64,8 @@ MAIN = r"""
 
 int main(int, char** argv) {
     const std::string file = argv[1], precision = argv[2];
-    const int img_size = std::stoi(argv[3]), num_classes = std::stoi(argv[4]);
-    std::vector<unsigned char> rgb(3 * img_size * img_size);
+    const int height = std::stoi(argv[3]), width = std::stoi(argv[4]), num_classes = std::stoi(argv[5]);
+    std::vector<unsigned char> rgb(3 * height * width);
     LOADED
     while (std::fread(rgb.data(), 1, rgb.size(), stdin) == rgb.size()) {
         const std::vector<float> probabilities = CLASSIFIED;
@@ -99,7 +99,7 @@ def test_cpp_compiles(tmp_path, case):
 @pytest.fixture(scope="module")
 def model():
     """Its outputs differ from image to image."""
-    return settle(create_tiny(num_classes=CLASSES), images(8, 3, PX, PX))
+    return settle(create_tiny(num_classes=CLASSES), images(8, 3, *SIZE))
 
 
 @pytest.mark.slow
@@ -109,13 +109,13 @@ def test_cpp_gives_what_load_artifact_gives(tmp_path, model, runtime):
     case = CASES[runtime]
     code = block(case) + MAIN.replace("LOADED", case.loaded).replace("CLASSIFIED", case.classified)
     program, path = build.build_cpp(code, case.library(tmp_path), tmp_path), tmp_path / case.name
-    export_model(runtime, model, path, img_size=PX, outputs="probabilities", raw_pixels=True)
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, PX, PX), np.uint8))  # (B, C, H, W)
+    export_model(runtime, model, path, img_size=SIZE, outputs="probabilities", raw_pixels=True)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, *SIZE), np.uint8))  # (B, C, H, W)
     expected = load_artifact(path)(pixels)
     assert (expected[1:] - expected[0]).abs().max() > 0.01
 
     spec = load_json(certificate_path(path))["spec"]
-    arguments = [path, spec["precision"], str(spec["img_size"]), str(spec["num_classes"])]
+    arguments = [path, spec["precision"], *map(str, spec["img_size"]), str(spec["num_classes"])]
     printed = build.run([program, *arguments], data=pixels.permute(0, 2, 3, 1).numpy().tobytes()).split()
     assert_close(torch.tensor([*map(float, printed)]).reshape(-1, CLASSES), expected, 1e-5)
 

@@ -287,9 +287,10 @@ def test_drift_is_refused_and_leaves_nothing(trained, weights, coco_images, tmp_
 def test_backbone_and_neck_become_a_core_ml_package(trained, weights, coco_images, tmp_path):
     config, _ = trained["mask-rcnn"]
     output = tmp_path / "m.mlpackage"
-    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(coco_images), "--img-size", "96"]
+    given = ["--checkpoint", str(weights["mask-rcnn"]), "--images", str(coco_images), "--img-size", "96", "128"]
     result = run(["detect", "export", str(config), *given, "--output", str(output)])
     certificate = result["certificate"]
+    assert certificate["spec"]["img_size"] == (96, 128)
     assert certificate["passed"] is not False  # a few images leave it undecided
     assert certificate["runtime"] == "mil"
     assert certificate["spec"]["outputs"] == tuple(f"stride_{stride}" for stride in (4, 8, 16, 32, 64))

@@ -105,7 +105,7 @@ def test_benchmark_times_a_file(made, quick_machine):
     folder, *_ = made
     measured = benchmark([folder / "m.onnx"], [], rounds=1)
     (result,) = measured.results
-    assert (result.model, result.runtime, result.img_size) == ("m.onnx", "onnxruntime", 64)
+    assert (result.model, result.runtime, result.img_size) == ("m.onnx", "onnxruntime", (64, 64))
     assert 0 < result.latency_ms_p50 < 1000
 
 

@@ -350,10 +350,10 @@ def test_format_that_lacks_an_operation_gets_a_row_without_figures(tmp_path, mon
 def test_coreml_classifier_for_two_sizes_evaluates_as_its_model(source, tmp_path):
     options, _, images = source
     (tmp_path / "labels.txt").write_text("class0\nclass1\nclass2\n")
-    extra = ["--classifier", "--labels", f"{tmp_path}/labels.txt", "--other-sizes", "96"]
+    extra = ["--classifier", "--labels", f"{tmp_path}/labels.txt", "--other-sizes", "64x96"]
     output = tmp_path / "m.mlpackage"
     certificate = run(["export", "coreml", *options, *extra, "--output", str(output)])["certificate"]
-    assert list(certificate["outputs"]) == ["probabilities at 64 px", "probabilities at 96 px"]
+    assert list(certificate["outputs"]) == ["probabilities at 64 px", "probabilities at 64x96 px"]
     assert certificate["worst_layer_snr_db"] > 60
     assert run(["verify", str(output), *options[:4], *options[6:]])["passed"] is not False
     with pytest.raises(InputError, match="needs macOS" if sys.platform != "darwin" else "never"):
@@ -398,7 +398,8 @@ def test_core_ml_itself_is_given_the_same_images(source, tmp_path, monkeypatch):
         ("onnx", ["--features", "--softmax"], "--softmax does not apply"),
         ("coreml", ["--precision", "w8a8", "--other-sizes", "96"], "takes one size"),
         ("coreml", ["--other-sizes", "64"], "give each size once"),
-        ("coreml", ["--other-sizes", "0"], "out of range"),
+        ("coreml", ["--other-sizes", "0"], "0 is not an image size; give 1 to 4096 px"),
+        ("coreml", ["--other-sizes", "64x96", "64x96"], "give each size once"),
         ("coreml", ["--classifier"], "give --labels"),
     ],
 )

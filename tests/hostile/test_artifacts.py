@@ -71,12 +71,16 @@ def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"img_size": "64"}, "img_size is '64'"),
+        ({"img_size": "64x"}, "img_size is '64x'"),
         ({"img_size": 64.0}, "img_size is 64.0"),
         ({"img_size": True}, "img_size is True"),
         ({"img_size": float("inf")}, "Infinity is not a number"),
         ({"img_size": 0}, "img_size is 0"),
         ({"img_size": 10**30}, "img_size"),
+        ({"img_size": [1, 2, 3]}, "img_size is "),
+        ({"img_size": ["a", 1]}, "img_size is "),
+        ({"img_size": [64, 10**30]}, "img_size is "),
+        ({"img_size": [64, 4096], "crop_pct": 0.05}, "resize images to more than 8192 px"),
         ({"img_size": 4096, "crop_pct": 0.05}, "resize images to more than 8192 px"),
         ({"other_sizes": [32] * 64}, "other_sizes is .* at most 63 items"),
         ({"excluded_layers": [1, 2]}, "excluded_layers.0 is 1"),

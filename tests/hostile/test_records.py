@@ -102,6 +102,9 @@ CHANGES = {
     "control": ("results", {"model": "\x1b[2J"}),
     "line": ("results", {"runtime": "a\nshvit bench: all is well"}),
     "no size": ("results", {"img_size": 0}),
+    "three sides": ("results", {"img_size": [1, 2, 3]}),
+    "side of text": ("results", {"img_size": ["a", 1]}),
+    "large size": ("results", {"img_size": [64, 10**30]}),
     "unknown field": ("results", {"evil": 1}),
     "unknown device": ("checks", {"device": "x"}),
     "device of sustained": ("sustained", {"device": "x"}),
@@ -199,7 +202,7 @@ def test_values_that_training_gives_are_read(tmp_path):
     "said",
     [
         DEEP,
-        '{"format": 1, "model": "shvit_s1", "classes": [], "img_size": "64"}',
+        '{"format": 1, "model": "shvit_s1", "classes": [], "img_size": "64x"}',
         '{"format": 1, "model": "shvit_s1", "classes": [], "img_size": 64, "crop_pct": Infinity}',
         '{"format": 1, "model": "shvit_s1", "classes": [], "img_size": 64, "img_size": 65}',
         '{"format": 1, "model": "shvit_s1", "classes": [], "img_size": ' + "1" * 5000 + "}",

@@ -8,6 +8,7 @@ import timm
 import yaml
 
 from shvit.errors import InputError
+from shvit.train.checks import check_fields
 from shvit.train.main import Train, parse
 from shvit.train.recipe import Recipe, differences, read_recipe
 from shvit.train.recipes import DEMO, DESCRIPTIONS, FINETUNE_384, FINETUNE_512, RECIPES
@@ -20,7 +21,8 @@ from shvit.train.run.run_folder import RunFolder
 )
 def test_paper_recipes_have_the_papers_numbers(name, img_size, weight_decay):
     recipe = RECIPES[name]
-    assert (recipe.model, recipe.img_size, recipe.optim.weight_decay) == (f"shvit_{name}", img_size, weight_decay)
+    assert (recipe.model, recipe.optim.weight_decay) == (f"shvit_{name}", weight_decay)
+    assert recipe.img_size == (img_size, img_size)
     assert (recipe.epochs, recipe.batch_size, recipe.compute.device_batch_size) == (300, 2048, 256)
     optim, augment = recipe.optim, recipe.augment
     assert recipe.peak_lr == pytest.approx(4e-3)
@@ -36,7 +38,7 @@ def test_paper_recipes_have_the_papers_numbers(name, img_size, weight_decay):
 
 
 def test_fine_tuning_and_distillation_differ_from_training_as_published():
-    assert (FINETUNE_512.img_size, FINETUNE_384.img_size, FINETUNE_512.epochs) == (512, 384, 30)
+    assert (FINETUNE_512.img_size, FINETUNE_384.img_size, FINETUNE_512.epochs) == ((512, 512), (384, 384), 30)
     assert FINETUNE_512.peak_lr == pytest.approx(4e-5)
     assert FINETUNE_512.optim.weight_decay == 1e-8
     for name in ("s1", "s2", "s3", "s4"):
@@ -60,10 +62,16 @@ def test_recipe_comes_back_from_a_file_as_it_was(name, tmp_path):
         assert read_recipe(tmp_path / "recipe.yaml") == recipe
 
 
+SIZES = "give 1 to 4096 px as one number, such as 224, or as HEIGHTxWIDTH, such as 224x640"
+NO_SIZES = ("0", "0x3", "224x", "abc", "1x2x3", "5000", "1:30", "010", "true", "1.5", "", "224 640", "-3", "9" * 5000,
+            "[1, 2, 3]", "[1]", "[]", "[a, 1]", "{h: 1}")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("epohcs: 3", "unknown field 'epohcs'; did you mean 'epochs'?"),
+        *((f"img_size: {text}", SIZES) for text in NO_SIZES),
         ("optim: {learning_rate: 3}", "unknown field 'optim.learning_rate'"),
         ("epochs: three", "epochs is 'three'; input should be a valid integer"),
         ("epochs: '3'", "epochs is '3'; input should be a valid integer"),
@@ -188,8 +196,51 @@ def test_fields_that_change_nothing_computed_do_not_differ():
     assert differences(DEMO.as_dict(), warmer.as_dict()) == ["optim.lr (0.008 and 1.0)"]
 
 
+def sizes(recipe):
+    """The size in each epoch, as text."""
+    return [str(recipe.img_size_at(epoch)) for epoch in range(recipe.epochs)]
+
+
 def test_progressive_sizes_share_the_epochs_and_end_at_the_full_size():
     recipe = replace(DEMO, img_size=128, first_img_size=64, epochs=9)
-    assert [recipe.img_size_at(epoch) for epoch in range(9)] == [64] * 3 + [96] * 3 + [128] * 3
-    assert replace(recipe, first_img_size=None).img_size_at(0) == 128
-    assert [replace(recipe, img_size=112, epochs=3).img_size_at(epoch) for epoch in range(3)] == [64, 96, 112]
+    assert sizes(recipe) == ["64"] * 3 + ["96"] * 3 + ["128"] * 3
+    assert sizes(replace(recipe, first_img_size=None)) == ["128"] * 9
+    assert sizes(replace(recipe, img_size=112, epochs=3)) == ["64", "96", "112"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        ((64, 96), (128, 192), ["64x96", "96x128", "96x160", "128x192"]),
+        ((96, 64), (192, 128), ["96x64", "128x96", "160x96", "192x128"]),
+        ((64, 96), (64, 160), ["64x96", "64x128", "64x160"]),
+        (64, (64, 128), ["64", "64x96", "64x128"]),
+        ((50, 70), (60, 110), ["50x70", "50x102", "60x110"]),
+        ((64, 96), (64, 96), ["64x96"]),
+    ],
+)
+def test_both_sides_grow_in_proportion_by_multiples_of_32(first, last, expected):
+    recipe = replace(DEMO, img_size=last, first_img_size=first, epochs=len(expected))
+    assert sizes(recipe) == expected
+
+
+@pytest.mark.parametrize("first", [(65, 96), (64, 97), 128])
+def test_first_size_is_not_larger_in_either_side(first):
+    with pytest.raises(InputError, match=r"^--first-img-size \w+ must be at most --img-size 64x96 in height"):
+        check_fields(replace(DEMO, img_size=(64, 96), first_img_size=first))
+
+
+@pytest.mark.parametrize("text", ["64x96", "'64x96'", "64X96", "64×96", "[64, 96]", "\n- 64\n- 96"])
+def test_size_in_a_file_is_height_and_width(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"img_size: {text}\nfirst_img_size: 32")
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert (recipe.img_size, recipe.first_img_size) == ((64, 96), (32, 32))
+    plain = recipe.as_dict()
+    assert (plain["img_size"], plain["first_img_size"]) == ("64x96", 32)  # a square as older runs have it
+
+
+def test_size_that_differs_is_named_as_it_is_given():
+    wide = replace(DEMO, img_size=(64, 96))
+    assert differences(DEMO.as_dict(), wide.as_dict()) == ["img_size (96 and 64x96)"]
+    older = {**DEMO.as_dict(), "img_size": 96, "first_img_size": None}
+    assert differences(older, replace(DEMO, img_size=(96, 96)).as_dict()) == []

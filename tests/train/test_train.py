@@ -109,8 +109,61 @@ def test_schedule_warms_up_and_ends_where_the_recipe_says(small, small_run):
     assert rates[-1] == pytest.approx(1e-5)
 
 
-def test_model_that_takes_one_size_is_made_for_it(recipe, tmp_path):
-    assert train(replace(recipe, model="test_vit", epochs=1), tmp_path)["n_val"] == 12
+@pytest.mark.parametrize("size", [32, (32, 48)])
+def test_model_that_takes_one_size_is_made_for_it(recipe, image_folder, size, tmp_path):
+    result = train(replace(recipe, model="test_vit", epochs=1, img_size=size), tmp_path)
+    assert result["n_val"] == 12
+    evaluated = run(["eval", "--checkpoint", str(tmp_path), "--data", str(image_folder)])
+    assert evaluated["top1"] == max(result["top1"], result["ema_top1"])
+
+
+# --- images that are not square ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(recipe):
+    return replace(recipe, model=SMALL, img_size=(32, 48), first_img_size=32)
+
+
+@pytest.fixture(scope="module")
+def wide_run(wide, tmp_path_factory):
+    """A finished run of `wide`, and its result; to be left as it is."""
+    folder = tmp_path_factory.mktemp("wide") / "run"
+    return folder, train(wide, folder)
+
+
+def test_commands_take_the_size_that_a_run_had(wide_run, image_folder, tmp_path):
+    folder, result = wide_run
+    assert str(result["img_size"]) == "32x48"
+    for name, top1 in (("best", result["top1"]), ("best_ema", result["ema_top1"])):
+        shutil.copy(folder / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+        checkpoint = ["--checkpoint", f"{tmp_path}/{name}.safetensors"]
+        assert run(["eval", *checkpoint, "--data", str(image_folder)])["top1"] == pytest.approx(top1)
+    exported = run(["export", "onnx", *checkpoint, "--images", str(image_folder), "--output", f"{tmp_path}/m.onnx"])
+    assert exported["certificate"]["spec"]["img_size"] == (32, 48)
+    assert run(["verify", f"{tmp_path}/m.onnx", "--images", str(image_folder)])["passed"] is not False
+    found = run(["eval", "--artifact", f"{tmp_path}/m.onnx", "--data", str(image_folder), "--img-size", "32x48"])
+    assert found["top1"] == pytest.approx(top1)
+    with pytest.raises(InputError, match=r"m\.onnx takes 32x48 px; leave out --img-size 48x32"):
+        run(["eval", "--artifact", f"{tmp_path}/m.onnx", "--data", str(image_folder), "--img-size", "48x32"])
+
+
+def test_run_of_a_size_resumes_with_that_size_alone(wide, wide_run, recipe, plain_run):
+    folder, result = wide_run
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["recipe"]["img_size"] == "32x48"
+    assert train(wide, folder) == result
+    assert run(["train", "--recipe", f"{folder}/recipe.yaml", "--output", str(folder)]) == result
+    with pytest.raises(InputError, match=r"img_size \(32x48 and 48x32\)"):
+        train(replace(wide, img_size=(48, 32)), folder)
+    with pytest.raises(InputError, match=r"img_size \(32 and 32x48\)"):
+        train(replace(recipe, img_size=(32, 48)), plain_run[0])
+
+
+def test_run_of_a_square_has_one_number_in_its_recipe_as_older_runs_have(recipe, plain_run):
+    folder, result = plain_run
+    stored = yaml.safe_load((folder / "recipe.yaml").read_text())["recipe"]
+    assert (stored["img_size"], stored["first_img_size"]) == (32, None)
+    assert train(replace(recipe, img_size=(32, 32)), folder) == result
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -321,7 +374,7 @@ def test_empty_class_is_named(small, damaged, tmp_path):
         (["demo", "--data.workers", "-1"], "--data.workers -1 is out of range"),
         (["demo", "--optim.lr", "nan"], "--optim.lr nan is out of range"),
         (["demo", "--ema-decay", "2"], "--ema-decay 2.0 is out of range"),
-        (["demo", "--img-size", "100000"], "--img-size 100000 is out of range"),
+        (["demo", "--img-size", "100000"], "--img-size: 100000 is not an image size; give 1 to 4096 px"),
         (["demo", "--augment.smoothing", "3"], "--augment.smoothing 3.0 is out of range"),
         (["demo", "--model", "shvit_s9"], "unknown model 'shvit_s9'"),
         (["demo", "--model", "test_vit", "--first-img-size", "64"], "test_vit accepts one image size only"),

@@ -20,8 +20,9 @@ from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.errors import CheckFailed, InputError
 from shvit.export.labels import contradiction, find_labels, match_classes
-from shvit.export.spec import open_model
+from shvit.export.spec import open_model, open_weights
 from shvit.files import sha256
+from shvit.img_size import ImgSize
 from shvit.train.data.datasets import open_splits
 from shvit.train.distributed import World
 from shvit.train.loop import train
@@ -63,7 +64,7 @@ def test_every_checkpoint_of_a_run_knows_it_wherever_it_is_copied(recipe, tmp_pa
     for name in ("best.safetensors", "best_ema.safetensors", "last.pt"):
         copy = Path(shutil.copy(tmp_path / "run" / name, tmp_path / "else" / f"mine-{name}"))
         info = read_run_info(copy)
-        assert (info.model, info.classes, info.img_size) == (SMALL, ("blue", "red"), 48)
+        assert (info.model, info.classes, info.img_size) == (SMALL, ("blue", "red"), (48, 48))
         assert (info.mean, info.crop_pct) == (config["mean"], config["crop_pct"])
     best = tmp_path / "else" / "mine-best.safetensors"
     assert timm.create_model(SMALL, num_classes=2, checkpoint_path=best).num_classes == 2
@@ -92,17 +93,48 @@ def test_timms_layout_is_known_by_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(create_tiny(num_classes=3).state_dict(), tmp_path / "model.safetensors")
     _, spec = open_model(None, tmp_path / "model.safetensors")
-    assert (spec.model, spec.img_size, spec.mean, spec.crop_pct) == ("tiny_vit", 48, (0.5, 0.5, 0.5), 0.9)
+    assert (spec.model, spec.img_size, spec.mean, spec.crop_pct) == ("tiny_vit", (48, 48), (0.5, 0.5, 0.5), 0.9)
 
 
-def test_model_of_one_size_is_opened_at_its_runs(tmp_path):
-    model = timm.create_model("test_vit", num_classes=2, img_size=64)
-    write_checkpoint(model.state_dict(), tmp_path / "v.safetensors", RunInfo("test_vit", ("a", "b"), 64).metadata)
+@pytest.mark.parametrize(("size", "text"), [(64, "64"), ((64, 96), "64x96")])
+def test_model_of_one_size_is_opened_at_its_runs(tmp_path, size, text):
+    model = timm.create_model("test_vit", num_classes=2, img_size=size)
+    write_checkpoint(model.state_dict(), tmp_path / "v.safetensors", RunInfo("test_vit", ("a", "b"), size).metadata)
     opened, spec = open_model(None, tmp_path / "v.safetensors")
-    assert spec.img_size == 64
+    assert str(spec.img_size) == text
     assert opened(spec.blank()).shape == (1, 2)
-    with pytest.raises(InputError, match="takes 64 px only; leave out --img-size 96"):
-        open_model(None, tmp_path / "v.safetensors", 96)
+    assert open_model(None, tmp_path / "v.safetensors", size)[1] == spec
+    for other in (96, (96, 64)):
+        with pytest.raises(InputError, match=f"takes {text} px only; leave out --img-size {ImgSize.of(other)}"):
+            open_model(None, tmp_path / "v.safetensors", other)
+
+
+def test_a_size_that_is_not_square_is_known_wherever_it_is_written(tmp_path):
+    config = {"architecture": "tiny_vit", "pretrained_cfg": {"input_size": [3, 48, 96]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "recipe.yaml").write_text("recipe: {model: tiny_vit, img_size: 48x96}\nclasses: [a, b, c]")
+    weights, info = create_tiny(num_classes=3).state_dict(), RunInfo("tiny_vit", ("a", "b", "c"), (48, 96))
+    write_checkpoint(weights, tmp_path / "own.safetensors", info.metadata)
+    for name in ("best.safetensors", "model.safetensors"):
+        write_checkpoint(weights, tmp_path / name)
+    for name in ("best.safetensors", "model.safetensors", "own.safetensors"):
+        lines = []
+        _, spec = open_weights(resolve_weights(None, tmp_path / name), log=lines.append)
+        assert spec.shape == (3, 48, 96), name
+        assert lines == [], name
+    assert json.loads(info.metadata[RUN_KEY])["img_size"] == [48, 96]
+    assert json.loads(RunInfo("tiny_vit", (), 48).metadata[RUN_KEY])["img_size"] == 48  # as older versions read it
+
+
+def test_another_size_than_the_runs_is_reported(tmp_path):
+    info = RunInfo("tiny_vit", ("a", "b", "c"), (48, 96), crop_pct=0.7)
+    write_checkpoint(create_tiny(num_classes=3).state_dict(), tmp_path / "t.safetensors", info.metadata)
+    lines = []
+    open_weights(resolve_weights(None, tmp_path / "t.safetensors"), (64, 96), log=lines.append)
+    assert [line.partition(": ")[2] for line in lines] == [
+        "was trained for 48x96 px; --img-size 64x96 was asked for",
+        "crop_pct 0.7, as in its run; timm has other values for tiny_vit",
+    ]
 
 
 @pytest.mark.parametrize("to", ["timm", "reference", "deployed"])
@@ -126,6 +158,20 @@ BROKEN = {
     "half a character": json.dumps({"format": 1, "model": "tiny_vit", "classes": ["\udc80", "b"], "img_size": 32}),
     "twice": json.dumps({"format": 1, "model": "tiny_vit", "classes": ["a", "a", "c"], "img_size": 32}),
     "size": json.dumps({"format": 1, "model": "tiny_vit", "classes": [], "img_size": 10**9}),
+    **{
+        f"size {name}": json.dumps({"format": 1, "model": "tiny_vit", "classes": [], "img_size": size})
+        for name, size in {
+            "three": [1, 2, 3],
+            "text": ["a", 1],
+            "long": [10**30, 1],
+            "none": None,
+            "nested": [[1, 2]],
+            "many": [1] * 10_000,
+            "words": "x" * 10_000,
+            "float": [1.5, 2],
+            "zero": [0, 4],
+        }.items()
+    },
     "bool": json.dumps({"format": 1, "model": "tiny_vit", "classes": [], "img_size": True}),
     "scheme": json.dumps({"format": 1, "model": "detector:x.py", "classes": [], "img_size": 32}),
     "infinite": '{"format": 1, "model": "tiny_vit", "classes": [], "img_size": 32, "mean": [1e999]}',
@@ -203,7 +249,7 @@ def test_published_weights_are_found_by_name_and_by_hash_and_know_imagenet(tmp_p
     by_name, by_hash = resolve_weights(None, "shvit_s1.in1k"), resolve_weights(None, own)
     pretrained = resolve_weights("shvit_s1", None, pretrained=True)
     for found in (by_name, by_hash, pretrained):
-        assert (found.model, found.classes, found.info.img_size) == ("shvit_s1", imagenet_names(), 224)
+        assert (found.model, found.classes, found.info.img_size) == ("shvit_s1", imagenet_names(), (224, 224))
     assert by_name.checkpoint == pretrained.checkpoint
     run(["weights", "convert", str(own), f"{tmp_path}/fast.safetensors", "--to", "deployed"])
     assert resolve_weights(None, tmp_path / "fast.safetensors").classes == imagenet_names()

@@ -11,6 +11,7 @@ from timm.data import Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
 from shvit.errors import InputError, first_line
+from shvit.img_size import ImgSize
 
 from ..distributed import World
 from ..recipe import Augment, Recipe
@@ -23,7 +24,7 @@ TRIALS = 5  # of an augmentation, before it is used
 BLACK = Image.new("RGB", (8, 8))
 
 
-def create_train_transform(augment: Augment, img_size: int) -> Transform:
+def create_train_transform(augment: Augment, img_size: ImgSize) -> Transform:
     """Create timm's training transform, PIL RGB image → (3, H, W) uint8; `DeviceAugment` does the rest.
 
     Raises:
@@ -35,7 +36,7 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
                          "operations on an image; see recipe s1")  # fmt: skip
     try:
         transform = create_transform(
-            (3, img_size, img_size),
+            (3, *img_size),
             is_training=True,
             use_prefetcher=True,  # bytes, not yet normalized
             scale=augment.scale,
@@ -55,7 +56,7 @@ def create_train_transform(augment: Augment, img_size: int) -> Transform:
                 operation.aug_fn = posterize
     try:
         for _ in range(TRIALS):
-            transform(BLACK.resize((img_size, img_size)))
+            transform(BLACK.resize((img_size.width, img_size.height)))
     except Exception as error:  # each operation has its own
         raise InputError(f"--augment.auto-augment {augment.auto_augment} cannot be carried out "
                          f"({first_line(error)}); see recipe s1") from error  # fmt: skip

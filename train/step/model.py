@@ -11,6 +11,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
+from shvit.img_size import ImgSize
 from shvit.weights.run_info import Task, read_run_info, same_name
 
 from ..recipe import Recipe
@@ -39,10 +40,10 @@ def check_model(model: nn.Module, recipe: Recipe, num_classes: int, alone: bool 
             buffer.copy_(before[name])
 
 
-def _check_size(model: nn.Module, recipe: Recipe, count: int, size: int, num_classes: int) -> None:
+def _check_size(model: nn.Module, recipe: Recipe, count: int, size: ImgSize, num_classes: int) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
-            logits = model(torch.zeros(count, 3, size, size))
+            logits = model(torch.zeros(count, 3, *size))
     except Exception as error:  # each model of timm has its own
         if count == 1 and "more than 1 value per channel" in str(error):
             raise InputError(
@@ -52,7 +53,7 @@ def _check_size(model: nn.Module, recipe: Recipe, count: int, size: int, num_cla
             ) from error
         raise InputError(
             f"{recipe.model} cannot be trained on images of {size} px ({first_line(error)}); choose another size, "
-            f"such as {default_size(recipe.model)[0]} px"
+            f"such as {default_size(recipe.model)} px"
         ) from error
     for each in logits if isinstance(logits, tuple | list) else (logits,):
         if tuple(each.shape) != (count, num_classes):
@@ -107,7 +108,7 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
     except Exception as error:  # each model of timm has its own, and so has each way to fetch weights
         wanted = f"at {recipe.img_size} px" + (" with timm's published weights" if recipe.pretrained else "")
         raise InputError(f"{recipe.model} cannot be created {wanted} ({first_line(error)}); choose another --img-size, "
-                         f"such as {default_size(recipe.model)[0]}, or --checkpoint") from error  # fmt: skip
+                         f"such as {default_size(recipe.model)}, or --checkpoint") from error  # fmt: skip
     if getattr(model, "deployed", False):
         raise InputError(f"{recipe.checkpoint}: holds a deployed model, whose norms are folded; start from "
                          "the checkpoint that it was made from")  # fmt: skip
@@ -116,7 +117,7 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
     return model
 
 
-def default_size(name: str) -> tuple[int, int]:
-    """Return the default height and width in pixels of timm's model of that name."""
+def default_size(name: str) -> ImgSize:
+    """Return the default image size of timm's model of that name."""
     cfg = timm.get_pretrained_cfg(name)
-    return cfg.input_size[1:] if cfg else (224, 224)
+    return ImgSize(*cfg.input_size[1:]) if cfg else ImgSize(224, 224)

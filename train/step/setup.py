@@ -92,7 +92,7 @@ def set_up(
         scale = OutputScale.of(model, recipe.model, statistics.mean, statistics.std)
         if recipe.checkpoint is not None and not trained_on_others(recipe.checkpoint, classes, recipe.task):
             model.load_state_dict(scale.standardized(model.state_dict()))
-    config = resolve_data_config({"input_size": (3, recipe.img_size, recipe.img_size)}, model=model)
+    config = resolve_data_config({"input_size": (3, *recipe.img_size)}, model=model)
     check_model(model, recipe, len(classes))
     if recipe.compute.grad_checkpointing:
         try:

@@ -12,6 +12,7 @@ from torch import nn
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.create import create_model
 from shvit.errors import InputError, first_line
+from shvit.img_size import ImgSize
 from shvit.weights.run_info import read_run_info
 
 from ..recipe import Recipe
@@ -29,16 +30,16 @@ class Teacher(DistillationTeacher):
 
     def __init__(self, model: nn.Module, device: torch.device, recipe: Recipe):
         super().__init__(model, device=device)
-        sizes = {(px, px) for px in map(recipe.img_size_at, range(recipe.epochs))}
-        own = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]  # every model of timm has it
+        sizes = {*map(recipe.img_size_at, range(recipe.epochs))}
+        own = ImgSize(*model.pretrained_cfg["input_size"][1:])  # type: ignore[index]  # every model of timm has it
         fixed = model.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr,operator]
         self.img_size = own if fixed or any(self._refuses(size, device) for size in sizes) else None
-        """Height and width in pixels of its images; None if it accepts the student's."""
+        """Size of its images; None if it accepts the student's."""
         if self.img_size and (reason := self._refuses(own, device)):
             raise InputError(f"the teacher {recipe.distill.teacher} accepts no images of three channels, neither at "
-                             f"the student's size nor at its own {own[0]} px ({reason}); choose another")  # fmt: skip
+                             f"the student's size nor at its own {own} px ({reason}); choose another")  # fmt: skip
 
-    def _refuses(self, size: tuple[int, int], device: torch.device) -> str:
+    def _refuses(self, size: ImgSize, device: torch.device) -> str:
         """Return why the teacher does not accept images of that size; empty if it does."""
         try:
             with torch.no_grad():
@@ -80,10 +81,10 @@ def _load_teacher(name: str, checkpoint: Path, recipe: Recipe) -> nn.Module:
         if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             raise
         info = read_run_info(checkpoint)
-        size = info.img_size if info is not None and info.img_size else recipe.img_size
+        size = recipe.img_size if info is None else info.img_size
         with contextlib.suppress(Exception):  # each model of timm has its own; the first error is the one to tell
             teacher = create_model(name, checkpoint, img_size=size)
             cfg: Any = teacher.pretrained_cfg
-            teacher.pretrained_cfg = {**cfg, "input_size": (3, size, size)}  # type: ignore[assignment]
+            teacher.pretrained_cfg = {**cfg, "input_size": (3, *size)}  # type: ignore[assignment]
             return teacher
         raise

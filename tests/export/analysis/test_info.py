@@ -154,10 +154,10 @@ def test_deployment_saves_bytes_and_no_multiply_adds(described):
 
 def test_stride_4_pyramid_is_what_it_says(described):
     model, said = described
-    x = torch.zeros(1, 3, said.img_size, said.img_size)
+    x = torch.zeros(1, 3, *said.img_size)
     pyramid = stride_4(model, x)
     maps = pyramid.forward_intermediates(x, intermediates_only=True)
-    assert [said.img_size // features.shape[-1] for features in maps] == [4, 8, 16, 32]
+    assert [said.img_size.width // features.shape[-1] for features in maps] == [4, 8, 16, 32]
     dims = [features.shape[1] for features in maps]
     assert all(abs(2 * a - b) <= 1 for a, b in pairwise(dims))
     blocks = [[type(block.mixer).__name__ for block in stage.blocks] for stage in pyramid.stages]

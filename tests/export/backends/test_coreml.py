@@ -29,8 +29,8 @@ def spec_of(model: nn.Module, size: int = SIZE, **changes) -> Spec:
     return replace(Spec.of("shvit_s1", model, size), **changes)
 
 
-def pixels(count: int = 1, size: int = SIZE, seed: int = 0) -> torch.Tensor:
-    """Soft patches of color, uint8 (count, 3, size, size)."""
+def pixels(count: int = 1, size: int | tuple[int, int] = SIZE, seed: int = 0) -> torch.Tensor:
+    """Soft patches of color, uint8 (count, 3, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)
     return (nn.functional.interpolate(coarse, size=size, mode="bilinear") * 255).round().to(torch.uint8)
@@ -73,17 +73,18 @@ def w8a8(tmp_path_factory):
 )
 def test_every_size_gives_the_models_answers(tmp_path, precision, uint8_input):
     model = create_tiny(**SMALL)
-    spec = spec_of(model, precision=precision, uint8_input=uint8_input, other_sizes=(96, 128))
+    spec = spec_of(model, precision=precision, uint8_input=uint8_input, other_sizes=(96, (64, 128)))
     write_coreml(deploy(model), tmp_path / "m.mlpackage", spec)
     package = Package(tmp_path / "m.mlpackage")
-    assert [shape[-2:] for shape in package.inputs[0].shapes] == [(size, size) for size in spec.sizes]
+    assert [shape[-2:] for shape in package.inputs[0].shapes] == [(64, 64), (96, 96), (64, 128)]
     for size in spec.sizes:
         image = pixels(size=size)
         with torch.no_grad():
             expected = model(spec.normalize(image))
         assert_near(package(image=feed(spec, image))["logits"], expected, 1e-4 if precision == "fp32" else 0.1)
-    with pytest.raises(InputError, match="not 1×3×80×80"):
-        package(image=pixels(size=80).float())
+    for size, shape in ((80, "80×80"), ((128, 64), "128×64")):
+        with pytest.raises(InputError, match=f"not 1×3×{shape}"):
+            package(image=pixels(size=size).float())
 
 
 def test_several_sizes_leave_the_model_as_it_was(tmp_path):

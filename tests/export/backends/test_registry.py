@@ -2,16 +2,26 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from shvit.certificate import certificate_path
+from shvit.documents import load_json
 from shvit.errors import InputError
 from shvit.export.backends.coreml import _by_name
-from shvit.export.backends.registry import BACKENDS
+from shvit.export.backends.registry import BACKENDS, load_artifact
+from shvit.export.images import read_pixels, sample_images
 from shvit.export.pipeline import export_model
+from shvit.export.spec import Spec
+from shvit.export.verdict import snr_db
+from shvit.train.data.images import open_image
 from tests import forks
+from tests.conftest import create_tiny, settle
 
 SPEC = SimpleNamespace(outputs=("probabilities",))
 UNORDERED = {"owl": 0.05, "cat": 0.15, "dog": 0.8}
@@ -57,6 +67,41 @@ def test_operations_that_a_format_lacks_are_one_line(tmp_path, name):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny SHViT whose outputs differ from image to image at 64×96 px, and a folder of images."""
+    folder, generator = tmp_path_factory.mktemp("wide"), np.random.default_rng(0)
+    for index in range(12):
+        patches = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        patches.resize((100 + 9 * index, 150 - 5 * index)).save(folder / f"{index}.png")
+    model = create_tiny(num_classes=3, depth=(1, 1, 1))
+    spec = Spec.of("tiny_vit", model, (64, 96))
+    return settle(model, spec.normalize(read_pixels(sample_images(folder), spec))), folder
+
+
+FILES = {"onnx": "int8", "openvino": "fp32", "coreml": "w8a8", "litert": "fp32", "ncnn": "fp32", "executorch": "fp32"}
+"""A precision of each format."""
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_format_takes_images_that_are_not_square(tmp_path, name, wide):
+    """Against the model on images as timm's own transform makes them; files of fp32 take pixels."""
+    (model, folder), precision = wide, FILES[name]
+    given = {"raw_pixels": True} if precision == "fp32" else {"calibration": folder}
+    path = tmp_path / f"m{BACKENDS[name].ending}"
+    certificate = export_model(name, model, path, img_size=(64, 96), precision=precision, images=folder, **given)
+    assert certificate.passed is not False
+    assert load_json(certificate_path(path))["spec"]["img_size"] == [64, 96]
+    assert list(certificate.outputs) == ["logits at 64x96 px"]
+    assert BACKENDS[name].inspect(path).img_size == (64, 96)
+    transform = create_transform(**resolve_data_config({"input_size": (3, 64, 96)}, model=model))
+    images = [open_image(file.path) for file in sample_images(folder)]
+    with torch.no_grad():
+        expected = model(torch.stack([*map(transform, images)]))
+    found = load_artifact(path)(images)
+    assert snr_db(expected, found) > (60 if precision == "fp32" else 15)
 
 
 GIVEN_UP = """

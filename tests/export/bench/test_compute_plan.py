@@ -317,6 +317,6 @@ def test_job_carries_coremltools_name(package, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: ("26.0", ("", "", ""), "arm64"))
     case = create_file_case(package, 1, Settings(threads=1, compute_units="cpu-ne"), [], tuned=True)
-    assert (case.runtime, case.precision, case.img_size) == ("coreml", "fp16", 64)
+    assert (case.runtime, case.precision, case.img_size) == ("coreml", "fp16", (64, 64))
     assert case.job["compute_units"] == "CPU_AND_NE"
     assert Path(case.job["path"]) == package.resolve()

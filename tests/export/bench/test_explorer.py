@@ -9,6 +9,7 @@ import pytest
 
 from shvit.export.bench.explorer import write_explorer
 from shvit.export.bench.records import BenchResult, Check, Device, LayerTime, Machine, Measurements, Scaling, Sustained
+from shvit.img_size import ImgSize
 from tests.browser import open_browser
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
@@ -21,7 +22,7 @@ def result(model: str, top1: float | None, ms: float, runtime="onnxruntime", pre
         model=model,
         runtime=runtime,
         precision=precision,
-        img_size=224,
+        img_size=ImgSize(224, 224),
         batch_size=batch_size,
         threads=1,
         rounds=11,
@@ -275,6 +276,23 @@ def test_every_case_is_in_the_table_and_it_sorts(page):
     assert column(index)[-1] == "–"  # unknown goes last
     set_value(page, "filter", "openvino s4")
     assert column(1) == ["shvit_s4"]
+
+
+SIZES = replace(MEASUREMENTS, results=tuple(
+    result("shvit_s1", top1, ms, img_size=ImgSize.of(size))
+    for top1, ms, size in ((72.8, 4.0, 224), (70.0, 3.0, "64x640"), (71.0, 2.0, "640x64"), (60.0, 1.0, "64"))
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [SIZES], indirect=True)
+def test_size_is_one_number_or_height_and_width(page):
+    assert names(page) == [f"shvit_s1 @{size}" for size in ("64", "640x64", "64x640", "224")]
+    head = next(each for each in all_of(page, "#results thead button") if each.text == "px")
+    index = 1 + all_of(page, "#results thead button").index(head)
+    head.click()
+    shown = [row.text for row in all_of(page, f"#results tbody tr > :nth-child({index})")]
+    assert shown == ["64", "64x640", "640x64", "224"]  # by their pixels
+    assert " px, batch 1" in text(page, ".card")
 
 
 def test_growth_layers_and_machine_are_shown(page):

@@ -298,7 +298,7 @@ def test_reference_is_timms_own_model_and_gives_the_same_answers(tmp_path, setti
 
 def test_files_of_others_are_read_as_far_as_needed(foreign, settings, tmp_path):
     found = create_file_case(foreign, 1, settings, [], tuned=False)
-    assert (found.img_size, found.precision, found.runtime, found.environment) == (32, "fp32", "onnxruntime", {})
+    assert (found.img_size, found.precision, found.runtime, found.environment) == ((32, 32), "fp32", "onnxruntime", {})
     with pytest.raises(InputError, match=r"takes batches of 1, not of 2; choose --batch-sizes 1"):
         create_file_case(foreign, 2, settings, [], tuned=False)
     with pytest.raises(InputError, match="no such file"):

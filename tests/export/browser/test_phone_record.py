@@ -47,8 +47,17 @@ def test_figures_are_those_of_the_calls():
 
 
 def test_no_accuracy_is_published_of_a_file_or_another_size():
-    cases = [{**CASE, "model": "mine.onnx"}, {**CASE, "model": "shvit_s1", "img_size": 96}]
-    assert [each.top1 for each in add_record(Measurements(None, ()), record(cases)).results] == [None, None]
+    cases = [{**CASE, "model": "mine.onnx"}, *({**CASE, "model": "shvit_s1", "img_size": px} for px in (96, [224, 96]))]
+    assert [each.top1 for each in add_record(Measurements(None, ()), record(cases)).results] == [None] * 3
+
+
+def test_size_of_a_record_is_one_number_or_height_and_width(tmp_path):
+    cases = [{**CASE, "model": "a.onnx"}, {**CASE, "model": "b.onnx", "img_size": [64, 96]}]
+    measured = add_record(Measurements(None, ()), record(cases))
+    assert [each.img_size for each in measured.results] == [(64, 64), (64, 96)]
+    write_measurements(measured, tmp_path / "bench.json")
+    assert [each["img_size"] for each in json.loads((tmp_path / "bench.json").read_text())["results"]] == [64, [64, 96]]
+    assert read_measurements(tmp_path / "bench.json") == measured
 
 
 def test_a_case_that_did_not_hold_is_a_check_and_no_result():

@@ -29,6 +29,7 @@ SPEC = Spec(
     interpolation="bicubic",
     crop_pct=0.875,
 )
+WIDE = replace(SPEC, img_size=(96, 160))
 GRAY = replace(SPEC, in_chans=1, mean=(0.449,), std=(0.226,))
 PAGE = """<!doctype html><link rel="icon" href="data:,"><script type="module">
 import * as pixels from "./pixels.js";
@@ -127,6 +128,19 @@ CASES = {
     "border, enlarged": (replace(SPEC, crop_mode="border", crop_pct=1.0), 63, 40),
     "gray": (GRAY, 643, 481),
     "gray, border": (replace(GRAY, crop_mode="border", crop_pct=1.0, img_size=95), 211, 150),
+    "wide model, landscape": (WIDE, 643, 481),
+    "wide model, portrait": (WIDE, 301, 457),
+    "wide model, wider image": (WIDE, 900, 100),
+    "wide model, enlarged": (WIDE, 67, 91),
+    "wide model, the size already": (replace(WIDE, crop_pct=1.0), 160, 96),
+    "wide model, gray": (replace(GRAY, img_size=(50, 111)), 333, 250),
+    "wide model, crop_pct above 1 pads with black": (replace(WIDE, crop_pct=1.2), 333, 250),
+    "wide model, scaled to a square": (replace(SPEC, img_size=(99, 100), crop_pct=1.5), 333, 250),
+    "wide model, squash": (replace(WIDE, crop_mode="squash", crop_pct=0.9), 640, 333),
+    "wide model, border": (replace(WIDE, crop_mode="border", crop_pct=0.9), 640, 481),
+    "wide model, border, tall image": (replace(WIDE, crop_mode="border", crop_pct=1.0), 211, 317),
+    "tall model, landscape": (replace(SPEC, img_size=(161, 95)), 500, 333),
+    "tall model, border": (replace(SPEC, img_size=(161, 95), crop_mode="border", crop_pct=0.8), 500, 333),
     "tall": (SPEC, 150, 700),
     "almost tall, squash": (replace(SPEC, crop_mode="squash"), 190, 234),  # rows lost: twice as many as columns
     "tall, squash": (replace(SPEC, crop_mode="squash"), 190, 235),
@@ -147,7 +161,7 @@ def test_the_pixels_are_those_of_timms_transform(case, binary, page):
     values = np.frombuffer(base64.b64decode(found[1]), np.float32)
 
     expected = spec.transform(normalize=False)(Image.fromarray(image).convert("RGB"))  # (C, H, W)
-    np.testing.assert_array_equal(pixels.reshape(spec.img_size, spec.img_size, -1), expected.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(pixels.reshape(*spec.img_size, -1), expected.permute(1, 2, 0).numpy())
     normalized = spec.normalize(expected[None])[0].numpy()
     np.testing.assert_array_max_ulp(values.reshape(normalized.shape), normalized, maxulp=1)
 

@@ -16,6 +16,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from shvit.errors import InputError
+from shvit.img_size import ImgSize
 from shvit.train.data.datasets import Images, open_dataset, open_named
 from shvit.train.data.eval_dataset import open_eval_dataset
 from shvit.train.data.eval_loader import eval_loader
@@ -142,6 +143,12 @@ def test_progressive_sizes_are_those_of_their_epochs(recipe, image_folder):
     )
 
 
+def test_images_have_the_height_and_width_of_their_epoch(recipe, image_folder):
+    growing = replace(recipe, img_size=(32, 96), first_img_size=32)
+    batches = drain(TrainLoader(growing, image_folder, world(), 1), 4, 11)
+    assert [batch.images.shape[-2:] for batch in batches] == [(32, 32)] + 5 * [(32, 64)] + [(32, 96)]
+
+
 def test_damaged_image_is_named_and_its_place_taken(recipe, image_folder):
     path = image_folder.samples[7][0]
     path.write_bytes(path.read_bytes()[:100])
@@ -160,11 +167,11 @@ def test_endless_damage_does_not_hang(image_folder):
 
 def test_random_augmentation_never_fails_whatever_it_draws():
     """timm's policy asks Pillow for a posterize of 0 bits now and then, which Pillow 13 refuses."""
-    transform = create_train_transform(Augment(), 32)
+    transform = create_train_transform(Augment(), ImgSize(32, 48))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     random.seed(0)
     for _ in range(1500):
-        assert transform(image).shape == (3, 32, 32)
+        assert transform(image).shape == (3, 32, 48)
 
 
 def test_posterize_is_timms_and_black_for_no_bits():

@@ -209,8 +209,8 @@ def test_teacher_teaches_the_second_head_in_its_own_normalization(recipe, kind, 
     assert timm.create_model("tiny_vit", num_classes=2, distilled=True, checkpoint_path=result["checkpoint"])
 
 
-@pytest.mark.parametrize("first_img_size", [None, 16])
-def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_path):
+@pytest.mark.parametrize(("img_size", "first_img_size"), [(32, None), (32, 16), ((32, 64), 32)])
+def test_teacher_of_one_size_sees_resized_images(recipe, img_size, first_img_size, tmp_path):
     """Against torchvision's resize. timm's test_vit takes 160 px alone, and has another mean and standard deviation."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
@@ -218,10 +218,10 @@ def test_teacher_of_one_size_sees_resized_images(recipe, first_img_size, tmp_pat
     teacher = timm.create_model("test_vit", num_classes=2).eval()
     write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
     distill = Distill("test_vit", tmp_path / "teacher.safetensors")
-    recipe = replace(recipe, distill=distill, first_img_size=first_img_size)
+    recipe = replace(recipe, distill=distill, img_size=img_size, first_img_size=first_img_size)
     run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
     for size in {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}:
-        images = torch.randn(2, 3, size, size)
+        images = torch.randn(2, 3, *size)
         expected = teacher(resize(images, [160, 160], InterpolationMode.BICUBIC, antialias=True))
         torch.testing.assert_close(run.task.teacher(images), expected)
     run.train_mode()
@@ -246,12 +246,13 @@ def test_teacher_that_cannot_teach_is_refused(recipe, name, options, message, tm
         set_up(replace(recipe, distill=distill), World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
 
 
-def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, tmp_path):
-    teacher = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_teacher_trained_at_the_students_size_is_built_for_it(recipe, size, tmp_path):
+    teacher = timm.create_model("test_vit", num_classes=2, img_size=size).eval()
     write_checkpoint(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    recipe = replace(recipe, distill=Distill("test_vit", tmp_path / "teacher.safetensors"))
+    recipe = replace(recipe, img_size=size, distill=Distill("test_vit", tmp_path / "teacher.safetensors"))
     run = set_up(recipe, World(0, 1, torch.device("cpu")), ["a", "b"], 4, 1)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, *size)
     torch.testing.assert_close(run.task.teacher(images), teacher(images))
 
 
