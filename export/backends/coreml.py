@@ -17,6 +17,7 @@ from torch import nn
 from shvit.errors import InputError
 from shvit.fold import DeployedSHSA
 from shvit.terminal import quiet
+from shvit.train.data.pixels.formats import PixelFormat
 
 from ..formats.parameters import LayerParameters, Stored, quantized, range_faults, stored
 from ..formats.rounding import Outputs
@@ -25,7 +26,7 @@ from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import MAX_IMG_SIZE, Spec
 from ..wrappers import MIL_LAYERS, Normalized, Tupled, layer_name, with_attention
-from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer
+from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer, with_pixel_input
 from .compute_plan import COMPUTE_UNITS
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ class CoremlOptions(FormatOptions):
                 raise InputError(f"--other-sizes {px} is out of range; choose 1 to {MAX_IMG_SIZE}")
         if spec.img_size in self.other_sizes or len(set(self.other_sizes)) < len(self.other_sizes):
             raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
-        return replace(spec, uint8_input=not self.tensor_input, other_sizes=tuple(self.other_sizes))
+        spec = with_pixel_input(spec, not self.tensor_input, "give --tensor-input")
+        return replace(spec, other_sizes=tuple(self.other_sizes))
+
+    def for_pixels(self, pixels: PixelFormat) -> "CoremlOptions":
+        return replace(self, tensor_input=self.tensor_input or not pixels.uses_pillow)
 
 
 def create_writer(source: Source, options: CoremlOptions) -> Writer:
@@ -161,7 +166,7 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
     if not calibration:
         raise InputError("w8a8 takes its activations' ranges from images, and none were given; give 128 or more")
     wrong = [tuple(pixels.shape) for pixels in calibration if tuple(pixels.shape) != spec.shape]
-    if wrong or any(pixels.dtype != torch.uint8 for pixels in calibration):
+    if wrong or any(pixels.dtype != spec.pixels.dtype for pixels in calibration):
         actual = f"{wrong[0]}" if wrong else "another type"
         raise InputError(f"images to calibrate with must be uint8 {spec.shape}, not {actual}; "
                          "take them from spec.transform(normalize=False)")  # fmt: skip

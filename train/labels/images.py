@@ -80,8 +80,8 @@ class LabeledImages(Images):
         for old, new in enumerate(index):
             if new >= 0:
                 labels[:, new] = self.labels[:, old]
-        return LabeledImages(self.source, classes, labels, self.task, self.indices, self.part)
+        return LabeledImages(self.source, classes, labels, self.task, self.indices, self.part).read_as(self.pixels)
 
     def subset(self, indices: Sequence[int], part: str) -> "LabeledImages":
         """Return other items of the same source."""
-        return LabeledImages(self.source, self.classes, self.labels, self.task, indices, part)
+        return LabeledImages(self.source, self.classes, self.labels, self.task, indices, part).read_as(self.pixels)
