@@ -184,6 +184,11 @@ class Spec:
         is 1/57 of the standard deviation, as it is with ImageNet's."""
         return tuple(255 * (value if self.pixels.uses_pillow else IMAGENET_STD) for value in self.std)
 
+    def shares_of_white(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return pixels between black, 0, and white, 1, as float64; for others than of 8 bits these are two standard
+        deviations below and above the mean."""
+        return pixels.double() / 255 if self.pixels.uses_pillow else self.normalize(pixels).double() / 4 + 0.5
+
     @property
     def pixels(self) -> PixelFormat:
         """How image files are decoded: by Pillow in RGB, or as arrays."""

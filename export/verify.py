@@ -215,12 +215,10 @@ def _check_overflow(artifact: Artifact) -> None:
                       {"passed": False, "overflow": name, "largest_values": values})  # fmt: skip
 
 
-INPUT_FIELDS = ("img_size", "in_chans", "pixel_type", "interpolation", "crop_pct", "crop_mode")
-
-
 def _input_of(spec: Spec) -> Spec:
     """Return a spec's preprocessing alone, up to pixels."""
-    values = {name: getattr(spec, name) for name in INPUT_FIELDS}
+    fields_read = ("img_size", "in_chans", "pixel_type", "interpolation", "crop_pct", "crop_mode")
+    values = {name: getattr(spec, name) for name in fields_read}
     return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **values)
 
 
@@ -362,9 +360,8 @@ def preprocessing_faults(
     """
     spec = reference.spec
     declared = replace(declared, img_size=spec.img_size)
-    unequal = [
-        name for name in ("in_chans", "pixel_type", *PREPROCESSING) if getattr(declared, name) != getattr(spec, name)
-    ]
+    named = ("in_chans", "pixel_type", *PREPROCESSING)
+    unequal = [name for name in named if getattr(declared, name) != getattr(spec, name)]
     faults = [f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}"
               for name in unequal]  # fmt: skip
     levels = reference.gray_levels(declared)
@@ -425,7 +422,7 @@ def stem_gray_levels(
     elif stem is not None and stem.weight.value.shape == layer.weight.shape:
         batch = spec.normalize(reference.pixels(spec)[:LAYER_IMAGES]).double()
         expected = expected + rounding_output(layer, stem, batch)
-    shares = _shares_of_white(spec, reference.pixels(spec)[:LAYER_IMAGES])
+    shares = spec.shares_of_white(reference.pixels(spec)[:LAYER_IMAGES])
     moves = []
     for channel in range(spec.in_chans):
         for part in (1 - shares[:, channel], shares[:, channel]):  # at black, at white
@@ -438,13 +435,6 @@ def stem_gray_levels(
     if not torch.isfinite(error).all():
         return 255.0
     return torch.linalg.solve(normal, basis.T @ error).abs().max().item()
-
-
-def _shares_of_white(spec: Spec, pixels: torch.Tensor) -> torch.Tensor:
-    """Return pixels between black, 0, and white, 1: two standard deviations around the mean where there is no white."""
-    if spec.pixels.uses_pillow:
-        return pixels.double() / 255
-    return spec.normalize(pixels).double() / 4 + 0.5
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
