@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_ELEMENTS = 1 << 30
 """Numbers in one tensor inside a model: 4 GiB in float32. SHViT-S4 at 4096 px has 0.2 · 10⁹ in its largest."""
-MAX_PIXEL_BYTES = 2 << 30  # limit of all images in memory at once, uint8: 512 of them up to 1182 px
+MAX_PIXEL_BYTES = 2 << 30  # limit of all pixels in memory at once: in uint8 512 of them up to 1182 px
 MAX_REASON = 300  # characters of a library's message
 MAX_BATCH_ELEMENTS = 1 << 27  # numbers in one batch of images: 512 MiB in float32, 32 images of 1182 px
 
@@ -205,7 +205,8 @@ def check_operators(path: Path, operators: Mapping[str, int] | Iterable[str]) ->
 
 def images_that_fit(limit: int, *specs: Spec) -> int:
     """Return how many images, at most `limit`, may be held at once at the largest of the specs' sizes."""
-    largest = max(spec.in_chans * size.height * size.width for spec in specs for size in spec.sizes)
+    largest = max(spec.pixels.dtype.itemsize * spec.in_chans * size.height * size.width
+                  for spec in specs for size in spec.sizes)  # fmt: skip
     return max(1, min(limit, MAX_PIXEL_BYTES // largest))
 
 

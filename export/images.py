@@ -10,8 +10,8 @@ import torch
 from shvit import terminal
 from shvit.errors import InputError
 from shvit.files import is_folder
-from shvit.train.data.image_folders import RARE_SUFFIXES, SUFFIXES, Listing, image_files, list_images
-from shvit.train.data.images import open_image
+from shvit.train.data.image_folders import RARE_SUFFIXES, Listing, image_files, list_images, suffixes_of
+from shvit.train.data.pixels.formats import RGB, PixelFormat
 from shvit.train.data.splits import find_parts
 
 from .labels import match_classes, refuse_unknown
@@ -37,6 +37,7 @@ def sample_images(
     limit: int = MAX_IMAGES,
     classes: Sequence[str] = (),
     part: Literal["train", "val"] = "val",
+    pixels: PixelFormat = RGB,
 ) -> list[ImageFile]:
     """Return the images in `folder` and below, at most `limit` spread evenly; scikit-image's where None.
 
@@ -45,13 +46,17 @@ def sample_images(
         classes: the model's, by index, where they are known: folders are then matched by name, and where none of them
             is a class, they tell nothing.
         part: the split to take of a folder with train/ and val/, which is reported.
+        pixels: what a model's images are, by which files are chosen.
 
     Raises:
-        InputError: the folder is not there or holds none, or some of its folders are classes and others are not.
+        InputError: the folder is not there or holds none, or some of its folders are classes and others are not; or
+            there is none, and the model takes other images than scikit-image's.
     """
     if folder is None:
+        if not pixels.uses_pillow:
+            raise InputError(f"the model takes {pixels}, and the bundled images are in RGB; give --images a folder")
         return [ImageFile(path, -1) for path in spread(image_files(None), limit)]
-    listing = _list_part(folder, part)
+    listing = _list_part(folder, part, pixels.in_chans)
     folders = sorted({_folder(name) for name in listing.names} - {""})
     indices = {name: index for index, name in enumerate(folders)} if len(folders) == num_classes else {}
     if classes:
@@ -63,7 +68,7 @@ def sample_images(
     return [ImageFile(listing.root / name, indices.get(_folder(name), -1)) for name in names]
 
 
-def _list_part(folder: Path, part: str) -> Listing:
+def _list_part(folder: Path, part: str, in_chans: int) -> Listing:
     if not is_folder(folder):
         raise InputError(f"{folder}: no such folder of images")
     parts = find_parts(folder)
@@ -71,9 +76,10 @@ def _list_part(folder: Path, part: str) -> Listing:
     if isinstance(chosen, Path) and chosen.is_dir():
         terminal.console().print(f"{folder}: of its splits, {chosen.name}/ is taken")
         folder = chosen
-    listing = list_images(folder)
+    listing = list_images(folder, in_chans)
     if not listing.names:
-        raise InputError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES | RARE_SUFFIXES))})")
+        rare = RARE_SUFFIXES if in_chans in (1, 3) else set()
+        raise InputError(f"{folder}: no images in it ({', '.join(sorted(suffixes_of(in_chans) | rare))})")
     return listing
 
 
@@ -89,18 +95,18 @@ def spread(items: Sequence[T], limit: int) -> list[T]:
 
 
 def read_pixels(images: Sequence[ImageFile], spec: Spec) -> torch.Tensor:
-    """Return the images as uint8 (n, C, H, W), resized and cropped as the spec says."""
+    """Return the images' pixels (n, C, H, W), uint8 or float32, resized and cropped as the spec says."""
     transform = spec.transform(normalize=False)
-    return torch.stack([transform(open_image(image.path)) for image in images])
+    return torch.stack([transform(spec.pixels.open(image.path)) for image in images])
 
 
 def gray_level_difference(other: Spec, spec: Spec, images: Sequence[ImageFile]) -> float:
-    """Return the largest difference, in gray levels of 255, between two specs' preprocessing of images."""
+    """Return the largest difference, in gray levels, between two specs' preprocessing of images of one format."""
     to_model, to_pixels = spec.transform(), other.transform(normalize=False)
-    std = torch.tensor(spec.std)[:, None, None]
+    levels = torch.tensor(spec.levels)[:, None, None]
     largest = 0.0
     for file in images:
-        image = open_image(file.path)
+        image = spec.pixels.open(file.path)
         difference = other.normalize(to_pixels(image)[None]) - to_model(image)
-        largest = max(largest, (difference.abs() * std * 255).max().nan_to_num(255.0).item())
+        largest = max(largest, (difference.abs() * levels).max().nan_to_num(255.0).item())
     return largest

@@ -127,9 +127,10 @@ class Eval:
             if spec.task != "classification":
                 raise InputError(f"{spec.model} was trained for {spec.task}, and folders do not tell its labels; give "
                                  "--data.labels, a table of files and labels")  # fmt: skip
-            return open_eval_dataset(self.data, self.split or "validation", trained_on)
+            return open_eval_dataset(self.data, self.split or "validation", trained_on, spec.pixels)
         columns = {name: getattr(self, name) for name in TABLE_OPTIONS}
-        return open_labeled(self.labels, Path(self.data), spec.task, self.split, trained_on, **columns)
+        trained = (self.split, trained_on, spec.pixels)
+        return open_labeled(self.labels, Path(self.data), spec.task, *trained, **columns)
 
     def _with_classes(self, dataset: Any, known: tuple[str, ...], spec: Spec) -> tuple[Any, list[str], Any]:
         """Return the dataset, the model's classes, and where the dataset's are class indices, the model's for each."""

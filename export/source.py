@@ -63,7 +63,7 @@ class Source:
         return self.once(("unfolded", self.size), lambda: unfold_identities(self.deployed()))
 
     def calibration_pixels(self) -> torch.Tensor:
-        """Return the calibration images as uint8 (n, C, H, W)."""
+        """Return the pixels of the calibration images, (n, C, H, W)."""
         return self.once(("calibration", self.spec.img_size), lambda: read_pixels(self.calibration, self.spec))
 
     def ranges(self, symmetric: bool = False) -> dict[str, LayerRanges]:
@@ -127,7 +127,9 @@ def create_source(
                 "--labels")  # fmt: skip
     limit = images_that_fit(MAX_CALIBRATION, spec)
     reference = create_reference(weights, model, spec, names, images, images_that_fit(MAX_IMAGES, spec))
-    return Source(reference, spec, sample_images(calibration, limit=limit, part="train"))
+    if calibration is None and not spec.pixels.uses_pillow:
+        return Source(reference, spec, ())
+    return Source(reference, spec, sample_images(calibration, limit=limit, part="train", pixels=spec.pixels))
 
 
 def create_wrapped_model(
@@ -162,7 +164,8 @@ def create_reference(
     """
     one_of_classes = spec.task == "classification"
     names = (labels or classes) if one_of_classes else ()
-    files = sample_images(images, spec.num_classes if one_of_classes else 0, limit=limit, classes=names)
+    count = spec.num_classes if one_of_classes else 0
+    files = sample_images(images, count, limit=limit, classes=names, pixels=spec.pixels)
     source = str(images or BUNDLED)
     if not isinstance(weights, Weights):
         return Reference(model, spec, files, source, labels, in_memory=True)

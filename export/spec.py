@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -13,11 +13,10 @@ from shvit.create import create_model
 from shvit.documents import parse_json, parse_model, to_json
 from shvit.errors import InputError, some
 from shvit.img_size import MAX_IMG_SIZE, ImgSize, ImgSizeLike
+from shvit.train.data.pixels.fit import Fit, check_interpolation, create_fit
+from shvit.train.data.pixels.formats import MAX_CHANS, PixelFormat, PixelType
 from shvit.weights.resolve import Log, Weights, resolve_weights
 from shvit.weights.run_info import RunInfo, Task
-
-if TYPE_CHECKING:
-    from torchvision.transforms import Compose
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -32,6 +31,7 @@ OUTPUTS: Mapping[Task, tuple[str, ...]] = {
 """What an artifact may give for each task, besides feature maps; the first by default."""
 THRESHOLD = 0.5
 """The probability from which a label is predicted where none was chosen for it."""
+IMAGENET_STD = 0.225  # mean of the three channels'
 MAX_RESIZED = 2 * MAX_IMG_SIZE
 """Pixels of the shorter side before the crop: 200 MB for a square image. timm's smallest crop_pct is 0.5."""
 
@@ -68,14 +68,15 @@ class Spec:
 
     Images are resized so that both sides are at least `img_size / crop_pct` and one of them is just that,
     center-cropped to `img_size`, scaled to 0–1 and normalized as (x - mean) / std, channel order RGB; in gray levels
-    first for a model of one channel. In JSON a size is one number for a square, and [height, width] otherwise.
+    first for a model of one channel. Images of other channels or types are arrays, in the order of their files; see
+    `pixels`. In JSON a size is one number for a square, and [height, width] otherwise.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (of how it is read; a field that is unknown has a meaning)
 
     model: Name
     img_size: ImgSize
-    in_chans: Annotated[int, _check_choice(1, 3)]
+    in_chans: Annotated[int, Field(ge=1, le=MAX_CHANS)]
     num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)]
     mean: tuple[Finite, ...]
     std: tuple[Annotated[Finite, Field(gt=0)], ...]
@@ -83,6 +84,8 @@ class Spec:
     crop_pct: Annotated[float, Field(ge=0.05, le=2)]
     crop_mode: Annotated[str, _check_choice("center", "squash", "border")] = "center"
     """timm's: center, squash or border."""
+    pixel_type: PixelType = "uint8"
+    """Type of the values in image files, whose largest stands for 1; floats are taken as they are."""
     precision: Precision = "fp32"
     """The artifact's weight and compute precision. Core ML's int8 rounds weights alone, its w8a8 activations too."""
     uint8_input: bool = False  # the artifact takes pixels, 0–255, and normalizes them itself
@@ -123,12 +126,13 @@ class Spec:
         config = {**resolve_data_config(model=model), **_of_run(info)}
         chans, *sides = config["input_size"]
         own_size = info.img_size if info else ImgSize(*sides)
-        in_chans = getattr(model, "in_chans", chans)
+        in_chans = getattr(model, "in_chans", len(info.mean) if info and info.mean else chans)
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if in_chans == 1 and len(mean) > 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # as timm's loader does
-        if in_chans not in (1, 3):
-            raise InputError(f"{name} takes {in_chans} channels; images have 3, or 1 of gray levels")
+        if not len(mean) == len(std) == in_chans:
+            raise InputError(f"{name} takes {in_chans} channels, and nothing tells their mean and standard deviation; "
+                             f"give a checkpoint of `shvit train --in-chans {in_chans}`")  # fmt: skip
         size = own_size if img_size is None else ImgSize.of(img_size, "--img-size")
         if max(size) / config["crop_pct"] > MAX_RESIZED:
             raise InputError(f"{name}: {size} px at crop_pct {config['crop_pct']} would resize images to more than "
@@ -136,6 +140,8 @@ class Spec:
         if size != own_size and getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
             raise InputError(f"{name} takes {own_size} px only; leave out --img-size {size}")
         resizing = {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+        resizing["pixel_type"] = info.pixel_type if info else "uint8"
+        check_interpolation(PixelFormat(in_chans, resizing["pixel_type"]), resizing["interpolation"])
         num_classes = getattr(model, "num_classes", 0)
         spec = cls(name, size, in_chans, num_classes, mean, std, **resizing)
         if info is not None and num_classes:
@@ -176,23 +182,36 @@ class Spec:
         """(C, H, W) of one input."""
         return (self.in_chans, *self.img_size)
 
-    def transform(self, normalize: bool = True) -> "Compose":
-        """Return timm's evaluation transform: PIL RGB image → float32 (C, H, W), normalized; or uint8, the pixels."""
-        from timm.data import create_transform
-        from torchvision.transforms import Compose, Grayscale
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Gray levels of a normalized channel's unit: of 255 for 8 bits. For others, whose white means little, a level
+        is 1/57 of the standard deviation, as it is with ImageNet's."""
+        return tuple(255 * (value if self.pixels.uses_pillow else IMAGENET_STD) for value in self.std)
 
+    def shares_of_white(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return pixels between black, 0, and white, 1, as float64; for others than of 8 bits these are two standard
+        deviations below and above the mean."""
+        return pixels.double() / 255 if self.pixels.uses_pillow else self.normalize(pixels).double() / 4 + 0.5
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How image files are decoded: by Pillow in RGB, or as arrays."""
+        return PixelFormat(self.in_chans, self.pixel_type)
+
+    def transform(self, normalize: bool = True) -> Fit:
+        """Return timm's evaluation transform: decoded image → float32 (C, H, W), normalized; or its pixels.
+
+        Pixels are uint8, and float32 where the files' are not of 8 bits.
+        """
         options = {key: getattr(self, key) for key in PREPROCESSING}
-        transform = create_transform(input_size=self.shape, normalize=normalize, **options)
-        return Compose([Grayscale(), transform]) if self.in_chans == 1 else transform
+        return create_fit(self.pixels, normalize, input_size=self.shape, **options)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return uint8 (B, C, H, W) as float32, normalized as `transform` does it."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        # in place: for a batch of images, the pages of each further tensor take longer than its numbers
-        return pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
+        """Return pixels (B, C, H, W) as float32, normalized as `transform` does it."""
+        return self.pixels.normalize(pixels, self.mean, self.std)
 
     def feed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return an artifact's input for uint8 (B, C, H, W): these normalized, or the pixels as (B, H, W, C)."""
+        """Return an artifact's input for pixels (B, C, H, W): these normalized, or uint8 ones as (B, H, W, C)."""
         return pixels.permute(0, 2, 3, 1).contiguous() if self.uint8_input else self.normalize(pixels)
 
     def to_json(self) -> str:
@@ -215,6 +234,9 @@ class Spec:
             problem = f"a {spec.task.replace('_', '-')} model that gives {spec.output_kind}"
         if problem is not None:
             raise InputError(f"{where}: it is {problem}; export the model again")
+        if spec.uint8_input and not spec.pixels.uses_pillow:
+            raise InputError(f"{where}: takes {spec.pixels}, which are not the pixels of an image; export the model "
+                             "again")  # fmt: skip
         return spec
 
     def blank(self, batch_size: int = 1) -> torch.Tensor:
@@ -267,16 +289,18 @@ def open_weights(
     if classifies and spec.num_classes == 0:
         raise InputError(f"{weights.name or name} has no classifier; give a model with classes")
     if info is not None:
-        _log_differences(spec, Spec.of(name, model), info, weights.name, log)
+        usual = Spec.of(name, model) if spec.pixels.uses_pillow else spec  # timm has none for other images
+        _log_differences(spec, usual, info, weights.name, log)
     return model, spec
 
 
 def _made_for(name: str, info: RunInfo | None) -> dict[str, Any]:
-    """Return the arguments of a model that takes one size only."""
+    """Return the arguments of a model that takes one size only, or other channels than 3."""
     import timm
 
     cfg = timm.get_pretrained_cfg(name) if info and timm.is_model(name) else None
-    return {"img_size": info.img_size} if info and cfg and cfg.fixed_input_size else {}
+    made_for: dict[str, Any] = {"img_size": info.img_size} if info and cfg and cfg.fixed_input_size else {}
+    return {**made_for, "in_chans": len(info.mean)} if info and info.mean and len(info.mean) != 3 else made_for
 
 
 def _log_differences(spec: Spec, usual: Spec, info: RunInfo, source: str | None, log: Log) -> None:

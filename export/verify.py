@@ -146,7 +146,7 @@ class Reference:
         return self.in_memory or self.checkpoint is not None
 
     def pixels(self, spec: Spec) -> torch.Tensor:
-        """Return the images as uint8 (n, C, H, W), resized and cut as `spec` says."""
+        """Return the images' pixels (n, C, H, W), resized and cut as `spec` says."""
         key = _input_of(spec)
         if key not in self._pixels:
             self._pixels[key] = read_pixels(self.images, spec)
@@ -154,7 +154,7 @@ class Reference:
 
     def gray_levels(self, declared: Spec) -> float:
         """Return the largest difference, in gray levels, of a declared preprocessing of some images from timm's."""
-        if declared.in_chans != self.spec.in_chans:
+        if declared.pixels != self.spec.pixels:
             return 255.0
         key = replace(_input_of(declared), mean=declared.mean, std=declared.std)
         if key not in self._gray_levels:
@@ -218,7 +218,8 @@ def _check_overflow(artifact: Artifact) -> None:
 
 def _input_of(spec: Spec) -> Spec:
     """Return a spec's preprocessing alone, up to pixels."""
-    values = {name: getattr(spec, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
+    fields_read = ("img_size", "in_chans", "pixel_type", "interpolation", "crop_pct", "crop_mode")
+    values = {name: getattr(spec, name) for name in fields_read}
     return Spec(model="", num_classes=0, mean=(0.0,) * spec.in_chans, std=(1.0,) * spec.in_chans, **values)
 
 
@@ -360,7 +361,8 @@ def preprocessing_faults(
     """
     spec = reference.spec
     declared = replace(declared, img_size=spec.img_size)
-    unequal = [name for name in ("in_chans", *PREPROCESSING) if getattr(declared, name) != getattr(spec, name)]
+    named = ("in_chans", "pixel_type", *PREPROCESSING)
+    unequal = [name for name in named if getattr(declared, name) != getattr(spec, name)]
     faults = [f"preprocessing: {name} is {getattr(declared, name)} and the model's {getattr(spec, name)}"
               for name in unequal]  # fmt: skip
     levels = reference.gray_levels(declared)
@@ -421,12 +423,12 @@ def stem_gray_levels(
     elif stem is not None and stem.weight.value.shape == layer.weight.shape:
         batch = spec.normalize(reference.pixels(spec)[:LAYER_IMAGES]).double()
         expected = expected + rounding_output(layer, stem, batch)
-    pixels = reference.pixels(spec)[:LAYER_IMAGES].double() / 255
+    shares = spec.shares_of_white(reference.pixels(spec)[:LAYER_IMAGES])
     moves = []
     for channel in range(spec.in_chans):
-        for part in (1 - pixels[:, channel], pixels[:, channel]):  # at black, at white
-            level = torch.zeros_like(pixels)
-            level[:, channel] = part / (255 * spec.std[channel])
+        for part in (1 - shares[:, channel], shares[:, channel]):  # at black, at white
+            level = torch.zeros_like(shares)
+            level[:, channel] = part / spec.levels[channel]
             moves.append(convolve(layer, level).flatten())
     basis, error = torch.stack(moves, 1), (output - expected).flatten()
     normal = basis.T @ basis

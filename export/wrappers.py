@@ -149,7 +149,7 @@ BATCH = 16  # images at a time through model and artifact
 
 
 def run_batches(predict: Callable[[torch.Tensor], Sequence[torch.Tensor]], pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return the outputs for uint8 images, a few at a time, each output as one tensor."""
+    """Return the outputs for images' pixels, a few at a time, each output as one tensor."""
     parts = []
     for batch in pixels.split(BATCH):
         parts.append(predict(batch))  # noqa: PERF401  (one frame less)

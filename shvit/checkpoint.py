@@ -315,6 +315,28 @@ def _check_layout(checkpoint: Checkpoint, model: nn.Module, reset_head: bool) ->
         )
 
 
+def adapt_input(state_dict: StateDict, weight: str, in_chans: int | None, path: Path) -> StateDict:
+    """Return a state dict whose first convolution takes other channels, by timm's rule for pretrained weights.
+
+    Args:
+        weight: name of the convolution's weight; a state dict without it is returned as it is.
+        in_chans: channels of the images; None for those of the weights.
+        path: the file, for messages.
+
+    Raises:
+        InputError: the weights are for other channels than 3 and other than those.
+    """
+    from timm.models import adapt_input_conv
+
+    own = state_dict[weight].shape[1] if weight in state_dict and state_dict[weight].ndim == 4 else in_chans
+    if in_chans is None or own == in_chans:
+        return state_dict
+    if own != 3:
+        raise InputError(f"{path}: its first layer takes {own} channels, and {in_chans} are asked for; only "
+                         "those for 3 can be adapted")  # fmt: skip
+    return {**state_dict, weight: adapt_input_conv(in_chans, state_dict[weight])}
+
+
 def load_strictly(
     model: nn.Module,
     state_dict: StateDict,

@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from . import shvit  # noqa: F401  (registers the models)
-from .checkpoint import load_strictly, read_checkpoint, read_state_dict
+from .checkpoint import adapt_input, load_strictly, read_checkpoint, read_state_dict
 from .errors import InputError
 
 __all__ = ["check_model_name", "create_model", "has_scheme", "register_scheme"]
@@ -95,7 +95,8 @@ def create_model(
         checkpoint: a file of any layout that `read_checkpoint` takes; of timm's layout for models other than SHViT.
         num_classes: classes of the model; the checkpoint's where None.
         ema, reset_head: as in `load_checkpoint`; with None the head is re-initialized where the file's classes differ.
-        kwargs: passed to `timm.create_model`.
+        kwargs: passed to `timm.create_model`; with `in_chans`, the first layer of a checkpoint of 3 channels is adapted
+            to them, as timm does with pretrained weights.
 
     Returns:
         The model in eval mode, deployed if the checkpoint is.
@@ -128,7 +129,8 @@ def _create_shvit(
         reparameterize_model(model, inplace=True)  # not `deploy`, which makes two heads one
     if reset_head is None:
         reset_head = source.num_classes != classes
-    load_strictly(model, source.state_dict, source.path, reset_head or classes == 0)
+    state_dict = adapt_input(source.state_dict, source.stem, options["in_chans"], path)
+    load_strictly(model, state_dict, source.path, reset_head or classes == 0)
     return model
 
 
@@ -146,5 +148,23 @@ def _create_other(
     if reset_head is None:
         reset_head = weight is not None and weight.shape[:1] != (num_classes,)
     model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+    for layer in first_layers(name):
+        state_dict = adapt_input(state_dict, f"{layer}.weight", kwargs.get("in_chans"), path)
     load_strictly(model, state_dict, path, reset_head, heads)
     return model
+
+
+def checkpoint_chans(name: str, checkpoint: str | os.PathLike) -> int | None:
+    """Return the channels that a checkpoint's first layer takes; None if unknown. Raises as `create_model`."""
+    if name.split(".")[0] in timm.list_models(module="shvit"):
+        return read_checkpoint(checkpoint).in_chans
+    state_dict = clean_state_dict(read_state_dict(Path(checkpoint)))
+    weights = (state_dict.get(f"{layer}.weight") for layer in first_layers(name))
+    return next((weight.shape[1] for weight in weights if weight is not None and weight.ndim == 4), None)
+
+
+def first_layers(name: str) -> tuple[str, ...]:
+    """Return the names of a model's layers that see the image's channels, as timm's configuration has them."""
+    cfg = timm.get_pretrained_cfg(name)
+    first = cfg.first_conv if cfg else None
+    return (first,) if isinstance(first, str) else tuple(first or ())

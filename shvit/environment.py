@@ -37,6 +37,8 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "av": ("video",),
     "ray": ("ray",),
     "pillow_heif": ("heic",),
+    "tifffile": ("tiff", *EXPORT),
+    "imagecodecs": ("tiff",),
     "mmengine": ("detection",),
     "mmcv": ("detection",),
     "mmdet": ("detection",),

@@ -1,5 +1,6 @@
 """Checks of a recipe's fields: their ranges, and those that another field makes useless."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -11,10 +12,12 @@ from shvit.files import is_there
 from shvit.weights.manifest import read_manifest
 
 from .data.eval_loader import max_workers
+from .data.pixels.formats import MAX_CHANS
 from .data.streams import is_stream
 from .recipe import Data, Distill, Recipe
 
 RANGES = (  # a field, the lowest and the highest value
+    ("in_chans", 1, MAX_CHANS),
     ("epochs", 1, 1e6),
     ("batch_size", 1, 1e6),
     ("drop_path", 0, 0.99),
@@ -24,6 +27,7 @@ RANGES = (  # a field, the lowest and the highest value
     ("data.workers", 0, max_workers()),
     ("data.max_corrupt", 0, 1e9),
     ("data.num_classes", 1, 1e6),
+    ("data.crop_pct", 0.05, 2),
     ("augment.hflip", 0, 1),
     ("augment.vflip", 0, 1),
     ("augment.color_jitter", 0, 1),
@@ -79,12 +83,29 @@ def check_fields(recipe: Recipe) -> None:
     first = recipe.first_img_size or recipe.img_size
     if first.height > recipe.img_size.height or first.width > recipe.img_size.width:
         raise InputError(f"--first-img-size {first} must be at most --img-size {recipe.img_size} in height and width")
+    _check_channels(recipe)
     _refuse_ignored(recipe)
     _refuse_balance(recipe)
     _refuse_published(
         recipe.checkpoint, "--checkpoint", f", or start from timm's: --model {recipe.model} --pretrained True"
     )
     _refuse_published(recipe.distill.checkpoint, "--distill.checkpoint")
+
+
+def _check_channels(recipe: Recipe) -> None:
+    """Check what depends on the number of channels: constants for each, named datasets, and a teacher of RGB."""
+    chans, mean, std = recipe.in_chans, recipe.data.mean, recipe.data.std
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != chans or not all(map(math.isfinite, values))):
+            raise InputError(f"--data.{name} has {len(values)} values; give one for each of {chans} channels")
+    if std is not None and min(std) <= 0:
+        raise InputError(f"--data.std {' '.join(map(str, std))}: must be above 0")
+    if chans not in (1, 3) and recipe.data.name:
+        raise InputError(
+            f"--in-chans {chans}: {recipe.data.name} has images in RGB; give a folder of TIFF or .npy files"
+        )
+    if chans != 3 and recipe.distill.teacher:
+        raise InputError(f"--in-chans {chans}: a teacher takes images in RGB; leave out --distill.teacher")
 
 
 def _refuse_ignored(recipe: Recipe) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from timm.utils import distribute_bn
 
 from shvit import terminal
@@ -19,20 +18,19 @@ from shvit.errors import CheckFailed, InputError
 from shvit.weights.run_info import RunInfo, read_recipe_file
 
 from .data.datasets import Splits, check_class_of
+from .data.pixels.preprocessing import Preprocessing
 from .data.splits import check_outside
-from .data.streams import is_stream
 from .distributed import World, join
 from .evaluate.tasks import FIGURES, Evaluation
-from .labels.splits import open_recipe_splits
 from .recipe import Recipe
 from .run.logger import TrainLogger
 from .run.plots import plot_curves
 from .run.run_folder import RunFolder
-from .run.summary import describe_balance, describe_targets, print_splits
+from .run.summary import describe_balance, describe_channels, describe_targets, print_splits
 from .signals import SignalHandler, Stopped
 from .step.batch import Batch, Problem
 from .step.loader import TrainLoader
-from .step.setup import check_recipe, open_training, open_validation, set_up
+from .step.setup import check_recipe, open_images, open_training, open_validation, set_up
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -56,9 +54,11 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     try:
         with join(recipe.compute.device) as world, signals.installed():
             accum_steps = check_recipe(recipe, world)
-            splits = None if is_stream(recipe.data) else open_recipe_splits(recipe)
-            classes, loader = open_training(recipe, world, accum_steps, splits)
-            training = Training(recipe, output, world, classes, loader, accum_steps, signals, splits)
+            stored = RunFolder(output).preprocessing()
+            console = terminal.console(quiet=not world.primary)
+            splits, preprocessing = open_images(recipe, world, stored, console.print)
+            classes, loader = open_training(recipe, world, accum_steps, splits, preprocessing)
+            training = Training(recipe, output, world, classes, loader, accum_steps, signals, splits, preprocessing)
             with training.folder.locked() if world.primary else nullcontext():
                 return training.run_all()
     except Stopped as stop:
@@ -78,6 +78,7 @@ class Training:
         accum_steps: int,
         signals: SignalHandler,
         splits: Splits | None,
+        preprocessing: Preprocessing,
     ):
         self.recipe = recipe
         self.world = world
@@ -89,20 +90,17 @@ class Training:
         self.console = terminal.console(quiet=not world.primary)
         self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.figures = FIGURES[recipe.task]
-        self.run = set_up(recipe, world, classes, loader.steps_per_epoch, accum_steps, loader.statistics)
-        config = resolve_data_config({"input_size": (3, *recipe.img_size)}, model=self.run.model)
+        steps = loader.steps_per_epoch
+        self.run = set_up(recipe, world, classes, steps, accum_steps, loader.statistics, preprocessing)
+        self.preprocessing = preprocessing
         self.info = RunInfo(
             model=recipe.model,
             classes=tuple(classes),
             img_size=recipe.img_size,
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
             task=recipe.task,
+            **preprocessing.stored,
         )
-        self.validation, self.validation_count = open_validation(recipe, world, config, splits)
+        self.validation, self.validation_count = open_validation(recipe, world, preprocessing, splits)
         self.corrupt: dict[str, int] = {}
 
     def run_all(self) -> dict[str, Any]:
@@ -110,7 +108,7 @@ class Training:
         start = time.perf_counter()
         if self.world.primary:
             images = self.splits.identity() if self.splits else {"train": {"count": self.loader.length}}
-            self.folder.claim(self.recipe, self.classes, images)
+            self.folder.claim(self.recipe, self.classes, images, self.preprocessing.stored)
             claimed = read_recipe_file(self.folder.path / "recipe.yaml")
             self.info = replace(self.info, data=claimed.data if claimed else None)
         self._resume()
@@ -144,6 +142,8 @@ class Training:
             f"{recipe.model} at {recipe.img_size} px, {self.loader.length} images {targets}"
             f"{validation}, lr {recipe.optim.lr}·{recipe.batch_size}/512 = {recipe.peak_lr:.2e}"
         )
+        for line in describe_channels(recipe, self.preprocessing):
+            self.console.print(line)
         if self.loader.statistics.class_counts is not None:
             self.console.print(describe_balance(recipe, self.classes, self.loader.statistics))
         if self.world.size > 1 or run.accum_steps > 1:

@@ -71,6 +71,17 @@ class Data:
     """Data loader workers of each training process; 0 loads images in that process itself."""
     max_corrupt: int = 10
     """Damaged images that each training process reports and skips before the run stops."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """How an image is fitted into the size, in evaluation and in every exported file; None: the model's own way.
+    Center crops the middle, squash distorts the whole image, border pads it. With squash, training crops are distorted
+    alike; with squash or border and `--augment.scale 1 1`, training images are whole, fitted as in evaluation."""
+    crop_pct: float | None = None
+    """Fraction of the resized image that is kept; None: all with squash or border, otherwise the model's own."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, where white is 1. None: the model's own for images of 1 or 3 channels of 8 bits; for
+    others it is computed from training images."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, as the mean."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,9 @@ class Recipe:
     The last two need --data.labels."""
     img_size: ImgSize = field(default=ImgSize(224, 224))
     """Image size in pixels: one number for a square, or HEIGHTxWIDTH."""
+    in_chans: int = 3
+    """Image channels, 1 to 16: 3 for RGB, 1 for gray, others for multi-band TIFF and .npy files.
+    The first layer of pretrained weights is adapted to them as timm does."""
     first_img_size: ImgSize | None = None
     """Progressive resizing: image size in the first epochs.
     At equal intervals the side that grows most grows by 32 px, and the other in proportion."""

@@ -23,8 +23,6 @@ from shvit.environment import take_turns
 from shvit.errors import InputError
 from shvit.img_size import ImgSize
 
-from .data.datasets import open_splits
-from .data.streams import is_stream
 from .distributed import World, join
 from .loop import Training
 from .recipe import Compute, Recipe
@@ -32,7 +30,7 @@ from .run.logger import TrainLogger
 from .signals import SignalHandler
 from .step.batch import Batch
 from .step.loader import TrainLoader
-from .step.setup import check_recipe, open_training, set_up
+from .step.setup import check_recipe, open_images, open_training, set_up
 from .step.state import PRECISIONS, Run
 
 ROUNDS = 5
@@ -101,14 +99,16 @@ def benchmark(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
     accum_steps = check_recipe(recipe, world)
-    splits = None if is_stream(recipe.data) else open_splits(recipe.data)
-    classes, train_loader = open_training(recipe, world, accum_steps, splits)
+    splits, preprocessing = open_images(recipe, world)
+    classes, train_loader = open_training(recipe, world, accum_steps, splits, preprocessing)
     plain_recipe = replace(recipe, compute=Compute(
         device=recipe.compute.device, device_batch_size=recipe.compute.device_batch_size, channels_last=False,
     ))  # fmt: skip
-    training = Training(recipe, folder, world, classes, train_loader, accum_steps, SignalHandler(), splits)
-    run = training.run
-    plain = set_up(plain_recipe, world, classes, train_loader.steps_per_epoch, accum_steps, train_loader.statistics)
+    training = Training(
+        recipe, folder, world, classes, train_loader, accum_steps, SignalHandler(), splits, preprocessing
+    )
+    run, per_epoch = training.run, train_loader.steps_per_epoch
+    plain = set_up(plain_recipe, world, classes, per_epoch, accum_steps, train_loader.statistics, preprocessing)
     training.logger = TrainLogger(folder, recipe, run, train_loader.steps_per_epoch, terminal.console(quiet=True))
     batches = list(islice(train_loader.batches(0, 1), accum_steps))
     endless = repeat(batches[0])
@@ -121,7 +121,10 @@ def _measure(recipe: Recipe, world: World, steps: int, folder: Path) -> Speed:
 
     cases = {"step": _bare_step(run, batches), "plain": _bare_step(plain, batches), "loop": looped}
     seconds = _interleave(cases, per_round, world)
-    loader, one, both = _loaders(recipe, train_loader, run, steps, world, accum_steps)
+    single = open_training(
+        replace(recipe, data=replace(recipe.data, workers=1)), world, accum_steps, splits, preprocessing
+    )[1]
+    loader, one, both = _loaders(recipe, train_loader, single, run, steps, world, accum_steps)
     size, workers = recipe.batch_size, recipe.data.workers
     memory = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == "cuda" else _peak_memory_mb()
     ratio = {name: median(a / b for a, b in zip(seconds[name], seconds["step"], strict=True)) for name in seconds}
@@ -201,7 +204,13 @@ def _wait(world: World) -> None:
 
 
 def _loaders(
-    recipe: Recipe, train_loader: TrainLoader, run: Run, steps: int, world: World, accum_steps: int
+    recipe: Recipe,
+    train_loader: TrainLoader,
+    single: TrainLoader,
+    run: Run,
+    steps: int,
+    world: World,
+    accum_steps: int,
 ) -> tuple[float, float, float]:
     """Measure images per second of the loader, of the loader with one worker, and of steps on its batches."""
     images, workers = recipe.batch_size * steps, recipe.data.workers
@@ -223,7 +232,6 @@ def _loaders(
     def drop(batches: list[Batch]) -> None:
         pass
 
-    single = replace(recipe, data=replace(recipe.data, workers=1))
-    one = consume(open_training(single, world, accum_steps)[1], drop)
+    one = consume(single, drop)
     loader = consume(train_loader, drop) if workers != 1 else one
     return loader, one, consume(train_loader, step)

@@ -61,10 +61,18 @@ def _read(loader: yaml.SafeLoader, node: yaml.Node | None, kind: Any, name: str)
     if isinstance(node, yaml.MappingNode):
         return _read_fields(loader, node, kind if is_dataclass(kind) else None, name)
     if isinstance(node, yaml.SequenceNode):
-        kinds = get_args(kind) if get_origin(kind) is tuple else ()
-        kinds = (*kinds, *(None for _ in node.value[len(kinds) :]))
+        kinds = _kinds_of_items(kind, len(node.value))
         return [_read(loader, each, kind, name) for each, kind in zip(node.value, kinds, strict=False)]
     return _read_scalar(node.value, kind, name) if isinstance(node, yaml.ScalarNode) and not node.style else node.value
+
+
+def _kinds_of_items(kind: Any, count: int) -> tuple[Any, ...]:
+    """Return the types of a sequence's items: those of a tuple, which may be optional or of any length."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = next((get_args(option) for option in options if get_origin(option) is tuple), ())
+    if kinds[1:] == (...,):
+        return kinds[:1] * count
+    return (*kinds, *(None for _ in range(count - len(kinds))))
 
 
 def _check_beside(node: yaml.MappingNode, kind: type, below: str) -> None:

@@ -31,6 +31,9 @@ MAX_CLASSES = 1_000_000
 MAX_NAME = 500  # characters
 MAX_DATA_VALUES = 10_000  # of the data's identity, nested ones included
 CROP_MODES = ("center", "squash", "border")
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "pixel_type")
+"""The fields of a run's preprocessing, as it keeps them in recipe.yaml."""
+PIXEL_TYPES = ("uint8", "uint16", "float32")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 RUN_FILES = re.compile(r"last(-\d+)?\.pt|best(_ema)?\.safetensors")
 """The files of a run folder whose recipe.yaml speaks for them."""
@@ -58,6 +61,8 @@ class RunInfo:
     interpolation: str | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
+    pixel_type: Any = "uint8"
+    """Type of the values in the image files, by whose largest value integers are divided: uint8, uint16 or float32."""
     task: Task = "classification"
     thresholds: tuple[float, ...] = ()
     """Of multi-label classification: the probability of each label from which it is predicted, chosen on validation
@@ -95,6 +100,8 @@ class RunInfo:
             return f"crop_mode is {str(self.crop_mode)[:80]!r}; it must be one of {', '.join(CROP_MODES)}"
         if self.crop_pct is not None and not (_is_number(self.crop_pct) and 0.05 <= self.crop_pct <= 2):
             return f"crop_pct is {str(self.crop_pct)[:80]}; it must be 0.05 to 2"
+        if self.pixel_type not in PIXEL_TYPES:
+            return f"pixel_type is {str(self.pixel_type)[:80]!r}; it must be one of {', '.join(PIXEL_TYPES)}"
         if problem := self._task_problem():
             return problem
         if self.data is not None and (not isinstance(self.data, Mapping) or _values(self.data) > MAX_DATA_VALUES):
@@ -157,6 +164,8 @@ def read_recipe_file(path: Path) -> RunInfo | None:
         data = {**data, "group": options["group"]}  # by which the images were split
     known = {"model": recipe.get("model"), "img_size": recipe.get("img_size"), "data": data}
     known["task"] = recipe.get("task", "classification")
+    if isinstance(stored := content.get("preprocessing"), dict):
+        known |= {name: stored[name] for name in PREPROCESSING if name in stored}
     return _checked({**known, "classes": content.get("classes", [])}, path)
 
 

@@ -109,7 +109,7 @@ def export_all(folder: Path, source: Source, rounds: int, arm64: Cpu | None, con
 def _try(backend: Backend[Any], path: Path, source: Source, arm64: Cpu | None, console: Console) -> dict[str, Any]:
     """Return the certificate of a file, or of what became of it."""
     try:
-        export(backend, path, source, backend.all_options, arm64 if backend.arm64 else None, console.print)
+        export(backend, path, source, backend.options_for(source.spec), arm64 if backend.arm64 else None, console.print)
     except CheckFailed as error:
         return error.result
     except InputError as error:  # the model has what the format lacks
@@ -172,7 +172,7 @@ def runs_here(backend: Backend[Any]) -> bool:
 
 def with_precision(source: Source, backend: Backend[Any], precision: Precision) -> Source:
     """Return the same source for another format and precision."""
-    return replace(source, spec=backend.all_options.complete(replace(source.spec, precision=precision)))
+    return replace(source, spec=backend.options_for(source.spec).complete(replace(source.spec, precision=precision)))
 
 
 def _percent(value: float | None, digits: int = 2) -> str:

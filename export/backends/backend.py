@@ -12,6 +12,7 @@ from torch import nn
 
 from shvit.errors import InputError
 from shvit.img_size import ImgSize
+from shvit.train.data.pixels.formats import PixelFormat
 
 from ..formats.parameters import LayerParameters
 from ..formats.rounding import Outputs, Rounded
@@ -53,7 +54,7 @@ class Artifact:
         """Return the first output, mostly logits (B, classes).
 
         Args:
-            images: PIL images of any size, which are resized and cropped as the spec says; or uint8 (B, C, H, W) of
+            images: PIL images of any size, which are resized and cropped as the spec says; or pixels (B, C, H, W) of
                 the spec's size, as `spec.transform(normalize=False)` makes them.
 
         Raises:
@@ -68,7 +69,7 @@ class Artifact:
             return torch.as_tensor(images)
         transform = self.spec.transform(normalize=False)
         images = [images] if isinstance(images, Image.Image) else images
-        return torch.stack([transform(image.convert("RGB")) for image in images])
+        return torch.stack([transform(self.spec.pixels.convert(image, "image")) for image in images])
 
 
 class ImageInput(NamedTuple):
@@ -198,6 +199,22 @@ class FormatOptions:
         """Return the spec with what these options change; raise InputError where they contradict it or each other."""
         return spec
 
+    def for_pixels(self, pixels: PixelFormat) -> "FormatOptions":
+        """Return these options; without an input of images where a model's pixels are not an image's."""
+        return self
+
+
+def with_pixel_input(spec: Spec, wanted: bool, otherwise: str = "leave out --raw-pixels") -> Spec:
+    """Return the spec of a file that takes pixels and normalizes them itself, where that is wanted.
+
+    Args:
+        otherwise: what a message tells to do where the model's pixels are not an image's.
+    """
+    if wanted and not spec.pixels.uses_pillow:
+        raise InputError(f"{spec.model} takes {spec.pixels}, and an input of pixels has 1 or 3 channels of 8 bits; "
+                         f"{otherwise}")  # fmt: skip
+    return replace(spec, uint8_input=wanted)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions(FormatOptions):
@@ -209,7 +226,7 @@ class GraphOptions(FormatOptions):
     """Leave the batch size open; 1 by default."""
 
     def complete(self, spec: Spec) -> Spec:
-        return replace(spec, uint8_input=self.raw_pixels)
+        return with_pixel_input(spec, self.raw_pixels)
 
 
 class Source(Protocol):
@@ -232,7 +249,7 @@ class Source(Protocol):
         """Return the ranges of Core ML's w8a8, which the first file that is written fills."""
 
     def calibration_pixels(self) -> torch.Tensor:
-        """Return uint8 (n, C, H, W)."""
+        """Return pixels (n, C, H, W)."""
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for this key, whatever the precision of the file."""
@@ -299,6 +316,10 @@ class Backend(Generic[O]):
     def ending(self) -> str:
         """What the names of all its files end in."""
         return self.inner_suffix + self.suffix
+
+    def options_for(self, spec: Spec) -> O:
+        """Return the options that `shvit export all` writes a model with."""
+        return self.all_options.for_pixels(spec.pixels)  # type: ignore[return-value]
 
     def float_layers(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of a deployed model that stay in float32 in any int8 file."""

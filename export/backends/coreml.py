@@ -18,6 +18,7 @@ from shvit.errors import InputError
 from shvit.fold import DeployedSHSA
 from shvit.img_size import ImgSize
 from shvit.terminal import quiet
+from shvit.train.data.pixels.formats import PixelFormat
 
 from ..formats.parameters import LayerParameters, Stored, quantized, range_faults, stored
 from ..formats.rounding import Outputs
@@ -26,7 +27,7 @@ from ..metadata import INPUT, describe, labels_from, ranges_from, spec_from
 from ..quantization.ranges import Range
 from ..spec import Spec
 from ..wrappers import MIL_LAYERS, Normalized, Tupled, layer_name, with_attention
-from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer
+from .backend import Artifact, Backend, FormatOptions, ImageInput, Job, Source, Timing, Writer, with_pixel_input
 from .compute_plan import COMPUTE_UNITS
 
 if TYPE_CHECKING:
@@ -60,7 +61,11 @@ class CoremlOptions(FormatOptions):
         others = tuple(ImgSize.of(size, "--other-sizes") for size in self.other_sizes)
         if spec.img_size in others or len(set(others)) < len(others):
             raise InputError(f"--other-sizes: give each size once, and not {spec.img_size}, which is the first")
-        return replace(spec, uint8_input=not self.tensor_input, other_sizes=others)
+        spec = with_pixel_input(spec, not self.tensor_input, "give --tensor-input")
+        return replace(spec, other_sizes=others)
+
+    def for_pixels(self, pixels: PixelFormat) -> "CoremlOptions":
+        return replace(self, tensor_input=self.tensor_input or not pixels.uses_pillow)
 
 
 def create_writer(source: Source, options: CoremlOptions) -> Writer:
@@ -160,7 +165,7 @@ def _check(spec: Spec, labels: Sequence[str], classifier: bool, calibration: Seq
     if not calibration:
         raise InputError("w8a8 takes its activations' ranges from images, and none were given; give 128 or more")
     wrong = [tuple(pixels.shape) for pixels in calibration if tuple(pixels.shape) != spec.shape]
-    if wrong or any(pixels.dtype != torch.uint8 for pixels in calibration):
+    if wrong or any(pixels.dtype != spec.pixels.dtype for pixels in calibration):
         actual = f"{wrong[0]}" if wrong else "another type"
         raise InputError(f"images to calibrate with must be uint8 {spec.shape}, not {actual}; "
                          "take them from spec.transform(normalize=False)")  # fmt: skip

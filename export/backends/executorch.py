@@ -51,6 +51,7 @@ from .backend import (
     Writer,
     apply_rounding,
     image_input,
+    with_pixel_input,
 )
 
 if TYPE_CHECKING:
@@ -318,7 +319,7 @@ class ExecutorchOptions(FormatOptions):
             refuse("int8 is rounded in the form that XNNPACK takes", also=self.also)
         if "coreml" in self.also:
             refuse("Core ML's delegate takes no uint8", raw_pixels=self.raw_pixels)
-        return replace(spec, uint8_input=self.raw_pixels)
+        return with_pixel_input(spec, self.raw_pixels)
 
 
 def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:

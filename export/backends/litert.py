@@ -1,7 +1,7 @@
 """LiteRT (formerly TensorFlow Lite): how a .tflite file is written, loaded and run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ from .backend import (
     Writer,
     apply_rounding,
     image_input,
+    with_pixel_input,
 )
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class LitertOptions(FormatOptions):
     """Take RGB pixels, uint8 (1, H, W, C), and normalize them inside; a normalized float32 (1, C, H, W) by default."""
 
     def complete(self, spec: Spec) -> Spec:
-        return replace(spec, uint8_input=self.raw_pixels)
+        return with_pixel_input(spec, self.raw_pixels)
 
 
 def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:

@@ -64,6 +64,7 @@ from .backend import (
     Writer,
     apply_rounding,
     image_input,
+    with_pixel_input,
 )
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ class NcnnOptions(FormatOptions):
     """Take RGB from 0 to 255, as `ncnn::Mat::from_pixels` gives it, and normalize inside; normalized by default."""
 
     def complete(self, spec: Spec) -> Spec:
-        return replace(spec, uint8_input=self.raw_pixels)
+        return with_pixel_input(spec, self.raw_pixels)
 
 
 def job(path: Path, batch_size: int, precision: str, compute_units: str) -> Job:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm.models.shvit
 import torch
 from timm.utils import reparameterize_model
@@ -23,7 +24,7 @@ from shvit.weights.resolve import Weights, find_weights, resolve_weights
 from ..backends.backend import Job
 from ..backends.registry import BACKENDS, refuse_changed, resolve_backend
 from ..guards import one_line
-from ..images import sample_images
+from ..images import ImageFile, sample_images
 from ..metadata import INPUT
 from ..pipeline import MIN_CALIBRATION
 from ..source import Source
@@ -80,8 +81,9 @@ class BenchModel:
         """Return the file of a format (a key of `BACKENDS`) that `shvit export all` would write."""
         if (name, precision) not in self._files:
             backend, path = BACKENDS[name], self._path(f"-{precision}{BACKENDS[name].ending}")
-            spec = backend.all_options.complete(replace(self._source.spec, precision=precision))
-            write = backend.create_writer(replace(self._source, spec=spec), backend.all_options)
+            options = backend.options_for(self.spec)
+            spec = options.complete(replace(self._source.spec, precision=precision))
+            write = backend.create_writer(replace(self._source, spec=spec), options)
             floats = backend.float_layers(self._source.deployed()) if precision == "int8" else ()
             write(path, replace(spec, excluded_layers=floats))
             self._files[name, precision] = path
@@ -89,9 +91,19 @@ class BenchModel:
 
     @cached_property
     def _source(self) -> Source:
-        calibration = sample_images(None, limit=MIN_CALIBRATION)  # speed does not depend on the ranges
+        calibration = self._calibration()  # speed does not depend on the ranges
         model, spec = with_predictions(*self.opened)
         return Source(Reference(model, spec, [], ""), spec, calibration)
+
+    def _calibration(self) -> list[ImageFile]:
+        """Return scikit-image's images; or noise, of a model that takes no images of 1 or 3 channels of 8 bits."""
+        spec, rng = self.spec, np.random.default_rng(0)
+        if spec.pixels.uses_pillow:
+            return sample_images(None, limit=MIN_CALIBRATION)
+        files = [ImageFile(self._path(f"-noise-{index}.npy"), -1) for index in range(MIN_CALIBRATION)]
+        for file in files:
+            np.save(file.path, (255 * rng.random(spec.shape)).astype(spec.pixel_type))
+        return files
 
     def reference(self, batch_size: int) -> Path:
         """Write the reference export: timm's own model, its norms fused by timm, by the older exporter at opset 11."""

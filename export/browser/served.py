@@ -115,6 +115,7 @@ def load_served(path: Path) -> ServedModel:
     """
     artifact = load_artifact(path, threads=1)
     _require_classes(path.name, artifact.spec)
+    _check_pixels(str(path), artifact.spec)
     if artifact.spec.output_kind == "features":
         raise InputError(f"{path}: gives feature maps; export it with logits to compare outputs")
     if artifact.spec.precision not in PRECISIONS or len(path.name) > NAME_CHARS or not path.name.isprintable():
@@ -146,6 +147,7 @@ def _require_classes(name: str, spec: Spec) -> None:
 def _export(bench_model: BenchModel, precision: Precision, images: Path | None) -> ServedModel:
     (model, spec), weights = bench_model.opened, bench_model.weights
     _require_classes(bench_model.name, spec)
+    _check_pixels(bench_model.name, spec)
     checkpoint = weights.checkpoint
     path = bench_model.folder / f"{bench_model.name.replace('/', '_')}-{precision}.onnx"
     labels = find_labels(None, spec.num_classes, weights.classes)
@@ -173,6 +175,13 @@ def _export(bench_model: BenchModel, precision: Precision, images: Path | None) 
         gmacs=bench_model.macs / 1e9,
         top1=published_top1(bench_model.name, spec.img_size),
     )
+
+
+def _check_pixels(name: str, spec: Spec) -> None:
+    """Raise InputError for a model whose images a browser does not decode."""
+    if not spec.pixels.uses_pillow:
+        raise InputError(f"{name} takes {spec.pixels}, and a browser's images have 1 or 3 channels of 8 bits; "
+                         "measure it with `shvit bench`")  # fmt: skip
 
 
 def select_images(folder: Path | None) -> list[ImageFile]:

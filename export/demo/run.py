@@ -131,7 +131,8 @@ def _predictions(artifact: Path, data: Path | None) -> list[report.Prediction]:
     for index in sorted(shown):
         probability, predicted = outputs[index].max(dim=0)
         classes = dataset.classes[targets[index]], dataset.classes[int(predicted)]
-        predictions.append(report.Prediction(dataset[index][0], *classes, float(probability)))
+        image: Any = dataset[index][0]
+        predictions.append(report.Prediction(image, *classes, float(probability)))
     return predictions
 
 

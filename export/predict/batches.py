@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from shvit.errors import InputError
-from shvit.train.data.eval_loader import BLANK
-from shvit.train.data.images import MAX_BYTES, open_image, to_rgb
+from shvit.train.data.images import MAX_BYTES
 from shvit.train.data.locations import check_path
+from shvit.train.data.pixels.formats import Decoded, PixelFormat
 
 from ..spec import Spec
 from .journal import Record
@@ -32,34 +32,34 @@ def prepare_images(images: Sequence[Any], spec: Spec) -> Batch:
     items, pixels = [], []
     for image in images:
         try:
-            read, problem = _read(image), ""
+            read, problem = _read(image, spec.pixels), ""
         except InputError as error:
-            read, problem = BLANK, str(error)
+            read, problem = spec.pixels.blank, str(error)
         items.append(Item(BEGINNING, NAME, problem))
         pixels.append(transform(read))
     return Batch(items, torch.stack(pixels))
 
 
-def _read(image: Any) -> Image.Image:
-    """Return an image, in any of the forms in which batches hold one, in RGB.
+def _read(image: Any, pixels: PixelFormat) -> Decoded:
+    """Decode an image, in any of the forms in which batches hold one.
 
     Raises:
-        InputError: as `open_image`, or there is no image.
+        InputError: as `PixelFormat.open`, or there is no image.
     """
     if isinstance(image, Mapping):
         content = image.get("bytes")
-        return _read(image.get("path") if content is None else content)
+        return _read(image.get("path") if content is None else content, pixels)
     if isinstance(image, Image.Image):
-        return to_rgb(image, NAME)
+        return pixels.convert(image, NAME)
     if isinstance(image, bytes | bytearray | memoryview):
         if len(image) > MAX_BYTES:
             raise InputError(f"{NAME}: {len(image) / 1e9:.1f} GB is too large for an image; remove or replace it")
-        return open_image(BytesIO(image), NAME)
+        return pixels.open(BytesIO(image), NAME)
     if isinstance(image, str | Path):
         check_path(Path(image), "the path")
-        return open_image(Path(image), NAME)
+        return pixels.open(Path(image), NAME)
     if isinstance(image, np.ndarray):
-        return to_rgb(_from_array(image), NAME)
+        return pixels.convert(_from_array(image) if pixels.uses_pillow else image, NAME)
     if image is None or isinstance(image, float):  # pandas has NaN in place of None
         raise InputError(f"{NAME}: there is none")
     raise InputError(f"{NAME}: is of type {type(image).__name__}; give a PIL image, an array, or the bytes of a file")

@@ -270,10 +270,9 @@ def predict_part(predictor: Predictor, part: JobPart, top: int, batch_size: int,
         os.chdir(folder)
     keep_freed_memory()
     model = opened_model(predictor)
-    transform = model.spec.transform(normalize=False)
     items: list[Item] = []
     records, arrays = [], []
-    for batch in load_batches(Inputs((part.images,)), Place(0, part.skipped), transform, batch_size):
+    for batch in load_batches(Inputs((part.images,)), Place(0, part.skipped), model.spec, batch_size):
         found, features = predict_batch(model, batch, top)
         places = (Place(part.start.part, part.start.offset + len(items) + index) for index in range(len(batch.items)))
         items += [replace(item, place=place) for item, place in zip(batch.items, places, strict=True)]

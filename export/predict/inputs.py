@@ -95,7 +95,9 @@ def _identities(part: Joined) -> Iterator[str]:
                 yield str(reader.places[index])
 
 
-def find_inputs(inputs: Sequence[str], every: int, log: Log, stdin: BinaryIO | None = None) -> Inputs:
+def find_inputs(
+    inputs: Sequence[str], every: int, log: Log, stdin: BinaryIO | None = None, in_chans: int = 3
+) -> Inputs:
     """Return the images that inputs name.
 
     Args:
@@ -104,6 +106,7 @@ def find_inputs(inputs: Sequence[str], every: int, log: Log, stdin: BinaryIO | N
         every: take every n-th frame of a video.
         log: called with a line about what is left out.
         stdin: where a list is read from; the process's own by default.
+        in_chans: number of channels of the model's images, by which a folder's files are chosen.
 
     Raises:
         InputError: an input is nothing, or holds no images.
@@ -120,7 +123,7 @@ def find_inputs(inputs: Sequence[str], every: int, log: Log, stdin: BinaryIO | N
         if path.suffix.lower() in SUFFIXES and not os.path.isdir(path):  # noqa: PTH112  (raises nothing, of a million)
             loose.append(path)
             continue
-        for reader in _open(path, every, log):
+        for reader in _open(path, every, log, in_chans):
             if isinstance(reader, Path):
                 loose.append(reader)
             else:
@@ -195,13 +198,13 @@ def _matching(text: str) -> list[Path]:
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, every: int, log: Log) -> Iterator[Path | AnyFiles | Video]:
+def _open(path: Path, every: int, log: Log, in_chans: int) -> Iterator[Path | AnyFiles | Video]:
     """Yield what reads a path's images: itself for an image, readers for a folder, a tar or a video."""
     suffix = path.suffix.lower()
     if is_folder(path):
-        yield from _open_folder(path, log)
+        yield from _open_folder(path, log, in_chans)
     elif suffix == ".tar" and is_file(path):
-        yield _open_tar(path, log)
+        yield _open_tar(path, log, in_chans)
     elif suffix in VIDEO_SUFFIXES and is_file(path):
         yield open_video(path, every)
     elif suffix in ARCHIVES:
@@ -210,9 +213,9 @@ def _open(path: Path, every: int, log: Log) -> Iterator[Path | AnyFiles | Video]
         yield path
 
 
-def _open_folder(folder: Path, log: Log) -> Iterator[AnyFiles]:
+def _open_folder(folder: Path, log: Log, in_chans: int) -> Iterator[AnyFiles]:
     """Yield the images of a folder and below it; where it has none, those of the tars in it, which are shards."""
-    listing = list_images(folder)
+    listing = list_images(folder, in_chans)
     if listing.names:
         if listing.skipped:
             log(f"{folder}: {describe_skipped(listing.skipped)}")
@@ -222,11 +225,11 @@ def _open_folder(folder: Path, log: Log) -> Iterator[AnyFiles]:
     if not shards:
         held = f" ({describe_skipped(listing.skipped)})" if listing.skipped else ""
         raise InputError(f"{folder}: no images in it{held}; give a folder of images or of shards")
-    yield from map(partial(_open_tar, log=log), shards)
+    yield from map(partial(_open_tar, log=log, in_chans=in_chans), shards)
 
 
-def _open_tar(path: Path, log: Log) -> TarFiles:
-    listing = list_images(path)
+def _open_tar(path: Path, log: Log, in_chans: int) -> TarFiles:
+    listing = list_images(path, in_chans)
     if not listing.names:
         raise InputError(f"{path}: no images in it; give a tar of images")
     others = {suffix: count for suffix, count in listing.skipped.items() if suffix not in (".cls", ".json", ".txt")}

@@ -54,8 +54,7 @@ class Job:
 
     def batches(self, start: Place = BEGINNING) -> Iterator[Batch]:
         """Yield batches of the images from a place on."""
-        transform = self.model.spec.transform(normalize=False)
-        return load_batches(self.inputs, start, transform, self.batch_size, self.workers)
+        return load_batches(self.inputs, start, self.model.spec, self.batch_size, self.workers)
 
     def predict(self, start: Place = BEGINNING) -> Iterator[Predicted]:
         """Yield the predictions for the images from a place on, batch by batch."""

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from shvit.errors import InputError
 from shvit.train.data.datasets import Images
-from shvit.train.data.eval_loader import BLANK, Prepare, Prepared, ignore_interrupt
+from shvit.train.data.eval_loader import Prepare, Prepared, ignore_interrupt
+from shvit.train.data.pixels.formats import RGB
 
+from ..spec import Spec
 from .inputs import Inputs, Joined, Part
 from .videos import Video
 
@@ -47,7 +50,7 @@ class Batch:
 
     items: list[Item]
     pixels: torch.Tensor
-    """uint8 (B, C, H, W); black for an image that could not be read."""
+    """(B, C, H, W), as `Spec.transform(normalize=False)` gives them; black for an image that could not be read."""
 
 
 class Frames(IterableDataset):
@@ -58,29 +61,28 @@ class Frames(IterableDataset):
 
     def __iter__(self) -> Iterator[FrameItem]:
         for frame in self.video.frames(self.start):
-            yield self.transform(frame.image or BLANK), frame.number, frame.problem, frame.seconds
+            yield self.transform(frame.image or RGB.blank), frame.number, frame.problem, frame.seconds
 
 
-def load_batches(
-    inputs: Inputs, start: Place, transform: Prepare, batch_size: int, workers: int = 0
-) -> Iterator[Batch]:
+def load_batches(inputs: Inputs, start: Place, spec: Spec, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """Yield batches of a job's images from a place on; one that cannot be read is named with its problem.
 
     A batch ends with its part, so that the batches from the beginning of a batch on are always the same.
 
     Args:
-        transform: from a PIL image in RGB to uint8 (C, H, W).
+        spec: the model's, which says how images are decoded, resized and cropped.
         workers: number of processes that read images; a video is read by one of them.
     """
     for number in range(start.part, len(inputs.parts)):
         offset = start.offset if number == start.part else 0
-        yield from _load_part(inputs.parts[number], Place(number, offset), transform, batch_size, workers)
+        yield from _load_part(inputs.parts[number], Place(number, offset), spec, batch_size, workers)
 
 
-def _load_part(part: Part, start: Place, transform: Prepare, batch_size: int, workers: int) -> Iterator[Batch]:
+def _load_part(part: Part, start: Place, spec: Spec, batch_size: int, workers: int) -> Iterator[Batch]:
+    transform = spec.transform(normalize=False)
     options: dict[str, Any] = {"batch_size": batch_size, "worker_init_fn": ignore_interrupt}
     if isinstance(part, Joined):
-        images = Images(part, (), range(start.offset, len(part)))
+        images = Images(part, (), range(start.offset, len(part))).read_as(spec.pixels)
         if not len(images):
             return
         for pixels, _, problems, _ in DataLoader(Prepared(images, transform), num_workers=workers, **options):
@@ -91,6 +93,9 @@ def _load_part(part: Part, start: Place, transform: Prepare, batch_size: int, wo
             start = _after(start, len(items))
             yield Batch(items, pixels)
         return
+    if not spec.pixels.uses_pillow:
+        raise InputError(f"{part.path}: is a video, whose frames are in RGB, and the model takes {spec.pixels}; give "
+                         "image files")  # fmt: skip
     frames = Frames(part, start.offset, transform)
     for pixels, numbers, problems, seconds in DataLoader(frames, num_workers=min(workers, 1), **options):
         known = zip(_places(start, len(problems)), problems, numbers.tolist(), seconds.tolist(), strict=True)

@@ -65,7 +65,8 @@ class Predict:
     features: Features | None = None
     """Write embeddings in place of classes: pooled, what the classifier is given, or maps, one for each stage."""
     draw: Path | None = None
-    """A PNG to draw the first 100 images to, as the model sees them, with their classes."""
+    """A PNG to draw the first 100 images to, as the model sees them, with their classes.
+    Of other channels than 1 or 3 it shows the first three, or the first of two."""
     every: int = 1
     """Take every n-th frame of a video."""
     batch_size: int = 32
@@ -83,13 +84,13 @@ class Predict:
         self._check_options()
         predictor = self._predictor()
         keep_freed_memory()
-        inputs = find_inputs(self.inputs, self.every, console.print)
+        model = predictor.open(console.print)
+        inputs = find_inputs(self.inputs, self.every, console.print, in_chans=model.spec.in_chans)
         if not inputs.has_frames:
             refuse("no input is a video", every=self.every if self.every != 1 else None)
         if self.output is None and (len(inputs) > MAX_SHOWN or inputs.has_frames):
             what = "frames of a video" if inputs.has_frames else f"{len(inputs):,} images"
             raise InputError(f"{what} are too many for a table; give --output F.jsonl, F.csv or F.parquet")
-        model = predictor.open(console.print)
         workers = _default_workers(len(inputs), inputs.has_frames) if self.workers is None else self.workers
         batch_size = rows_that_fit(self.batch_size, model.spec)
         job = Job(model, inputs, predictor.count_classes(model), batch_size, 0 if self.ray else workers)

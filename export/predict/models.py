@@ -39,7 +39,7 @@ class LoadedModel:
     classes: tuple[str, ...]
     """Names of the classes, by index; their indices where no names are known. Empty for features."""
     run: Run
-    """From uint8 (B, C, H, W) to the outputs, float32: probabilities (B, classes), values (B, 1), or an array for each
+    """From pixels (B, C, H, W) to the float32 outputs: probabilities (B, classes), values (B, 1), or an array for each
     of `shapes`."""
     shapes: dict[str, tuple[int, ...]]
     """Name and shape, for one image, of each array of features; empty for all else."""
@@ -116,7 +116,7 @@ def _loaded(
     """Return a loaded model; the shapes of its features are those of a black image."""
     if not features:
         return LoadedModel(name, spec, digest, classes, run, {})
-    outputs = run(torch.zeros(1, *spec.shape, dtype=torch.uint8))
+    outputs = run(torch.zeros(1, *spec.shape, dtype=spec.pixels.dtype))
     return LoadedModel(name, spec, digest, (), run, {
         key: tuple(output.shape[1:]) for key, output in zip(features, outputs, strict=True)
     })  # fmt: skip

@@ -154,7 +154,7 @@ class Predictor:
             batch: a dict (or another mapping) of columns, which are arrays or lists, a pandas DataFrame, or an Arrow
                 table. Images are in the column `image`, `bytes` or `content`: PIL images, uint8 (H, W, C) or (H, W),
                 the bytes of files, or dicts of `bytes` or `path`; without such a column, in the files that `path`
-                names.
+                names. For a model of other channels or types, arrays are as in its .npy files.
 
         Returns:
             The same kind of batch, with its other columns, and without that of the images. `error` is None, or why an

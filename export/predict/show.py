@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -78,11 +79,20 @@ def draw_sheet(job: Job, records: Sequence[Record], path: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, record, pixels in zip(axes.flat, records, _images(job.batches()), strict=False):
-        axis.imshow(pixels.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axis.imshow(_shown_bands(pixels))
         axis.set_title(_caption(record, job.columns.kind, job.model.classes), fontsize=7)
     with terminal.quiet(), atomic_write(path) as partial:  # the font lacks letters of many names
         figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
+
+
+def _shown_bands(pixels: torch.Tensor) -> np.ndarray:
+    """Return an image's first three channels, or its first, as (H, W, 3); stretched, if they are not of 8 bits."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    if shown.dtype != torch.uint8:
+        low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
+        shown = (shown - low) / (high - low).clamp_min(1e-12)
+    return shown.permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 
 def _images(batches: Iterator[Batch]) -> Iterator[torch.Tensor]:

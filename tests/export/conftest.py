@@ -7,14 +7,15 @@ from coremltools.converters.mil.mil import Program
 from PIL import Image
 
 from shvit.export import images
+from shvit.train.data.pixels import formats
 
 BUNDLED = frozenset(images.image_files(None))
-open_image, validate = functools.cache(images.open_image), Program.validate
+open_image, validate = functools.cache(formats.open_image), Program.validate
 
 
-def open_once(file: Path) -> Image.Image:
+def open_once(file: Path, name: str | None = None) -> Image.Image:
     """Open an image; scikit-image's, which most exports are verified with twice, are decoded once."""
-    return open_image(file) if file in BUNDLED else open_image.__wrapped__(file)
+    return open_image(file, name) if file in BUNDLED else open_image.__wrapped__(file, name)
 
 
 def validate_with_scopes(program: Program, check_essential_scope: bool | None = False) -> None:
@@ -26,4 +27,4 @@ def validate_with_scopes(program: Program, check_essential_scope: bool | None = 
         validate(program, check_essential_scope)
 
 
-images.open_image, Program.validate = open_once, validate_with_scopes
+formats.open_image, Program.validate = open_once, validate_with_scopes

@@ -13,6 +13,7 @@ import yaml
 from shvit.errors import CheckFailed, InputError
 from shvit.img_size import ImgSize
 from shvit.train.data.eval_loader import check_loader
+from shvit.train.data.pixels.preprocessing import resolve_preprocessing
 from shvit.train.evaluate import Counts, evaluate, plot_confusion
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Data, Optim, Recipe, read_recipe
@@ -102,7 +103,7 @@ def test_value_out_of_range_is_refused_by_its_name(part, field, values, recipe):
 )  # fmt: skip
 def test_policy_that_cannot_be_carried_out_is_refused(fields):
     with pytest.raises(InputError, match="auto-augment"):
-        create_train_transform(Augment(**fields), ImgSize(32, 32))
+        create_train_transform(Augment(**fields), resolve_preprocessing(Recipe(img_size=ImgSize(32, 32))))
 
 
 @pytest.mark.parametrize("options", [(32, 100_000, 10), (0, 0, 10), (32, -1, 10), (10**9, 0, 10), (32, 0, -1)])

@@ -4,10 +4,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,15 +22,18 @@ from shvit.weights.run_info import same_name
 from ..recipe import Data
 from .groups import count_copies, count_duplicates, group_keys, in_validation
 from .image_folders import Files, Listing, Sample, TarFiles, class_reader, describe_skipped
-from .images import open_image, to_rgb
+from .images import open_image
 from .locations import check_path
+from .pixels.formats import RGB, Decoded, PixelFormat
 from .splits import as_listing, check_nesting, class_names, find_parts, may_be_split
 from .splits import check_outside as check_outside
 from .streams import IGNORED, HubImages, Split, Stream, check_named, create_named, numbered
 
+Self = TypeVar("Self", bound="Images")
+
 
 class Images(Dataset):
-    """Images with their classes: item i is (RGB image, class index).
+    """Images with their classes: item i is (image, class index), an RGB image unless `pixels` says otherwise.
 
     A file is read when its item is requested; a damaged one raises InputError with its name.
 
@@ -47,20 +51,31 @@ class Images(Dataset):
         self.classes = list(classes)
         self.part = part
         self.indices = range(len(source)) if indices is None else indices
+        self.pixels = RGB
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Decoded, int]:
+        file, target = self.fetch(index)
+        read = self.pixels.convert if isinstance(file, Image.Image) else self.pixels.open
+        return read(file, self.name(index)), target
+
+    def fetch(self, index: int) -> tuple[Any, int]:
+        """Return an item's file, which is not read yet, or its image where another library opens it; and its class."""
         place = self.indices[index]  # whose IndexError ends an iteration
         try:
-            file, target = self.source[place]
+            return self.source[place]
         except InputError:
             raise
         except Exception as error:  # each of timm's readers and torchvision's datasets has its own
             raise InputError(f"{self.name(index)}: cannot be read ({first_line(error)})") from error
-        read = to_rgb if isinstance(file, Image.Image) else open_image
-        return read(file, self.name(index)), target
+
+    def read_as(self: Self, pixels: PixelFormat) -> Self:
+        """Return the same images, decoded in a format."""
+        images = copy(self)
+        images.pixels = pixels
+        return images
 
     @property
     def blank_target(self) -> "int | np.ndarray":
@@ -117,7 +132,7 @@ class Images(Dataset):
 
     def subset(self, indices: Sequence[int], part: str) -> "Images":
         """Return other items of the same source."""
-        return Images(self.source, self.classes, indices, part)
+        return Images(self.source, self.classes, indices, part).read_as(self.pixels)
 
 
 # --- folders and tars -------------------------------------------------------------------------------------------------
@@ -135,16 +150,23 @@ class Splits:
         """Return what identifies these images: their number and a hash of their names."""
         return {"train": identity(self.train), "val": identity(self.val)}
 
+    def read_as(self, pixels: PixelFormat) -> "Splits":
+        """Return the same images, decoded in a format."""
+        return replace(self, train=self.train.read_as(pixels), val=self.val.read_as(pixels))
 
-def open_splits(data: Data) -> Splits:
+
+def open_splits(data: Data, in_chans: int = 3) -> Splits:
     """Open the training and validation images of a recipe; not for streams.
+
+    Args:
+        in_chans: number of channels that images have, by which files are chosen.
 
     Raises:
         InputError: as `open_dataset` and `open_named`.
     """
     if data.name:
         return Splits(open_named(data, "train"), open_named(data, "val"))
-    return _splits_of(data.root, data.group)
+    return _splits_of(data.root, data.group, in_chans)
 
 
 def open_dataset(root: Path | None, split: Split, group: str | None = None) -> Images:
@@ -164,13 +186,13 @@ def open_dataset(root: Path | None, split: Split, group: str | None = None) -> I
     return splits.train if split == "train" else splits.val
 
 
-def _splits_of(root: Path | None, group: str | None) -> Splits:
+def _splits_of(root: Path | None, group: str | None, in_chans: int = 3) -> Splits:
     if root is None:
         return Splits(elpv("train"), elpv("val"))
     check_path(root, "--data.root")
-    parts = find_parts(root)
+    parts = find_parts(root, in_chans)
     if parts.whole is not None:
-        return _split(as_listing(parts.whole), parts.notes, group)
+        return _split(as_listing(parts.whole, in_chans), parts.notes, group)
     if parts.train is None or parts.val is None:
         part, missing = (parts.train, "neither val/ nor validation/") if parts.train else (parts.val, "no train/")
         assert part is not None
@@ -183,7 +205,7 @@ def _splits_of(root: Path | None, group: str | None) -> Splits:
         if other := next(filter(may_be_split, parts.others), None):
             hint = f"; if {other} is the other split, rename it to {'val' if parts.train else 'train'}{hint}"
         raise InputError(f"{root} holds {name} but {missing}; give both, or only class folders{hint}")
-    training, validation = as_listing(parts.train), as_listing(parts.val)
+    training, validation = as_listing(parts.train, in_chans), as_listing(parts.val, in_chans)
     classes = class_names(training)
     trained = set(map(same_name, classes))
     if unknown := [name for name in validation.classes if same_name(name) not in trained]:

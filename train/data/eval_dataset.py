@@ -14,6 +14,7 @@ from .datasets import Images, elpv, identity, open_named
 from .groups import group_keys, in_validation
 from .image_folders import class_reader
 from .locations import NAMED
+from .pixels.formats import RGB, PixelFormat
 from .shards import has_info
 from .splits import as_listing, find_parts
 from .splits import check_outside as check_outside
@@ -61,7 +62,7 @@ def read_trained_on(checkpoint: Path) -> TrainedOn | None:
 
 
 def open_eval_dataset(
-    data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None
+    data: str | Path, split: str = "validation", trained_on: TrainedOn | None = None, pixels: PixelFormat = RGB
 ) -> "Images | Stream":
     """Open the images to evaluate on; their `part` names the part of `data` that they are.
 
@@ -72,10 +73,17 @@ def open_eval_dataset(
         split: split name, for sharded or named datasets.
         trained_on: the images of the run whose weights are evaluated. If `data` is its own folder without splits, the
             part that it kept for validation is used; None for all images.
+        pixels: the format that images are decoded in.
     """
-    root, data = Path(data), str(data)
+    opened = _open(Path(data), str(data), split, trained_on, pixels)
+    return opened.read_as(pixels) if isinstance(opened, Images) else opened
+
+
+def _open(root: Path, data: str, split: str, trained_on: TrainedOn | None, pixels: PixelFormat) -> "Images | Stream":
     if data == "elpv":
         return elpv("val")
+    if not pixels.uses_pillow and takes_split(data):
+        raise InputError(f"{data}: its images are in RGB, and the model takes {pixels}; give a folder of such files")
     if data.startswith(NAMED):
         prefix, _, rest = data.partition("/")
         if prefix == "wds":
@@ -84,10 +92,10 @@ def open_eval_dataset(
         return open_stream(named, "val") if is_stream(named) else open_named(named, "val")
     if takes_split(data):
         return open_stream(Data(name="wds/", root=root, val_split=split), "val")
-    parts = find_parts(root)
+    parts = find_parts(root, pixels.in_chans)
     if parts.train is not None and parts.val is None:
         raise InputError(f"{root} holds training images but no val/; give the folder of class folders itself")
-    listing = as_listing(parts.val or parts.whole or root)
+    listing = as_listing(parts.val or parts.whole or root, pixels.in_chans)
     if not listing.classes:
         raise InputError(f"{root}: no class folders in it; put each class's images into a folder of their own")
     everything = Images(class_reader(listing, listing.classes), listing.classes)

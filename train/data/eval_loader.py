@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shvit import terminal
 from shvit.errors import InputError
 
 from .datasets import Images
+from .pixels.formats import RGB, Decoded
 from .splits import check_outside as check_outside
 from .streams import Stream
 
-Prepare = Callable[[Image.Image], torch.Tensor]
+Prepare = Callable[[Decoded], torch.Tensor]
 PreparedItem = tuple[torch.Tensor, Any, str, int]
 """(transformed image, class index or vector of targets, why it could not be read, number of images missing with it)."""
-BLANK = Image.new("RGB", (8, 8))
 MAX_CORRUPT = 10  # damaged images that an evaluation skips
 
 
@@ -37,7 +36,7 @@ class Prepared(Dataset):
         try:
             image, target = self.dataset[index]
         except InputError as error:
-            return self.transform(BLANK), self.dataset.ignored_target, str(error), 0
+            return self.transform(self.dataset.pixels.blank), self.dataset.ignored_target, str(error), 0
         return self.transform(image), target, "", 0
 
 
@@ -50,7 +49,7 @@ class PreparedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[PreparedItem]:
         for image, target, problem, missing in self.stream.reads():
-            yield self.transform(image or BLANK), target, problem, missing
+            yield self.transform(image or RGB.blank), target, problem, missing
 
 
 class EvalBatches:

@@ -26,6 +26,10 @@ SUFFIXES = {*COMMON, ".ppm", ".pgm", ".pbm", ".tif", ".tiff"}
 RARE_SUFFIXES = {".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".jp2"}
 """Suffixes that are listed if the file's header is readable: HEIC needs a package, and names other things too."""
 HEIC_SUFFIXES = {".heic", ".heif"}
+ARRAY_SUFFIXES = {".npy", ".tif", ".tiff"}
+"""Suffixes of files that may have any number of channels."""
+ALPHA_SUFFIXES = {".png", ".webp"}
+"""Suffixes of images that may have two channels, gray and alpha, or four, RGB and alpha."""
 LEFT_BY_SYSTEMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 LEFT_BY_SYSTEMS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
@@ -33,6 +37,13 @@ MAX_LINKS = 1000
 """Limit of links to one folder: thirty folders with two links each to the next make a thousand million paths."""
 
 Sample = tuple[Path, int]
+
+
+def suffixes_of(in_chans: int) -> set[str]:
+    """Return the suffixes of files that may be images of a number of channels, but for the rare ones."""
+    if in_chans == 3:
+        return SUFFIXES
+    return ARRAY_SUFFIXES | {1: SUFFIXES, 2: ALPHA_SUFFIXES, 4: ALPHA_SUFFIXES}.get(in_chans, set())
 
 
 def is_hidden(name: str) -> bool:
@@ -81,27 +92,30 @@ class Listing:
         return sum("/" not in name for name in self.names)
 
 
-def list_images(path: Path) -> Listing:
+def list_images(path: Path, in_chans: int = 3) -> Listing:
     """List every image in a folder and below it, or in a tar.
 
     Links to folders are followed, except those that lead back to a folder above them.
+
+    Args:
+        in_chans: number of channels that images have; an .npy file is one where it is not 3.
 
     Raises:
         InputError: no such folder, or it cannot be read.
     """
     if is_file(path) and path.suffix.lower() == ".tar":
-        return _list_tar(path)
+        return _list_tar(path, in_chans)
     if not is_folder(path):
         raise InputError(
             f"{path}: no such folder" + (" (the only file that is accepted is a .tar)" if is_file(path) else "")
         )
     try:
-        return _list_folder(path)
+        return _list_folder(path, in_chans)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
-def _list_folder(root: Path) -> Listing:
+def _list_folder(root: Path, in_chans: int) -> Listing:
     listing = Listing(root, str(root))
     top = root.resolve()
     seen: Counter[tuple[int, int]] = Counter()
@@ -126,7 +140,7 @@ def _list_folder(root: Path) -> Listing:
                         pending.append((name + "/", above | {inode}))
                 elif not entry.is_file():
                     listing.skipped[SPECIAL_FILES] += 1
-                elif _is_image(entry.name, partial(Path, entry.path)):
+                elif _is_image(entry.name, partial(Path, entry.path), in_chans):
                     listing.names.append(name)
                 else:
                     listing.skipped[_suffix(entry.name) or "without a suffix"] += 1
@@ -147,7 +161,7 @@ SPECIAL_FILES = "special files"
 """FIFOs, sockets and devices: opening one may block forever."""
 
 
-def _list_tar(path: Path) -> Listing:
+def _list_tar(path: Path, in_chans: int) -> Listing:
     members: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
     listing = Listing(path, str(path), members=members)
@@ -163,7 +177,7 @@ def _list_tar(path: Path) -> Listing:
                     folders.add(name)
                 elif not member.isfile() or member.issparse():
                     listing.skipped["links and special files"] += 1
-                elif _is_image(name, partial(_member, path, member.offset_data, member.size)):
+                elif _is_image(name, partial(_member, path, member.offset_data, member.size), in_chans):
                     members[name] = member.offset_data, member.size
                 else:
                     listing.skipped[_suffix(name) or "without a suffix"] += 1
@@ -193,9 +207,9 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122  (ten times faster, for a million names)
 
 
-def _is_image(name: str, file: Callable[[], Path | io.BytesIO]) -> bool:
+def _is_image(name: str, file: Callable[[], Path | io.BytesIO], in_chans: int) -> bool:
     suffix = _suffix(name)
-    return suffix in SUFFIXES or (suffix in RARE_SUFFIXES and is_readable(file()))
+    return suffix in suffixes_of(in_chans) or (suffix in RARE_SUFFIXES and in_chans in (1, 3) and is_readable(file()))
 
 
 def _sort_key(name: str) -> list[str]:

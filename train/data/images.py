@@ -69,12 +69,12 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             or in one whose package is missing.
     """
     name = name or str(file)
-    with _named(name), _opened(file) as stream, _open(stream, name) as image:
-        _check_size(image, name)
+    with named_errors(name), opened(file) as stream, open_pillow(stream, name) as image:
+        check_size(image.width, image.height, name)
         if image.info.get("progressive") and _scans(stream) > MAX_SCANS:
             raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again, or remove it")
         if image.format in MAY_HAVE_FRAMES and getattr(image, "is_animated", False):
-            _report_once("pages" if image.format == "TIFF" else "frames", name)
+            report_once("pages" if image.format == "TIFF" else "frames", name)
         return _to_rgb(image, name)
 
 
@@ -84,24 +84,24 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         InputError: as `open_image`.
     """
-    with _named(name):
+    with named_errors(name):
         if image.format not in (None, *FORMATS):  # opened, but not decoded yet
             raise InputError(f"{name}: {image.format}, and not one of {', '.join(FORMATS)}; convert or remove it")
-        _check_size(image, name)
+        check_size(image.width, image.height, name)
         return _to_rgb(image, name)
 
 
 def is_readable(file: Path | BinaryIO) -> bool:
     """Return whether a file has the header of an image that can be opened."""
     try:
-        with _named(""), _opened(file) as stream, _open(stream, ""):
+        with named_errors(""), opened(file) as stream, open_pillow(stream, ""):
             return True
     except InputError:
         return False
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named_errors(name: str) -> Iterator[None]:
     """Turn Pillow's errors into InputErrors that name the file, and hide its warnings.
 
     Each decoder raises its own types for malformed files, RuntimeError and RecursionError too, so any exception makes
@@ -132,7 +132,7 @@ def _formats() -> list[str]:
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+def opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
     """Open a path for reading: given a path, Pillow would map a TIFF into memory by its size after rotation."""
     if not isinstance(file, Path):
         yield file
@@ -155,12 +155,12 @@ def _without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise InputError(f"{name}: {image.width}×{image.height} pixels, and 1 to {MAX_PIXELS:,} are allowed")
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        size = f"{image.width}×{image.height} pixels"
-        raise InputError(f"{name}: {size}, more than {MAX_ASPECT} times as long as wide; "
+def check_size(width: int, height: int, name: str) -> None:
+    """Raise InputError for an image of no pixels, of more than are decoded here, or that is as thin as a line."""
+    if not 0 < width * height <= MAX_PIXELS:
+        raise InputError(f"{name}: {width}×{height} pixels, and 1 to {MAX_PIXELS:,} are allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"{name}: {width}×{height} pixels, more than {MAX_ASPECT} times as long as wide; "
                          "crop or remove it")  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def _scans(file: BinaryIO) -> int:
     return count
 
 
-def _open(file: BinaryIO, name: str) -> Image.Image:
+def open_pillow(file: BinaryIO, name: str) -> Image.Image:
+    """Open a file by Pillow, of one of the `FORMATS`, without decoding it."""
     try:
         return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
@@ -214,9 +215,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         kind = "floats" if image.mode == "F" else f"{bits}-bit integers"
         raise InputError(f"{name}: its pixels are {kind}, and nothing defines which value is white; save it with 8 or "
                          "16 bits")  # fmt: skip
-    image = _upright(image)
+    image = turn_upright(image)
     if image.mode == "L" and _first(tags.get(SAMPLE_FORMAT, 1)) == SIGNED:
-        _check_range(np.asarray(image).view(np.int8), bits, name)
+        check_range(np.asarray(image).view(np.int8), bits, name)
     if image.mode.startswith("I"):
         return _from_16_bits(image, bits, white_is_zero, key, name)
     if image.mode == "LAB":
@@ -231,7 +232,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return the image, decoded, turned as its orientation says."""
     if image.format == "TIFF":
         image.info.pop("xmp", None)  # Pillow would rotate by it
     image.load()  # Pillow rotates a TIFF by itself
@@ -272,9 +274,9 @@ def _transparent_gray(image: Image.Image) -> int | None:
 
 def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int | None, name: str) -> Image.Image:
     levels = np.asarray(image)  # of 2 or 4 bytes each, with and without a sign
-    highest = _check_range(levels, bits, name)
+    highest = check_range(levels, bits, name)
     if bits == 16 and 0 < highest < 4096:
-        _report_once("dark", f"{name}: 16 bits, and no value above {highest}")
+        report_once("dark", f"{name}: 16 bits, and no value above {highest}")
     gray = levels >> (bits - 8)
     if white_is_zero:
         gray = 255 - gray
@@ -283,7 +285,7 @@ def _from_16_bits(image: Image.Image, bits: int, white_is_zero: bool, key: int |
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
 
-def _check_range(levels: np.ndarray, bits: int, name: str) -> int:
+def check_range(levels: np.ndarray, bits: int, name: str) -> int:
     """Return the highest value; refuse an image with values outside of `bits` unsigned bits."""
     lowest, highest = int(levels.min()), int(levels.max())
     if lowest < 0 or highest >= 2**bits:
@@ -306,12 +308,13 @@ def _from_lab(image: Image.Image) -> Image.Image:
 NOTES = {
     "frames": "an animation; only the first frame of such files is read",
     "pages": "several pages; only the first page of such files is read",
+    "missing": "values that it declares as missing; such integers are taken as any others",
     "dark": "divided by 256 as viewers do, this is nearly black; scale such images to all of their 16 bits",
 }
 _reported = mmap.mmap(-1, len(NOTES))  # flags of reported notes, shared with a loader's forked workers
 
 
-def _report_once(note: str, name: str) -> None:
+def report_once(note: str, name: str) -> None:
     """Report a note on stderr, only the first time."""
     index = list(NOTES).index(note)
     if not _reported[index]:

@@ -35,8 +35,11 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def find_parts(root: Path) -> Parts:
+def find_parts(root: Path, in_chans: int = 3) -> Parts:
     """Find the folders or tars in `root` that are its splits, without listing a folder's images yet.
+
+    Args:
+        in_chans: as in `list_images`.
 
     Raises:
         InputError: no such folder, or the tar cannot be read.
@@ -48,7 +51,7 @@ def find_parts(root: Path) -> Parts:
         chosen, others, notes = _choose(folders, tars, lambda name: _has_folders(root / name))
         parts = {split: root / name for split, name in chosen.items()}
         return Parts(parts.get("train"), parts.get("val"), None if parts else root, others, notes)
-    listing = list_images(root)
+    listing = list_images(root, in_chans)
     chosen, others, notes = _choose(listing.classes, [], lambda name: bool(listing.below(name).folders))
     inside = {split: listing.below(name) for split, name in chosen.items()}
     if inside and listing.skipped:
@@ -151,13 +154,13 @@ def may_be_split(name: str) -> bool:
     return any(word in SPLIT_WORDS for word in re.findall("[a-z]+", name.lower()))
 
 
-def as_listing(part: Path | Listing) -> Listing:
-    """List a part of `find_parts`.
+def as_listing(part: Path | Listing, in_chans: int = 3) -> Listing:
+    """List a part of `find_parts`, whose images have a number of channels.
 
     Raises:
         InputError: the part cannot be read, or two of its class folders have one name.
     """
-    listing = list_images(part) if isinstance(part, Path) else part
+    listing = list_images(part, in_chans) if isinstance(part, Path) else part
     for name, other in pairwise(listing.classes):
         if same_name(name) == same_name(other):
             raise InputError(f"{listing.label}: the folders {name!a} and {other!a} have one name, whose "

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from shvit.weights.run_info import Task
 
 from ..data.datasets import Images
 from ..data.image_folders import Files, TarFiles
+from ..data.pixels.formats import Decoded
 
 
 class LabeledImages(Images):
-    """Images whose targets are float32 vectors: item i is (RGB image, (targets,)).
+    """Images whose targets are float32 vectors: item i is (image, (targets,)).
 
     Args:
         source: reader of the files.
@@ -34,7 +34,7 @@ class LabeledImages(Images):
         self.labels = labels
         self.task = task
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[Decoded, np.ndarray]:  # type: ignore[override]
         image, _ = super().__getitem__(index)
         return image, self.labels[self.indices[index]]
 
@@ -80,8 +80,8 @@ class LabeledImages(Images):
         for old, new in enumerate(index):
             if new >= 0:
                 labels[:, new] = self.labels[:, old]
-        return LabeledImages(self.source, classes, labels, self.task, self.indices, self.part)
+        return LabeledImages(self.source, classes, labels, self.task, self.indices, self.part).read_as(self.pixels)
 
     def subset(self, indices: Sequence[int], part: str) -> "LabeledImages":
         """Return other items of the same source."""
-        return LabeledImages(self.source, self.classes, self.labels, self.task, indices, part)
+        return LabeledImages(self.source, self.classes, self.labels, self.task, indices, part).read_as(self.pixels)

@@ -68,15 +68,15 @@ class Rows:
         return LabeledImages(source, self.classes, self.values, self.task, places, part)
 
 
-def read_rows(path: Path, data: Data, task: Task) -> Rows:
-    """Read a table and find its files."""
+def read_rows(path: Path, data: Data, task: Task, in_chans: int = 3) -> Rows:
+    """Read a table and find its files, which are images of a number of channels."""
     check_path(path, "--data.labels")
     table = read_table(path)
     columns = find_columns(table, data)
     targets = read_targets(table, columns, task, data)
     root = data.root or path.parent
     check_path(root, "--data.root")
-    listing = list_images(root)
+    listing = list_images(root, in_chans)
     paths = _find_files(table, columns.files, listing)
     rows, values, notes = _merge(table, paths, targets, task)
     splits = [canonical_split(str(table.columns[columns.split][row] or "")) for row in rows] if columns.split else []

@@ -13,11 +13,12 @@ from shvit.weights.run_info import Task, same_name
 from ..data.datasets import Images, Splits, open_splits
 from ..data.eval_dataset import TrainedOn, unseen_part
 from ..data.groups import group_keys, in_validation
+from ..data.pixels.formats import RGB, PixelFormat
 from ..recipe import Data, Recipe
 from .rows import Rows, canonical_split, read_rows
 
 
-def open_labeled_splits(data: Data, task: Task) -> Splits:
+def open_labeled_splits(data: Data, task: Task, in_chans: int = 3) -> Splits:
     """Open the training and validation images of a recipe with a table of labels.
 
     The table's column of splits tells which images are which; or a second table has the validation images; or else
@@ -27,10 +28,10 @@ def open_labeled_splits(data: Data, task: Task) -> Splits:
         InputError: as `read_table`, `find_columns`, `read_targets`; files are missing, or a part has no images.
     """
     assert data.labels is not None
-    training = read_rows(data.labels, data, task)
+    training = read_rows(data.labels, data, task, in_chans)
     if data.val_labels is None:
         return _split(training, data)
-    validation = read_rows(data.val_labels, data, task)
+    validation = read_rows(data.val_labels, data, task, in_chans)
     if training.splits or validation.splits:
         raise InputError(
             f"{data.labels}: has a column of splits, and --data.val-labels is given; leave one of them out"
@@ -45,7 +46,9 @@ def open_labeled_splits(data: Data, task: Task) -> Splits:
 
 def open_recipe_splits(recipe: Recipe) -> Splits:
     """Open the training and validation images of a recipe, of a table or of folders; not for streams."""
-    return open_splits(recipe.data) if recipe.data.labels is None else open_labeled_splits(recipe.data, recipe.task)
+    if recipe.data.labels is None:
+        return open_splits(recipe.data, recipe.in_chans)
+    return open_labeled_splits(recipe.data, recipe.task, recipe.in_chans)
 
 
 def open_labeled(
@@ -54,6 +57,7 @@ def open_labeled(
     task: Task,
     split: str | None = None,
     trained_on: TrainedOn | None = None,
+    pixels: PixelFormat = RGB,
     **columns: Any,
 ) -> Images:
     """Open the images of one table to evaluate on: where it has a column of splits, those of a split.
@@ -63,20 +67,21 @@ def open_labeled(
         root: the folder of its images; its own where None.
         split: train, val or test; val by default.
         trained_on: as in `open_eval_dataset`, for a table without splits.
+        pixels: the format that images are decoded in.
         columns: what the columns are, by the names of `Data`'s fields.
 
     Raises:
         InputError: as `open_labeled_splits`, or no image is of that split.
     """
-    rows = read_rows(labels, Data(root=root, labels=labels, **columns), task)
+    rows = read_rows(labels, Data(root=root, labels=labels, **columns), task, pixels.in_chans)
     if not rows.splits:
         refuse(f"{labels} has no column of splits", split=split)
-        return unseen_part(rows.images(None, "all images"), rows.listing.root, trained_on)
+        return unseen_part(rows.images(None, "all images").read_as(pixels), rows.listing.root, trained_on)
     wanted = canonical_split(split or "val")
     places = rows.places(wanted)
     if not places:
         raise InputError(f"{labels}: no image is of the split {wanted}, only of {some(sorted(set(rows.splits)))}")
-    return rows.images(places, f"its {wanted} images")
+    return rows.images(places, f"its {wanted} images").read_as(pixels)
 
 
 def _split(rows: Rows, data: Data) -> Splits:

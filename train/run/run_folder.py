@@ -5,7 +5,7 @@ import re
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ from shvit.environment import versions
 from shvit.errors import InputError, first_line
 from shvit.files import atomic_write, is_file, is_folder, open_file
 from shvit.locks import lock_file
-from shvit.weights.run_info import same_name
+from shvit.weights.run_info import RunInfo, read_recipe_file, same_name
 
 from ..recipe import Recipe, differences
 from .metrics import check_log, read_log
@@ -25,7 +25,7 @@ WRITTEN = re.compile(
     r"recipe\.yaml|metrics\.jsonl|curves\.png|last(-[1-9][0-9]*)?\.pt|best(_ema)?\.safetensors|tensorboard|\.lock"
 )
 """Names of the files that a run writes into its folder."""
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".npy"}
 
 
 class RunFolder:
@@ -53,12 +53,19 @@ class RunFolder:
         with lock:
             yield
 
-    def claim(self, recipe: Recipe, classes: list[str], images: dict[str, Any] | None = None) -> None:
+    def claim(
+        self,
+        recipe: Recipe,
+        classes: list[str],
+        images: dict[str, Any] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+    ) -> None:
         """Write recipe.yaml, or check that the existing one computes the same.
 
         Args:
             images: the identity of the images, `Splits.identity`. If the run resumes with other images, as
                 `recipe.data.changed` allows, recipe.yaml gets the present ones.
+            preprocessing: what the run keeps of its images' preprocessing, by the names of `RunInfo`.
 
         Raises:
             InputError: the folder cannot be written to, or holds a run of another recipe, on other images, or
@@ -79,7 +86,8 @@ class RunFolder:
                                  "that recipe.yaml back, or choose another --output")  # fmt: skip
             revision = git_revision(Path(__file__).parent.parent)
             made_with = {**versions("shvit", "timm"), "torch": str(torch.__version__), "git": revision}
-            write({"recipe": recipe.as_dict(), "classes": classes, "data": images, "versions": made_with})
+            kept = {"preprocessing": preprocessing} if preprocessing else {}
+            write({"recipe": recipe.as_dict(), "classes": classes, "data": images, **kept, "versions": made_with})
             return
         try:
             stored = load_yaml(path)
@@ -107,6 +115,13 @@ class RunFolder:
                 f"{self.path} holds a run on {_describe_change(before, images)}; choose another --output, or {hint}"
             )
         write({**stored, "data": images})
+
+    def preprocessing(self) -> RunInfo | None:
+        """Return what a run in this folder has kept of its preprocessing, among else; None for a new run."""
+        path = self.path / "recipe.yaml"
+        with suppress(InputError):  # which `claim` reports
+            return read_recipe_file(path) if is_file(path) else None
+        return None
 
     def _check_entries(self) -> None:
         """Check that the run would overwrite nothing but files of a run.

@@ -1,12 +1,15 @@
 """What is printed before training: a table of the images of each class, and how classes are balanced."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from shvit.create import checkpoint_chans
+
 from ..data.datasets import Splits, duplicates_note
 from ..data.image_folders import Files, TarFiles
+from ..data.pixels.preprocessing import Preprocessing
 from ..labels.balance import balanced_class_weight, class_probabilities
 from ..labels.images import LabeledImages
 from ..labels.statistics import LabelStatistics
@@ -50,6 +53,26 @@ def _table(splits: Splits) -> Table:
     table.add_section()
     table.add_row(f"{len(rows)} classes", str(len(splits.train)), str(len(splits.val)))
     return table
+
+
+def describe_channels(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
+    """Yield a line on each thing that is done because of the images' channels, or of how they are fitted."""
+    pixels, augment, chans = preprocessing.pixels, recipe.augment, recipe.in_chans
+    loaded = (
+        checkpoint_chans(recipe.model, recipe.checkpoint) if recipe.checkpoint else 3 if recipe.pretrained else None
+    )
+    if loaded not in (None, chans):
+        yield f"the first layer's weights, of {loaded} channels, are adapted to {chans} as timm does"
+    left_out = [f"--augment.auto-augment {augment.auto_augment}"] if augment.auto_augment else []
+    if augment.color_jitter and not augment.auto_augment:
+        left_out = [f"--augment.color-jitter {augment.color_jitter:g}"]
+    if left_out and not pixels.uses_pillow:
+        yield f"{left_out[0]} is for RGB images and is left out for {pixels}; crops, flips, erasing and mixing are used"
+    if recipe.data.crop_mode in ("squash", "border") and min(augment.scale) < 1:
+        yield (
+            f"--data.crop-mode {recipe.data.crop_mode} is for evaluation; training takes crops of "
+            f"{100 * min(augment.scale):.3g} % of an image and more; for whole ones, --augment.scale 1 1"
+        )
 
 
 def describe_targets(recipe: Recipe, classes: Sequence[str]) -> str:

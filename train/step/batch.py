@@ -16,7 +16,7 @@ class Batch:
     """A batch of augmented images as bytes, and the problems met in loading it."""
 
     images: torch.Tensor
-    """(B, 3, H, W), uint8."""
+    """(B, C, H, W), uint8; float32 where images are not of 8 bits."""
     targets: torch.Tensor
     """(B,), int64: class indices; or (B, targets), float32: proportions of classes, labels or values."""
     problems: tuple[Problem, ...] = ()
@@ -27,11 +27,13 @@ class Batch:
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.problems)
 
 
-Item = tuple[np.ndarray, int | np.ndarray, tuple[Problem, ...]]
+Item = tuple[np.ndarray | torch.Tensor, int | np.ndarray, tuple[Problem, ...]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Collate items into a batch; called by DataLoader."""
     images, _ = fast_collate([(image, 0) for image, _, _ in items])
+    if items[0][0].dtype == torch.float32:  # which timm turns into bytes
+        images = torch.stack([image for image, _, _ in items])  # type: ignore[misc]
     targets = torch.from_numpy(np.stack([np.asarray(target) for _, target, _ in items]))
     return Batch(images, targets, tuple(problem for _, _, problems in items for problem in problems))

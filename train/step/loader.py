@@ -15,12 +15,13 @@ from shvit.errors import InputError
 
 from ..data.datasets import Images
 from ..data.eval_loader import ignore_interrupt
+from ..data.pixels.preprocessing import Preprocessing, resolve_preprocessing
 from ..data.streams import Stream, open_stream
 from ..distributed import World
 from ..labels.balance import image_weights
 from ..labels.statistics import LabelStatistics, count_classes, label_statistics
 from ..recipe import Recipe
-from .augment import BLACK, Transform, create_train_transform
+from .augment import Transform, create_train_transform
 from .batch import Batch, Item, Problem, collate
 from .samplers import Key, MicroBatchSampler, StepSampler, micro_batch_sizes
 from .seeds import AUGMENTATION, STREAM, derive_seed, seed_cpu_generators, seed_generators
@@ -41,7 +42,7 @@ class Augmented(Dataset):
     def __getitem__(self, key: Key) -> Item:
         place, index = key
         problems: list[Problem] = []
-        image, target = BLACK, self.dataset.blank_target
+        image, target = self.dataset.pixels.blank, self.dataset.blank_target
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
@@ -86,15 +87,27 @@ class TrainLoader:
     Args:
         dataset: the training images; None for a stream, which is opened again for each epoch.
         accum_steps: batches of this process in an optimizer step.
+        preprocessing: by default that of images in RGB.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Images | None, world: World, accum_steps: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Images | None,
+        world: World,
+        accum_steps: int,
+        preprocessing: Preprocessing | None = None,
+    ):
         self.recipe = recipe
         self.dataset = dataset
         self.world = world
         self.accum_steps = accum_steps
+        preprocessing = preprocessing or resolve_preprocessing(recipe)
         sizes = {recipe.img_size_at(epoch) for epoch in range(recipe.epochs)}
-        self.transforms = {size: create_train_transform(recipe.augment, size) for size in sizes}
+        self.transforms = {
+            size: create_train_transform(recipe.augment, preprocessing.at(size), recipe.data.crop_mode)
+            for size in sizes
+        }
         if dataset is not None:
             self.length = len(dataset)
             self.statistics = label_statistics(dataset, recipe)

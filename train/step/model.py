@@ -43,7 +43,7 @@ def check_model(model: nn.Module, recipe: Recipe, num_classes: int, alone: bool 
 def _check_size(model: nn.Module, recipe: Recipe, count: int, size: ImgSize, num_classes: int) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
-            logits = model(torch.zeros(count, 3, *size))
+            logits = model(torch.zeros(count, recipe.in_chans, *size))
     except Exception as error:  # each model of timm has its own
         if count == 1 and "more than 1 value per channel" in str(error):
             raise InputError(
@@ -80,7 +80,9 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
     Raises:
         InputError: the model cannot be created or trained with these options, or the weights do not fit.
     """
-    options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    options: dict[str, Any] = {"in_chans": recipe.in_chans}
+    if recipe.drop_path:
+        options["drop_path_rate"] = recipe.drop_path
     if getattr(timm.get_pretrained_cfg(recipe.model), "fixed_input_size", False):
         options["img_size"] = recipe.img_size
         if recipe.first_img_size is not None:
@@ -94,9 +96,7 @@ def create_train_model(recipe: Recipe, num_classes: int, classes: Sequence[str] 
             if recipe.model.startswith("shvit"):
                 options.setdefault("distilled", False)
             new_head = True if classes and trained_on_others(recipe.checkpoint, classes, recipe.task) else None
-            model = create_model(
-                recipe.model, recipe.checkpoint, num_classes, reset_head=new_head, in_chans=3, **options
-            )
+            model = create_model(recipe.model, recipe.checkpoint, num_classes, reset_head=new_head, **options)
     except InputError:
         raise
     except TypeError as error:  # timm passes options on to the model's class

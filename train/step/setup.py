@@ -1,10 +1,9 @@
 """Setup of a run: from a recipe to model, task, optimizer, schedule and data loaders."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_data_config
 from timm.task import ClassificationTask, TokenDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import random_seed
@@ -12,10 +11,12 @@ from torch import nn
 
 import shvit.shvit  # noqa: F401  (registers the models)
 from shvit.errors import InputError
+from shvit.weights.run_info import RunInfo
 
 from ..checks import check_fields
 from ..data.datasets import Splits, any_readable
 from ..data.eval_loader import EvalBatches, eval_loader
+from ..data.pixels.preprocessing import Preprocessing, resolve_preprocessing
 from ..data.streams import is_stream, open_stream
 from ..distributed import World
 from ..labels.losses import create_criterion
@@ -77,11 +78,13 @@ def set_up(
     steps_per_epoch: int,
     accum_steps: int,
     statistics: LabelStatistics = LabelStatistics(),  # noqa: B008  (frozen)
+    preprocessing: Preprocessing | None = None,
 ) -> Run:
     """Create a run at its first step. Every process creates and loads the same model.
 
     Args:
         statistics: of the labels of all training images, for losses and scales that need them.
+        preprocessing: by default that of images in RGB.
     """
     random_seed(recipe.seed)
     torch.use_deterministic_algorithms(recipe.compute.deterministic)
@@ -92,7 +95,6 @@ def set_up(
         scale = OutputScale.of(model, recipe.model, statistics.mean, statistics.std)
         if recipe.checkpoint is not None and not trained_on_others(recipe.checkpoint, classes, recipe.task):
             model.load_state_dict(scale.standardized(model.state_dict()))
-    config = resolve_data_config({"input_size": (3, *recipe.img_size)}, model=model)
     check_model(model, recipe, len(classes))
     if recipe.compute.grad_checkpointing:
         try:
@@ -122,7 +124,9 @@ def set_up(
         optimizer=optimizer,
         scheduler=create_scheduler(recipe, optimizer, steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.compute.precision == "fp16"),
-        augment=DeviceAugment(recipe, len(classes), config["mean"], config["std"], world, statistics.dense),
+        augment=DeviceAugment(
+            recipe, len(classes), preprocessing or resolve_preprocessing(recipe), world, statistics.dense
+        ),
         scale=scale,
         accum_steps=accum_steps,
         steps_per_epoch=steps_per_epoch,
@@ -148,24 +152,43 @@ def _create_task(
     )
 
 
+def open_images(
+    recipe: Recipe, world: World, stored: RunInfo | None = None, log: Callable[[str], None] = lambda line: None
+) -> tuple[Splits | None, Preprocessing]:
+    """Return a run's images, None for a stream, and how they become the model's input, the same in every process.
+
+    Args:
+        stored, log: see `resolve_preprocessing`.
+    """
+    splits = None if is_stream(recipe.data) else open_recipe_splits(recipe)
+    images = splits.train if splits else None
+    preprocessing = world.broadcast(resolve_preprocessing(recipe, images, stored, log) if world.primary else None)
+    assert preprocessing is not None
+    return splits.read_as(preprocessing.pixels) if splits else None, preprocessing
+
+
 def open_training(
-    recipe: Recipe, world: World, accum_steps: int, splits: Splits | None = None
+    recipe: Recipe,
+    world: World,
+    accum_steps: int,
+    splits: Splits | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[list[str], TrainLoader]:
-    """Return class names and this process's training loader, of `splits` where they are open already."""
+    """Return class names and this process's training loader, of the result of `open_images` where that is known."""
     dataset = None if is_stream(recipe.data) else (splits or open_recipe_splits(recipe)).train
     source = open_stream(recipe.data, "train", is_training=True) if dataset is None else dataset
     classes = source.classes
     if not classes:
         raise InputError(f"{recipe.data.name}: has no class names; give --data.num-classes")
-    return classes, TrainLoader(recipe, dataset, world, accum_steps)
+    return classes, TrainLoader(recipe, dataset, world, accum_steps, preprocessing)
 
 
 def open_validation(
-    recipe: Recipe, world: World, config: dict[str, Any], splits: Splits | None
+    recipe: Recipe, world: World, preprocessing: Preprocessing, splits: Splits | None
 ) -> tuple[EvalBatches, int | None]:
     """Return this process's validation batches, and the number of images of all processes, where that is known."""
     size = 2 * min(recipe.compute.device_batch_size, recipe.batch_size)
-    transform = create_transform(**config)
+    transform = preprocessing.create_fit()
     workers = recipe.data.workers
     if splits is None:
         allowed = recipe.data.max_corrupt

@@ -20,19 +20,16 @@ from shvit.errors import InputError
 from shvit.export.predict.inputs import Inputs, find_inputs
 from shvit.export.predict.loading import BEGINNING, Place, load_batches
 from shvit.export.predict.videos import Video
+from shvit.export.spec import Spec
 from tests.conftest import ROOT
 
 from .conftest import draw
 
+SPEC = Spec("tiny_vit", 2, 3, 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+
 
 def names(inputs: Inputs, start: Place = BEGINNING) -> list[str]:
-    return [item.name for batch in load_batches(inputs, start, pixels_of, 3) for item in batch.items]
-
-
-def pixels_of(image: Image.Image):
-    import torch
-
-    return torch.from_numpy(np.asarray(image.resize((2, 2))).copy()).permute(2, 0, 1)
+    return [item.name for batch in load_batches(inputs, start, SPEC, 3) for item in batch.items]
 
 
 def find(*inputs: object, every: int = 1, stdin: bytes = b"") -> Inputs:
@@ -73,7 +70,7 @@ def test_a_list_on_stdin(tree, separator):
     found = find("-", stdin=separator.join([*listed, ""]).encode())
     expected = ["e 1.png", "d/2.png", "d/sub/1.png", "gone.png", *listed[3:]]
     assert names(found) == expected
-    problems = [item.problem for batch in load_batches(found, BEGINNING, pixels_of, 8) for item in batch.items]
+    problems = [item.problem for batch in load_batches(found, BEGINNING, SPEC, 8) for item in batch.items]
     assert [bool(problem) for problem in problems] == [name == "gone.png" for name in expected]
 
 

@@ -22,6 +22,7 @@ from shvit.train.data.eval_dataset import open_eval_dataset
 from shvit.train.data.eval_loader import eval_loader
 from shvit.train.data.image_folders import Files
 from shvit.train.data.images import open_image
+from shvit.train.data.pixels.preprocessing import Preprocessing, resolve_preprocessing
 from shvit.train.data.streams import open_stream
 from shvit.train.distributed import World
 from shvit.train.recipe import Augment, Data, Recipe
@@ -54,6 +55,10 @@ def image_folder(tmp_path):
 @pytest.fixture
 def recipe():
     return Recipe(img_size=32, epochs=3, batch_size=8, augment=Augment(repeats=1), data=Data(workers=0))
+
+
+def constants(mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
+    return replace(resolve_preprocessing(Recipe()), mean=mean, std=std)
 
 
 def drain(loader: TrainLoader, start: int, end: int) -> list[Batch]:
@@ -167,7 +172,7 @@ def test_endless_damage_does_not_hang(image_folder):
 
 def test_random_augmentation_never_fails_whatever_it_draws():
     """timm's policy asks Pillow for a posterize of 0 bits now and then, which Pillow 13 refuses."""
-    transform = create_train_transform(Augment(), ImgSize(32, 48))
+    transform = create_train_transform(Augment(), resolve_preprocessing(Recipe(img_size=ImgSize(32, 48))))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     random.seed(0)
     for _ in range(1500):
@@ -191,7 +196,9 @@ def test_bytes_are_normalized_as_torchvision_does(recipe):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     plain = replace(recipe, augment=Augment(mixup=0, cutmix=0, random_erasing=0))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
-    found, targets = DeviceAugment(plain, 2, mean, std, world())(Batch(images, torch.tensor([0, 1, 0, 1])), 0, 0)
+    found, targets = DeviceAugment(plain, 2, constants(mean, std), world())(
+        Batch(images, torch.tensor([0, 1, 0, 1])), 0, 0
+    )
     torch.testing.assert_close(found, Normalize(mean, std)(images / 255))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert targets.tolist() == [0, 1, 0, 1]
@@ -199,7 +206,7 @@ def test_bytes_are_normalized_as_torchvision_does(recipe):
 
 def test_mixing_and_erasing_follow_from_the_step_alone(recipe):
     batch = Batch(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2)
-    augment = DeviceAugment(recipe, 2, (0, 0, 0), (1, 1, 1), world())
+    augment = DeviceAugment(recipe, 2, constants((0, 0, 0), (1, 1, 1)), world())
     first = augment(batch, 5, 0)
     augment(batch, 6, 0)
     again, later = augment(batch, 5, 0), augment(batch, 7, 0)
@@ -207,7 +214,7 @@ def test_mixing_and_erasing_follow_from_the_step_alone(recipe):
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], later[0])
     assert torch.allclose(first[1].sum(1), torch.ones(8))
-    elsewhere = DeviceAugment(recipe, 2, (0, 0, 0), (1, 1, 1), world(1, 2))(batch, 5, 0)
+    elsewhere = DeviceAugment(recipe, 2, constants((0, 0, 0), (1, 1, 1)), world(1, 2))(batch, 5, 0)
     assert not torch.equal(first[0], elsewhere[0])
 
 
