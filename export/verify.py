@@ -50,7 +50,6 @@ SATURATION_IMAGES = 32
 SATURATED_DB = 40.0  # kernels that merely round otherwise are nearer to each other
 MAX_REASONS = 4  # in the one line of a refusal; the certificate has all
 MAX_8_BIT_GRAY_LEVELS = 4.0  # of a first layer whose input and output are in 8 bits, whose ranges may be cut
-MAX_FLOAT_MACS = 10.0  # percent of the multiplications that may be in float before an int8 file's first line says so
 
 
 PASSED: Mapping[Verdict, bool | None] = {"passed": True, "refused": False, "undecided": None}

@@ -265,7 +265,12 @@ def test_every_extra_named_for_a_missing_package_brings_it():
         nested = [name for need in extras[extra] if need.startswith("shvit[") for name in need[6:-1].split(",")]
         return packages.union(*map(brought, nested))
 
-    distributions = {"skimage": "scikit-image", "elpv_dataset": "elpv-dataset", "yaml": "pyyaml"}
+    distributions = {
+        "skimage": "scikit-image",
+        "elpv_dataset": "elpv-dataset",
+        "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
+    }
     distributions |= {
         "pillow_heif": "pillow-heif",
         "mmdet": "onedl-mmdetection",

@@ -99,8 +99,8 @@ def elsewhere(code: str, *words: object) -> str:
 
 def test_training_runs_without_what_windows_does_not_have(image_folder, tmp_path):
     code = """
-from shvit.train.main import parse
-print(parse(sys.argv[1:], "shvit train").run()["steps"])
+from shvit.cli import run
+print(run(["train", *sys.argv[1:]])["steps"])
 """
     words = ["debug", "--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--batch-size", "16"]
     words += ["--data.workers", "0", "--data.root", image_folder, "--output", tmp_path / "run"]
