@@ -37,7 +37,7 @@ EXTRAS = {  # top-level module: the extras that install it, the first one unless
     "av": ("video",),
     "ray": ("ray",),
     "pillow_heif": ("heic",),
-    "tifffile": ("tiff", *EXPORT),
+    "tifffile": ("tiff",),
     "imagecodecs": ("tiff",),
     "mmengine": ("detection",),
     "mmcv": ("detection",),

@@ -272,6 +272,7 @@ def test_every_extra_named_for_a_missing_package_brings_it():
         "sklearn": "scikit-learn",
     }
     distributions |= {
+        "sklearn": "scikit-learn",
         "pillow_heif": "pillow-heif",
         "mmdet": "onedl-mmdetection",
         "mmcv": "onedl-mmcv",
