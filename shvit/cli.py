@@ -49,8 +49,10 @@ COMMANDS = {
         "shvit.export.analysis.main:Info",
         "Show what a model costs, per stage and layer: MACs, parameters, bytes moved.",
     ),
-    "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on a folder with a folder for each class."),
-    "eval": Entry("shvit.export.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."),
+    "train": Entry("shvit.train.main:parse", "Train a model by a recipe, on class folders or a table of labels."),
+    "eval": Entry(
+        "shvit.export.evaluation.main:Eval", "Measure the accuracy of a checkpoint or an artifact on images."
+    ),
     "predict": Entry(
         "shvit.export.predict.main:Predict", "Predict the classes of images, or compute their features, in any number."
     ),
