@@ -93,7 +93,7 @@ class Augment:
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest fraction of the area that a random crop keeps."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of that crop, width over height."""
+    """Smallest and largest aspect ratio of that crop, width over height; relative to that of the image size."""
     interpolation: str = "bicubic"
     """Interpolation of the crop's resize: bicubic, bilinear, or random (either)."""
     hflip: float = 0.5

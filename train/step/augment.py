@@ -55,7 +55,7 @@ def create_train_transform(augment: Augment, preprocessing: Preprocessing, crop_
             is_training=True,
             use_prefetcher=True,  # bytes, not yet normalized
             scale=augment.scale,
-            ratio=augment.ratio,
+            ratio=tuple(each * img_size[1] / img_size[0] for each in augment.ratio),
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
@@ -90,7 +90,7 @@ def _cropping(augment: Augment, preprocessing: Preprocessing, crop_mode: str | N
     """Return the first steps of a training transform; `usual` is timm's random crop."""
     if crop_mode in ("squash", "border") and min(augment.scale) == 1:
         return resizing(preprocessing.pixels, **preprocessing.config)
-    return [SquashedCrop(usual.size, augment.scale, augment.ratio, augment.interpolation)
+    return [SquashedCrop(usual.size, usual.scale, usual.ratio, augment.interpolation)
             if crop_mode == "squash" else usual]  # fmt: skip
 
 

@@ -109,3 +109,14 @@ def test_batches_keep_floats():
 def test_an_interpolation_that_tensors_lack_is_refused():
     with pytest.raises(InputError, match="cannot be resized with lanczos"):
         create_train_transform(replace(PLAIN, interpolation="lanczos"), preprocessing(None, PixelFormat(5, "uint16")))
+
+
+@pytest.mark.parametrize("mode", [None, "squash"])
+def test_crops_for_a_wide_size_keep_the_proportions_of_the_image(mode):
+    """A crop of ratio 1 is distorted by nothing, and with squash as much as the whole image."""
+    augment = replace(PLAIN, scale=(0.05, 0.05), ratio=(1.0, 1.0), hflip=0.0)
+    preprocessing = resolve_preprocessing(Recipe(img_size=(32, 96)))
+    crop = create_train_transform(augment, preprocessing, mode).transforms[0]
+    _, _, height, width = crop.get_params(Image.new("RGB", (400, 200)), crop.scale, crop.ratio)
+    wanted = 3 if mode is None else 2
+    assert width / height == pytest.approx(wanted, rel=0.05)
