@@ -40,7 +40,7 @@ def test_page_of_commands_has_each_command_and_its_options(command_page):
     assert re.findall(r"^## shvit (.+)$", command_page, re.MULTILINE) == list(COMMANDS)
     for title in ("export onnx", "export coreml", "weights pull", "detect train", "train s1"):
         assert f"\n### shvit {title}\n" in command_page
-    for row in ("| `--img-size INT` |", "| `--optim.lr FLOAT` |", "| `--precision {fp32,fp16,int8}` |"):
+    for row in (r"| `--img-size INT\|HxW` |", "| `--optim.lr FLOAT` |", "| `--precision {fp32,fp16,int8}` |"):
         assert f"\n{row}" in command_page
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from shvit.checkpoint import write_checkpoint
 from shvit.cli import run
 from shvit.deployment import deploy
+from shvit.documents import to_json
 from shvit.errors import CheckFailed, InputError
 from shvit.export.backends.registry import load_artifact
 from shvit.export.formats.onnx import load_onnx, operators
@@ -88,7 +89,7 @@ def test_certificate_stands_beside_the_file_and_holds_its_hash(made):
     import hashlib
 
     certificate = json.loads((folder / "s1.onnx.certificate.json").read_text())
-    assert certificate == json.loads(json.dumps(results["onnx"]["certificate"]))
+    assert certificate == json.loads(to_json(results["onnx"]["certificate"]))
     assert certificate["artifact_sha256"] == hashlib.sha256((folder / "s1.onnx").read_bytes()).hexdigest()
     assert certificate["checkpoint_sha256"] == hashlib.sha256((folder / "s1.safetensors").read_bytes()).hexdigest()
     assert certificate["passed"]
@@ -110,9 +111,9 @@ def test_coreml_package_reads_back_with_image_input_and_all_weights(made):
     assert results["coreml"]["certificate"]["operators"]["conv"] == sum(
         isinstance(module, torch.nn.Conv2d) for module in deploy(model, 64).modules()
     )
-    assert Spec.from_json(package.user_defined_metadata["shvit.spec"]).img_size == 64
+    assert Spec.from_json(package.user_defined_metadata["shvit.spec"]).img_size == (64, 64)
     certificate = json.loads((folder / "s1.mlpackage.certificate.json").read_text())
-    assert certificate == json.loads(json.dumps(results["coreml"]["certificate"]))
+    assert certificate == json.loads(to_json(results["coreml"]["certificate"]))
     assert certificate["runtime"] == "mil"
     assert certificate["snr_db"] > 75
 
@@ -377,7 +378,7 @@ def test_model_of_one_channel_sees_gray_levels(tmp_path):
 
 def test_model_of_more_channels_than_images_have_is_refused(tmp_path):
     write_checkpoint(timm.create_model("shvit_s1", in_chans=4).state_dict(), tmp_path / "four.pth")
-    with pytest.raises(InputError, match="takes 4 channels; images have 3"):
+    with pytest.raises(InputError, match="takes 4 channels, and nothing tells their mean and standard deviation"):
         open_model("shvit_s1", tmp_path / "four.pth")
 
 
@@ -398,7 +399,10 @@ def test_verify_takes_the_users_images_and_names_a_corrupt_one(made, tmp_path):
     [
         (["export", "onnx", "--model", "shvit_s5", "--output", "x.onnx"], "unknown model 'shvit_s5'"),
         (["export", "onnx", "--model", "shvit_s1", "--output", "x.mlpackage"], "must end in .onnx"),
-        (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--img-size", "99999"], "out of range"),
+        (
+            ["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--img-size", "99999"],
+            "not an image size; give 1 to",
+        ),
         (["export", "onnx", "--model", "shvit_s1", "--output", "x.onnx", "--checkpoint", "no.pth"], "no such file"),
         (["verify", "no.onnx", "--model", "shvit_s1"], "no such file"),
         (["verify", "x.mnn", "--model", "shvit_s1"], "unknown artifact '.mnn'"),

@@ -266,7 +266,7 @@ def test_a_graph_that_ends_the_process_is_refused(copied, monkeypatch):
 
 def test_a_program_without_our_notes_is_timed_but_not_evaluated(copied):
     copied.write_bytes(copied.read_bytes().replace(b"shvit.spec", b"shvit.spez"))
-    assert backend.inspect(copied) == (PX, 1, "fp32")
+    assert backend.inspect(copied) == ((PX, PX), 1, "fp32")
     assert backend.job(copied, 2, "fp32", "all")["shape"] == [1, 3, PX, PX]
 
 

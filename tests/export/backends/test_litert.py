@@ -252,7 +252,7 @@ def test_a_graph_that_ends_the_process_is_refused(written):
 
 def test_a_third_party_file_is_timed_but_not_evaluated(written, converted):
     written.write_bytes(converted)
-    assert backend.inspect(written) == (PX, 1, "fp32")
+    assert backend.inspect(written) == ((PX, PX), 1, "fp32")
     with pytest.raises(InputError, match="was not written by `shvit export`"):
         load_artifact(written)
 

@@ -303,7 +303,7 @@ def test_weights_of_another_model_are_refused(copied, tmp_path):
 
 def test_a_model_without_our_notes_is_timed_but_not_evaluated(copied):
     copied.with_suffix(".json").unlink()
-    assert backend.inspect(copied) == (PX, 1, "fp32")
+    assert backend.inspect(copied) == ((PX, PX), 1, "fp32")
     with pytest.raises(InputError, match="was not written by `shvit export`"):
         load_artifact(copied)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from shvit import sessions
 from shvit.cli import run
+from shvit.documents import to_json
 from shvit.errors import InputError
 from shvit.export.backends import worker
 from shvit.export.bench import measure as bench_module
@@ -32,6 +33,7 @@ from shvit.export.bench.runtimes import RUNTIMES, check_runtimes
 from shvit.export.bench.tables import show_machine, show_results
 from shvit.export.formats.openvino import core
 from shvit.export.spec import open_model
+from shvit.img_size import ImgSize
 from tests.conftest import SMALL
 
 MACHINE = Machine("a processor", 2, ("avx2",), "unknown", 1, {"fp32": 100.0}, 10.0, {})
@@ -39,13 +41,20 @@ MACHINE = Machine("a processor", 2, ("avx2",), "unknown", 1, {"fp32": 100.0}, 10
 
 def case(name: str = "a", batch_size: int = 1, macs: int | None = 10**9) -> BenchCase:
     return BenchCase(
-        name, "onnxruntime", "fp32", 8, batch_size, macs, {"runner": "onnx", "provider": "cpu", "threads": 1}, {}
+        name,
+        "onnxruntime",
+        "fp32",
+        ImgSize(8, 8),
+        batch_size,
+        macs,
+        {"runner": "onnx", "provider": "cpu", "threads": 1},
+        {},
     )
 
 
 @pytest.fixture
 def settings():
-    return Settings(threads=1, img_size=64)
+    return Settings(threads=1, img_size=ImgSize(64, 64))
 
 
 @pytest.fixture
@@ -176,7 +185,7 @@ def test_beside_busy_processes_processor_time_is_chosen_and_said(foreign, tmp_pa
     assert result["preempted_percent"] > 20
     said = " ".join(capsys.readouterr().out.split())
     assert "CPU: a ratio of processor times, as other programs had the core for up to" in said
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["results"][1] == result
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["results"][1] == json.loads(to_json(result))
 
 
 def test_a_file_has_no_percentage_and_no_accuracy():
@@ -185,7 +194,7 @@ def test_a_file_has_no_percentage_and_no_accuracy():
 
 
 def test_published_accuracy_stands_beside_a_model_at_its_own_size():
-    (result,) = summarize([measured([[0.1]] * 3, model="shvit_s4", img_size=256)], MACHINE)
+    (result,) = summarize([measured([[0.1]] * 3, model="shvit_s4", img_size=ImgSize(256, 256))], MACHINE)
     assert result.top1 == pytest.approx(79.362)
 
 
@@ -339,7 +348,7 @@ def test_bench_times_runtimes_against_a_strangers_file(tmp_path, foreign):
     options = ["--runtimes", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8"]
     options += ["--img-size", "64", "--rounds", "2", "--profile", "--output", str(tmp_path / "out")]
     result = run(["bench", "--models", "tiny_vit", *options, "--against", str(foreign)])
-    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == json.loads(to_json(result))
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "tiny_vit" in (tmp_path / "out" / "report.html").read_text()
     rows = {(each["model"], each["runtime"]): each for each in result["results"]}
@@ -422,7 +431,7 @@ def test_machine_is_measured(quick_machine):
 def test_records_are_read_back_and_others_refused(tmp_path):
     (result,) = summarize([measured([[0.1]] * 3)], MACHINE)
     measurements = Measurements(MACHINE, (result,))
-    told = json.loads(json.dumps(asdict(measurements)))
+    told = json.loads(to_json(asdict(measurements)))
     assert parse_measurements(told) == measurements
     for name in ("ratio_basis", "preempted_percent"):  # of files that were written before there was any
         del told["results"][0][name]
