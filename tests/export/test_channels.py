@@ -57,7 +57,12 @@ def pixels_by_hand(folder: Path) -> torch.Tensor:
     return torch.nn.functional.pad((resized - mean) / std, (0, 0, 3, 3))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "litert"])
+LONG = ("litert", "executorch")  # to convert
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in BACKENDS]
+)
 def test_every_format_holds_with_a_certificate(folder, words, tmp_path, name):
     output = tmp_path / f"m{BACKENDS[name].ending}"
     options = ["--tensor-input"] if name == "coreml" else []

@@ -85,7 +85,9 @@ FILES = {"onnx": "int8", "openvino": "fp32", "coreml": "w8a8", "litert": "fp32",
 """A precision of each format."""
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "executorch" else name for name in BACKENDS]
+)
 def test_every_format_takes_images_that_are_not_square(tmp_path, name, wide):
     """Against the model on images as timm's own transform makes them; files of fp32 take pixels."""
     (model, folder), precision = wide, FILES[name]
