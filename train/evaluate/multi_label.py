@@ -14,8 +14,9 @@ from shvit.files import atomic_write
 from .classification import Predict
 from .scores import Scores, collect
 
-MIN_POSITIVES = 5
-"""Images with a label, fewer of which choose no threshold of its own: it has the one that is best for all labels."""
+MIN_POSITIVES = 20
+"""Images with a label, fewer of which choose no threshold of its own: it has the one that is best for all labels. F1 of
+a label that was not learned is highest where every image is predicted to have it."""
 MAX_DRAWN = 10  # labels with a curve of their own
 
 

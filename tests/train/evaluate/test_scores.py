@@ -32,8 +32,8 @@ def average_precision(truth, scores):
 @pytest.fixture
 def scored():
     rng = np.random.default_rng(0)
-    targets = (rng.uniform(size=(40, 3)) < [0.5, 0.3, 0.0]).astype(np.float32)
-    return (targets + rng.normal(size=(40, 3))).astype(np.float32), targets
+    targets = (rng.uniform(size=(120, 3)) < [0.5, 0.3, 0.0]).astype(np.float32)
+    return (targets + rng.normal(size=(120, 3))).astype(np.float32), targets
 
 
 def test_map_is_the_mean_over_labels_that_images_have(scored):
@@ -43,7 +43,7 @@ def test_map_is_the_mean_over_labels_that_images_have(scored):
     assert result.average_precision == pytest.approx([100 * expected[0], 100 * expected[1], 0])
     assert result.map == pytest.approx(100 * np.mean(expected))
     assert result.positives == tuple(targets.sum(0).astype(int))
-    assert result.n == 40
+    assert result.n == 120
     predicted = outputs >= 0  # a probability of 0.5
     f1 = 2 * (predicted & (targets == 1)).sum() / (predicted.sum() + targets.sum())
     assert result.micro_f1 == pytest.approx(100 * f1)
@@ -83,7 +83,7 @@ def test_targets_that_are_not_known_do_not_count(scored):
     partly[7] = np.nan  # a damaged image
     result = score_labels(table(outputs), batches(partly), 3).evaluation()
     known = ~np.isnan(partly[:, 1])
-    assert result.n == 39
+    assert result.n == 119
     assert result.average_precision[1] == pytest.approx(100 * average_precision(targets[known, 1], outputs[known, 1]))
 
 
