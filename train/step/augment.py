@@ -45,6 +45,7 @@ def create_train_transform(augment: Augment, preprocessing: Preprocessing, crop_
     if not pixels.uses_pillow:
         augment = without_color(augment)
         check_interpolation(pixels, "bilinear" if augment.interpolation == "random" else augment.interpolation)
+    aspect = img_size[1] / img_size[0]
     counts = re.findall(r"(?:^|-)([nwd])(\d+)", augment.auto_augment or "")
     if any(len(count) > 2 or int(count) > MAX_OPERATIONS for _, count in counts):
         raise InputError(f"--augment.auto-augment {str(augment.auto_augment)[:80]}: more than {MAX_OPERATIONS} "
@@ -55,7 +56,7 @@ def create_train_transform(augment: Augment, preprocessing: Preprocessing, crop_
             is_training=True,
             use_prefetcher=True,  # bytes, not yet normalized
             scale=augment.scale,
-            ratio=tuple(each * img_size[1] / img_size[0] for each in augment.ratio),
+            ratio=(augment.ratio[0] * aspect, augment.ratio[1] * aspect),
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
