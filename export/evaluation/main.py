@@ -135,6 +135,8 @@ class Eval:
         if not isinstance(dataset, LabeledImages):
             return dataset, classes, index
         places = list(range(len(classes))) if index is None else index
+        if left_out := [name for name, place in zip(dataset.classes, places, strict=True) if place < 0]:
+            console.print(f"{self.data}: labels that the model does not know are left out: {some(left_out)}")
         return dataset.reordered(places, classes), classes, None
 
     def _match(self, names: list[str], known: tuple[str, ...], spec: Spec) -> tuple[list[str], list[int] | None]:

@@ -112,7 +112,35 @@ def test_labels_that_the_model_does_not_know_are_refused_or_left_out(folder, lab
     with pytest.raises(InputError, match="holds 1 classes that the model does not know: purple"):
         run(options)
     result = run([*options, "--skip-unknown-classes"])
-    assert result["positives"] == (6, 0, 6)  # green is in no cell, so that nothing is known of it
+    assert result["positives"] == (6, 0, 6)
+    scores = outputs(labeled, folder, range(12))
+    false = (1 / (1 + np.exp(-scores[:, 1])) >= 0.5).sum()  # green is in no list, so that no image has it
+    predicted = (1 / (1 + np.exp(-scores)) >= np.array([0.3, 0.5, 0.7])).sum()
+    hits = sum(
+        count * recall / 100 for count, recall in zip((6, 6), (result["recall"][0], result["recall"][2]), strict=True)
+    )
+    assert false
+    assert result["micro_f1"] == pytest.approx(100 * 2 * hits / (predicted + 12))
+
+
+def test_a_label_without_a_column_is_not_known(folder, labeled, tmp_path):
+    table = tmp_path / "fewer.csv"
+    table.write_text("image,red,blue\n" + "".join(f"{i}.png,{i % 2},{1 - i % 2}\n" for i in range(12)))
+    options = ["--data", str(folder), "--data.labels", str(table)]
+    result = run(["eval", "--checkpoint", str(labeled), *options])
+    scores = outputs(labeled, folder, range(12))[:, [0, 2]]
+    predicted = (1 / (1 + np.exp(-scores)) >= np.array([0.3, 0.7])).sum()
+    hits = 6 * (result["recall"][0] + result["recall"][2]) / 100
+    assert result["micro_f1"] == pytest.approx(100 * 2 * hits / (predicted + 12))
+
+
+def test_proportions_of_a_class_that_the_model_does_not_know_are_refused(folder, tmp_path):
+    checkpoint = write(tmp_path, "classes", RunInfo(SMALL, ("odd", "even"), 32))
+    table = tmp_path / "soft.csv"
+    table.write_text("image,odd,prime\n" + "".join(f"{i}.png,0.5,0.5\n" for i in range(12)))
+    options = ["eval", "--checkpoint", str(checkpoint), "--data", str(folder), "--data.labels", str(table)]
+    with pytest.raises(InputError, match="images have proportions of prime, which the model does not know"):
+        run([*options, "--skip-unknown-classes"])
 
 
 def test_classes_of_a_table_are_those_of_folders(folder, tmp_path):

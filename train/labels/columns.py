@@ -59,6 +59,11 @@ def _all_by_name(table: Table, names: tuple[str, ...], others: set[str]) -> list
     return [column for column in table.columns if _plain(column) in names and column not in others]
 
 
+def is_usual(column: str) -> bool:
+    """Return whether a column has a usual name of labels."""
+    return _plain(column) in LABELS
+
+
 def _plain(column: str) -> str:
     """Return a column's name as the lists above write it: `File Name` as file_name."""
     return column.lower().replace(" ", "_").replace("-", "_")

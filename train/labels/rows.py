@@ -34,7 +34,8 @@ class Rows:
     """Names in it."""
     classes: list[str]
     values: np.ndarray
-    """As `Targets.values`."""
+    others: float
+    """Both as in `Targets`."""
     splits: list[str]
     """train, val, test or another name; empty if the table has no column of splits."""
     task: Task
@@ -65,7 +66,7 @@ class Rows:
             source = Files(list(zip(self.files, targets, strict=True)), self.names)
         if whole:
             return Images(source, self.classes, places, part)
-        return LabeledImages(source, self.classes, self.values, self.task, places, part)
+        return LabeledImages(source, self.classes, self.values, self.task, places, part, self.others)
 
 
 def read_rows(path: Path, data: Data, task: Task, in_chans: int = 3) -> Rows:
@@ -79,12 +80,27 @@ def read_rows(path: Path, data: Data, task: Task, in_chans: int = 3) -> Rows:
     listing = list_images(root, in_chans)
     paths = _find_files(table, columns.files, listing)
     rows, values, notes = _merge(table, paths, targets, task)
-    splits = [canonical_split(str(table.columns[columns.split][row] or "")) for row in rows] if columns.split else []
+    splits = _read_splits(table, columns.split, paths, rows) if columns.split else []
     if listing.skipped:
         notes += (f"{listing.label}: {describe_skipped(listing.skipped)}",)
     if rest := len(listing.names) - len(rows):
         notes += (f"{listing.label}: {rest} images are not in {path.name}, and are left out",)
-    return Rows(listing, [paths[row] for row in rows], targets.classes, values, splits, task, notes)
+    return Rows(listing, [paths[row] for row in rows], targets.classes, values, targets.others, splits, task, notes)
+
+
+def _read_splits(table: Table, column: str, paths: Sequence[str], rows: Sequence[int]) -> list[str]:
+    """Return the split of each image, whose first row is in `rows`.
+
+    Raises:
+        InputError: an image stands in two splits.
+    """
+    names = [canonical_split(str(cell or "")) for cell in table.columns[column]]
+    split_of = {paths[row]: names[row] for row in rows}
+    for row, (path, name) in enumerate(zip(paths, names, strict=True)):
+        if name != split_of[path]:
+            raise InputError(f"{table.where(row)}: {path} is in the split {name} here, and in {split_of[path]} before; "
+                             "give each image one")  # fmt: skip
+    return [names[row] for row in rows]
 
 
 def canonical_split(split: str) -> str:

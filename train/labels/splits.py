@@ -40,8 +40,8 @@ def open_labeled_splits(data: Data, task: Task, in_chans: int = 3) -> Splits:
         raise InputError(f"{len(same)} images are in both {data.labels} and {data.val_labels}, such as {min(same)}; "
                          "take them out of one")  # fmt: skip
     validation = _with_classes(validation, training.classes, data)
-    return Splits(training.images(None, "training"), validation.images(None, "validation"),
-                  (*training.notes, *validation.notes))  # fmt: skip
+    notes = (*training.notes, *validation.notes)
+    return _with_missing(Splits(training.images(None, "training"), validation.images(None, "validation"), notes))
 
 
 def open_recipe_splits(recipe: Recipe) -> Splits:
@@ -130,6 +130,6 @@ def _with_classes(rows: Rows, classes: Sequence[str], data: Data) -> Rows:
     order = [places[same_name(name)] for name in rows.classes]
     if rows.values.ndim == 1:
         return replace(rows, classes=list(classes), values=np.array(order, np.int64)[rows.values])
-    values = np.zeros((len(rows.values), len(classes)), np.float32)
+    values = np.full((len(rows.values), len(classes)), rows.others, np.float32)
     values[:, order] = rows.values
     return replace(rows, classes=list(classes), values=values)

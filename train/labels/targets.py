@@ -12,7 +12,7 @@ from shvit.errors import InputError, some
 from shvit.weights.run_info import MAX_CLASSES, Task, is_name, same_name
 
 from ..recipe import Data
-from .columns import Columns, number
+from .columns import Columns, is_usual, number
 from .table import Table
 
 SEPARATORS = ("|", ";", ",")
@@ -29,6 +29,8 @@ class Targets:
     classes: list[str]
     values: np.ndarray
     """Class indices, int64 (rows,); or float32 (rows, classes): proportions, labels as 0 and 1, or one value."""
+    others: float = 0.0
+    """The target of a class that the table does not name; NaN where nothing is known of it."""
 
 
 def read_targets(table: Table, columns: Columns, task: Task, data: Data) -> Targets:
@@ -44,7 +46,9 @@ def read_targets(table: Table, columns: Columns, task: Task, data: Data) -> Targ
                              "several columns; name the one with --data.label-columns")  # fmt: skip
         return Targets([_name(table, names[0])], _numbers(table, names))
     if task == "multi_label":
-        return _indicators(table, names) if len(names) > 1 else _label_lists(table, names[0], data.label_separator)
+        if len(names) > 1 or _is_indicator(table, names[0]):
+            return _indicators(table, names)
+        return _label_lists(table, names[0], data.label_separator)
     return _proportions(table, names) if len(names) > 1 else _classes(table, names[0])
 
 
@@ -114,11 +118,16 @@ def _check_size(table: Table, classes: int) -> None:
         raise InputError(f"{table.path}: {len(table):,} rows of {classes:,} labels are too many; leave out rare labels")
 
 
+def _is_indicator(table: Table, column: str) -> bool:
+    """Return whether one column has 0 and 1 for the label that it is named after, rather than labels."""
+    return not is_usual(column) and all(number(cell) in (0, 1) for cell in table.columns[column])
+
+
 def _indicators(table: Table, names: Sequence[str]) -> Targets:
     """Read a column of 0 and 1 for each label."""
     values = _numbers(table, names)
     _refuse_where(table, names, values, (values != 0) & (values != 1), "a label is 0 or 1")
-    return Targets([_name(table, name) for name in names], values)
+    return Targets([_name(table, name) for name in names], values, others=math.nan)  # a label without a column
 
 
 def _proportions(table: Table, names: Sequence[str]) -> Targets:

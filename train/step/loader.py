@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from shvit.errors import InputError
 
 from ..data.datasets import Images
 from ..data.eval_loader import ignore_interrupt
+from ..data.pixels.formats import Decoded
 from ..data.pixels.preprocessing import Preprocessing, resolve_preprocessing
 from ..data.streams import Stream, open_stream
 from ..distributed import World
@@ -41,19 +43,23 @@ class Augmented(Dataset):
 
     def __getitem__(self, key: Key) -> Item:
         place, index = key
+        image, target, problems = self._read(index)
+        transform = self.transform_at(place)
+        seed_cpu_generators(self.seed, AUGMENTATION, place)
+        return transform(image), target, problems
+
+    def _read(self, index: int) -> tuple[Decoded, int | np.ndarray, tuple[Problem, ...]]:
+        """Return the first image from `index` on that can be read, its target, and the problems with those before."""
         problems: list[Problem] = []
-        image, target = self.dataset.pixels.blank, self.dataset.blank_target
         while len(problems) <= self.tries:
             try:
                 image, target = self.dataset[index]
                 self.dataset.check_target(index, target)
-                break
+                return image, target, tuple(problems)
             except InputError as error:
                 problems.append((str(error), index, 1))
-                index = (index + 1) % len(self.dataset)
-        transform = self.transform_at(place)
-        seed_cpu_generators(self.seed, AUGMENTATION, place)
-        return transform(image), target, tuple(problems)
+            index = (index + 1) % len(self.dataset)
+        return self.dataset.pixels.blank, self.dataset.blank_target, tuple(problems)
 
 
 class Streamed(IterableDataset):

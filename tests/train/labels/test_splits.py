@@ -117,6 +117,31 @@ def test_a_label_in_each_row_is_a_list(folder):
     assert len(open_labeled(path, None, "classification")) == 2
 
 
+def test_an_image_in_two_splits_is_refused(folder):
+    path = write(folder, ["images/b/0.png,x,train", "images/a/1.png,y,val", "images/b/0.png,y,val"])
+    with pytest.raises(InputError, match=r"line 4: images/b/0\.png is in the split val here, and in train before"):
+        open_labeled_splits(Data(labels=path), "multi_label")
+
+
+def test_exports_of_roboflow_have_a_table_in_each_split(tmp_path):
+    """Columns of 0 and 1 behind blanks, and files beside the table, of one name in both folders."""
+    for split, rows in (("train", "0.jpg, 1, 0\n1.jpg, 1, 1\n"), ("valid", "0.jpg, 0, 1\n")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "_classes.csv").write_text(f"filename, cat, guide dog\n{rows}")
+        for name in ("0.jpg", "1.jpg"):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name)
+    tables = [tmp_path / split / "_classes.csv" for split in ("train", "valid")]
+    splits = open_labeled_splits(Data(labels=tables[0], val_labels=tables[1]), "multi_label")
+    assert splits.train.classes == ["cat", "guide dog"]
+    assert [target.tolist() for _, target in splits.train] == [[1, 0], [1, 1]]
+    assert [target.tolist() for _, target in splits.val] == [[0, 1]]
+    assert "valid: 1 images are not in _classes.csv" in " ".join(splits.notes)
+    tables[1].write_text("filename,cat\n0.jpg,1\n")
+    ((_, target),) = open_labeled_splits(Data(labels=tables[0], val_labels=tables[1]), "multi_label").val
+    assert target[0] == 1
+    assert np.isnan(target[1])  # nothing says whether a dog is there
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -111,6 +111,13 @@ def test_a_name_of_two_words_is_one_label_where_a_separator_says_so(tmp_path):
         read(tmp_path, "file,labels\na,traffic light\nb,car\n", "multi_label")
 
 
+def test_one_column_of_ones_is_the_label_that_it_is_named_after(tmp_path):
+    _, targets = read(tmp_path, "file,defect\na,1\nb,0\n", "multi_label")
+    assert (targets.classes, targets.values.tolist()) == (["defect"], [[1], [0]])
+    _, targets = read(tmp_path, "file,labels\na,1\nb,0\n", "multi_label")  # numbers of classes
+    assert (targets.classes, targets.values.tolist()) == (["0", "1"], [[0, 1], [1, 0]])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 
 from shvit.checkpoint import write_checkpoint
+from shvit.cli import run as run_command
 from shvit.create import create_model
 from shvit.errors import InputError
 from shvit.train.checks import check_fields
 from shvit.train.labels.scale import OutputScale
+from shvit.train.labels.splits import open_recipe_splits
 from shvit.train.loop import train
 from shvit.train.recipe import Augment, Compute, Data, Optim, Recipe
+from shvit.train.step.loader import Augmented
 from shvit.train.step.state import Run
 from shvit.weights.run_info import RunInfo, read_run_info
 from tests.conftest import PLAIN, SMALL, assert_same_end, create_tiny, randomize, state
@@ -98,14 +101,46 @@ def stop_after(steps, monkeypatch, call):
 
 @pytest.mark.parametrize(("name", "task", "figure"), [("labels", "multi_label", "map"), ("value", "regression", "r2")])
 def test_two_processes_are_one(folder, tmp_path, name, task, figure):
-    one = replace(recipe(folder, name, task), epochs=1)
+    one = replace(recipe(folder, name, task, freeze_bn=True), epochs=1, optim=Optim(lr=1e-2))
     train(one, tmp_path / "one")
-    process = start_torchrun(2, replace(one, freeze_bn=False), tmp_path / "two", tmp_path / "out", tmp_path / "err")
+    process = start_torchrun(2, one, tmp_path / "two", tmp_path / "out", tmp_path / "err")
     process.join(120)
     assert process.exitcode == 0, (tmp_path / "err").read_text()
     first, second = (entries(tmp_path / each)[0] for each in ("one", "two"))
     assert second["n_val"] == first["n_val"] == 12
-    assert {figure, f"ema_{figure}"} <= second.keys()
+    for value in ("train_loss", "val_loss", figure, f"ema_{figure}"):
+        assert second[value] == pytest.approx(first[value], abs=1e-4), value
+
+
+def test_damaged_images_are_replaced_and_left_out(folder, tmp_path, capsys):
+    """In training by the next image with its own labels; where no other can be read, by what teaches nothing."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(b"" if path.name in ("0.png", "3.png") else path.read_bytes())
+    damaged = replace(recipe(tmp_path, "labels", "multi_label"), epochs=1)
+    assert train(damaged, tmp_path / "run")["n_val"] == 11
+    said = capsys.readouterr().err
+    assert "0.png" in said
+    assert "3.png" in said
+    images = open_recipe_splits(damaged).train
+    item = Augmented(images, lambda place: np.asarray, seed=0, tries=0)[(0, 0)]  # of 0.png
+    assert item[1] == pytest.approx(images.chosen.mean(0))
+
+
+def test_images_of_five_channels_with_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(32):
+        values = rng.uniform(size=(5, 16, 16)).astype("f4")
+        values[4] += index % 2
+        np.save(tmp_path / f"{index}.npy", values)
+        lines.append(f"{index},{SPLIT[index // 2 % 4]},{'bright' if index % 2 else ''}")
+    (tmp_path / "labels.csv").write_text("id,split,labels\n" + "\n".join(lines) + "\n")
+    run = tmp_path / "run"
+    result = train(recipe(tmp_path, "labels", "multi_label", in_chans=5), run)
+    assert result["map"] > 90
+    evaluated = run_command(["eval", "--checkpoint", str(run), "--data", str(tmp_path), "--data.labels",
+                             f"{tmp_path}/labels.csv"])  # fmt: skip
+    assert evaluated["map"] == pytest.approx(max(result["map"], result["ema_map"]))
 
 
 # --- proportions of classes -------------------------------------------------------------------------------------------
